@@ -1,0 +1,1 @@
+"""minitf: a mini transformer trainer whose attention you can see."""

@@ -1,0 +1,38 @@
+"""Errors a user can act on, and how every command ends: one clear line and an exit status.
+
+Status 0: done. 1: the work failed (`MinitfError`, a full disk, ...). 2: the request was wrong (`RequestError`).
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class MinitfError(Exception):
+    """The work failed. The message is one line: what happened, where, and what to do."""
+
+    exit_status = 1
+
+
+class RequestError(MinitfError):
+    """The request was wrong: a bad key, path, text or combination. Nothing was started."""
+
+    exit_status = 2
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command's `main` and return its exit status; a user's mistake becomes one line on stderr."""
+    try:
+        return main() or 0
+    except MinitfError as error:
+        print(f"minitf: {error}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:  # `generate.py ... | head` closes our stdout: not a failure
+        sys.stderr.close()
+        return 0
+    except OSError as error:  # a full disk, a read-only directory: the operating system's words, and where
+        where = f": {error.filename}" if error.filename else ""
+        print(f"minitf: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("minitf: interrupted", file=sys.stderr)
+        return 130
