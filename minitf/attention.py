@@ -1,0 +1,166 @@
+"""The attention block: every position *matches* its query with all keys, *weighs* the matches, *gathers* the values.
+
+    match    scores  = q @ k.T / sqrt(head_dim)     how well does each earlier word answer what this word looks for?
+    weigh    weights = softmax(scores)              turn the scores of one query into shares that sum to 1
+    gather   mixed   = weights @ v                  add up the values of the earlier words, by their shares
+
+"Attention Is All You Need" (Vaswani et al., 2017), equation 1; with rotary positions (Su et al., 2021), normalised
+queries and keys (Henry et al., 2020) and grouped queries (Ainslie et al., 2023), arranged as in Qwen3.
+
+Axes in names, as everywhere: B batch, T query position, S key position, D hidden, H heads, K head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`y = x W^T` without bias, computed in the dtype of x: float32 weights serve bfloat16 activations."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """`y = x / rms(x) * weight` over the last axis (Zhang & Sennrich, 2019), in the dtype of x."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def match(q_BHTK: Tensor, k_BHSK: Tensor, mask_TS: Tensor) -> Tensor:
+    """Compare every query with every key: `scores_BHTS = q @ k.T / sqrt(head_dim) + mask`.
+
+    `mask_TS` is 0 where a query may look and -inf where it may not. With fewer key heads than query heads, consecutive
+    query heads share a key head (grouped queries).
+    """
+    B, H, T, K = q_BHTK.shape
+    G, S = k_BHSK.shape[1], k_BHSK.shape[2]
+    # Queries that share a key head lie side by side, so one batched product serves the group without copying keys.
+    # baddbmm adds the mask and scales in the product itself: on a CPU each pass over the scores saved is time saved.
+    scores = torch.baddbmm(
+        mask_TS.repeat(H // G, 1),
+        q_BHTK.reshape(B * G, H // G * T, K),
+        k_BHSK.reshape(B * G, S, K).transpose(1, 2),
+        alpha=1 / math.sqrt(K),
+    )
+    return scores.view(B, H, T, S)
+
+
+def weigh(scores_BHTS: Tensor) -> Tensor:
+    """Turn each query's scores into weights between 0 and 1 that sum to 1 over the keys."""
+    return torch.softmax(scores_BHTS, dim=-1)
+
+
+def gather(weights_BHTS: Tensor, v_BHSK: Tensor) -> Tensor:
+    """Add up the values by their weights: `mixed_BHTK = weights @ v`."""
+    B, H, T, S = weights_BHTS.shape
+    G, K = v_BHSK.shape[1], v_BHSK.shape[3]
+    mixed = torch.bmm(weights_BHTS.reshape(B * G, H // G * T, S), v_BHSK.reshape(B * G, S, K))
+    return mixed.view(B, H, T, K)
+
+
+def rotary_table(head_dim: int, num_positions: int, theta: float) -> Tensor:
+    """Cosines and sines of the rotation of each pair of channels at each position, shape (2, num_positions, head_dim).
+
+    Channel pair i turns by `position * theta^(-2i / head_dim)` radians (RoFormer, equation 15).
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles_TK = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies).repeat(1, 2)
+    return torch.stack([angles_TK.cos(), angles_TK.sin()])
+
+
+def rotate(x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
+    """Turn queries or keys by their position, so that their product depends on the distance between them.
+
+    Pairs are (i, i + head_dim / 2), the arrangement of Llama and Qwen checkpoints.
+    """
+    cos_TK, sin_TK = rotary_2TK.to(x_BHTK.dtype)
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Mask_TS that lets each query see itself and what came before; the queries are the last of the keys."""
+    future = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(num_keys - num_queries + 1)
+    return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(future, float("-inf"))
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the positions read so far, so that decoding computes each only once.
+
+    `keys` and `values` have shape (layers, B, key heads, capacity, K) and are filled up to `length`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values and return all so far; the model advances `length` after the layers."""
+        end = self.length + k_BHTK.shape[2]
+        self.keys[layer, :, :, self.length : end] = k_BHTK
+        self.values[layer, :, :, self.length : end] = v_BHTK
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention; parameter names are those of Qwen3 and Llama in Hugging Face transformers."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = Linear(hidden_size, num_heads * head_dim)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size)
+        self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary_2TK: Tensor,
+        mask_TS: Tensor | None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Let every position of `x_BTD` look at the positions up to itself; returns what they gathered, same shape.
+
+        With a mask the three steps are computed as they are written (the explicit path), and a `weights` list gets
+        this layer's `weights_BHTS` appended; without one, PyTorch's fused kernel computes the same in one call.
+        """
+        B, T, _ = x_BTD.shape
+        q_BHTK = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k_BHSK = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v_BHSK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q_BHTK, k_BHSK = rotate(q_BHTK, rotary_2TK), rotate(k_BHSK, rotary_2TK)
+        if cache is not None:
+            k_BHSK, v_BHSK = cache.append(layer, k_BHSK, v_BHSK)
+
+        if mask_TS is None:
+            grouped = k_BHSK.shape[1] != q_BHTK.shape[1]
+            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=T > 1, enable_gqa=grouped)
+        else:
+            scores_BHTS = match(q_BHTK, k_BHSK, mask_TS)
+            weights_BHTS = weigh(scores_BHTS)
+            if weights is not None:
+                weights.append(weights_BHTS)
+            mixed_BHTK = gather(weights_BHTS, v_BHSK)
+        return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]

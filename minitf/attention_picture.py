@@ -1,0 +1,198 @@
+"""One labelled picture of what all heads look at, for TensorBoard: a lower triangle per head, layers by heads.
+
+It is drawn inside the training loop, so it is made of NumPy blocks: one byte a pixel, an index into a palette whose
+first half is the colours of the weights and whose second half fades from the background to the colours of text.
+"""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.nn.functional as F
+
+from minitf.attention_maps import AttentionMaps, HeadScores, describe_head
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+MAX_SIDE, MAX_UNLABELLED_SIDE = 2400, 1500  # pixels; larger pictures cost TensorBoard time and are never seen whole
+MAX_CELL, MIN_LABELLED_CELL = 20, 8  # pixels a token; below the minimum, token labels would be unreadable
+MIN_PANEL = 112  # pixels; the widest label of a head fits
+GAP, MARGIN = 14, 16
+MAX_LABEL = 84  # pixels of a token's text
+
+BACKGROUND, INK, ACCENT = (19, 19, 26), (222, 222, 230), (255, 186, 92)
+PLAIN = str.maketrans({"⏎": "\\n", "⇥": "\\t", "⟨": "<", "⟩": ">"})  # signs in tokens that Pillow's font lacks
+# A ramp with evenly rising lightness (in the manner of Matplotlib's "inferno"), from weight 0 to weight 1.
+# fmt: off
+RAMP = [(34, 32, 48), (66, 28, 104), (118, 32, 122), (176, 46, 106),
+        (224, 80, 66), (248, 140, 36), (252, 200, 80), (252, 252, 200)]
+# fmt: on
+BACKGROUND_INDEX, FIRST_WEIGHT, NUM_WEIGHTS = 0, 1, 127
+FIRST_INK, FIRST_ACCENT, NUM_INKS = 128, 192, 64
+
+
+def attention_picture(maps: AttentionMaps, scores: HeadScores | None = None) -> bytes:
+    """A PNG of the weights of all heads; `scores` (or else those of `maps`) name what each head does.
+
+    The colour of a cell shows the square root of the weight (the scale in the picture is labelled with weights), so
+    that a head that spreads its attention is not just dark. Texts too long to draw a token a pixel show, for each
+    pixel, the largest weight of a block.
+    """
+    scores = maps.scores if scores is None else scores
+    blocks_LHTS, cell = _blocks(maps)
+    num_layers, num_heads, size, _ = blocks_LHTS.shape
+    labelled = cell >= MIN_LABELLED_CELL
+    tokens = [_token_patch(token, min(cell + 1, 12)) for token in maps.tokens] if labelled else []
+    token_width = max((patch.shape[1] for patch in tokens), default=0)
+
+    left, top = MARGIN + 58 + token_width + 6, MARGIN + 78
+    pitch_x, pitch_y = max(size * cell, MIN_PANEL) + GAP, size * cell + (24 if scores else 0) + GAP
+    width = max(left + num_heads * pitch_x - GAP + MARGIN, 640)
+    canvas = np.zeros((top + num_layers * pitch_y + token_width + MARGIN, width), np.uint8)
+
+    _draw_header(canvas, maps)
+    for head in range(num_heads):
+        _paste(canvas, _text_patch(f"head {head}", 13), left + head * pitch_x, top - 22)
+    for layer in range(num_layers):
+        y = top + layer * pitch_y + (20 if scores else 0)
+        _paste(canvas, _text_patch(f"layer {layer}", 13), MARGIN, y + size * cell // 2 - 8)
+        for row, patch in enumerate(tokens):
+            _paste(canvas, patch, left - 6 - patch.shape[1], y + row * cell + (cell - patch.shape[0]) // 2)
+        for head in range(num_heads):
+            x = left + head * pitch_x
+            canvas[y : y + size * cell, x : x + size * cell] = blocks_LHTS[layer, head].repeat(cell, 0).repeat(cell, 1)
+            if scores:
+                _paste(canvas, _text_patch(describe_head(scores, layer, head), 12, first_ink=FIRST_ACCENT), x, y - 18)
+    upright_tokens = [np.rot90(patch) for patch in tokens]
+    for head in range(num_heads):
+        for column, upright in enumerate(upright_tokens):
+            x = left + head * pitch_x + column * cell + (cell - upright.shape[1]) // 2
+            _paste(canvas, upright, x, top + num_layers * pitch_y - GAP + 5)
+    return _png(canvas)
+
+
+def _blocks(maps: AttentionMaps) -> tuple[Pixels, int]:
+    """Palette indices of the weights, (L, H, blocks, blocks) with background above the diagonal, and pixels a block."""
+    weights_LHTS = maps.weights_LHTS.nan_to_num()
+    num_layers, num_heads, num_tokens, _ = weights_LHTS.shape
+    side = _panel_side(num_layers, num_heads, MAX_SIDE)
+    if side // num_tokens < MIN_LABELLED_CELL:
+        side = _panel_side(num_layers, num_heads, MAX_UNLABELLED_SIDE)
+    weights_LHTS = F.max_pool2d(weights_LHTS, -(-num_tokens // side), ceil_mode=True)
+    size = weights_LHTS.shape[-1]
+    blocks = (weights_LHTS.sqrt() * (NUM_WEIGHTS - 1) + FIRST_WEIGHT + 0.5).numpy().astype(np.uint8)
+    blocks[..., ~np.tri(size, dtype=bool)] = BACKGROUND_INDEX
+    return blocks, min(max(side // size, 1), MAX_CELL)
+
+
+def _panel_side(num_layers: int, num_heads: int, max_side: int) -> int:
+    return max(min((max_side - 180) // num_heads - GAP, (max_side - 180) // num_layers - GAP - 24), 1)
+
+
+def _draw_header(canvas: Pixels, maps: AttentionMaps) -> None:
+    scale_x = canvas.shape[1] - MARGIN - 200
+    step = "" if maps.step is None else f"step {maps.step}     "
+    title = _text_patch(step + " ".join(maps.text.split()), 16, max_width=scale_x - 2 * MARGIN - 48)
+    _paste(canvas, title, MARGIN, MARGIN - 4)
+    note = _text_patch("rows: the word reading (query); columns: the words it looks at (key)", 12)
+    _paste(canvas, note, MARGIN, MARGIN + 20)
+
+    ramp = FIRST_WEIGHT + np.linspace(0, NUM_WEIGHTS - 1, 190).astype(np.uint8)
+    canvas[MARGIN : MARGIN + 10, scale_x : scale_x + 190] = ramp
+    for weight in (0, 0.05, 0.25, 0.5, 1):
+        label = _text_patch(f"{weight:g}", 10)
+        _paste(canvas, label, scale_x + round(weight**0.5 * 189) - label.shape[1] // 2, MARGIN + 13)
+    _paste(canvas, _text_patch("weight", 10), scale_x - 42, MARGIN - 2)
+
+
+def _paste(canvas: Pixels, patch: Pixels, x: int, y: int) -> None:
+    """Lay a patch over the canvas with its top left corner at (x, y), cut off at the edges; the larger index wins."""
+    x, y = max(x, 0), max(y, 0)
+    area = canvas[y : y + patch.shape[0], x : x + patch.shape[1]]
+    np.maximum(area, patch[: area.shape[0], : area.shape[1]], out=area)
+
+
+def _token_patch(token: str, size: int) -> Pixels:
+    return _text_patch(token.strip().translate(PLAIN) or "_" * len(token), size, MAX_LABEL)
+
+
+@lru_cache(maxsize=4096)
+def _text_patch(text: str, size: int, max_width: int = MAX_SIDE, first_ink: int = FIRST_INK) -> Pixels:
+    """Text as palette indices, height the line's and width the text's, cut with "…" at `max_width` pixels."""
+    font, text = _font_for(text[:400], size)
+    if font.getlength(text) > max_width:
+        fitting = bisect(range(len(text)), float(max_width), key=lambda end: font.getlength(text[:end] + "…")) - 1
+        text = text[: max(fitting, 0)].rstrip() + "…"
+    ascent, descent = font.getmetrics()
+    patch = np.zeros((ascent + descent, max(int(np.ceil(font.getlength(text))), 1)), np.uint8)
+    mask, (x, y) = font.getmask2(text, "L")
+    if 0 not in mask.size:
+        coverage = np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[1], mask.size[0])
+        coverage = coverage[:, max(-x, 0) :]
+        indices = np.where(coverage > 3, first_ink + coverage // (256 // NUM_INKS), BACKGROUND_INDEX)
+        _paste(patch, indices.astype(np.uint8), x, y)
+    return patch
+
+
+def _font_for(text: str, size: int) -> tuple[FreeTypeFont, str]:
+    """The font for `text`, and `text` with every character that no font at hand has replaced by its code point."""
+    text = "".join(character if character.isprintable() else " " for character in text)
+    font = _fonts(size)[0]
+    if not all(_has(font, character) for character in text):
+        font = max(_fonts(size), key=lambda candidate: sum(_has(candidate, character) for character in text))
+    return font, "".join(character if _has(font, character) else f"U+{ord(character):04X}" for character in text)
+
+
+@lru_cache
+def _fonts(size: int) -> list[FreeTypeFont]:
+    """Pillow's own font, which has little more than ASCII, and the broad ones that this system has."""
+    from PIL import ImageFont
+
+    own = ImageFont.load_default(size)
+    assert isinstance(own, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    fonts = [own]
+    for name in ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc", "msgothic.ttc"):
+        try:
+            fonts.append(ImageFont.truetype(name, size))
+        except OSError:  # not on this system
+            continue
+    return fonts
+
+
+@lru_cache(maxsize=8192)
+def _has(font: FreeTypeFont, character: str) -> bool:
+    """Whether the font draws the character as anything but the box that stands for a missing one."""
+    if character == " ":
+        return True
+    missing, drawn = font.getmask("\uffff"), font.getmask(character)
+    return 0 not in drawn.size and (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+
+
+@lru_cache
+def _palette() -> bytes:
+    weights = np.linspace(0, len(RAMP) - 1, NUM_WEIGHTS)
+    inks = np.linspace(0, 1, NUM_INKS)[:, None]
+    colours = np.empty((256, 3))
+    colours[BACKGROUND_INDEX] = BACKGROUND
+    for channel, values in enumerate(np.array(RAMP).T):
+        colours[FIRST_WEIGHT : FIRST_WEIGHT + NUM_WEIGHTS, channel] = np.interp(weights, range(len(RAMP)), values)
+    for first, colour in ((FIRST_INK, INK), (FIRST_ACCENT, ACCENT)):
+        colours[first : first + NUM_INKS] = inks * np.array(colour) + (1 - inks) * np.array(BACKGROUND)
+    return colours.round().astype(np.uint8).tobytes()
+
+
+def _png(canvas: Pixels) -> bytes:
+    from PIL import Image
+
+    image = Image.fromarray(canvas)
+    image.putpalette(_palette())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()

@@ -1,0 +1,146 @@
+"""The schema of conf/: the owners' dataclasses put together, composed by Hydra, with errors that help.
+
+Only this module knows OmegaConf; everybody else gets plain dataclasses.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minitf.attention_maps import AttentionConfig
+from minitf.corpus import DataConfig
+from minitf.errors import MinitfError, RequestError
+from minitf.help_page import CONF, GROUPS, all_keys, nearest, options
+from minitf.model import ModelConfig
+from minitf.optim import OptimConfig
+from minitf.tokenizer import TokenizerConfig
+from minitf.trainer import TrainerConfig
+
+
+@dataclass
+class Config:
+    name: str = ""  # of the run, whose directory is runs/NAME/DATE_TIME; default: the experiment's or the data's
+    seed: int = 0  # of all that is random: first weights, order of the text, dropout
+    run_dir: str | None = None  # the run's directory, instead of runs/NAME/DATE_TIME
+    resume: str | None = None  # go on with this run (or latest) in its own directory, with its own config
+    init_from: str | None = None  # start from the weights, shape and tokenizer of this run or checkpoint
+    data: DataConfig = MISSING
+    tokenizer: TokenizerConfig = MISSING
+    model: ModelConfig = MISSING
+    optim: OptimConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    attention: AttentionConfig = MISSING
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra, which checks every key and type of conf/ and the command line against it."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The config of `overrides` (`group=option`, `key=value`) over conf/; RequestError if they do not fit."""
+    check_overrides(overrides)
+    register_schema()
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            composed = compose("config", list(overrides), return_hydra_config=True)
+        return to_config(composed, composed.hydra.runtime.choices)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RequestError(_explain(error)) from None
+
+
+def to_config(composed: DictConfig, choices: Any) -> Config:
+    """Plain dataclasses of a composed config; `choices` are Hydra's: the option taken of each group."""
+    try:
+        sections = {key: composed[key] for key in Config.__dataclass_fields__}
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), sections))
+    except OmegaConfBaseException as error:
+        raise RequestError(_explain(error)) from None
+    assert isinstance(config, Config)
+    config.name = config.name or str(choices.get("experiment") or choices["data"])
+    if not re.fullmatch(r"[\w.+-]+", config.name) or config.name.startswith("."):
+        raise RequestError(f"name={config.name!r} must be a plain directory name: letters, digits, _ . + -")
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the config as composed, to be read again by `load_config`."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of an earlier run, with `overrides` (`key=value` only) on top."""
+    parsed = check_overrides(overrides)
+    for override in parsed:
+        if override.key_or_group in GROUPS:
+            raise RequestError(f"{override.input_line}: a resumed run keeps its own presets; single keys can be changed")
+    try:
+        saved = OmegaConf.load(path)
+        values = OmegaConf.from_dotlist(list(overrides))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved, values))
+    except (OmegaConfBaseException, OSError) as error:
+        raise RequestError(f"{path}: {_explain(error)}") from None
+    except Exception as error:  # the YAML parser's own classes
+        raise MinitfError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def check_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Parse command line overrides; RequestError names an unknown key, group or option and the nearest valid one."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"cannot read an argument: {reason}; arguments are group=option or key=value") from None
+    keys = all_keys()
+    for override in parsed:
+        key = override.key_or_group.split("@")[0]
+        if key.startswith("hydra"):
+            continue
+        if key in GROUPS:
+            found = list(options(key))
+            choices = override.value() if override.is_sweep_override() else [override.value()]
+            for choice in [str(c) for c in choices] if isinstance(choices, list) else []:
+                if choice not in found:
+                    hint = nearest(choice, found) or f"; there are {', '.join(found)}"
+                    raise RequestError(f"{key}={choice}: no such option{hint}")
+        elif key not in keys:
+            raise RequestError(f"{key}: no such key{nearest(key, [*keys, *GROUPS])}")
+    return parsed
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The settings as one level of `section.key`, with values that TensorBoard's HParams can show."""
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    result: dict[str, Any] = {}
+    for key, value in container.items():
+        if isinstance(value, dict):
+            result |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            result[str(key)] = value
+    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in result.items() if v is not None}
+
+
+def _explain(error: BaseException) -> str:
+    """One line of Hydra's or OmegaConf's error: the key, and what is wrong with its value."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    message = lines[0] if lines else type(cause).__name__
+    if "???" in message or "MISSING" in message.upper() or "mandatory" in message.lower():
+        return f"{key or message} must be given"
+    return f"{key}: {message}" if key else message

@@ -1,0 +1,288 @@
+"""Continue a text: ids -> ids token by token over the key/value cache, and text -> text around it."""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minitf.checkpoint import load_checkpoint
+from minitf.errors import RequestError
+from minitf.model import Transformer
+from minitf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the model's probabilities; temperature 0 always takes the likeliest."""
+
+    temperature: float = 0.8  # below 1 sharpens, above 1 flattens; 0: greedy
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # only tokens at least this share as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely (CTRL, Keskar et al., 2019)
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
+            "top-k": (self.top_k, self.top_k >= 0, "at least 0"),
+            "top-p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min-p": (self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition-penalty": (self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
+        }
+        for name, (value, good, allowed) in checks.items():
+            if not good:
+                raise RequestError(f"--{name} {value} must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `generate_text` and `stream_text` are asked for."""
+
+    max_tokens: int = 200
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise RequestError(f"--max-tokens {self.max_tokens} must be at least 1")
+        if "" in self.stop:
+            raise RequestError("--stop must not be empty")
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """One decoding step of a batch: the new ids_B and, on request, `weights_LBHS`, where each head looked to choose."""
+
+    ids_B: Tensor
+    weights_LBHS: Tensor | None = None
+
+
+def sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Draw one id for each row; `seen_BV` marks the tokens the repetition penalty applies to."""
+    if seen_BV is not None:
+        punished = torch.where(
+            logits_BV > 0, logits_BV / sampling.repetition_penalty, logits_BV * sampling.repetition_penalty
+        )
+        logits_BV = torch.where(seen_BV, punished, logits_BV)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = logits_BV / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        smallest = logits_BV.topk(sampling.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest, -math.inf)
+    probabilities = logits_BV.softmax(-1)
+    if sampling.min_p > 0:
+        likeliest = probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * likeliest, 0.0)
+    if sampling.top_p < 1:
+        sorted_p, order = probabilities.sort(dim=-1, descending=True)
+        before = sorted_p.cumsum(-1) - sorted_p  # probability of all likelier tokens: the first token always stays
+        sorted_p = sorted_p.masked_fill(before >= sampling.top_p * sorted_p.sum(-1, keepdim=True), 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, sorted_p)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt_T: list[int],
+    num_samples: int,
+    sampling: Sampling,
+    seed: int | None = None,
+    with_weights: bool = False,
+) -> Iterator[NextToken]:
+    """Continue `prompt_T` without end, `num_samples` times as one batch, each token computed once over a cache.
+
+    When the context is full the model reads the last half of it again as a fresh beginning, which is what it was
+    trained on, and goes on from there: every token is chosen from at least half a context of text.
+    """
+    context = model.config.context_length
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    ids_BT = torch.tensor([prompt_T], device=model.device).expand(num_samples, -1)
+    seen_BV = None
+    if sampling.repetition_penalty != 1:
+        seen_BV = torch.zeros(num_samples, model.vocab_size, dtype=torch.bool, device=model.device)
+        seen_BV.scatter_(1, ids_BT, True)
+    cache, unread = model.new_cache(num_samples, context), ids_BT[:, -context:]
+    while True:
+        if cache.length + unread.shape[1] > context:
+            cache, unread = model.new_cache(num_samples, context), ids_BT[:, -(context // 2 or 1) :]
+        weights: list[Tensor] | None = [] if with_weights else None
+        x_BTD = model.hidden(unread, cache, weights)
+        logits_BV = torch.nn.functional.linear(x_BTD[:, -1], model.vocabulary_VD.to(x_BTD.dtype)).float()
+        ids_B = sample(logits_BV, seen_BV, sampling, generator)
+        if seen_BV is not None:
+            seen_BV.scatter_(1, ids_B[:, None], True)
+        yield NextToken(ids_B, torch.stack([w[:, :, -1] for w in weights]) if weights is not None else None)
+        unread = ids_B[:, None]
+        ids_BT = torch.cat([ids_BT[:, -context:], unread], dim=1)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids; an empty prompt becomes the end-of-text token, after which a document begins."""
+    return tokenizer.encode(prompt) or [tokenizer.end_id]
+
+
+def _held_back(text: str, stop: tuple[str, ...]) -> int:
+    """How many characters at the end of `text` could be the beginning of a stop string."""
+    lengths = (n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+    return max(lengths, default=0)
+
+
+def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options) -> Iterator[str]:
+    """Pieces of the continuation as they are decided: whole characters, ending before a stop string."""
+    stream = tokenizer.decode_stream()
+    waiting = ""
+    steps = generate(model, encode_prompt(tokenizer, prompt), 1, options.sampling, options.seed)
+    for count, step in enumerate(steps, start=1):
+        token = int(step.ids_B[0])
+        ended = token == tokenizer.end_id or count == options.max_tokens
+        waiting += (stream.step(token) or "") if token != tokenizer.end_id else ""
+        if ended:
+            waiting += stream.flush()
+        cut = min((waiting.find(s) for s in options.stop if s in waiting), default=-1)
+        if cut >= 0:
+            yield waiting[:cut]
+            return
+        ready = len(waiting) - (0 if ended else _held_back(waiting, options.stop))
+        if ready:
+            yield waiting[:ready]
+            waiting = waiting[ready:]
+        if ended:
+            return
+
+
+def generate_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options, num_samples: int = 1
+) -> list[str]:
+    """`num_samples` continuations of one prompt, computed as one batch."""
+    if num_samples < 1:
+        raise RequestError(f"--num-samples {num_samples} must be at least 1")
+    rows: list[list[int]] = [[] for _ in range(num_samples)]
+    texts: list[str | None] = [None] * num_samples
+    steps = generate(model, encode_prompt(tokenizer, prompt), num_samples, options.sampling, options.seed)
+    for count, step in enumerate(steps, start=1):
+        for row, token in enumerate(step.ids_B.tolist()):
+            if texts[row] is not None:
+                continue
+            if token != tokenizer.end_id:
+                rows[row].append(token)
+            ended = token == tokenizer.end_id or count == options.max_tokens
+            text = tokenizer.decode(rows[row]) if ended or options.stop else ""
+            cut = min((text.find(s) for s in options.stop if s in text), default=-1)
+            if cut >= 0 or ended:
+                texts[row] = text[:cut] if cut >= 0 else text
+        if all(text is not None for text in texts):
+            break
+    return [text or "" for text in texts]
+
+
+def explain(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options, num_looked_at: int = 3) -> str:
+    """The continuation, and under it for each new token the earlier tokens its heads looked at most.
+
+    The share of a token is its weight averaged over all layers and heads. The first token is left out unless it is
+    the only one: heads that find nothing park their weight there (Xiao et al., 2023), which says nothing about it.
+    """
+    ids = encode_prompt(tokenizer, prompt)
+    rows = []
+    for step in generate(model, ids, 1, options.sampling, options.seed, with_weights=True):
+        assert step.weights_LBHS is not None
+        shares_S = step.weights_LBHS[:, 0].float().mean(dim=(0, 1))
+        first = len(ids) - len(shares_S)  # after sliding, the cache starts later in the text
+        if len(shares_S) > 1:
+            shares_S[0] = 0
+        top = shares_S.topk(min(num_looked_at, max(len(shares_S) - 1, 1)))
+        pieces = tokenizer.pieces([ids[first + int(i)] for i in top.indices])
+        looked_at = "  ".join(f"{p.strip() or repr(p)} {s:.0%}" for p, s in zip(pieces, top.values.tolist(), strict=True))
+        token = int(step.ids_B[0])
+        rows.append((tokenizer.pieces([token])[0], looked_at))
+        if token == tokenizer.end_id or len(rows) == options.max_tokens:
+            break
+        ids.append(token)
+    text = tokenizer.decode(ids)
+    width = max(len(piece) for piece, _ in rows)
+    table = "\n".join(f"  {piece:<{width}}  looked at  {looked_at}" for piece, looked_at in rows)
+    return f"{text}\n\n{table}"
+
+
+def read_text_argument(text: str | None, what: str) -> str:
+    """The text given on the command line, or standard input when there is none and it is not a terminal."""
+    if text is None:
+        if sys.stdin.isatty():
+            raise RequestError(f"no {what}: give it as an argument, or pipe it in")
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input is not UTF-8 (byte {error.start})") from None
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="generate.py", description="Continue a text with a model you trained.")
+    p.add_argument("prompt", nargs="?", help="the text to continue; standard input when absent and not a terminal")
+    p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
+    p.add_argument("--max-tokens", type=int, default=200, help="longest continuation in tokens (default 200)")
+    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only")
+    p.add_argument("--top-p", type=float, default=1.0, help="... from the likeliest that together reach probability p")
+    p.add_argument("--min-p", type=float, default=0.05, help="... from those at least p times as likely as the likeliest")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid tokens already used")
+    p.add_argument("--seed", type=int, help="draw the same text every time")
+    p.add_argument("--num-samples", type=int, default=1, help="so many continuations at once, as one batch")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    p.add_argument("--interactive", action="store_true", help="ask for prompts, one a line, until end of file")
+    p.add_argument("--explain", action="store_true", help="for each new token, what its heads looked at most")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
+    return p
+
+
+def answer(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options, args: argparse.Namespace) -> None:
+    """Print what was asked for on stdout."""
+    if args.explain:
+        print(explain(model, tokenizer, prompt, options))
+    elif args.num_samples != 1:
+        for number, text in enumerate(generate_text(model, tokenizer, prompt, options, args.num_samples), start=1):
+            print(f"--- {number}\n{prompt}{text}")
+    else:
+        print(prompt, end="", flush=True)
+        for piece in stream_text(model, tokenizer, prompt, options):
+            print(piece, end="", flush=True)
+        print()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `scripts/generate.py`."""
+    args = parser().parse_args(argv)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    options = Options(args.max_tokens, args.seed, tuple(args.stop), sampling)
+    prompt = None if args.interactive else read_text_argument(args.prompt, "prompt")
+    checkpoint = load_checkpoint(args.run, args.device)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    context = model.config.context_length
+    print(f"{checkpoint.directory}, context {context} tokens", file=sys.stderr)
+    if prompt is not None:
+        if len(tokenizer.encode(prompt)) + args.max_tokens > context:
+            note = f"the text grows past the context of {context} tokens: the model sees its last half to whole context"
+            print(note, file=sys.stderr)
+        answer(model, tokenizer, prompt, options, args)
+        return 0
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        try:
+            answer(model, tokenizer, line.rstrip("\n"), options, args)
+        except RequestError as error:  # a prompt the tokenizer cannot encode ends this answer, not the session
+            print(f"minitf: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from minitf.errors import run_command
+
+    raise SystemExit(run_command(main))

@@ -1,0 +1,125 @@
+"""What this machine can do: device, precision and compilation, chosen by short measurements instead of guesses."""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitf.errors import RequestError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# bfloat16 must be clearly faster to be worth its rounding; machines without bf16 units run it slower than float32.
+BF16_MIN_SPEEDUP = 1.3
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device and the dtype of its activations; `peak_flops` is the matrix product speed measured in that dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    peak_flops: float
+    reason: str
+
+    def synchronize(self) -> None:
+        """Wait for the device's queue, so that a clock reads what the work took."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the first of cuda, mps and cpu that is there; a named device that is not is a RequestError."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    kind = name.split(":")[0]
+    if kind not in DEVICES:
+        raise RequestError(f"trainer.device={name} must be one of {', '.join(DEVICES)}")
+    if not there[kind]:
+        raise RequestError(f"trainer.device={name}: PyTorch finds no such device here; trainer.device=cpu always works")
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
+        raise RequestError(f"trainer.device={name}: {str(error).splitlines()[0]}") from None
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0.05) -> float:
+    """Floating point operations a second of a square matrix product, the best of a few tries."""
+    size = 512 if device.type == "cpu" else 4096
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    hardware = Hardware(device, dtype, 0.0, "")
+    a @ b  # the first call sets the library up
+    hardware.synchronize()
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < budget_s or best == float("inf"):
+        tick = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        hardware.synchronize()
+        best = min(best, (time.perf_counter() - tick) / 3)
+    return 2 * size**3 / best
+
+
+def choose_hardware(device_name: str, precision: str) -> Hardware:
+    """Resolve `trainer.device` and `trainer.precision` (auto | bf16 | fp32)."""
+    device = choose_device(device_name)
+    if precision != "auto" and precision not in PRECISIONS:
+        raise RequestError(f"trainer.precision={precision} must be one of auto, {', '.join(PRECISIONS)}")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if precision != "auto":
+        dtype = PRECISIONS[precision]
+        return Hardware(device, dtype, measure_matmul(device, dtype), "as set")
+    try:
+        bf16 = measure_matmul(device, torch.bfloat16)
+    except RuntimeError:  # a device without bfloat16
+        bf16 = 0.0
+    fp32 = measure_matmul(device, torch.float32)
+    reason = f"measured bf16 {bf16 / 1e9:,.0f} and fp32 {fp32 / 1e9:,.0f} GFLOP/s"
+    if bf16 > BF16_MIN_SPEEDUP * fp32:
+        return Hardware(device, torch.bfloat16, bf16, reason)
+    return Hardware(device, torch.float32, fp32, reason)
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None."""
+    if device.type == "mps":
+        return "torch.compile is not used on mps"
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            compiler = get_cpp_compiler()
+        except Exception:  # inductor raises its own error class, differently named from version to version
+            return "no C++ compiler found"
+        if shutil.which(compiler) is None:
+            return f"no C++ compiler found ({compiler})"
+    if device.type == "cuda":
+        try:
+            import triton  # type: ignore  # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+    return None
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile` for fixed shapes."""
+    return torch.compile(function, dynamic=False)
+
+
+def describe_processor() -> str:
+    """The processor's name and cores, as recorded with a run."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,228 @@
+"""The transformer around the attention block: token ids in, logits out.
+
+The architecture is Qwen3's (`qk_norm=false`: Llama's) and the parameters carry their Hugging Face names, so a
+checkpoint is a Hugging Face model as it stands.
+
+Axes in tensor names, here and everywhere:
+
+    B batch    T query position    S key position    D hidden    H heads    K head width    F feed-forward    V vocabulary
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitf.attention import Attention, KeyValueCache, Linear, RMSNorm, causal_mask, rotary_table
+from minitf.errors import RequestError
+
+# On a CPU the fused kernel's backward pass is slow in bfloat16 (at 512 positions 113 ms against 27 ms for the three
+# explicit steps); beyond this length the size of the scores turns the balance.
+EXPLICIT_MAX_LENGTH = 768
+
+
+@dataclass
+class ModelConfig:
+    num_layers: int = 4  # blocks of attention + feed-forward
+    hidden_size: int = 192  # width of the residual stream
+    num_heads: int = 6  # query heads in each block
+    num_kv_heads: int = 0  # key/value heads, shared by groups of query heads; 0: num_heads
+    head_dim: int = 0  # width of a head, even; 0: hidden_size / num_heads
+    intermediate_size: int = 0  # width of the feed-forward layer; 0: 8/3 hidden_size, rounded up to a multiple of 64
+    context_length: int = 128  # tokens the model can look back on
+    rope_theta: float = 10000.0  # base of the rotary position frequencies
+    qk_norm: bool = True  # normalise queries and keys (the Qwen3 architecture); false: the Llama one
+    tie_embeddings: bool = True  # one matrix embeds the input tokens and scores the output tokens
+    dropout: float = 0.0  # share of each block's output dropped in training, 0 to below 1
+    attention: str = "auto"  # auto | explicit (match, weigh, gather as written) | sdpa (one fused kernel)
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "context_length"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_kv_heads", "head_dim", "intermediate_size"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"model.{name}={getattr(self, name)} must be positive, or 0 to derive it")
+        self.num_kv_heads = self.num_kv_heads or self.num_heads
+        if self.head_dim == 0 and self.hidden_size % self.num_heads:
+            raise RequestError(
+                f"model.hidden_size={self.hidden_size} does not divide into model.num_heads={self.num_heads} heads: "
+                "change one of them, or set model.head_dim"
+            )
+        self.head_dim = self.head_dim or self.hidden_size // self.num_heads
+        if self.head_dim % 2:
+            raise RequestError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs of channels")
+        if self.num_heads % self.num_kv_heads:
+            raise RequestError(
+                f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
+            )
+        self.intermediate_size = self.intermediate_size or -(-8 * self.hidden_size // (3 * 64)) * 64
+        if not 0 <= self.dropout < 1:
+            raise RequestError(f"model.dropout={self.dropout} must be at least 0 and below 1")
+        if self.attention not in ("auto", "explicit", "sdpa"):
+            raise RequestError(f"model.attention={self.attention} must be one of auto, explicit, sdpa")
+        if self.rope_theta <= 0:
+            raise RequestError(f"model.rope_theta={self.rope_theta} must be positive")
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: positions exchange what they know (attention), then each thinks by itself (feed-forward)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size)
+        self.self_attn = Attention(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.qk_norm
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary_2TK: Tensor,
+        mask_TS: Tensor | None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), rotary_2TK, mask_TS, cache, layer, weights)
+        x_BTD = x_BTD + self.dropout(mixed_BTD)
+        return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))  # type: ignore[no-any-return]
+
+
+def train_block(block: nn.Module, x_BTD: Tensor, rotary_2TK: Tensor, mask_TS: Tensor | None) -> Tensor:
+    """The training path through one block, as a plain function: compiled once, it serves all layers."""
+    return block(x_BTD, rotary_2TK, mask_TS)  # type: ignore[no-any-return]
+
+
+def cross_entropy(x_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean loss in nats a token of scoring each vocabulary row by its product with x; targets of -100 do not count."""
+    logits_BTV = F.linear(x_BTD, vocabulary_VD.to(x_BTD.dtype)).float()
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model.
+
+    `compute_dtype` is the dtype of the activations (the parameters stay float32); `train_block` and `cross_entropy`
+    are the two functions a training step spends its time in, replaceable by compiled versions of themselves.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.compute_dtype = torch.float32
+        self.train_block: Callable[..., Tensor] = train_block
+        self.cross_entropy: Callable[..., Tensor] = cross_entropy
+        self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
+        self.model.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.model.norm = RMSNorm(config.hidden_size)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
+        rotary = rotary_table(config.head_dim, config.context_length, config.rope_theta)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.rotary: Tensor
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Random weights: normal with standard deviation 0.02 for embeddings and 1/sqrt(inputs) for matrices.
+
+        The matrices that write into the residual stream start at zero, so every block starts as the identity and
+        learns what to add (as in Fixup, Zhang et al., 2019).
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rotary.device
+
+    @property
+    def vocabulary_VD(self) -> Tensor:
+        """The matrix whose rows score the next token."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # type: ignore
+
+    @property
+    def explicit_attention(self) -> bool:
+        if self.config.attention == "auto":
+            return self.device.type == "cpu" and self.config.context_length <= EXPLICIT_MAX_LENGTH
+        return self.config.attention == "explicit"
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Floating point operations of one training token, forward and backward.
+
+        Six per weight of every matrix product, and six per head channel and visible key for each of match and gather
+        (PaLM, Chowdhery et al., 2022, appendix B, with the causal half counted as half).
+        """
+        c = self.config
+        matrices = sum(p.numel() for layer in self.model.layers for p in layer.parameters() if p.dim() == 2)  # type: ignore
+        attention = 6 * c.num_layers * c.num_heads * c.head_dim * (c.context_length + 1)
+        return 6.0 * (matrices + self.vocabulary_VD.numel()) + attention
+
+    def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
+        c = self.config
+        shape = (c.num_layers, batch_size, c.num_kv_heads, capacity, c.head_dim)
+        keys = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
+        return KeyValueCache(keys, torch.empty_like(keys))
+
+    def hidden(
+        self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        """Last layer's normalised output x_BTD for token ids of shape (B, T).
+
+        With a `cache` the ids continue what it holds, and are added to it. A `weights` list gets one float tensor
+        `weights_BHTS` a layer. Past plus new positions are at most `context_length`.
+        """
+        start, T = (cache.length if cache else 0), ids_BT.shape[1]
+        if start + T > self.config.context_length:
+            raise ValueError(f"{start + T} positions exceed the context of {self.config.context_length}")
+        explicit = self.explicit_attention or weights is not None or (start > 0 and T > 1)
+        mask_TS = causal_mask(T, start + T, self.device, self.compute_dtype) if explicit else None
+        rotary_2TK = self.rotary[:, start : start + T].to(self.compute_dtype)
+        x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
+        for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]
+            if cache is None and weights is None:
+                x_BTD = self.train_block(block, x_BTD, rotary_2TK, mask_TS)
+            else:
+                x_BTD = block(x_BTD, rotary_2TK, mask_TS, cache, index, weights)
+        if cache is not None:
+            cache.length += T
+        return self.model.norm(x_BTD)  # type: ignore[operator, no-any-return]
+
+    def forward(
+        self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        """Next-token logits_BTV in float32; `cache` and `weights` as in `hidden`."""
+        x_BTD = self.hidden(ids_BT, cache, weights)
+        return F.linear(x_BTD, self.vocabulary_VD.to(x_BTD.dtype)).float()
+
+    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats a token; targets of -100 do not count."""
+        return self.cross_entropy(self.hidden(ids_BT), self.vocabulary_VD, targets_BT)

@@ -1,0 +1,181 @@
+"""What a run shows and records: progress in the terminal, metrics.jsonl, TensorBoard, environment.json."""
+
+import json
+import os
+import platform
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from minitf.hardware import Hardware, describe_processor
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# The contract's TensorBoard tags of the columns of metrics.jsonl.
+SCALARS = {
+    "train": {
+        "loss": "train/loss",
+        "lr": "train/learning_rate",
+        "grad_norm": "train/grad_norm",
+        "tokens_per_s": "perf/tokens_per_second",
+        "mfu": "perf/mfu",
+    },
+    "val": {"loss": "val/loss", "bits_per_byte": "val/bits_per_byte", "perplexity": "val/perplexity"},
+}
+
+
+class Monitor:
+    """Everything a run says goes through here; a terminal gets a progress bar, anything else lines."""
+
+    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
+        """Open the run's files; after a resume what they hold beyond `start_step` is cut off."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.metrics_path = run_dir / "metrics.jsonl"
+        cut_metrics(self.metrics_path, start_step)
+        self.metrics = self.metrics_path.open("a", encoding="utf-8")
+        purge_step = start_step + 1 if start_step else None
+        self.tensorboard: SummaryWriter = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=15)  # type: ignore[no-untyped-call]
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.bits_per_byte = float("nan")
+        self.last_line_step = -1
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        self.console.print(escape(line))
+
+    def start(self, step: int, num_steps: int) -> None:
+        """The training loop begins: show how far it is."""
+        self.num_steps = num_steps
+        if not self.console.is_terminal:
+            return
+        columns = [TextColumn("step {task.completed:,}/{task.total:,}"), BarColumn(None), TextColumn("{task.fields[numbers]}")]
+        self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
+        self.task = self.progress.add_task("", total=num_steps, completed=step, numbers="")
+        self.progress.start()
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """Training numbers of one logging step: see metrics.jsonl in the README."""
+        self._record("train", row)
+        numbers = f"loss {row['loss']:.3f}  {self._held_out()}{row['tokens_per_s'] / 1000:.1f}k tokens/s"
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, completed=row["step"], numbers=numbers)
+        elif row["step"] - self.last_line_step >= self.num_steps / 20 or row["step"] == self.num_steps:
+            self.last_line_step = row["step"]
+            left_s = (self.num_steps - row["step"]) * row["train_s"] / row["step"]
+            self.say(f"step {row['step']:,}/{self.num_steps:,}  {numbers}  {left_s:.0f} s left")
+
+    def val_row(self, row: dict[str, Any]) -> None:
+        """Held-out numbers of one evaluation."""
+        self.bits_per_byte = row["bits_per_byte"]
+        self._record("val", row)
+
+    def sample(self, prompt: str, continuation: str, step: int) -> None:
+        """A text the model wrote, given `prompt`."""
+        self.tensorboard.add_text("samples", f"**{prompt}**{continuation}".replace("\n", "  \n"), step)  # type: ignore[no-untyped-call]
+        text = " ".join(continuation.split())
+        self.console.print(f"[dim]step {step:,} {self._held_out()}[/dim]{escape(prompt)}[green]{escape(' ' + text)}[/green]")
+
+    def picture(self, tag: str, png: bytes, step: int) -> None:
+        """An image already encoded as PNG."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = struct.unpack(">II", png[16:24])  # the header of every PNG
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+        self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Many scalars as one record."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
+
+    def hyperparameters(self, config: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+        """The run's settings with its final metrics, for TensorBoard's HParams tab."""
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(dict(config), dict(metrics)):  # type: ignore[no-untyped-call]
+            self._add(summary, step)
+        self.scalars(metrics, step)
+
+    def stop(self) -> None:
+        """Take the progress bar down."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+    def close(self) -> None:
+        """Write everything out."""
+        self.stop()
+        self.metrics.close()
+        self.tensorboard.close()  # type: ignore[no-untyped-call]
+
+    def _held_out(self) -> str:
+        return f"held-out {self.bits_per_byte:.3f} bits/byte  " if self.bits_per_byte == self.bits_per_byte else ""
+
+    def _record(self, split: str, row: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps({"step": row["step"], "split": split, **row}) + "\n")
+        self.metrics.flush()
+        self.scalars({tag: row[key] for key, tag in SCALARS[split].items() if key in row}, row["step"])
+
+    def _add(self, summary: Any, step: int) -> None:
+        self.tensorboard._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Keep the rows of steps up to `last_step`: the others were not saved, and will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut short when the run was killed
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def record_environment(run_dir: Path, hardware: Hardware, choices: Mapping[str, str]) -> None:
+    """Write environment.json: what this run ran on and with, enough to repeat it."""
+    packages = ("minitf", "torch", "numpy", "datasets", "tokenizers", "hydra-core", "tensorboard", "safetensors")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    environment = {
+        "command": [sys.executable, *sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": describe_processor(),
+        "device": torch.cuda.get_device_name() if hardware.device.type == "cuda" else hardware.device.type,
+        "matmul_flops": round(hardware.peak_flops),
+        "choices": dict(choices),
+        "packages": versions,
+        "git_commit": _git_commit(),
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _git_commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # an installed wheel, or no git

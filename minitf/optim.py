@@ -1,0 +1,199 @@
+"""How weights move: Muon for the matrices, AdamW for the rest, and the learning rate as a function of the step."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitf.errors import RequestError
+
+SCHEDULES = ("wsd", "cosine", "constant")
+
+
+@dataclass
+class OptimConfig:
+    kind: str = "muon"  # muon (matrices by Muon, the rest by AdamW) | adamw (everything by AdamW)
+    learning_rate: float = 3e-3  # peak, of AdamW
+    matrix_learning_rate: float = 0.02  # peak, of Muon
+    weight_decay: float = 0.1  # decoupled, of matrices; scaled by the learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's averaging of gradients and squares
+    momentum: float = 0.95  # Muon's averaging of gradients
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    schedule: str = "wsd"  # wsd (warm-up, stable, linear decay) | cosine | constant
+    warmup_fraction: float = 0.02  # share of the steps in which the rate rises from 0
+    decay_fraction: float = 0.4  # share of the steps in which it falls to final_fraction (wsd)
+    final_fraction: float = 0.0  # last rate as a share of the peak (wsd, cosine)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("muon", "adamw"):
+            raise RequestError(f"optim.kind={self.kind} must be muon or adamw")
+        if self.schedule not in SCHEDULES:
+            raise RequestError(f"optim.schedule={self.schedule} must be one of {', '.join(SCHEDULES)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise RequestError(f"optim.betas={list(self.betas)} must be two numbers, at least 0 and below 1")
+        if not 0 <= self.momentum < 1:
+            raise RequestError(f"optim.momentum={self.momentum} must be at least 0 and below 1")
+        for name in ("learning_rate", "matrix_learning_rate", "weight_decay", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RequestError(f"optim.{name}={getattr(self, name)} must be a number, at least 0")
+        for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RequestError(f"optim.{name}={getattr(self, name)} must be between 0 and 1")
+
+
+def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Learning rate of step `step` (1 to `num_steps`) as a share of the peak: a pure function, nothing to save."""
+    num_warmup = config.warmup_fraction * num_steps
+    if step < num_warmup:
+        return step / num_warmup
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
+        falling = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    else:
+        # The step after the last would have rate 0: the last step still learns.
+        falling = min(1.0, (num_steps + 1 - step) / max(config.decay_fraction * num_steps, 1))
+    return config.final_fraction + (1 - config.final_fraction) * max(falling, 0.0)
+
+
+# The quintic polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al., 2025), one an iteration: each is the one
+# that brings singular values closest to 1 given where the ones before have left them.
+POLAR_EXPRESS = (
+    (8.2051, -22.9019, 16.4607),
+    (4.0664, -2.8612, 0.5184),
+    (3.9096, -2.8234, 0.5250),
+    (3.2856, -2.4153, 0.4853),
+    (2.2779, -1.6198, 0.3985),
+)
+
+
+def orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearest semi-orthogonal matrices: U V^T of each matrix U S V^T, all N in batched products of `dtype`."""
+    transposed = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    x = (matrices_NRC.mT if transposed else matrices_NRC).to(dtype)  # products of the shorter side are the cheaper
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if transposed else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al., 2024): every direction of a matrix moves at the same rate.
+
+    Matrices of one shape are stacked and orthogonalised together: 5.5 ms a step against 12.4 ms one by one for 24
+    matrices on two CPU cores. The update has root mean square `0.2 * lr`-like size whatever the shape, by the factor
+    sqrt(max(1, rows / columns)) of the reference.
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for parameter in params:
+            by_shape[parameter.shape].append(parameter)
+        groups = [{"params": group} for group in by_shape.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = group["params"]
+            state = self.state[params[0]]
+            grads_NRC = torch.stack([parameter.grad for parameter in params])
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(grads_NRC)
+            averages_NRC = state["momentum"].lerp_(grads_NRC, 1 - group["momentum"])
+            nesterov_NRC = grads_NRC.lerp_(averages_NRC, group["momentum"])
+            rows, columns = params[0].shape
+            size = math.sqrt(max(1.0, rows / columns))
+            updates_NRC = orthogonalise(nesterov_NRC, self.dtype).to(params[0].dtype)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(updates_NRC.unbind()), alpha=-group["lr"] * size)
+
+
+class Optimizer:
+    """All parameters of a model; the state is a flat dictionary of tensors, so that a checkpoint needs no pickle."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> None:
+        self.config = config
+        matrices, embeddings, vectors = [], [], []
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                vectors.append(parameter)
+            elif "embed_tokens" in name or "lm_head" in name:
+                embeddings.append(parameter)
+            else:
+                matrices.append(parameter)
+        self.parameters = matrices + embeddings + vectors
+        self.optimizers: list[torch.optim.Optimizer] = []
+        adamw_groups: list[dict[str, Any]] = [
+            {"params": embeddings, "weight_decay": 0.0},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        if config.kind == "muon":
+            lr = config.matrix_learning_rate
+            self.optimizers.append(Muon(matrices, lr, config.momentum, config.weight_decay, dtype))
+        else:
+            adamw_groups.append({"params": matrices, "weight_decay": config.weight_decay})
+        self.optimizers.append(
+            torch.optim.AdamW(
+                adamw_groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), eps=1e-10, fused=True
+            )
+        )
+        self.peaks = [group["lr"] for group in self.groups()]
+        self.factor = 1.0
+
+    def groups(self) -> Iterator[dict[str, Any]]:
+        for optimizer in self.optimizers:
+            yield from optimizer.param_groups
+
+    def set_factor(self, factor: float) -> None:
+        """Set every group's learning rate to this share of its peak."""
+        self.factor = factor
+        for group, peak in zip(self.groups(), self.peaks, strict=True):
+            group["lr"] = peak * factor
+
+    def step(self) -> Tensor:
+        """Clip the gradient, move the weights, clear the gradient; returns its norm before clipping."""
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return norm
+
+    def reset(self) -> None:
+        """Forget all momentum and averages."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors by `optimizer.parameter.entry`, in the fixed order of the parameters."""
+        return {
+            f"{o}.{p}.{key}": value
+            for o, optimizer in enumerate(self.optimizers)
+            for p, parameter in enumerate(q for group in optimizer.param_groups for q in group["params"])
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned, for a model and config of the same shape (else ValueError)."""
+        for o, optimizer in enumerate(self.optimizers):
+            for p, parameter in enumerate(q for group in optimizer.param_groups for q in group["params"]):
+                prefix = f"{o}.{p}."
+                for name in [name for name in state if name.startswith(prefix)]:
+                    value = state[name]
+                    if value.dim() >= parameter.dim() > 0 and value.shape[-parameter.dim() :] != parameter.shape:
+                        raise ValueError(f"optimizer state {name} has shape {tuple(value.shape)}")
+                    # AdamW keeps its step counts on the CPU unless told otherwise; fused wants them with the weights.
+                    optimizer.state[parameter][name.removeprefix(prefix)] = value.to(parameter.device).clone()

@@ -1,0 +1,240 @@
+"""Text <-> ids: byte-level BPE trained on the corpus, single characters, bytes, or a tokenizer made elsewhere.
+
+Every kind gives back exactly the text it was given. The files it writes are those of the Hugging Face world.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from minitf.errors import RequestError
+
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
+NUM_BYTES = 256
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes ids."""
+
+    kind: str = "bpe"  # bpe, char (every character a token), byte, pretrained (tokenizer.file)
+    vocab_size: int = 2048  # tokens of a trained BPE, its 256 bytes and the end-of-text token included
+    file: str | None = None  # tokenizer.json, or the directory holding it, for kind=pretrained
+    train_megabytes: float = 64.0  # MB of training text, evenly sampled, that the BPE is trained on
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bpe", "char", "byte", "pretrained"):
+            raise RequestError(f"tokenizer.kind={self.kind} is not known; use bpe, char, byte or pretrained")
+        if self.kind == "bpe" and self.vocab_size < NUM_BYTES + 1:
+            raise RequestError(
+                f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and the end-of-text token need 257"
+            )
+        if self.kind == "pretrained" and not self.file:
+            raise RequestError("tokenizer.file is empty; name a tokenizer.json, e.g. tokenizer.file=my/tokenizer.json")
+        if self.train_megabytes <= 0:
+            raise RequestError(f"tokenizer.train_megabytes={self.train_megabytes} must be above 0")
+
+
+class Tokenizer:
+    """str <-> ids, with one special token: the end of a text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """Take over `backend`, to which `<|endoftext|>` is added if it has no known end-of-text token."""
+        known = (token for token in KNOWN_ENDS if backend.token_to_id(token) is not None)
+        self.end_token = next(known, END_OF_TEXT)
+        backend.add_special_tokens([AddedToken(self.end_token, special=True, normalized=False)])
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is that text, not the end of it
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        tokens = backend.get_vocab(with_added_tokens=True)
+        self.end_id = tokens[self.end_token]
+        self.vocab_size = max(tokens.values()) + 1
+        # Without a pre-tokenizer and merges the tokenizer is an alphabet, and BPE drops what it does not know.
+        self._alphabet: frozenset[str] | None = None
+        if isinstance(backend.decoder, decoders.Fuse) and backend.pre_tokenizer is None:
+            self._alphabet = frozenset(token for token in tokens if len(token) == 1)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Raises RequestError when it holds what cannot be encoded."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, in parallel. Raises RequestError when one holds what cannot be encoded."""
+        for text in texts:
+            self._check(text)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without end-of-text tokens; bytes that are no UTF-8 become U+FFFD."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+
+    def decode_stream(self) -> "TextStream":
+        """A decoder that takes one id at a time, for text that is shown while it is generated."""
+        return TextStream(self)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """A readable text for each id, for pictures: newlines as "⏎", bytes of a split character as "⟨e4⟩"."""
+        return [self._piece(id_) for id_ in ids]
+
+    def save(self, directory: Path | str, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them."""
+        directory = Path(directory)
+        settings: dict[str, str | bool | int] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.end_token,
+            "eos_token": self.end_token,
+            "pad_token": self.end_token,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # there too, "<|endoftext|>" in a text is that text
+        }
+        if max_length is not None:
+            settings |= {"model_max_length": max_length}
+        (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8", newline="")
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The content of tokenizer.json: all there is to this tokenizer."""
+        return str(self.backend.to_str(pretty=True))
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read a tokenizer.json, or the directory holding it. Raises RequestError when that fails."""
+        file = Path(path).expanduser()
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise RequestError(f"{file}: no tokenizer here; name a tokenizer.json or the directory holding it")
+        try:
+            return cls(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")))
+        except OSError:
+            raise
+        except BaseException as error:  # the library panics on some damaged files, and its panic is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(f"{file}: not a usable tokenizer.json ({reason}); make it anew") from None
+
+    def _check(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            lone = _name(text[error.start])
+            raise RequestError(
+                f"the text holds half a surrogate pair, {lone}, at character {error.start}; it has no UTF-8 form"
+            ) from None
+        if self._alphabet is None or (unknown := set(text) - self._alphabet) == set():
+            return
+        offset = min(text.index(char) for char in unknown)
+        raise RequestError(
+            f"the character {_name(text[offset])} at character {offset} of the text is not in the vocabulary; "
+            "leave it out, or train with tokenizer=bpe or tokenizer=byte"
+        )
+
+    def _piece(self, id_: int) -> str:
+        token = self.backend.id_to_token(id_)
+        if token is None or id_ == self.end_id:
+            return token or f"⟨{id_}⟩"
+        text = str(self.backend.decode([id_], skip_special_tokens=False))
+        if self._alphabet is None and token.startswith("▁") and not text.startswith(" "):
+            text = " " + text  # SentencePiece decoders drop the space of a first word
+        if "\ufffd" in text and token != "\ufffd":
+            text = self._readable_bytes(token)
+        return text.translate(_VISIBLE)
+
+    def _readable_bytes(self, token: str) -> str:
+        """Text of a token that is not whole characters: its stray bytes in hexadecimal."""
+        if fallback := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return f"⟨{fallback[1].lower()}⟩"
+        if not all(char in _BYTE_OF_CHAR for char in token):
+            return token
+        text = bytes(_BYTE_OF_CHAR[char] for char in token).decode("utf-8", "surrogateescape")
+        return "".join(f"⟨{ord(char) - 0xDC00:02x}⟩" if "\udc80" <= char <= "\udcff" else char for char in text)
+
+
+class TextStream:
+    """Text of ids that come one by one; a character is given out once all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = decoders.DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._num_given = 0
+
+    def step(self, id_: int) -> str | None:
+        """Add one id. The text it completes, or None when it completes none yet."""
+        self._ids.append(id_)
+        text = self._stream.step(self._tokenizer.backend, id_)
+        self._num_given += len(text or "")
+        return text
+
+    def flush(self) -> str:
+        """The text held back for bytes that never came, as U+FFFD; to be called once, after the last id."""
+        return self._tokenizer.decode(self._ids)[self._num_given :]
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], held_out_texts: Iterable[str] = ()) -> Tokenizer:
+    """Make the tokenizer that `config` describes.
+
+    BPE learns its merges from `texts`, the training text. `char` takes its alphabet from `texts` and `held_out_texts`:
+    which characters exist is not a statistic that could leak. The other kinds read neither.
+    """
+    if config.kind == "pretrained":
+        return Tokenizer.load(str(config.file))
+    if config.kind == "byte":
+        return Tokenizer(_byte_level(models.BPE(vocab=_BYTE_OF_CHAR, merges=[])))
+    if config.kind == "char":
+        alphabet: set[str] = set()
+        for source in (texts, held_out_texts):
+            for text in source:
+                alphabet.update(text)
+        backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet))}, merges=[]))
+        backend.decoder = decoders.Fuse()
+        return Tokenizer(backend)
+    return _train_bpe(config, texts)
+
+
+def _train_bpe(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    reached = backend.get_vocab_size()
+    if reached < config.vocab_size:
+        raise RequestError(
+            f"tokenizer.vocab_size={config.vocab_size} is more than this text gives: it ends at {reached} tokens; "
+            f"set tokenizer.vocab_size={reached} or less"
+        )
+    return Tokenizer(backend)
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _chars_of_bytes() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte: itself where printable in Latin-1, else the next one from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
+    return {chr(byte) if byte in printable else chr(0x100 + others.index(byte)): byte for byte in range(NUM_BYTES)}
+
+
+_BYTE_OF_CHAR = _chars_of_bytes()
+_VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "⏎", ord("\t"): "⇥"}
+
+
+def _name(char: str) -> str:
+    return f"{char!r} (U+{ord(char):04X})"

@@ -1,0 +1,232 @@
+"""The command `python -m minitf.train`: compose the config, train, say what came out and what to do next."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitf.errors import MinitfError, RequestError, run_command
+
+# torch and all that needs it are imported below, where they are used: --help answers without them.
+if TYPE_CHECKING:
+    from minitf.checkpoint import Checkpoint
+    from minitf.config import Config
+    from minitf.hardware import Hardware
+    from minitf.monitor import Monitor
+    from minitf.trainer import Trainer
+
+
+def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) -> None:
+    """Train as `config` says in `run_dir`, from the checkpoint `resumed` if given; leaves all it made in `run_dir`."""
+    from minitf.config import flat, save_config
+    from minitf.hardware import choose_hardware
+    from minitf.monitor import Monitor, record_environment
+
+    hardware = choose_hardware(config.trainer.device, config.trainer.precision)
+    with _own(run_dir):
+        monitor = Monitor(run_dir, resumed.step or 0 if resumed else 0)
+        try:
+            trainer = _assemble(config, run_dir, resumed, hardware, monitor)
+            save_config(config, run_dir / "config.yaml")
+            choices = {
+                "device": hardware.device.type,
+                "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
+                "attention": "explicit" if trainer.model.explicit_attention else "sdpa",
+                "compile": trainer.warm_up(),
+            }
+            if resumed:
+                trainer.restore(resumed.directory)
+            record_environment(run_dir, hardware, choices)
+            _introduce(trainer, choices)
+            trainer.run()
+            if trainer.state.last_val:
+                final = {f"final/{name}": float(value) for name, value in trainer.state.last_val.items()}
+                monitor.hyperparameters(flat(config), final, trainer.state.step)
+            _conclude(trainer)
+        finally:
+            monitor.close()
+
+
+def _assemble(
+    config: "Config", run_dir: Path, resumed: "Checkpoint | None", hardware: "Hardware", monitor: "Monitor"
+) -> "Trainer":
+    """Text, model and state put together."""
+    from dataclasses import replace
+
+    import torch
+
+    from minitf.batches import prepare
+    from minitf.checkpoint import TrainState, load_checkpoint
+    from minitf.model import Transformer
+    from minitf.trainer import Trainer
+
+    torch.manual_seed(config.seed)
+    loaded = resumed or (load_checkpoint(config.init_from) if config.init_from else None)
+    text = prepare(config.data, config.tokenizer, loaded.tokenizer if loaded else None, log=monitor.say)
+    if loaded:
+        shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
+        config.model = shape
+    model = Transformer(config.model, text.tokenizer.vocab_size)
+    if loaded:
+        model.load_state_dict(loaded.model.state_dict())
+    model = model.to(hardware.device)
+    model.compute_dtype = hardware.dtype
+    state = TrainState.from_json(resumed.state) if resumed else TrainState()
+    return Trainer(
+        config.trainer, config.optim, config.attention, config.data, config.seed,
+        model, text, hardware, run_dir, monitor, state,
+    )  # fmt: skip
+
+
+@contextmanager
+def _own(run_dir: Path) -> Iterator[None]:
+    """Make `run_dir` and keep other processes out of it; the lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("a")
+    except OSError as error:
+        raise MinitfError(f"cannot write in {run_dir}: {error.strerror}; choose another with run_dir=DIR") from None
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no flock; two runs in one directory are then the user's to avoid
+        except OSError:
+            raise MinitfError(f"{run_dir} is in use by another process: wait for it, or choose another run_dir") from None
+        yield
+
+
+def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
+    """Say what is going to happen."""
+    model, state, say = trainer.model, trainer.state, trainer.monitor.say
+    c = model.config
+    shape = f"{c.num_layers} layers of {c.hidden_size}, {c.num_heads} heads, context {c.context_length}"
+    say(f"text       {trainer.text.description}")
+    say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
+    say(f"chosen     {choices['device']}; {choices['precision']}; {choices['attention']} attention")
+    say(f"compile    {choices['compile']}")
+    epochs = state.num_steps * trainer.tokens_per_step / trainer.batches.tokens_per_epoch
+    say(f"training   {state.num_steps:,} steps of {trainer.tokens_per_step:,} tokens, {epochs:.1f} times the text")
+    say(f"run        {trainer.run_dir}   watch it: tensorboard --logdir {_runs_root(trainer.run_dir)}")
+
+
+def _conclude(trainer: "Trainer") -> None:
+    """Say what came out, where it is, and what to type next."""
+    state, say = trainer.state, trainer.monitor.say
+    run_dir = os.path.relpath(trainer.run_dir)
+    if trainer.interrupted:
+        say(f"stopped after step {state.step:,}; go on with: python -m minitf.train resume={run_dir}")
+        return
+    val = state.last_val
+    say("")
+    if val:
+        say(
+            f"held-out   {val['bits_per_byte']:.3f} bits per byte, loss {val['loss']:.3f} nats per token, "
+            f"perplexity {val['perplexity']:.1f}"
+        )
+    say(
+        f"trained    {state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {_clock(state.train_s)} "
+        f"({state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s), {_clock(state.elapsed_s)} in all"
+    )
+    say(f"saved in   {run_dir}/checkpoints/latest (a Hugging Face model) and best")
+    say("next       python scripts/generate.py " + repr(trainer.sample_prompt()).replace("'", '"'))
+    say(f"           tensorboard --logdir {_runs_root(trainer.run_dir)}")
+    say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
+
+
+def _runs_root(run_dir: Path) -> str:
+    return "runs" if "runs" in run_dir.parts else str(run_dir)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
+
+
+def _new_run_dir(config: "Config") -> Path:
+    """runs/NAME/DATE_TIME, with a number behind it where that is taken."""
+    if config.run_dir:
+        run_dir = Path(config.run_dir)
+        if (run_dir / "checkpoints").exists():
+            raise RequestError(f"run_dir={run_dir} holds an earlier run: resume={run_dir} goes on with it")
+        return run_dir
+    from minitf.checkpoint import RUNS
+
+    base = RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    candidates = [base, *(base.with_name(f"{base.name}_{n}") for n in range(2, 100))]
+    return next(path for path in candidates if not path.exists())
+
+
+def resume(run: str, overrides: Sequence[str]) -> None:
+    """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
+    from minitf.checkpoint import find_checkpoint, find_run, load_checkpoint
+    from minitf.config import load_config
+
+    for override in overrides:
+        if override.lstrip("+~").startswith(("model", "tokenizer", "data", "name", "seed", "run_dir", "init_from")):
+            raise RequestError(f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed")
+    run_dir = find_run(run)
+    ends = [override for override in overrides if override.startswith(("trainer.max_steps", "trainer.max_minutes"))]
+    if len(ends) == 1:  # the other limit was that of the run as it was meant: it must not end this one
+        other = "max_minutes" if "max_steps" in ends[0] else "max_steps"
+        overrides = [f"trainer.{other}=null", *overrides]
+    config = load_config(run_dir / "config.yaml", overrides)
+    checkpoint = load_checkpoint(find_checkpoint(run, prefer="latest"))
+    if ends:
+        checkpoint.state["num_steps"] = 0  # decided anew
+    elif checkpoint.state.get("step") == checkpoint.state.get("num_steps"):
+        raise RequestError(
+            f"{run_dir} is complete at step {checkpoint.step:,}: go further with a larger trainer.max_steps=N"
+        )
+    train(config, run_dir, checkpoint)
+
+
+def _sweep(args: list[str]) -> int:
+    """Hand over to Hydra's own command line: `-m` sweeps, `--cfg job`, `--hydra-help`, ..."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from minitf.config import register_schema, to_config
+    from minitf.help_page import CONF
+
+    def job(composed: Any) -> None:
+        config = to_config(composed, HydraConfig.get().runtime.choices)
+        sweep_dir = Path(HydraConfig.get().sweep.dir)
+        overrides = HydraConfig.get().job.override_dirname.replace("/", "-")
+        label = f"{HydraConfig.get().job.num}_{overrides}" if overrides else str(HydraConfig.get().job.num)
+        train(config, sweep_dir / label if HydraConfig.get().mode.name == "MULTIRUN" else _new_run_dir(config))
+
+    register_schema()
+    sys.argv[1:] = args
+    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `help_page` for what it takes."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(args):
+        from minitf.help_page import help_page
+
+        print(help_page())
+        return 0
+    from minitf.config import check_overrides, compose_config
+
+    if any(arg.startswith("-") for arg in args):
+        check_overrides([arg for arg in args if not arg.startswith("-")])
+        return _sweep(args)
+    resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
+    if resumed and resumed[-1] not in ("", "null"):
+        resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")])
+    else:
+        config = compose_config(args)
+        train(config, _new_run_dir(config))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,404 @@
+"""Training: the step, the warm-up that measures it, and the loop around it."""
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from minitf.attention_maps import GENERAL_PROBES, AttentionConfig, HeadScores, attention_maps, head_scores
+from minitf.attention_picture import attention_picture
+from minitf.batches import Batches, TokenizedText
+from minitf.checkpoint import TrainState, load_optimizer_state, save_checkpoint
+from minitf.corpus import DataConfig
+from minitf.errors import MinitfError, RequestError
+from minitf.evaluate import evaluate
+from minitf.generate import Options, Sampling, generate_text
+from minitf.hardware import Hardware, compiled, compiler_missing
+from minitf.model import Transformer, cross_entropy, train_block
+from minitf.monitor import Monitor
+from minitf.optim import OptimConfig, Optimizer, schedule_factor
+
+DEFAULT_MINUTES = 3.0
+# Compiling takes 10 to 30 s cold and makes a step about 1.5 times as fast: it pays from about this much training on.
+COMPILE_PAYS_FROM_S = 60.0
+# Rows logged, evaluations and looks at attention in a run, unless set in steps.
+TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 10, 12
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int | None = None  # end after so many optimiser steps
+    max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
+    batch_size: int = 32  # sequences in a batch
+    grad_accumulation: int = 1  # batches whose gradients make one step
+    device: str = "auto"  # auto | cpu | cuda | mps
+    precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
+    compile: str = "auto"  # torch.compile of the blocks: auto (when it pays for itself in this run) | true | false
+    log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
+    eval_every: int = 0  # steps between held-out evaluations; 0: 10 a run
+    save_every: int = 0  # steps between checkpoints; 0: at each evaluation
+    attention_every: int = 0  # steps between looks at attention; 0: 12 a run; -1: never
+    eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; all, if there are no more
+    sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
+    keep_checkpoints: int = 2  # newest checkpoints kept, beside the best
+
+    def __post_init__(self) -> None:
+        self.compile = self.compile.lower()
+        if self.compile not in ("auto", "true", "false"):
+            raise RequestError(f"trainer.compile={self.compile} must be auto, true or false")
+        if self.max_minutes is not None and not 0 < self.max_minutes < 1e6:
+            raise RequestError(f"trainer.max_minutes={self.max_minutes} must be above 0")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise RequestError(f"trainer.max_steps={self.max_steps} must be at least 1")
+        least = {"batch_size": 1, "grad_accumulation": 1, "keep_checkpoints": 1, "eval_tokens": 1, "sample_tokens": 0}
+        least |= {"log_every": 0, "eval_every": 0, "save_every": 0, "attention_every": -1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise RequestError(f"trainer.{name}={getattr(self, name)} must be at least {smallest}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """After how many steps each thing of the loop is due."""
+
+    log: int
+    evaluate: int
+    save: int
+    look: int
+
+    @classmethod
+    def of(cls, config: TrainerConfig, num_steps: int) -> "Schedule":
+        evaluations = config.eval_every or max(1, num_steps // EVALUATIONS)
+        return cls(
+            log=config.log_every or max(1, num_steps // TRAIN_ROWS),
+            evaluate=evaluations,
+            save=config.save_every or evaluations,
+            look=config.attention_every or max(1, num_steps // LOOKS),
+        )
+
+
+class Trainer:
+    """One training run, from where its state is to its last step."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        optim: OptimConfig,
+        attention: AttentionConfig,
+        data: DataConfig,
+        seed: int,
+        model: Transformer,
+        text: TokenizedText,
+        hardware: Hardware,
+        run_dir: Path,
+        monitor: Monitor,
+        state: TrainState,
+    ) -> None:
+        self.config, self.attention, self.data = config, attention, data
+        self.model, self.text, self.hardware = model, text, hardware
+        self.run_dir, self.monitor, self.state = run_dir, monitor, state
+        self.batches = Batches(text.train, model.config.context_length, config.batch_size, seed)
+        self.optimizer = Optimizer(model, optim, hardware.dtype)
+        self.schedule = Schedule.of(config, 1)
+        self.last_checkpoint: Path | None = None
+        self.scores: HeadScores | None = None
+        self.interrupted = False
+        self.is_best = False  # whether the weights at hand are the best so far, and unsaved
+        self.said: set[str] = set()
+        self.flops_per_token = model.flops_per_token()
+        self.pending: list[tuple[Tensor, Tensor]] = []  # losses and gradient norms since the last row
+        self.row_start = (state.tokens, state.train_s)
+        self.clock: float | None = None  # when the training clock was started
+        self.started = time.perf_counter() - state.elapsed_s
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.grad_accumulation * self.model.config.context_length
+
+    def step(self, index: int, learning_rate_factor: float) -> tuple[Tensor, Tensor]:
+        """One optimiser step on batch `index`; returns the mean loss in nats a token and the gradient norm."""
+        total = torch.zeros((), device=self.hardware.device)
+        count = self.config.grad_accumulation
+        for part in range(count):
+            inputs_BT, targets_BT = self.batches.batch(index * count + part)
+            if self.hardware.device.type == "cuda":  # pinned memory is copied while the GPU still computes
+                inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
+            loss = self.model.loss(
+                inputs_BT.to(self.hardware.device, non_blocking=True),
+                targets_BT.to(self.hardware.device, non_blocking=True),
+            )
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() / count
+        self.optimizer.set_factor(learning_rate_factor)
+        return total, self.optimizer.step()
+
+    # -- warm-up -------------------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> str:
+        """Decide on compilation and measure a step, without moving a weight; returns what was chosen, in words.
+
+        The steps run with a learning rate of 0, and the optimiser and the random state are put back afterwards.
+        """
+        started = time.perf_counter()
+        random_state = torch.get_rng_state()
+        self.step(0, 0.0)
+        step_s = self._measure_step(3)
+        choice = "off, as set" if self.config.compile == "false" else self._compile(step_s)
+        step_s = self._measure_step(10)
+        self.optimizer.reset()
+        torch.set_rng_state(random_state)
+        self.state.warmup_s += time.perf_counter() - started
+        if self.state.num_steps == 0:
+            self.state.num_steps = self._num_steps(step_s)
+        return choice
+
+    def _measure_step(self, most: int) -> float:
+        """Median seconds of a step, over `most` steps or about a second."""
+        times: list[float] = []
+        while len(times) < most and sum(times) < 1.0:
+            start = time.perf_counter()
+            self.step(0, 0.0)
+            self.hardware.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def _num_steps(self, step_s: float) -> int:
+        minutes, steps = self.config.max_minutes, self.config.max_steps
+        if minutes is None and steps is None:
+            minutes = DEFAULT_MINUTES
+        done, left_s = self.state.step, (minutes or 0) * 60 - self.state.train_s
+        in_time = done + max(1, int(left_s / step_s)) if minutes is not None else steps
+        return min(in_time or 1, steps or in_time or 1)
+
+    def _compile(self, eager_s: float) -> str:
+        """Compile the block and the loss if that makes the rest of this run shorter; says what was done and why."""
+        left_s = (self._num_steps(eager_s) - self.state.step) * eager_s
+        if self.config.compile == "auto" and left_s < COMPILE_PAYS_FROM_S:
+            return f"off, does not pay in {left_s:.0f} s of training"
+        missing = compiler_missing(self.hardware.device)
+        if missing:
+            return f"off, {missing}"
+        model = self.model
+        model.train_block, model.cross_entropy = compiled(train_block), compiled(cross_entropy)
+        try:
+            self.step(0, 0.0)
+            compiled_s = self._measure_step(5)
+        except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
+            model.train_block, model.cross_entropy = train_block, cross_entropy
+            return f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        if self.config.compile == "auto" and compiled_s > eager_s:
+            model.train_block, model.cross_entropy = train_block, cross_entropy
+            return f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {eager_s * 1000:.0f} ms without"
+        return f"on, a step takes {compiled_s * 1000:.0f} ms instead of {eager_s * 1000:.0f} ms"
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the last step: evaluate, look, save, stop or step, log."""
+        state = self.state
+        self.schedule = schedule = Schedule.of(self.config, state.num_steps)
+        self.monitor.start(state.step, state.num_steps)
+        first = state.step  # what is due at the step a run resumes from was done before it was saved
+        with self._interruptible():
+            while True:
+                last = state.step == state.num_steps
+                fresh = state.step != first or first == 0
+                if fresh and (state.step % schedule.evaluate == 0 or last):
+                    self.evaluate()
+                if fresh and self.config.attention_every >= 0 and (state.step % schedule.look == 0 or last):
+                    self.look()
+                if fresh and state.step and (state.step % schedule.save == 0 or last or self.interrupted):
+                    self.save()
+                if last or self.interrupted:
+                    break
+                self.train_one_step()
+                if state.step % schedule.log == 0 or state.step == state.num_steps:
+                    self.log()
+        self.monitor.stop()
+
+    def train_one_step(self) -> None:
+        """Advance the state by one step."""
+        if self.clock is None:
+            self.clock = time.perf_counter()
+        step = self.state.step + 1
+        factor = schedule_factor(self.optimizer.config, step, self.state.num_steps)
+        loss, norm = self.step(self.state.step, factor)
+        self.pending.append((loss, norm))
+        self.state.step = step
+        self.state.tokens += self.tokens_per_step
+        if self.hardware.device.type == "cpu":  # elsewhere asking for the value would wait for the device
+            self._check_finite(float(loss))
+
+    def _settle(self) -> None:
+        """Stop the training clock and add what it shows to the state."""
+        if self.clock is not None:
+            self.hardware.synchronize()
+            self.state.train_s += time.perf_counter() - self.clock
+            self.clock = None
+        self.state.elapsed_s = time.perf_counter() - self.started
+
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        rate = self.optimizer.factor * self.optimizer.config.learning_rate
+        saved = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
+        raise MinitfError(
+            f"the loss became {loss} at step {self.state.step:,}, learning rate {rate:.2g}; {saved}; "
+            "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
+        )
+
+    def log(self) -> None:
+        """One row of training numbers: the mean loss of the steps since the last row, their speed, and totals."""
+        self._settle()
+        state = self.state
+        losses = torch.stack([loss for loss, _ in self.pending]).tolist()
+        self._check_finite(sum(losses))
+        tokens, seconds = state.tokens - self.row_start[0], state.train_s - self.row_start[1]
+        tokens_per_s = tokens / seconds
+        self.monitor.train_row(
+            {
+                "step": state.step,
+                "loss": sum(losses) / len(losses),
+                "lr": self.optimizer.factor * self.optimizer.config.learning_rate,
+                "grad_norm": float(self.pending[-1][1]),
+                "tokens": state.tokens,
+                "tokens_per_s": round(tokens_per_s, 1),
+                "mfu": round(tokens_per_s * self.flops_per_token / self.hardware.peak_flops, 4),
+                "train_s": round(state.train_s, 3),
+                "warmup_s": round(state.warmup_s, 3),
+                "elapsed_s": round(state.elapsed_s, 3),
+            }
+        )
+        self.pending, self.row_start = [], (state.tokens, state.train_s)
+
+    # -- evaluate, look, save ------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Held-out metrics, and a sample of what the model writes after the first words of the held-out text."""
+        self._settle()
+        config, model = self.config, self.model
+        # With dropout the network of evaluation is another one. Without, the compiled training graph serves: a graph
+        # for no_grad would have to be compiled first, which takes longer than all evaluations of a short run.
+        same_network = model.config.dropout == 0
+        model.train(same_network)
+        with torch.set_grad_enabled(same_network):
+            context, device = model.config.context_length, self.hardware.device
+            text = self.text
+            result = evaluate(
+                model.loss, text.val, text.val_bytes, context, config.batch_size, device, config.eval_tokens
+            )
+        model.train()
+        self.is_best = result.loss < self.state.best_loss
+        self.state.best_loss = min(self.state.best_loss, result.loss)
+        self.state.last_val = asdict(result)
+        row = {"step": self.state.step, "tokens": self.state.tokens, "train_s": round(self.state.train_s, 3)}
+        self.monitor.val_row(row | asdict(result))
+        if config.sample_tokens:
+            self.sample()
+        self._settle()
+
+    def sample_prompt(self) -> str:
+        """The first words of the held-out text."""
+        return " ".join(self.text.tokenizer.decode(self.text.val[:24].tolist()).split()[:4])
+
+    def sample(self) -> None:
+        """Write a little after the first words of the held-out text."""
+        tokenizer, prompt = self.text.tokenizer, self.sample_prompt()
+        options = Options(self.config.sample_tokens, seed=0, sampling=Sampling(min_p=0.05))
+        self.model.eval()
+        continuation = generate_text(self.model, tokenizer, prompt, options)[0]
+        self.model.train()
+        self.monitor.sample(prompt, continuation, self.state.step)
+
+    def probes(self) -> list[str]:
+        """The sentences whose attention is logged: as set, or general ones and the text's own, as far as they fit."""
+        wanted = self.attention.probes
+        if wanted is None:
+            own = self.data.probes or [self.text.tokenizer.decode(self.text.val[:24].tolist())]
+            wanted = [*GENERAL_PROBES[:1], *own]
+        return wanted
+
+    def look(self) -> None:
+        """Log what every head looks at in the probes, and scores of what it does."""
+        self._settle()
+        state, model, tokenizer = self.state, self.model, self.text.tokenizer
+        if self.attention.heads:
+            window = torch.from_numpy(self.text.val[: model.config.context_length].astype("int64"))
+            self.scores = head_scores(model, window[None])
+            values = {
+                f"heads/{name}/layer{layer}_head{head}": float(score)
+                for name, score_LH in self.scores.items()
+                for layer, score_H in enumerate(score_LH)
+                for head, score in enumerate(score_H)
+            }
+            self.monitor.scalars(values, state.step)
+        for probe in self.probes():
+            try:
+                maps = attention_maps(model, tokenizer, probe, step=state.step, scores=self.scores)
+            except RequestError as error:  # a probe this tokenizer or context cannot take: the others are shown
+                self._say_once(f"attention.probes: {probe!r} is not shown: {error}")
+                continue
+            self.monitor.picture(f"attention/{probe}", attention_picture(maps, self.scores), state.step)
+        self._settle()
+
+    def _say_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.monitor.say(line)
+
+    def save(self) -> None:
+        """Write a checkpoint; raises OSError or MinitfError with what was saved before unharmed."""
+        self._settle()
+        if self.pending:
+            self._check_finite(float(self.pending[-1][0]))
+        state = {**asdict(self.state), "data": asdict(self.data)}
+        self.last_checkpoint = save_checkpoint(
+            self.run_dir / "checkpoints",
+            self.model,
+            self.text.tokenizer,
+            {**self.optimizer.state_dict(), "random_state": torch.get_rng_state()},
+            state,
+            is_best=self.is_best,
+            keep=self.config.keep_checkpoints,
+        )
+        self.is_best = False
+        self._settle()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over optimiser and random state from a checkpoint; the model and `TrainState` are the caller's."""
+        tensors, random_state = load_optimizer_state(checkpoint)
+        self.optimizer.load_state_dict(tensors)
+        torch.set_rng_state(random_state)
+        self.last_checkpoint = checkpoint
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            self.monitor.say(f"{signal.Signals(number).name}: finishing the step and saving; once more to stop at once")
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+        before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for kind in before:
+                signal.signal(kind, on_signal)
+        except ValueError:  # not the main thread: signals are somebody else's business
+            before = {}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
