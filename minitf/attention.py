@@ -85,7 +85,7 @@ def rotate(x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
 
     Pairs are (i, i + head_dim / 2), the arrangement of Llama and Qwen checkpoints.
     """
-    cos_TK, sin_TK = rotary_2TK.to(x_BHTK.dtype)
+    cos_TK, sin_TK = rotary_2TK.to(x_BHTK.dtype).unbind()
     first, second = x_BHTK.chunk(2, dim=-1)
     return x_BHTK * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK
 

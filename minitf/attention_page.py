@@ -15,7 +15,7 @@ import torch
 
 from minitf.attention_maps import AttentionMaps, attention_maps, head_scores
 from minitf.checkpoint import load_checkpoint
-from minitf.errors import RequestError
+from minitf.errors import RequestError, run_command
 from minitf.viewer import viewer_page
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print()
     else:
         _write(arguments.out, attention_page([maps], title="What each word looks at"))
-        print(f"{checkpoint.directory}, step {checkpoint.step}: wrote {arguments.out}", file=sys.stderr)
+        print(f"{checkpoint.directory}: wrote {arguments.out}", file=sys.stderr)
     return 0
 
 
@@ -81,3 +81,7 @@ def _write(file: Path, page: str) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

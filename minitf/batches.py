@@ -27,7 +27,7 @@ from minitf.errors import MinitfError, RequestError
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 FORMAT_VERSION = 1  # raise it when the same text and settings give other files than before
-ENCODE_CHARS = 1 << 22  # text encoded at once; bounds the memory of `prepare`
+ENCODE_CHARS = 1 << 21  # text encoded at once, in parallel by rows; bounds the memory of `prepare`
 ENCODE_ROWS = 4096
 LOG_EVERY_S = 10.0
 STALE_S = 24 * 3600.0  # a temporary directory untouched for so long belongs to no living run

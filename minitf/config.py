@@ -83,7 +83,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     parsed = check_overrides(overrides)
     for override in parsed:
         if override.key_or_group in GROUPS:
-            raise RequestError(f"{override.input_line}: a resumed run keeps its own presets; single keys can be changed")
+            raise RequestError(f"{override.input_line}: a resumed run keeps its presets; single keys may change")
     try:
         saved = OmegaConf.load(path)
         values = OmegaConf.from_dotlist(list(overrides))
@@ -102,6 +102,7 @@ def check_overrides(overrides: Sequence[str]) -> list[Override]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         reason = " ".join(str(error).split())
+        reason = reason.split(" See http")[0]
         raise RequestError(f"cannot read an argument: {reason}; arguments are group=option or key=value") from None
     keys = all_keys()
     for override in parsed:
@@ -127,7 +128,7 @@ def flat(config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in container.items():
         if isinstance(value, dict):
-            result |= {f"{key}.{name}": inner for name, inner in value.items()}
+            result |= {f"{key!s}.{name!s}": inner for name, inner in value.items()}
         else:
             result[str(key)] = value
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in result.items() if v is not None}

@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 from minitf.errors import MinitfError, RequestError
 
 FORMAT_VERSION = 1  # raise it when the same source and settings give other rows than before
-PIECE_CHARS = 1 << 19  # the longest text of a row
+PIECE_CHARS = 1 << 17  # the longest text of a row
 READ_BYTES = 1 << 20
 BOOKS = {"kjv": "King James Bible", "web": "World English Bible"}
 TEXT_SUFFIXES = {".txt", ".md"}
@@ -269,11 +269,10 @@ def read_text(path: Path) -> Iterator[str]:
             data = file.read(READ_BYTES)
             if (nul := data.find(b"\0")) >= 0:
                 raise RequestError(f"{path}: not a text file (NUL at byte {offset + nul}); data.files takes UTF-8 text")
-            pending = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                at = offset - pending + error.start
+                at = offset + len(data) - len(error.object) + error.start  # it also holds bytes of the read before
                 raise RequestError(f"{path}: invalid UTF-8 at byte {at}; convert the file to UTF-8 first") from None
             offset += len(data)
             if text:
@@ -361,7 +360,12 @@ def _load_hub(config: DataConfig, split: str) -> tuple[Any, int | None]:
 
 def _hub_rows(config: DataConfig, documents: Any) -> Iterable[Row]:
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [row for text in batch[config.text_column] if text for row in _rows([text])]
+        texts = [text for text in batch[config.text_column] if text is not None]
+        for value in texts:
+            if not isinstance(value, str):
+                kind = type(value).__name__
+                raise RequestError(f"{config.hub_path}: column {config.text_column} holds {kind}; set data.text_column")
+        rows = [row for text in texts if text for row in _rows([text])]
         ends = [row["end"] and config.rows_are_documents for row in rows]
         return {"text": [row["text"] for row in rows], "end": ends}
 
@@ -377,7 +381,9 @@ def _hub_error(config: DataConfig, error: Exception) -> MinitfError:
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
     if names & {"ConnectionError", "TimeoutError", "TransportError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
         return MinitfError(f"cannot reach the Hugging Face hub for {config.hub_path}; data=kjv works offline")
-    told = next((link for link in reversed(chain) if str(link).strip()), error)
+    told: BaseException = error
+    while told.__cause__ is not None and str(told.__cause__).strip():  # "An error occurred ...": the cause tells which
+        told = told.__cause__
     reason = str(told).strip().splitlines()[0].rstrip(".") if str(told).strip() else type(error).__name__
     return RequestError(
         f"cannot load {config.hub_path}: {reason}; check data.hub_path, data.hub_name and data.hub_split"

@@ -58,8 +58,8 @@ class Options:
 class NextToken:
     """One decoding step of a batch: the new ids_B and, on request, `weights_LBHS`, where each head looked to choose."""
 
-    ids_B: Tensor
-    weights_LBHS: Tensor | None = None
+    ids_B: Tensor  # noqa: N815
+    weights_LBHS: Tensor | None = None  # noqa: N815
 
 
 def sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
@@ -198,7 +198,8 @@ def explain(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Opti
             shares_S[0] = 0
         top = shares_S.topk(min(num_looked_at, max(len(shares_S) - 1, 1)))
         pieces = tokenizer.pieces([ids[first + int(i)] for i in top.indices])
-        looked_at = "  ".join(f"{p.strip() or repr(p)} {s:.0%}" for p, s in zip(pieces, top.values.tolist(), strict=True))
+        shares = zip(pieces, top.values.tolist(), strict=True)
+        looked_at = "  ".join(f"{piece.strip() or repr(piece)} {share:.0%}" for piece, share in shares)
         token = int(step.ids_B[0])
         rows.append((tokenizer.pieces([token])[0], looked_at))
         if token == tokenizer.end_id or len(rows) == options.max_tokens:
@@ -230,7 +231,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only")
     p.add_argument("--top-p", type=float, default=1.0, help="... from the likeliest that together reach probability p")
-    p.add_argument("--min-p", type=float, default=0.05, help="... from those at least p times as likely as the likeliest")
+    p.add_argument(
+        "--min-p", type=float, default=0.05, help="... from those at least p times as likely as the likeliest"
+    )
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid tokens already used")
     p.add_argument("--seed", type=int, help="draw the same text every time")
     p.add_argument("--num-samples", type=int, default=1, help="so many continuations at once, as one batch")

@@ -5,7 +5,7 @@ checkpoint is a Hugging Face model as it stands.
 
 Axes in tensor names, here and everywhere:
 
-    B batch    T query position    S key position    D hidden    H heads    K head width    F feed-forward    V vocabulary
+    B batch   T query position   S key position   D hidden   H heads   K head width   F feed-forward   V vocabulary
 """
 
 from collections.abc import Callable
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         return self.rotary.device
 
     @property
-    def vocabulary_VD(self) -> Tensor:
+    def vocabulary_VD(self) -> Tensor:  # noqa: N802
         """The matrix whose rows score the next token."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # type: ignore
 
@@ -192,9 +192,7 @@ class Transformer(nn.Module):
         keys = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
         return KeyValueCache(keys, torch.empty_like(keys))
 
-    def hidden(
-        self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None
-    ) -> Tensor:
+    def hidden(self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None) -> Tensor:
         """Last layer's normalised output x_BTD for token ids of shape (B, T).
 
         With a `cache` the ids continue what it holds, and are added to it. A `weights` list gets one float tensor

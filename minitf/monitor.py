@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from rich.console import Console
@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from minitf.hardware import Hardware, describe_processor
+from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    pass
 
 # The contract's TensorBoard tags of the columns of metrics.jsonl.
 SCALARS = {
@@ -42,11 +43,11 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.metrics_path = run_dir / "metrics.jsonl"
-        cut_metrics(self.metrics_path, start_step)
-        self.metrics = self.metrics_path.open("a", encoding="utf-8")
+        self.metrics = open_rows(run_dir / "metrics.jsonl", start_step)
+        self.maps_path = run_dir / "attention.jsonl"
+        self.maps = open_rows(self.maps_path, start_step)
         purge_step = start_step + 1 if start_step else None
-        self.tensorboard: SummaryWriter = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=15)  # type: ignore[no-untyped-call]
+        self.tensorboard: SummaryWriter = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=15)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.bits_per_byte = float("nan")
@@ -61,8 +62,15 @@ class Monitor:
         self.num_steps = num_steps
         if not self.console.is_terminal:
             return
-        columns = [TextColumn("step {task.completed:,}/{task.total:,}"), BarColumn(None), TextColumn("{task.fields[numbers]}")]
-        self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
+
+        columns = (
+            TextColumn("step {task.completed:,}/{task.total:,}"),
+            BarColumn(None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self.progress = Progress(*columns, console=self.console)
         self.task = self.progress.add_task("", total=num_steps, completed=step, numbers="")
         self.progress.start()
 
@@ -84,9 +92,10 @@ class Monitor:
 
     def sample(self, prompt: str, continuation: str, step: int) -> None:
         """A text the model wrote, given `prompt`."""
-        self.tensorboard.add_text("samples", f"**{prompt}**{continuation}".replace("\n", "  \n"), step)  # type: ignore[no-untyped-call]
+        self.tensorboard.add_text("samples", f"**{prompt}**{continuation}".replace("\n", "  \n"), step)
         text = " ".join(continuation.split())
-        self.console.print(f"[dim]step {step:,} {self._held_out()}[/dim]{escape(prompt)}[green]{escape(' ' + text)}[/green]")
+        heading = f"step {step:,}  {self._held_out()}"
+        self.console.print(f"[dim]{heading}[/dim]{escape(prompt)} [green]{escape(text)}[/green]")
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image already encoded as PNG."""
@@ -95,6 +104,20 @@ class Monitor:
         width, height = struct.unpack(">II", png[16:24])  # the header of every PNG
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
         self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def attention(self, maps: Mapping[str, Any], png: bytes, step: int) -> None:
+        """The maps of one probe at one step: kept for the run's attention.html, and as a picture in TensorBoard."""
+        self.maps.write(json.dumps(maps) + "\n")
+        self.picture(f"attention/{maps['text']}", png, step)
+
+    def write_attention_page(self, title: str) -> Path:
+        """Put all maps kept so far into attention.html; returns its path."""
+        self.maps.flush()
+        path = self.maps_path.with_suffix(".html")
+        with self.maps_path.open(encoding="utf-8") as rows:
+            page = viewer_page([json.loads(row) for row in rows], title)
+        path.write_text(page, encoding="utf-8")
+        return path
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Many scalars as one record."""
@@ -120,7 +143,8 @@ class Monitor:
         """Write everything out."""
         self.stop()
         self.metrics.close()
-        self.tensorboard.close()  # type: ignore[no-untyped-call]
+        self.maps.close()
+        self.tensorboard.close()
 
     def _held_out(self) -> str:
         return f"held-out {self.bits_per_byte:.3f} bits/byte  " if self.bits_per_byte == self.bits_per_byte else ""
@@ -134,12 +158,10 @@ class Monitor:
         self.tensorboard._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
 
 
-def cut_metrics(path: Path, last_step: int) -> None:
-    """Keep the rows of steps up to `last_step`: the others were not saved, and will be written again."""
-    if not path.exists():
-        return
+def open_rows(path: Path, last_step: int) -> TextIO:
+    """A file of JSON rows, open for more, holding its rows up to `last_step`: those after it will be written again."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
@@ -148,6 +170,7 @@ def cut_metrics(path: Path, last_step: int) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+    return path.open("a", encoding="utf-8")
 
 
 def record_environment(run_dir: Path, hardware: Hardware, choices: Mapping[str, str]) -> None:

@@ -42,6 +42,8 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
             record_environment(run_dir, hardware, choices)
             _introduce(trainer, choices)
             trainer.run()
+            if config.trainer.attention_every >= 0:
+                monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
             if trainer.state.last_val:
                 final = {f"final/{name}": float(value) for name, value in trainer.state.last_val.items()}
                 monitor.hyperparameters(flat(config), final, trainer.state.step)
@@ -97,7 +99,9 @@ def _own(run_dir: Path) -> Iterator[None]:
         except ImportError:
             pass  # Windows has no flock; two runs in one directory are then the user's to avoid
         except OSError:
-            raise MinitfError(f"{run_dir} is in use by another process: wait for it, or choose another run_dir") from None
+            raise MinitfError(
+                f"{run_dir} is in use by another process: wait for it, or choose another run_dir"
+            ) from None
         yield
 
 
@@ -134,6 +138,8 @@ def _conclude(trainer: "Trainer") -> None:
         f"({state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s), {_clock(state.elapsed_s)} in all"
     )
     say(f"saved in   {run_dir}/checkpoints/latest (a Hugging Face model) and best")
+    if trainer.config.attention_every >= 0:
+        say(f"attention  {run_dir}/attention.html (open it in a browser)")
     say("next       python scripts/generate.py " + repr(trainer.sample_prompt()).replace("'", '"'))
     say(f"           tensorboard --logdir {_runs_root(trainer.run_dir)}")
     say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
@@ -168,7 +174,9 @@ def resume(run: str, overrides: Sequence[str]) -> None:
 
     for override in overrides:
         if override.lstrip("+~").startswith(("model", "tokenizer", "data", "name", "seed", "run_dir", "init_from")):
-            raise RequestError(f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed")
+            raise RequestError(
+                f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
+            )
     run_dir = find_run(run)
     ends = [override for override in overrides if override.startswith(("trainer.max_steps", "trainer.max_minutes"))]
     if len(ends) == 1:  # the other limit was that of the run as it was meant: it must not end this one
@@ -189,6 +197,7 @@ def _sweep(args: list[str]) -> int:
     """Hand over to Hydra's own command line: `-m` sweeps, `--cfg job`, `--hydra-help`, ..."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from minitf.config import register_schema, to_config
     from minitf.help_page import CONF
@@ -198,7 +207,7 @@ def _sweep(args: list[str]) -> int:
         sweep_dir = Path(HydraConfig.get().sweep.dir)
         overrides = HydraConfig.get().job.override_dirname.replace("/", "-")
         label = f"{HydraConfig.get().job.num}_{overrides}" if overrides else str(HydraConfig.get().job.num)
-        train(config, sweep_dir / label if HydraConfig.get().mode.name == "MULTIRUN" else _new_run_dir(config))
+        train(config, sweep_dir / label if HydraConfig.get().mode == RunMode.MULTIRUN else _new_run_dir(config))
 
     register_schema()
     sys.argv[1:] = args

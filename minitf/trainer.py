@@ -30,7 +30,7 @@ DEFAULT_MINUTES = 3.0
 # Compiling takes 10 to 30 s cold and makes a step about 1.5 times as fast: it pays from about this much training on.
 COMPILE_PAYS_FROM_S = 60.0
 # Rows logged, evaluations and looks at attention in a run, unless set in steps.
-TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 10, 12
+TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 8, 12
 
 
 @dataclass
@@ -43,7 +43,7 @@ class TrainerConfig:
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     compile: str = "auto"  # torch.compile of the blocks: auto (when it pays for itself in this run) | true | false
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
-    eval_every: int = 0  # steps between held-out evaluations; 0: 10 a run
+    eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run
     save_every: int = 0  # steps between checkpoints; 0: at each evaluation
     attention_every: int = 0  # steps between looks at attention; 0: 12 a run; -1: never
     eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; all, if there are no more
@@ -251,7 +251,9 @@ class Trainer:
         if math.isfinite(loss):
             return
         rate = self.optimizer.factor * self.optimizer.config.learning_rate
-        saved = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
+        saved = (
+            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
+        )
         raise MinitfError(
             f"the loss became {loss} at step {self.state.step:,}, learning rate {rate:.2g}; {saved}; "
             "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
@@ -348,7 +350,7 @@ class Trainer:
             except RequestError as error:  # a probe this tokenizer or context cannot take: the others are shown
                 self._say_once(f"attention.probes: {probe!r} is not shown: {error}")
                 continue
-            self.monitor.picture(f"attention/{probe}", attention_picture(maps, self.scores), state.step)
+            self.monitor.attention(maps.to_viewer(), attention_picture(maps, self.scores), state.step)
         self._settle()
 
     def _say_once(self, line: str) -> None:

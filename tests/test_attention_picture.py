@@ -83,7 +83,8 @@ def test_any_text_becomes_a_picture_of_bounded_size(tokens: list[str]) -> None:
 
 def test_weights_that_are_not_numbers_still_become_a_picture() -> None:
     maps = maps_of(["a", "b"])
-    assert attention_picture(replace(maps, weights_LHTS=torch.full_like(maps.weights_LHTS, float("nan"))))
+    with np.errstate(invalid="raise"):
+        assert attention_picture(replace(maps, weights_LHTS=torch.full_like(maps.weights_LHTS, float("nan"))))
 
 
 def test_more_heads_than_the_picture_is_wide_still_fit() -> None:

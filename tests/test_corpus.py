@@ -154,6 +154,7 @@ def test_newlines_are_kept_and_a_byte_order_mark_is_dropped(tmp_path: Path) -> N
     [
         (b"good\xff", r"a\.txt: invalid UTF-8 at byte 4"),
         ("é".encode() * 700_000 + b"\xc3", r"invalid UTF-8 at byte 1400000"),
+        (b"\xef\xbb\xbfgood\xff", r"invalid UTF-8 at byte 7"),
         (b"x" * (1 << 20) + b"\xe4\xb8A", r"invalid UTF-8 at byte 1048576"),
         (b"\x89PNG\0\0", r"a\.txt: not a text file \(NUL at byte 4\)"),
         (b"", r"data\.files.*empty"),
@@ -198,6 +199,9 @@ def test_local_json_lines_through_the_hub_loader(tmp_path: Path) -> None:
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "x.jsonl")], text_column="texts")
     with pytest.raises(RequestError, match=r"no column 'texts'.*text, label"):
         open_corpus(config)
+    config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "x.jsonl")], text_column="label")
+    with pytest.raises(RequestError, match=r"column label holds int; set data\.text_column"):
+        list(read_rows(config, open_corpus(config).train))
     (tmp_path / "y.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "y.jsonl")])
     with pytest.raises(RequestError, match=r"^cannot load json: [^\n]+$"):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,12 +110,16 @@ def test_pieces_are_readable(tokenizer: Tokenizer, bpe: Tokenizer) -> None:
         assert not set("".join(pieces)) & set(map(chr, range(32)))
 
 
-def test_pieces_of_text_cut_by_corpus_have_the_ids_of_the_whole(
-    bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_of_text_cut_by_corpus_have_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE_CHARS", 200)
+    rng = random.Random(0)
     text = "".join(corpus.book_chapters("kjv")[30:40])
-    for whole in (text, text.replace("\n", "\r\n"), text.replace("\n", "\n\n"), text.replace("\n", " ")):
+    broken = re.sub("\n", lambda _: "\n" * rng.choice([1, 2, 3]), text)
+    spaced = re.sub(" ", lambda _: " " * rng.choice([1, 1, 2, 3]), text)
+    indented = re.sub("\n", lambda _: "\n" + " " * rng.choice([0, 0, 4]), text)
+    wholes = [text, text.replace("\n", "\r\n"), broken, spaced, indented]
+    bpe = train_tokenizer(TokenizerConfig(vocab_size=600), wholes)  # so that runs of whitespace are tokens
+    for whole in wholes:
         rows = list(corpus._rows([whole]))
         assert len(rows) > 100
         assert [id_ for ids in bpe.encode_batch([row["text"] for row in rows]) for id_ in ids] == bpe.encode(whole)
@@ -167,6 +172,12 @@ def test_a_vocabulary_larger_than_the_text_allows_tells_its_limit() -> None:
     with pytest.raises(RequestError, match=r"tokenizer\.vocab_size=5000 .*ends at 261 tokens"):
         train_tokenizer(TokenizerConfig(vocab_size=5000), ["hello"] * 3 + ["hell"])
     assert train_tokenizer(TokenizerConfig(vocab_size=261), ["hello"] * 3 + ["hell"]).vocab_size == 261
+
+
+def test_text_without_whitespace_trains_in_linear_time() -> None:
+    text = "".join(random.Random(0).choices("acgt", k=300_000))
+    trained = train_tokenizer(TokenizerConfig(vocab_size=300), [text])
+    assert trained.decode(trained.encode(text)) == text
 
 
 def damaged_files(good: str) -> Iterator[str]:

@@ -1,0 +1,61 @@
+"""A trained model in Python: text in, text and attention out.
+
+import minitf
+lm = minitf.load("runs/kjv/2026-01-01_12-00-00")
+print(lm.generate("And the LORD said"))
+lm.attention("And the LORD said unto Moses")      # displays itself in a notebook
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitf.attention_maps import AttentionMaps, attention_maps
+from minitf.checkpoint import load_checkpoint
+from minitf.generate import Options, Sampling, generate_text, stream_text
+from minitf.model import Transformer
+from minitf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its tokenizer, and the checkpoint directory both come from."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    directory: Path
+    step: int | None
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 200,
+        num_samples: int = 1,
+        seed: int | None = None,
+        stop: tuple[str, ...] = (),
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.05,
+        repetition_penalty: float = 1.0,
+    ) -> str | list[str]:
+        """The continuation of `prompt`, without the prompt; a list of them if `num_samples` is above 1."""
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        options = Options(max_tokens, seed, stop, sampling)
+        texts = generate_text(self.model, self.tokenizer, prompt, options, num_samples)
+        return texts[0] if num_samples == 1 else texts
+
+    def stream(self, prompt: str, options: Options | None = None) -> Iterator[str]:
+        """Pieces of the continuation as they are decided."""
+        return stream_text(self.model, self.tokenizer, prompt, options or Options())
+
+    def attention(self, text: str) -> AttentionMaps:
+        """What every head looks at in `text`; scores of previous token, first token and entropy are of this text."""
+        return attention_maps(self.model, self.tokenizer, text, step=self.step)
+
+
+def load(run: str | Path = "latest", device: str = "cpu") -> LanguageModel:
+    """The model of a run directory, a checkpoint directory, or `latest`."""
+    checkpoint = load_checkpoint(run, device)
+    return LanguageModel(checkpoint.model, checkpoint.tokenizer, checkpoint.directory, checkpoint.step)
