@@ -164,3 +164,9 @@ class Attention(nn.Module):
                 weights.append(weights_BHTS)
             mixed_BHTK = gather(weights_BHTS, v_BHSK)
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":  # `python -m minitf.attention "TEXT"` looks inside a trained model
+    import runpy
+
+    runpy.run_module("minitf.attention_page", run_name="__main__")

@@ -4,7 +4,7 @@
     trainer_state.json trainer_state.safetensors                                                all that resuming needs
 
 No pickle anywhere. A checkpoint is written beside its place, flushed and renamed, so a name either holds a whole
-checkpoint or does not exist; `trainer_state.json` carries the SHA-256 of every other file.
+checkpoint or does not exist; `trainer_state.json` carries the SHA-256 of every other file and of itself.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitf.errors import MinitfError, RequestError
+from minitf.hardware import choose_device
 from minitf.model import ModelConfig, Transformer
 from minitf.tokenizer import Tokenizer
 
@@ -98,6 +98,10 @@ def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
     """The model config and vocabulary size of a `config.json`; KeyError, TypeError or ValueError where it is none."""
     if config["model_type"] not in ("qwen3", "llama"):
         raise ValueError(f"model_type {config['model_type']!r} is neither qwen3 nor llama")
+    # transformers 5 writes rope_parameters; before it rope_theta and rope_scaling stood beside each other.
+    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise ValueError(f"its rotary positions are scaled ({rope_type}), which is not supported")
     model = ModelConfig(
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=int(config["hidden_size"]),
@@ -106,7 +110,7 @@ def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
         head_dim=int(config["head_dim"]),
         intermediate_size=int(config["intermediate_size"]),
         context_length=int(config["max_position_embeddings"]),
-        rope_theta=float(config["rope_theta"]),
+        rope_theta=float(rope["rope_theta"]),
         qk_norm=config["model_type"] == "qwen3",
         tie_embeddings=bool(config["tie_word_embeddings"]),
         dropout=float(config.get("minitf", {}).get("dropout", 0.0)),
@@ -150,7 +154,8 @@ def save_checkpoint(
         tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
         save_file(tensors, partial / "trainer_state.safetensors")
         digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-        _write_json(partial / "trainer_state.json", {**state, "sha256": digests})
+        content = {**state, "sha256": digests}
+        _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
         for file in partial.iterdir():
             _flush(file)
         shutil.rmtree(final, ignore_errors=True)
@@ -173,6 +178,11 @@ def _write_json(path: Path, content: Any) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_sha256(content: dict[str, Any]) -> str:
+    """Of all that `trainer_state.json` says, but for this."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -208,7 +218,11 @@ def newest_run(runs: Path = RUNS) -> Path:
     links = [path for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/checkpoints/latest")]
     if not links:
         raise RequestError(f"no run with a checkpoint under {runs.absolute()}: train one with python -m minitf.train")
-    return max(links, key=lambda link: link.stat().st_mtime).parent.parent
+    return max(links, key=_modified).parent.parent
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def find_run(run: str | Path) -> Path:
@@ -232,6 +246,8 @@ def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
     for name in (prefer, "latest", "best"):
         if (path / "checkpoints" / name / "config.json").is_file():
             return (path / "checkpoints" / name).resolve()
+    if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
+        return find_checkpoint(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
     if not path.exists():
         raise RequestError(f"{run} does not exist: give a run directory, a checkpoint directory, or latest")
     if (path / "config.yaml").is_file():
@@ -247,6 +263,9 @@ def load_checkpoint(run: str | Path, device: str = "cpu", prefer: str = "best") 
     """Load the model and tokenizer that RUN names; a damaged checkpoint is a MinitfError that names the file."""
     directory = find_checkpoint(run, prefer)
     state = _read_json(directory / "trainer_state.json") if (directory / "trainer_state.json").exists() else {}
+    own_digest = state.pop("own_sha256", None)
+    if own_digest and own_digest != _own_sha256(state):
+        raise MinitfError(f"{directory / 'trainer_state.json'} is damaged: its content is not what was saved")
     for name, digest in state.get("sha256", {}).items():
         _check_digest(directory / name, digest)
     try:
@@ -260,7 +279,9 @@ def load_checkpoint(run: str | Path, device: str = "cpu", prefer: str = "best") 
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise MinitfError(f"{directory / 'model.safetensors'} does not fit its config.json: {reason}") from None
-    return Checkpoint(model.to(device).eval(), Tokenizer.load(directory), directory, state.get("step"), state)
+    return Checkpoint(
+        model.to(choose_device(device)).eval(), Tokenizer.load(directory), directory, state.get("step"), state
+    )
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -273,13 +294,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise MinitfError(f"{path} is damaged: {error}") from None
 
 
-def load_optimizer_state(directory: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """The optimiser's tensors and the CPU random state of a checkpoint to resume."""
+def load_optimizer_state(directory: Path) -> dict[str, Tensor]:
+    """What `save_checkpoint` was given as `optimizer_state`, with its `random_state` and `pending`."""
     tensors = load_tensors(directory / "trainer_state.safetensors")
-    random_state = tensors.pop("random_state", None)
-    if random_state is None:
-        raise MinitfError(f"{directory / 'trainer_state.safetensors'} has no random state: it cannot be resumed")
-    return tensors, random_state.to(torch.uint8)
+    for name in ("random_state", "pending"):
+        if name not in tensors:
+            raise MinitfError(f"{directory / 'trainer_state.safetensors'} has no {name}: it cannot be resumed")
+    return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -41,6 +41,10 @@ class Config:
     trainer: TrainerConfig = MISSING
     attention: AttentionConfig = MISSING
 
+    def __post_init__(self) -> None:
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise RequestError(f"seed={self.seed} must fit into 64 bits")
+
 
 def register_schema() -> None:
     """Make the schema known to Hydra, which checks every key and type of conf/ and the command line against it."""
@@ -90,6 +94,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved, values))
     except (OmegaConfBaseException, OSError) as error:
         raise RequestError(f"{path}: {_explain(error)}") from None
+    except MinitfError:
+        raise
     except Exception as error:  # the YAML parser's own classes
         raise MinitfError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
     assert isinstance(config, Config)
@@ -122,15 +128,13 @@ def check_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """The settings as one level of `section.key`, with values that TensorBoard's HParams can show."""
+    """What may differ between runs worth comparing, as one level of `section.key`: columns of TensorBoard's HParams."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
-    result: dict[str, Any] = {}
-    for key, value in container.items():
-        if isinstance(value, dict):
-            result |= {f"{key!s}.{name!s}": inner for name, inner in value.items()}
-        else:
-            result[str(key)] = value
+    result: dict[str, Any] = {"data": config.data.source, "seed": config.seed}
+    for section in ("tokenizer", "model", "optim", "trainer"):
+        result |= {f"{section}.{name!s}": value for name, value in container[section].items()}
+    result = {name: value for name, value in result.items() if not name.endswith(("_every", "_tokens", "_checkpoints"))}
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in result.items() if v is not None}
 
 

@@ -6,15 +6,17 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minitf.batches import IGNORED, Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
-from minitf.corpus import DataConfig
-from minitf.errors import MinitfError
+from minitf.corpus import DataConfig, read_text
+from minitf.errors import MinitfError, RequestError
 from minitf.tokenizer import TokenizerConfig
 
 
@@ -55,32 +57,52 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_checkpoint(checkpoint: Checkpoint, data: DataConfig, max_tokens: int | None = None) -> HeldOut:
-    """Evaluate on the held-out part of `data`, in float32."""
-    text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer)
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int | None = None
+) -> HeldOut:
+    """Evaluate a loaded model in float32 on `tokens`, ids of a text of `num_bytes` bytes."""
     model = checkpoint.model
     context = model.config.context_length
     batch_size = max(1, 4096 // context)
-    return evaluate(model.loss, text.val, text.val_bytes, context, batch_size, model.device, max_tokens)
+    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command `scripts/evaluate.py`."""
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Held-out loss, perplexity and bits per byte of a run.")
-    p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
-    p.add_argument("--file", action="append", default=[], help="text held out entirely: evaluate on it instead")
-    p.add_argument("--max-tokens", type=int, help="evaluate on about so many tokens, evenly spread (default: all)")
-    p.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-    args = p.parse_args(argv)
-    checkpoint = load_checkpoint(args.run, args.device)
+def _held_out(checkpoint: Checkpoint) -> tuple[Tokens, int]:
+    """The held-out part of the text the checkpoint was trained on."""
     try:
         data = DataConfig(**checkpoint.state["data"])
     except (KeyError, TypeError):
         raise MinitfError(
             f"{checkpoint.directory} does not say which text it was trained on: give one with --file"
         ) from None
-    result = evaluate_checkpoint(checkpoint, data, args.max_tokens)
+    text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer)
+    return text.val, text.val_bytes
+
+
+def _read_file(checkpoint: Checkpoint, name: str) -> tuple[Tokens, int]:
+    path = Path(name)
+    if not path.is_file():
+        raise RequestError(f"--file {name}: no such file")
+    ids: list[int] = []
+    num_bytes = 0
+    for piece in read_text(path):
+        ids += checkpoint.tokenizer.encode(piece)
+        num_bytes += len(piece.encode())
+    return np.array(ids, dtype=np.uint32), num_bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `scripts/evaluate.py`."""
+    p = argparse.ArgumentParser(prog="evaluate.py", description="Held-out loss, perplexity and bits per byte of a run.")
+    p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
+    p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
+    p.add_argument("--max-tokens", type=int, help="evaluate on about so many tokens, evenly spread (default: all)")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    args = p.parse_args(argv)
+    checkpoint = load_checkpoint(args.run, args.device)
+    tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else _held_out(checkpoint)
+    result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
     if args.json:
         print(json.dumps({"checkpoint": str(checkpoint.directory), "step": checkpoint.step, **asdict(result)}))

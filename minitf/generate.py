@@ -50,6 +50,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise RequestError(f"--max-tokens {self.max_tokens} must be at least 1")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
+            raise RequestError(f"--seed {self.seed} must fit into 64 bits")
         if "" in self.stop:
             raise RequestError("--stop must not be empty")
 
@@ -202,9 +204,11 @@ def explain(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Opti
         looked_at = "  ".join(f"{piece.strip() or repr(piece)} {share:.0%}" for piece, share in shares)
         token = int(step.ids_B[0])
         rows.append((tokenizer.pieces([token])[0], looked_at))
-        if token == tokenizer.end_id or len(rows) == options.max_tokens:
+        if token == tokenizer.end_id:
             break
         ids.append(token)
+        if len(rows) == options.max_tokens:
+            break
     text = tokenizer.decode(ids)
     width = max(len(piece) for piece, _ in rows)
     table = "\n".join(f"  {piece:<{width}}  looked at  {looked_at}" for piece, looked_at in rows)

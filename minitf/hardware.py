@@ -41,13 +41,13 @@ def choose_device(name: str) -> torch.device:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
     kind = name.split(":")[0]
     if kind not in DEVICES:
-        raise RequestError(f"trainer.device={name} must be one of {', '.join(DEVICES)}")
+        raise RequestError(f"device {name} must be one of {', '.join(DEVICES)}")
     if not there[kind]:
-        raise RequestError(f"trainer.device={name}: PyTorch finds no such device here; trainer.device=cpu always works")
+        raise RequestError(f"device {name}: PyTorch finds no such device here; cpu always works")
     try:
         return torch.empty(0, device=name).device
     except RuntimeError as error:
-        raise RequestError(f"trainer.device={name}: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"device {name}: {str(error).splitlines()[0]}") from None
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0.05) -> float:

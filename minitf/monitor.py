@@ -43,9 +43,10 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.metrics = open_rows(run_dir / "metrics.jsonl", start_step)
+        last_step = start_step or -1  # a fresh run takes nothing over from one that failed in its place
+        self.metrics = open_rows(run_dir / "metrics.jsonl", last_step)
         self.maps_path = run_dir / "attention.jsonl"
-        self.maps = open_rows(self.maps_path, start_step)
+        self.maps = open_rows(self.maps_path, last_step)
         purge_step = start_step + 1 if start_step else None
         self.tensorboard: SummaryWriter = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=15)
         self.progress: Progress | None = None

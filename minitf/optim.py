@@ -53,7 +53,7 @@ def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "cosine":
-        progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
+        progress = (step - num_warmup) / (num_steps + 1 - num_warmup)  # as below: the last step still learns
         falling = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     else:
         # The step after the last would have rate 0: the last step still learns.

@@ -1,6 +1,7 @@
 """The command `python -m minitf.train`: compose the config, train, say what came out and what to do next."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,7 +141,7 @@ def _conclude(trainer: "Trainer") -> None:
     say(f"saved in   {run_dir}/checkpoints/latest (a Hugging Face model) and best")
     if trainer.config.attention_every >= 0:
         say(f"attention  {run_dir}/attention.html (open it in a browser)")
-    say("next       python scripts/generate.py " + repr(trainer.sample_prompt()).replace("'", '"'))
+    say("next       python scripts/generate.py " + shlex.quote(trainer.sample_prompt()))
     say(f"           tensorboard --logdir {_runs_root(trainer.run_dir)}")
     say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
 
@@ -173,7 +174,8 @@ def resume(run: str, overrides: Sequence[str]) -> None:
     from minitf.config import load_config
 
     for override in overrides:
-        if override.lstrip("+~").startswith(("model", "tokenizer", "data", "name", "seed", "run_dir", "init_from")):
+        fixed = ("model", "tokenizer", "data", "optim.kind", "name", "seed", "run_dir", "init_from")
+        if override.lstrip("+~").startswith(fixed):
             raise RequestError(
                 f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
             )
@@ -185,6 +187,11 @@ def resume(run: str, overrides: Sequence[str]) -> None:
     config = load_config(run_dir / "config.yaml", overrides)
     checkpoint = load_checkpoint(find_checkpoint(run, prefer="latest"))
     if ends:
+        most = config.trainer.max_steps
+        if most is not None and most <= (checkpoint.step or 0):
+            raise RequestError(
+                f"{run_dir} is already at step {checkpoint.step:,}: trainer.max_steps={most} must be larger"
+            )
         checkpoint.state["num_steps"] = 0  # decided anew
     elif checkpoint.state.get("step") == checkpoint.state.get("num_steps"):
         raise RequestError(
@@ -202,12 +209,17 @@ def _sweep(args: list[str]) -> int:
     from minitf.config import register_schema, to_config
     from minitf.help_page import CONF
 
-    def job(composed: Any) -> None:
+    def one_run(composed: Any) -> None:
         config = to_config(composed, HydraConfig.get().runtime.choices)
         sweep_dir = Path(HydraConfig.get().sweep.dir)
         overrides = HydraConfig.get().job.override_dirname.replace("/", "-")
-        label = f"{HydraConfig.get().job.num}_{overrides}" if overrides else str(HydraConfig.get().job.num)
+        label = f"{HydraConfig.get().job.num}_{overrides}"[:100] if overrides else str(HydraConfig.get().job.num)
         train(config, sweep_dir / label if HydraConfig.get().mode == RunMode.MULTIRUN else _new_run_dir(config))
+
+    def job(composed: Any) -> None:
+        # Hydra would print a traceback; SystemExit it lets pass.
+        if status := run_command(lambda: one_run(composed)):
+            raise SystemExit(status)
 
     register_schema()
     sys.argv[1:] = args
@@ -226,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minitf.config import check_overrides, compose_config
 
     if any(arg.startswith("-") for arg in args):
-        check_overrides([arg for arg in args if not arg.startswith("-")])
+        check_overrides([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
         return _sweep(args)
     resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
     if resumed and resumed[-1] not in ("", "null"):

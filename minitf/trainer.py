@@ -1,8 +1,7 @@
-"""Training: the step, the warm-up that measures it, and the loop around it."""
+"""The training loop: step, log, evaluate, look, save."""
 
 import math
 import signal
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +20,13 @@ from minitf.corpus import DataConfig
 from minitf.errors import MinitfError, RequestError
 from minitf.evaluate import evaluate
 from minitf.generate import Options, Sampling, generate_text
-from minitf.hardware import Hardware, compiled, compiler_missing
-from minitf.model import Transformer, cross_entropy, train_block
+from minitf.hardware import Hardware
+from minitf.model import Transformer
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
+from minitf.training_step import TrainingStep
 
 DEFAULT_MINUTES = 3.0
-# Compiling takes 10 to 30 s cold and makes a step about 1.5 times as fast: it pays from about this much training on.
-COMPILE_PAYS_FROM_S = 60.0
 # Rows logged, evaluations and looks at attention in a run, unless set in steps.
 TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 8, 12
 
@@ -107,6 +105,7 @@ class Trainer:
         self.run_dir, self.monitor, self.state = run_dir, monitor, state
         self.batches = Batches(text.train, model.config.context_length, config.batch_size, seed)
         self.optimizer = Optimizer(model, optim, hardware.dtype)
+        self.training_step = TrainingStep(model, self.optimizer, self.batches, hardware, config.grad_accumulation)
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None
         self.scores: HeadScores | None = None
@@ -119,58 +118,20 @@ class Trainer:
         self.clock: float | None = None  # when the training clock was started
         self.started = time.perf_counter() - state.elapsed_s
 
-    # -- the step ------------------------------------------------------------------------------------------------------
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.config.grad_accumulation * self.model.config.context_length
-
-    def step(self, index: int, learning_rate_factor: float) -> tuple[Tensor, Tensor]:
-        """One optimiser step on batch `index`; returns the mean loss in nats a token and the gradient norm."""
-        total = torch.zeros((), device=self.hardware.device)
-        count = self.config.grad_accumulation
-        for part in range(count):
-            inputs_BT, targets_BT = self.batches.batch(index * count + part)
-            if self.hardware.device.type == "cuda":  # pinned memory is copied while the GPU still computes
-                inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
-            loss = self.model.loss(
-                inputs_BT.to(self.hardware.device, non_blocking=True),
-                targets_BT.to(self.hardware.device, non_blocking=True),
-            )
-            (loss / count).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() / count
-        self.optimizer.set_factor(learning_rate_factor)
-        return total, self.optimizer.step()
-
-    # -- warm-up -------------------------------------------------------------------------------------------------------
-
     def warm_up(self) -> str:
-        """Decide on compilation and measure a step, without moving a weight; returns what was chosen, in words.
-
-        The steps run with a learning rate of 0, and the optimiser and the random state are put back afterwards.
-        """
+        """Decide on compilation and on the number of steps, without moving a weight; returns the choice in words."""
         started = time.perf_counter()
-        random_state = torch.get_rng_state()
-        self.step(0, 0.0)
-        step_s = self._measure_step(3)
-        choice = "off, as set" if self.config.compile == "false" else self._compile(step_s)
-        step_s = self._measure_step(10)
-        self.optimizer.reset()
-        torch.set_rng_state(random_state)
+        step_s, choice = self.training_step.warm_up(
+            self.config.compile, lambda step_s: (self._num_steps(step_s) - self.state.step) * step_s
+        )
         self.state.warmup_s += time.perf_counter() - started
         if self.state.num_steps == 0:
             self.state.num_steps = self._num_steps(step_s)
         return choice
 
-    def _measure_step(self, most: int) -> float:
-        """Median seconds of a step, over `most` steps or about a second."""
-        times: list[float] = []
-        while len(times) < most and sum(times) < 1.0:
-            start = time.perf_counter()
-            self.step(0, 0.0)
-            self.hardware.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.grad_accumulation * self.model.config.context_length
 
     def _num_steps(self, step_s: float) -> int:
         minutes, steps = self.config.max_minutes, self.config.max_steps
@@ -179,27 +140,6 @@ class Trainer:
         done, left_s = self.state.step, (minutes or 0) * 60 - self.state.train_s
         in_time = done + max(1, int(left_s / step_s)) if minutes is not None else steps
         return min(in_time or 1, steps or in_time or 1)
-
-    def _compile(self, eager_s: float) -> str:
-        """Compile the block and the loss if that makes the rest of this run shorter; says what was done and why."""
-        left_s = (self._num_steps(eager_s) - self.state.step) * eager_s
-        if self.config.compile == "auto" and left_s < COMPILE_PAYS_FROM_S:
-            return f"off, does not pay in {left_s:.0f} s of training"
-        missing = compiler_missing(self.hardware.device)
-        if missing:
-            return f"off, {missing}"
-        model = self.model
-        model.train_block, model.cross_entropy = compiled(train_block), compiled(cross_entropy)
-        try:
-            self.step(0, 0.0)
-            compiled_s = self._measure_step(5)
-        except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
-            model.train_block, model.cross_entropy = train_block, cross_entropy
-            return f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-        if self.config.compile == "auto" and compiled_s > eager_s:
-            model.train_block, model.cross_entropy = train_block, cross_entropy
-            return f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {eager_s * 1000:.0f} ms without"
-        return f"on, a step takes {compiled_s * 1000:.0f} ms instead of {eager_s * 1000:.0f} ms"
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -212,12 +152,15 @@ class Trainer:
         with self._interruptible():
             while True:
                 last = state.step == state.num_steps
-                fresh = state.step != first or first == 0
+                fresh = state.step != first
                 if fresh and (state.step % schedule.evaluate == 0 or last):
                     self.evaluate()
-                if fresh and self.config.attention_every >= 0 and (state.step % schedule.look == 0 or last):
+                # Maps before the first step too: what an untrained model looks at is worth seeing.
+                if self.config.attention_every >= 0 and (
+                    (fresh and (state.step % schedule.look == 0 or last)) or state.step == 0
+                ):
                     self.look()
-                if fresh and state.step and (state.step % schedule.save == 0 or last or self.interrupted):
+                if fresh and (state.step % schedule.save == 0 or last or self.interrupted):
                     self.save()
                 if last or self.interrupted:
                     break
@@ -232,7 +175,7 @@ class Trainer:
             self.clock = time.perf_counter()
         step = self.state.step + 1
         factor = schedule_factor(self.optimizer.config, step, self.state.num_steps)
-        loss, norm = self.step(self.state.step, factor)
+        loss, norm = self.training_step.run(self.state.step, factor)
         self.pending.append((loss, norm))
         self.state.step = step
         self.state.tokens += self.tokens_per_step
@@ -300,6 +243,7 @@ class Trainer:
                 model.loss, text.val, text.val_bytes, context, config.batch_size, device, config.eval_tokens
             )
         model.train()
+        self._check_finite(result.loss)
         self.is_best = result.loss < self.state.best_loss
         self.state.best_loss = min(self.state.best_loss, result.loss)
         self.state.last_val = asdict(result)
@@ -368,7 +312,7 @@ class Trainer:
             self.run_dir / "checkpoints",
             self.model,
             self.text.tokenizer,
-            {**self.optimizer.state_dict(), "random_state": torch.get_rng_state()},
+            {**self.optimizer.state_dict(), "random_state": torch.get_rng_state(), "pending": self._pending_tensor()},
             state,
             is_best=self.is_best,
             keep=self.config.keep_checkpoints,
@@ -376,11 +320,16 @@ class Trainer:
         self.is_best = False
         self._settle()
 
+    def _pending_tensor(self) -> Tensor:
+        """Losses and gradient norms of the steps since the last row, (N, 2): they belong into the next one."""
+        return torch.tensor([[float(loss), float(norm)] for loss, norm in self.pending]).reshape(-1, 2)
+
     def restore(self, checkpoint: Path) -> None:
         """Take over optimiser and random state from a checkpoint; the model and `TrainState` are the caller's."""
-        tensors, random_state = load_optimizer_state(checkpoint)
+        tensors = load_optimizer_state(checkpoint)
+        torch.set_rng_state(tensors.pop("random_state").to(torch.uint8))
+        self.pending = [(loss, norm) for loss, norm in tensors.pop("pending")]
         self.optimizer.load_state_dict(tensors)
-        torch.set_rng_state(random_state)
         self.last_checkpoint = checkpoint
 
     @contextmanager

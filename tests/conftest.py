@@ -1,0 +1,117 @@
+"""What the tests share: a tiny text, tokenizer, model and run, and no network, no cache and no run of the user's."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitf.errors import run_command
+from minitf.model import ModelConfig, Transformer
+from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINITF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))  # for the commands started elsewhere
+        yield
+
+
+def make_text(num_sentences: int, seed: int = 0) -> str:
+    choose = random.Random(seed).choice
+    sentences = (
+        f"The {choose(['cat', 'dog', 'bird', 'old man'])} {choose(['sat', 'slept', 'sang'])} on the "
+        f"{choose(['mat', 'road', 'roof'])}{choose(['.', ' again.', ', it was tired.'])}" + choose(" \n")
+        for _ in range(num_sentences)
+    )
+    return "".join(sentences)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 kB of simple sentences."""
+    file = tmp_path_factory.mktemp("text") / "tiny.txt"
+    file.write_text(make_text(600), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TokenizerConfig(vocab_size=300), [make_text(600)])
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random values for all parameters, also those that start at zero or one: only then does each of them matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * noise)
+            else:
+                parameter.copy_(noise * (0.3 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Transformer]:
+    """A tiny model with random weights everywhere, in evaluation mode."""
+
+    def make(vocab_size: int = 50, seed: int = 0, **changes: object) -> Transformer:
+        model = Transformer(ModelConfig(**{**SHAPE, **changes}), vocab_size)  # type: ignore[arg-type]
+        randomise(model, seed)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(text_file: Path) -> list[str]:
+    """Arguments of a run of about a second."""
+    return [
+        "data=text", f"data.files=[{text_file}]", "tokenizer=byte",
+        *(f"model.{key}={value}" for key, value in SHAPE.items()),
+        "trainer.batch_size=4", "trainer.max_steps=6", "trainer.log_every=1", "trainer.eval_every=3",
+        "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.device=cpu", "trainer.precision=fp32",
+        "trainer.compile=false",
+    ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
+
+
+def train_here(*arguments: str) -> int:
+    """`python -m minitf.train ARGUMENTS` in this process; its exit status."""
+    from minitf.train import main
+
+    return run_command(lambda: main(list(arguments)))
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """A finished run at runs/tiny/one of the directory it lies in; not to be changed."""
+    root = tmp_path_factory.mktemp("trained")
+    run = root / "runs" / "tiny" / "one"
+    changes = ["trainer.attention_every=3", "trainer.sample_tokens=8", "trainer.max_steps=40", "trainer.eval_every=20"]
+    probes = 'attention.probes=["The cat sat on the mat.","Sir, go = on"]'
+    assert train_here(*tiny, *changes, probes, f"run_dir={run}") == 0
+    return run
