@@ -24,6 +24,7 @@ import torch
 
 from minitf.corpus import Corpus, DataConfig, Row, fingerprint, open_corpus, read_rows
 from minitf.errors import MinitfError, RequestError
+from minitf.loss import IGNORED
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 FORMAT_VERSION = 1  # raise it when the same text and settings give other files than before
@@ -31,7 +32,6 @@ ENCODE_CHARS = 1 << 21  # text encoded at once, in parallel by rows; bounds the 
 ENCODE_ROWS = 4096
 LOG_EVERY_S = 10.0
 STALE_S = 24 * 3600.0  # a temporary directory untouched for so long belongs to no living run
-IGNORED = -100  # target that counts for nothing: PyTorch's ignore_index
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.batches import IGNORED, Tokens, held_out_batches, prepare
+from minitf.batches import Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.corpus import DataConfig, read_text
 from minitf.errors import MinitfError, RequestError
+from minitf.loss import IGNORED
 from minitf.tokenizer import TokenizerConfig
 
 

@@ -5,9 +5,9 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from minitf.errors import RequestError
 
@@ -15,6 +15,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # bfloat16 must be clearly faster to be worth its rounding; machines without bf16 units run it slower than float32.
 BF16_MIN_SPEEDUP = 1.3
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def compiler_missing(device: torch.device) -> str | None:
     return None
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
     """`torch.compile` for fixed shapes."""
     return torch.compile(function, dynamic=False)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minitf.attention import Attention, KeyValueCache, Linear, RMSNorm, causal_mask, rotary_table
 from minitf.errors import RequestError
+from minitf.loss import chunk_loss, linear_cross_entropy
 
 # On a CPU the fused kernel's backward pass is slow in bfloat16 (at 512 positions 113 ms against 27 ms for the three
 # explicit steps); beyond this length the size of the scores turns the balance.
@@ -112,17 +113,11 @@ def train_block(block: nn.Module, x_BTD: Tensor, rotary_2TK: Tensor, mask_TS: Te
     return block(x_BTD, rotary_2TK, mask_TS)  # type: ignore[no-any-return]
 
 
-def cross_entropy(x_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean loss in nats a token of scoring each vocabulary row by its product with x; targets of -100 do not count."""
-    logits_BTV = F.linear(x_BTD, vocabulary_VD.to(x_BTD.dtype)).float()
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-
-
 class Transformer(nn.Module):
     """Decoder-only language model.
 
-    `compute_dtype` is the dtype of the activations (the parameters stay float32); `train_block` and `cross_entropy`
-    are the two functions a training step spends its time in, replaceable by compiled versions of themselves.
+    `compute_dtype` is the dtype of the activations (the parameters stay float32); `train_block` and `chunk_loss` are
+    the two functions a training step spends its time in, replaceable by compiled versions of themselves.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -131,7 +126,7 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.compute_dtype = torch.float32
         self.train_block: Callable[..., Tensor] = train_block
-        self.cross_entropy: Callable[..., Tensor] = cross_entropy
+        self.chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
         self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
         self.model.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -223,4 +218,4 @@ class Transformer(nn.Module):
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token; targets of -100 do not count."""
-        return self.cross_entropy(self.hidden(ids_BT), self.vocabulary_VD, targets_BT)
+        return linear_cross_entropy(self.hidden(ids_BT), self.vocabulary_VD, targets_BT, self.chunk_loss)

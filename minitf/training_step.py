@@ -9,7 +9,8 @@ from torch import Tensor
 
 from minitf.batches import Batches
 from minitf.hardware import Hardware, compiled, compiler_missing
-from minitf.model import Transformer, cross_entropy, train_block
+from minitf.loss import chunk_loss
+from minitf.model import Transformer, train_block
 from minitf.optim import Optimizer
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
@@ -73,14 +74,14 @@ class TrainingStep:
         if missing:
             return f"off, {missing}"
         model = self.model
-        model.train_block, model.cross_entropy = compiled(train_block), compiled(cross_entropy)
+        model.train_block, model.chunk_loss = compiled(train_block), compiled(chunk_loss)
         try:
             self.run(0, 0.0)
             compiled_s = self.measure(4)
         except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
-            model.train_block, model.cross_entropy = train_block, cross_entropy
+            model.train_block, model.chunk_loss = train_block, chunk_loss
             return f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
         if not forced and compiled_s > eager_s:
-            model.train_block, model.cross_entropy = train_block, cross_entropy
+            model.train_block, model.chunk_loss = train_block, chunk_loss
             return f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {eager_s * 1000:.0f} ms without"
         return f"on, a step takes {compiled_s * 1000:.0f} ms instead of {eager_s * 1000:.0f} ms"

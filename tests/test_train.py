@@ -470,9 +470,7 @@ def test_a_run_that_failed_before_it_saved_can_be_begun_again_in_its_place(workd
     assert counts["run"] == counts["expected"] > 0
 
 
-def test_a_busy_run_directory_is_left_alone(
-    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_busy_run_directory_is_left_alone(workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert train_here(*tiny, "run_dir=run") == 0
     before = Path("run/metrics.jsonl").read_bytes()
     with Path("run/.lock").open("a") as lock:

@@ -1,0 +1,71 @@
+"""Cross-entropy of the next token straight from the last layer's output, without ever holding all the logits.
+
+The logits of a batch are its largest tensor by far (4096 tokens x 4096 words in float32: 67 MB, gone over several
+times). Here they exist for a few rows at a time: scored, turned into loss and gradient while they lie in the cache, and
+forgotten. The gradient is the textbook one, `softmax(logits) - one_hot(target)`, so nothing is computed twice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # a target that does not count, PyTorch's convention
+# Logits held at a time: about the size of a cache on a CPU; on a GPU large enough to fill it.
+CHUNK_LOGITS = {"cpu": 1 << 21}
+CHUNK_LOGITS_ELSEWHERE = 1 << 28
+
+
+def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss in nats of some rows, and the gradient of `scale` times it with respect to their logits."""
+    logits = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    log_sum_N1 = logits.logsumexp(-1, keepdim=True)
+    counts_N1 = (targets_N != IGNORED)[:, None]
+    is_target_NV = torch.arange(logits.shape[1], device=logits.device) == targets_N[:, None]
+    # A row has one target, so the sum over the words picks its logit.
+    losses_N1 = log_sum_N1 - torch.where(is_target_NV, logits, 0.0).sum(-1, keepdim=True)
+    gradient_NV = ((logits - log_sum_N1).exp() - is_target_NV.to(logits.dtype)) * (counts_N1 * scale)
+    return torch.where(counts_N1, losses_N1, 0.0).sum(), gradient_NV.to(logits_NV.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, vocabulary_VD: Tensor, targets_N: Tensor, chunk_loss: Callable[..., Any]
+    ) -> Tensor:
+        words_VD = vocabulary_VD.to(x_ND.dtype)
+        scale = 1.0 / (targets_N != IGNORED).sum().clamp(min=1)
+        with_gradient = any(ctx.needs_input_grad)
+        dx_ND = torch.empty_like(x_ND) if with_gradient else None
+        dwords_VD = torch.zeros_like(vocabulary_VD) if with_gradient else None
+        total = torch.zeros((), device=x_ND.device, dtype=vocabulary_VD.dtype)
+        most_rows = max(1, CHUNK_LOGITS.get(x_ND.device.type, CHUNK_LOGITS_ELSEWHERE) // words_VD.shape[0])
+        # Chunks of one size, as far as possible: a compiled chunk_loss is made for one.
+        num_rows = -(-x_ND.shape[0] // -(-x_ND.shape[0] // most_rows))
+        for start in range(0, x_ND.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
+            loss, gradient_NV = chunk_loss(F.linear(x_ND[rows], words_VD), targets_N[rows], scale)
+            total += loss
+            if dx_ND is not None and dwords_VD is not None:
+                torch.mm(gradient_NV, words_VD, out=dx_ND[rows])
+                dwords_VD += gradient_NV.mT @ x_ND[rows]
+        ctx.save_for_backward(dx_ND, dwords_VD)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx_ND, dwords_VD = ctx.saved_tensors
+        return dx_ND * gradients[0].to(dx_ND.dtype), dwords_VD * gradients[0], None, None
+
+
+def linear_cross_entropy(
+    x_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor, chunk_loss: Callable[..., Any] = chunk_loss
+) -> Tensor:
+    """Mean of `-log softmax(x @ vocabulary.T)[target]` in nats, over the targets that are not -100.
+
+    The products are computed in the dtype of x, the softmax in float32. `chunk_loss` may be a compiled version of the
+    function of that name.
+    """
+    return _LinearCrossEntropy.apply(x_BTD.flatten(0, 1), vocabulary_VD, targets_BT.flatten(), chunk_loss)  # type: ignore

@@ -1,0 +1,120 @@
+"""The house is built as designed: modules import only what is above them, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "minitf"
+# From the bottom of the house up; a module may import only what stands before it.
+ORDER = """
+    errors hardware corpus tokenizer batches attention loss model optim checkpoint generate viewer attention_maps
+    attention_picture attention_page language_model evaluate monitor training_step trainer help_page config train
+""".split()
+HEAVY = ("datasets", "tensorboard", "torch._dynamo", "torch.utils.tensorboard", "transformers", "hydra", "matplotlib")
+
+
+def module_names() -> list[str]:
+    files = {path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    return sorted(files | {path.parent.name for path in PACKAGE.glob("*/__init__.py")})
+
+
+def is_test_of(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.If) and name in ast.unparse(node.test)
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """Modules of minitf that are imported anywhere below `node`, inside functions too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and (is_test_of(child, "TYPE_CHECKING") or is_test_of(child, "__main__")):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in child.names if alias.name.startswith("minitf."))
+        elif isinstance(child, ast.ImportFrom) and child.module and child.module.split(".")[0] == "minitf":
+            _, _, name = child.module.partition(".")
+            yield from [name.split(".")[0]] if name else [alias.name for alias in child.names]
+        else:
+            yield from imports(child)
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(ORDER) == module_names()
+
+
+@pytest.mark.parametrize("module", module_names())
+def test_a_module_imports_only_those_before_it(module: str) -> None:
+    path = PACKAGE / f"{module}.py"
+    path = path if path.is_file() else PACKAGE / module / "__init__.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    above = ORDER[ORDER.index(module) + 1 :] if module in ORDER else []
+    assert not sorted(set(imports(tree)) & set(above))
+    assert ast.get_docstring(tree), f"{module} does not say what it is responsible for"
+
+
+def test_the_check_sees_imports_wherever_they_are() -> None:
+    source = """
+from typing import TYPE_CHECKING
+import minitf.corpus
+from minitf import train
+from minitf.model import Transformer
+if TYPE_CHECKING:
+    from minitf.monitor import Monitor
+def f():
+    from minitf.trainer import Trainer
+    try:
+        import minitf.optim
+    except ImportError:
+        pass
+if __name__ == "__main__":
+    from minitf.errors import run_command
+"""
+    assert sorted(imports(ast.parse(source))) == ["corpus", "model", "optim", "train", "trainer"]
+
+
+def test_importing_says_nothing_and_loads_nothing_heavy() -> None:
+    """One process, module by module: the heavy ones are for those who use them."""
+    code = f"""
+import os, sys, importlib
+os.environ.pop("MINITF_CACHE", None)
+before = set(os.listdir("."))
+import torch
+for name in {ORDER!r}:
+    importlib.import_module("minitf." + name)
+    heavy = [h for h in {HEAVY!r} if h in sys.modules]
+    heavy = [h for h in heavy if h != "hydra" or name not in ("config", "train")]
+    assert not heavy, (name, heavy)
+assert set(os.listdir(".")) == before
+assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, minitf; assert 'torch' not in sys.modules; assert minitf.load; assert 'torch' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_scripts_are_thin() -> None:
+    scripts = sorted((PACKAGE.parent / "scripts").glob("*.py"))
+    assert {"attention.py", "evaluate.py", "generate.py"} <= {path.name for path in scripts}
+    for path in scripts:
+        if path.stem != "benchmark":
+            assert len(path.read_text(encoding="utf-8").splitlines()) < 15, path.name
+
+
+def test_nothing_is_called_utils() -> None:
+    assert not {"utils", "util", "common", "helpers", "misc"} & {path.stem for path in PACKAGE.rglob("*.py")}
+
+
+def test_no_pickle_anywhere() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert "pickle" not in names, path.name
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.save", "torch.load"):
+                pytest.fail(f"{path.name}:{node.lineno} uses pickle through {ast.unparse(node.func)}")
