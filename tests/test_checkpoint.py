@@ -239,12 +239,14 @@ def test_a_single_flipped_bit_is_noticed(save: Save, name: str) -> None:
         flipped = bytearray(content)
         flipped[position] ^= 1 << position % 5
         file.write_bytes(flipped)
+        error = ""
         try:
             loaded = load_checkpoint(directory)
-        except MinitfError as error:
-            assert name in str(error), position
+        except MinitfError as raised:
+            error = str(raised)
+        if error or name != "trainer_state.json":
+            assert name in error, position
         else:  # white space, or the name of the digest itself
-            assert name == "trainer_state.json"
             assert {key: loaded.state.get(key) for key in expected} == expected, position
 
 

@@ -243,7 +243,7 @@ def test_a_wrong_override_of_a_saved_config_is_refused(tmp_path: Path, arguments
 def test_a_damaged_config_file_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(content, encoding="latin-1")
-    with pytest.raises(MinitfError, match="config.yaml") as error:
+    with pytest.raises(MinitfError, match=r"config\.yaml") as error:
         load_config(path)
     assert "\n" not in str(error.value)
     with pytest.raises(MinitfError, match=r"absent\.yaml"):

@@ -40,6 +40,8 @@ def test_transformers_computes_the_same_logits(
     )
     assert not any(report.values()), report  # no weight missing, left over or of another shape
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM")
+    assert json.loads((checkpoint / "config.json").read_text())["architectures"] == [type(theirs).__name__]
+    assert theirs.config.tie_word_embeddings == model.config.tie_embeddings
     assert theirs.num_parameters() == model.num_parameters()
     ids_BT = torch.randint(tokenizer.vocab_size, (2, 128))
     with torch.no_grad():

@@ -190,6 +190,17 @@ def test_dropout_works_in_training_only(make_model: MakeModel) -> None:
     assert torch.equal(make_model(dropout=0.0).train()(ids_BT), plain(ids_BT))
 
 
+@pytest.mark.parametrize("silent", ["o_proj", "down_proj"])
+def test_dropout_acts_on_attention_and_on_the_feed_forward(make_model: MakeModel, silent: str) -> None:
+    model = make_model(num_layers=1, dropout=0.5).train()
+    with torch.no_grad():
+        dict(model.named_parameters())[
+            f"model.layers.0.{'self_attn' if silent == 'o_proj' else 'mlp'}.{silent}.weight"
+        ].zero_()
+    ids_BT = torch.randint(50, (2, 8))
+    assert not torch.equal(model(ids_BT), model(ids_BT))
+
+
 def test_bfloat16_activations_give_about_the_same_logits_in_float32(make_model: MakeModel) -> None:
     model = make_model()
     ids_BT = torch.randint(50, (2, 16))
@@ -198,7 +209,7 @@ def test_bfloat16_activations_give_about_the_same_logits_in_float32(make_model: 
     logits = model(ids_BT)
     assert logits.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert 0 < float((logits - expected).norm() / expected.norm()) < 0.05
+    assert 0 < ((logits - expected).norm() / expected.norm()).item() < 0.05
 
 
 def test_auto_takes_the_explicit_path_for_short_contexts_only(make_model: MakeModel) -> None:

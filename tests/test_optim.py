@@ -1,5 +1,6 @@
-"""The optimiser: the schedule's shape, Muon against its formula, AdamW against PyTorch's, and nothing lost on resume."""
+"""The optimiser: the schedule's shape, Muon against its formula, AdamW against PyTorch's, nothing lost on resume."""
 
+import itertools
 import math
 from typing import Any
 
@@ -25,7 +26,7 @@ def test_wsd_rises_stays_and_falls() -> None:
     assert rates[:100] == pytest.approx([step / 100 for step in range(1, 101)])
     assert rates[99:700] == [1.0] * 601
     falling = rates[700:]
-    assert all(a - b == pytest.approx(1 / 300) for a, b in zip(falling, falling[1:], strict=False))
+    assert all(a - b == pytest.approx(1 / 300) for a, b in itertools.pairwise(falling))
     assert falling[-1] == pytest.approx(1 / 300)
 
 
@@ -34,7 +35,7 @@ def test_cosine_is_half_a_wave_after_the_warm_up() -> None:
     assert rates[:100] == pytest.approx([step / 100 for step in range(1, 101)])
     assert rates[549] == pytest.approx(0.5, abs=0.01)
     assert rates[324] == pytest.approx((1 + math.cos(math.pi / 4)) / 2, abs=0.01)
-    assert all(a > b for a, b in zip(rates[100:], rates[101:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[100:]))
 
 
 def test_constant_stays() -> None:
@@ -92,9 +93,9 @@ def test_orthogonalised_matrices_have_singular_values_near_1(shape: tuple[int, i
     matrices_NRC = torch.randn(4, *shape)
     result = orthogonalise(matrices_NRC, dtype).float()
     U, S, Vh = torch.linalg.svd(matrices_NRC, full_matrices=False)
-    # In the directions of the matrix itself; those it hardly has (a square matrix: 1/1000 of the largest) may stay small.
+    # In the directions of the matrix itself; those it hardly has (1/1000 of the largest, if square) may stay small.
     values = torch.einsum("nrk,nrc,nkc->nk", U, result, Vh)
-    large = S > 0.02 * S[:, :1]
+    large = S / S[:, :1] > 0.02
     assert large.float().mean() > 0.9
     assert values[large].min() > 0.7
     assert values.max() < 1.3

@@ -1,6 +1,7 @@
 """The house is built as designed: modules import only what is above them, and importing does nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "minitf"
 # From the bottom of the house up; a module may import only what stands before it.
-ORDER = """
-    errors hardware corpus tokenizer batches attention loss model optim checkpoint generate viewer attention_maps
-    attention_picture attention_page language_model evaluate monitor training_step trainer help_page config train
-""".split()
+ORDER = [
+    "errors", "hardware", "loss", "corpus", "tokenizer", "batches", "attention", "model", "optim", "checkpoint",
+    "generate", "viewer", "attention_maps", "attention_picture", "attention_page", "language_model",
+    "evaluate", "monitor", "training_step", "trainer", "help_page", "config", "train",
+]  # fmt: skip
 HEAVY = ("datasets", "tensorboard", "torch._dynamo", "torch.utils.tensorboard", "transformers", "hydra", "matplotlib")
 
 
@@ -42,6 +44,11 @@ def imports(node: ast.AST) -> Iterator[str]:
 
 def test_every_module_has_its_place() -> None:
     assert sorted(ORDER) == module_names()
+
+
+def test_the_readme_lists_the_modules_in_this_order() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^    (\w+)(?:\.py|/) +\S", readme, flags=re.MULTILINE) == ORDER
 
 
 @pytest.mark.parametrize("module", module_names())
