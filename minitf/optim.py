@@ -17,8 +17,8 @@ SCHEDULES = ("wsd", "cosine", "constant")
 @dataclass
 class OptimConfig:
     kind: str = "muon"  # muon (matrices by Muon, the rest by AdamW) | adamw (everything by AdamW)
-    learning_rate: float = 3e-3  # peak, of AdamW
-    matrix_learning_rate: float = 0.02  # peak, of Muon
+    learning_rate: float = 5e-3  # peak, of AdamW
+    matrix_learning_rate: float = 0.03  # peak, of Muon
     weight_decay: float = 0.1  # decoupled, of matrices; scaled by the learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's averaging of gradients and squares
     momentum: float = 0.95  # Muon's averaging of gradients

@@ -25,7 +25,7 @@ class TokenizerConfig:
     """How text becomes ids."""
 
     kind: str = "bpe"  # bpe, char (every character a token), byte, pretrained (tokenizer.file)
-    vocab_size: int = 2048  # tokens of a trained BPE, its 256 bytes and the end-of-text token included
+    vocab_size: int = 4096  # tokens of a trained BPE, its 256 bytes and the end-of-text token included
     file: str | None = None  # tokenizer.json, or the directory holding it, for kind=pretrained
     train_megabytes: float = 64.0  # MB of training text, evenly sampled, that the BPE is trained on
 

@@ -35,7 +35,7 @@ TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 8, 12
 class TrainerConfig:
     max_steps: int | None = None  # end after so many optimiser steps
     max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
-    batch_size: int = 32  # sequences in a batch
+    batch_size: int = 16  # sequences in a batch
     grad_accumulation: int = 1  # batches whose gradients make one step
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
