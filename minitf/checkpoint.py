@@ -102,12 +102,16 @@ def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
     rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ValueError(f"its rotary positions are scaled ({rope_type}), which is not supported")
+    fixed = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
     model = ModelConfig(
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=int(config["hidden_size"]),
         num_heads=int(config["num_attention_heads"]),
         num_kv_heads=int(config["num_key_value_heads"]),
-        head_dim=int(config["head_dim"]),
+        head_dim=int(config.get("head_dim") or 0),
         intermediate_size=int(config["intermediate_size"]),
         context_length=int(config["max_position_embeddings"]),
         rope_theta=float(rope["rope_theta"]),
@@ -140,7 +144,8 @@ def save_checkpoint(
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
     partial = checkpoints / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in checkpoints.glob(".step_*.partial"):  # of a run that was killed while saving
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir()
         # Tied tensors and views are cloned: a file holds each parameter once, whole.

@@ -127,6 +127,16 @@ def check_overrides(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
+def check_sweep(overrides: Sequence[str]) -> None:
+    """RequestError if a run of the sweep `overrides` would be refused, as far as that shows in one value at a time."""
+    parsed = check_overrides(overrides)
+    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    for override in parsed:
+        if override.is_choice_sweep():
+            for value in override.sweep_string_iterator():
+                compose_config([*fixed, f"{override.get_key_element()}={value}"])
+
+
 def flat(config: Config) -> dict[str, Any]:
     """What may differ between runs worth comparing, as one level of `section.key`: columns of TensorBoard's HParams."""
     container = OmegaConf.to_container(OmegaConf.structured(config))

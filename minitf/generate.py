@@ -265,6 +265,8 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Optio
 def main(argv: list[str] | None = None) -> int:
     """The command `scripts/generate.py`."""
     args = parser().parse_args(argv)
+    if args.explain and (args.stop or args.num_samples != 1):
+        raise RequestError("--explain shows one whole continuation: it takes neither --stop nor --num-samples")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     options = Options(args.max_tokens, args.seed, tuple(args.stop), sampling)
     prompt = None if args.interactive else read_text_argument(args.prompt, "prompt")

@@ -54,6 +54,12 @@ class Monitor:
         self.bits_per_byte = float("nan")
         self.last_line_step = -1
 
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def say(self, line: str) -> None:
         """One line for people."""
         self.console.print(escape(line))

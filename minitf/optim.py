@@ -17,7 +17,7 @@ SCHEDULES = ("wsd", "cosine", "constant")
 @dataclass
 class OptimConfig:
     kind: str = "muon"  # muon (matrices by Muon, the rest by AdamW) | adamw (everything by AdamW)
-    learning_rate: float = 5e-3  # peak, of AdamW
+    learning_rate: float = 0.005  # peak, of AdamW
     matrix_learning_rate: float = 0.03  # peak, of Muon
     weight_decay: float = 0.1  # decoupled, of matrices; scaled by the learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's averaging of gradients and squares
@@ -33,6 +33,11 @@ class OptimConfig:
             raise RequestError(f"optim.kind={self.kind} must be muon or adamw")
         if self.schedule not in SCHEDULES:
             raise RequestError(f"optim.schedule={self.schedule} must be one of {', '.join(SCHEDULES)}")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise RequestError(
+                f"optim.warmup_fraction={self.warmup_fraction} and optim.decay_fraction={self.decay_fraction} "
+                "are more than the whole run"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RequestError(f"optim.betas={list(self.betas)} must be two numbers, at least 0 and below 1")
         if not 0 <= self.momentum < 1:

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,75 +14,74 @@ from minitf.errors import MinitfError, RequestError, run_command
 
 # torch and all that needs it are imported below, where they are used: --help answers without them.
 if TYPE_CHECKING:
+    from minitf.batches import TokenizedText
     from minitf.checkpoint import Checkpoint
     from minitf.config import Config
-    from minitf.hardware import Hardware
-    from minitf.monitor import Monitor
+    from minitf.model import Transformer
     from minitf.trainer import Trainer
 
 
 def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) -> None:
-    """Train as `config` says in `run_dir`, from the checkpoint `resumed` if given; leaves all it made in `run_dir`."""
+    """Train as `config` says in `run_dir`, from the checkpoint `resumed` if given; leaves all it made in `run_dir`.
+
+    A request that cannot be met (RequestError) is found out before `run_dir` is made.
+    """
+    from minitf.batches import Batches
+    from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
     from minitf.hardware import choose_hardware
     from minitf.monitor import Monitor, record_environment
+    from minitf.trainer import Trainer
 
     hardware = choose_hardware(config.trainer.device, config.trainer.precision)
-    with _own(run_dir):
-        monitor = Monitor(run_dir, resumed.step or 0 if resumed else 0)
-        try:
-            trainer = _assemble(config, run_dir, resumed, hardware, monitor)
-            save_config(config, run_dir / "config.yaml")
-            choices = {
-                "device": hardware.device.type,
-                "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
-                "attention": "explicit" if trainer.model.explicit_attention else "sdpa",
-                "compile": trainer.warm_up(),
-            }
-            if resumed:
-                trainer.restore(resumed.directory)
-            record_environment(run_dir, hardware, choices)
-            _introduce(trainer, choices)
-            trainer.run()
-            if config.trainer.attention_every >= 0:
-                monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
-            if trainer.state.last_val:
-                final = {f"final/{name}": float(value) for name, value in trainer.state.last_val.items()}
-                monitor.hyperparameters(flat(config), final, trainer.state.step)
-            _conclude(trainer)
-        finally:
-            monitor.close()
+    config, text, model = _prepare(config, resumed)
+    model = model.to(hardware.device)
+    model.compute_dtype = hardware.dtype
+    batches = Batches(text.train, config.model.context_length, config.trainer.batch_size, config.seed)
+    state = TrainState.from_json(resumed.state) if resumed else TrainState()
+    with _own(run_dir), Monitor(run_dir, state.step) as monitor:
+        save_config(config, run_dir / "config.yaml")
+        trainer = Trainer(
+            config.trainer, config.optim, config.attention, config.data, model, text, batches, hardware,
+            run_dir, monitor, state,
+        )  # fmt: skip
+        choices = {
+            "device": hardware.device.type,
+            "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
+            "attention": "explicit" if model.explicit_attention else "sdpa",
+            "compile": trainer.warm_up(),
+        }
+        if resumed:
+            trainer.restore(resumed.directory)
+        record_environment(run_dir, hardware, choices)
+        _introduce(trainer, choices)
+        trainer.run()
+        if config.trainer.attention_every >= 0:
+            monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
+        if state.last_val:
+            final = {f"final/{name}": float(value) for name, value in state.last_val.items()}
+            monitor.hyperparameters(flat(config), final, state.step)
+        _conclude(trainer)
 
 
-def _assemble(
-    config: "Config", run_dir: Path, resumed: "Checkpoint | None", hardware: "Hardware", monitor: "Monitor"
-) -> "Trainer":
-    """Text, model and state put together."""
-    from dataclasses import replace
-
+def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "TokenizedText", "Transformer"]:
+    """The text as ids and the model to train, new or from a checkpoint; with the latter's shape in the config."""
     import torch
 
     from minitf.batches import prepare
-    from minitf.checkpoint import TrainState, load_checkpoint
+    from minitf.checkpoint import load_checkpoint
     from minitf.model import Transformer
-    from minitf.trainer import Trainer
 
-    torch.manual_seed(config.seed)
     loaded = resumed or (load_checkpoint(config.init_from) if config.init_from else None)
-    text = prepare(config.data, config.tokenizer, loaded.tokenizer if loaded else None, log=monitor.say)
+    text = prepare(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded:
         shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
-        config.model = shape
+        config = replace(config, model=shape)
+    torch.manual_seed(config.seed)
     model = Transformer(config.model, text.tokenizer.vocab_size)
     if loaded:
         model.load_state_dict(loaded.model.state_dict())
-    model = model.to(hardware.device)
-    model.compute_dtype = hardware.dtype
-    state = TrainState.from_json(resumed.state) if resumed else TrainState()
-    return Trainer(
-        config.trainer, config.optim, config.attention, config.data, config.seed,
-        model, text, hardware, run_dir, monitor, state,
-    )  # fmt: skip
+    return config, text, model
 
 
 @contextmanager
@@ -192,6 +192,9 @@ def resume(run: str, overrides: Sequence[str]) -> None:
             raise RequestError(
                 f"{run_dir} is already at step {checkpoint.step:,}: trainer.max_steps={most} must be larger"
             )
+        minutes = config.trainer.max_minutes
+        if minutes is not None and minutes * 60 <= checkpoint.state.get("train_s", 0):
+            raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={minutes}: it must be larger")
         checkpoint.state["num_steps"] = 0  # decided anew
     elif checkpoint.state.get("step") == checkpoint.state.get("num_steps"):
         raise RequestError(
@@ -239,10 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # program of lowest priority a step took 4.6 s with the default and 0.35 s with this, on two cores. OpenMP reads it
     # when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-    from minitf.config import check_overrides, compose_config
+    from minitf.config import check_sweep, compose_config
 
     if any(arg.startswith("-") for arg in args):
-        check_overrides([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
+        check_sweep([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
         return _sweep(args)
     resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
     if resumed and resumed[-1] not in ("", "null"):

@@ -92,9 +92,9 @@ class Trainer:
         optim: OptimConfig,
         attention: AttentionConfig,
         data: DataConfig,
-        seed: int,
         model: Transformer,
         text: TokenizedText,
+        batches: Batches,
         hardware: Hardware,
         run_dir: Path,
         monitor: Monitor,
@@ -103,9 +103,9 @@ class Trainer:
         self.config, self.attention, self.data = config, attention, data
         self.model, self.text, self.hardware = model, text, hardware
         self.run_dir, self.monitor, self.state = run_dir, monitor, state
-        self.batches = Batches(text.train, model.config.context_length, config.batch_size, seed)
+        self.batches = batches
         self.optimizer = Optimizer(model, optim, hardware.dtype)
-        self.training_step = TrainingStep(model, self.optimizer, self.batches, hardware, config.grad_accumulation)
+        self.training_step = TrainingStep(model, self.optimizer, batches, hardware, config.grad_accumulation)
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None
         self.scores: HeadScores | None = None
@@ -160,7 +160,7 @@ class Trainer:
                     (fresh and (state.step % schedule.look == 0 or last)) or state.step == 0
                 ):
                     self.look()
-                if fresh and (state.step % schedule.save == 0 or last or self.interrupted):
+                if fresh and (state.step % schedule.save == 0 or last or self.is_best or self.interrupted):
                     self.save()
                 if last or self.interrupted:
                     break

@@ -43,11 +43,17 @@ def test_constant_stays() -> None:
     assert factors(50, schedule="constant", warmup_fraction=0.0) == [1.0] * 50
 
 
+def test_warm_up_and_decay_longer_than_the_run_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"optim\.warmup_fraction=0\.7 and optim\.decay_fraction=0\.4"):
+        OptimConfig(warmup_fraction=0.7, decay_fraction=0.4)
+
+
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 100, 12345])
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.02, 0.5, 1.0])
 def test_every_step_learns_and_none_more_than_the_peak(schedule: str, num_steps: int, warmup_fraction: float) -> None:
-    rates = factors(num_steps, schedule=schedule, warmup_fraction=warmup_fraction)
+    shares = {"warmup_fraction": warmup_fraction, "decay_fraction": min(0.4, 1 - warmup_fraction)}
+    rates = factors(num_steps, schedule=schedule, **shares)
     assert min(rates) > 0
     assert max(rates) <= 1
     peak = rates.index(max(rates))
