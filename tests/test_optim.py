@@ -60,7 +60,7 @@ def test_every_step_learns_and_none_more_than_the_peak(schedule: str, num_steps:
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     # A function of the step alone: asked again, in another order, the same.
-    config = OptimConfig(schedule=schedule, warmup_fraction=warmup_fraction)
+    config = OptimConfig(schedule=schedule, **shares)
     assert [schedule_factor(config, step, num_steps) for step in range(num_steps, 0, -1)] == rates[::-1]
 
 
