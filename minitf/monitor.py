@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -18,9 +18,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from minitf.hardware import Hardware, describe_processor
 from minitf.viewer import viewer_page
-
-if TYPE_CHECKING:
-    pass
 
 # The contract's TensorBoard tags of the columns of metrics.jsonl.
 SCALARS = {

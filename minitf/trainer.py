@@ -74,12 +74,15 @@ class Schedule:
 
     @classmethod
     def of(cls, config: TrainerConfig, num_steps: int) -> "Schedule":
-        evaluations = config.eval_every or max(1, num_steps // EVALUATIONS)
+        def every(times: int) -> int:
+            return -(-num_steps // times)  # rounded up: the last one falls on the last step, not just before it
+
+        evaluate = config.eval_every or every(EVALUATIONS)
         return cls(
-            log=config.log_every or max(1, num_steps // TRAIN_ROWS),
-            evaluate=evaluations,
-            save=config.save_every or evaluations,
-            look=config.attention_every or max(1, num_steps // LOOKS),
+            log=config.log_every or every(TRAIN_ROWS),
+            evaluate=evaluate,
+            save=config.save_every or evaluate,
+            look=config.attention_every or every(LOOKS),
         )
 
 

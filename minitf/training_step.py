@@ -58,7 +58,7 @@ class TrainingStep:
         the seconds of a step, and what was chosen and why, in words.
         """
         random_state = torch.get_rng_state()
-        self.run(0, 0.0)
+        self.run(0, 0.0)  # the first step also sets up libraries and memory: it is no measure
         choice = "off, as set" if compilation == "false" else self._compile(compilation == "true", seconds_left)
         step_s = self.measure(8)
         self.optimizer.reset()
@@ -66,7 +66,7 @@ class TrainingStep:
         return step_s, choice
 
     def _compile(self, forced: bool, seconds_left: Callable[[float], float]) -> str:
-        eager_s = self.measure(2)
+        eager_s = self.measure(1)
         left_s = seconds_left(eager_s)
         if not forced and left_s < COMPILE_PAYS_FROM_S:
             return f"off, does not pay in {left_s:.0f} s of training"
@@ -77,7 +77,7 @@ class TrainingStep:
         model.train_block, model.chunk_loss = compiled(train_block), compiled(chunk_loss)
         try:
             self.run(0, 0.0)
-            compiled_s = self.measure(4)
+            compiled_s = self.measure(2)
         except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
             model.train_block, model.chunk_loss = train_block, chunk_loss
             return f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
