@@ -65,7 +65,7 @@ def evaluate_checkpoint(
     model = checkpoint.model
     context = model.config.context_length
     batch_size = max(1, 4096 // context)
-    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens)
+    return evaluate(model.loss_value, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
 
 def _held_out(checkpoint: Checkpoint) -> tuple[Tokens, int]:

@@ -219,3 +219,8 @@ class Transformer(nn.Module):
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token; targets of -100 do not count."""
         return linear_cross_entropy(self.hidden(ids_BT), self.vocabulary_VD, targets_BT, self.chunk_loss)
+
+    def loss_value(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The value of `loss` without the work for its gradient."""
+        x_BTD, vocabulary_VD = self.hidden(ids_BT).detach(), self.vocabulary_VD.detach()
+        return linear_cross_entropy(x_BTD, vocabulary_VD, targets_BT, self.chunk_loss)

@@ -28,7 +28,7 @@ from minitf.training_step import TrainingStep
 
 DEFAULT_MINUTES = 3.0
 # Rows logged, evaluations and looks at attention in a run, unless set in steps.
-TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 8, 12
+TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 8, 10
 
 
 @dataclass
@@ -43,7 +43,7 @@ class TrainerConfig:
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
     eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run
     save_every: int = 0  # steps between checkpoints; 0: at each evaluation
-    attention_every: int = 0  # steps between looks at attention; 0: 12 a run; -1: never
+    attention_every: int = 0  # steps between looks at attention; 0: 10 a run; -1: never
     eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; all, if there are no more
     sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
     keep_checkpoints: int = 2  # newest checkpoints kept, beside the best
@@ -243,7 +243,7 @@ class Trainer:
             context, device = model.config.context_length, self.hardware.device
             text = self.text
             result = evaluate(
-                model.loss, text.val, text.val_bytes, context, config.batch_size, device, config.eval_tokens
+                model.loss_value, text.val, text.val_bytes, context, config.batch_size, device, config.eval_tokens
             )
         model.train()
         self._check_finite(result.loss)
@@ -265,7 +265,10 @@ class Trainer:
         tokenizer, prompt = self.text.tokenizer, self.sample_prompt()
         options = Options(self.config.sample_tokens, seed=0, sampling=Sampling(min_p=0.05))
         self.model.eval()
+        # Token by token, casting the float32 weights takes longer than bfloat16 products save.
+        self.model.compute_dtype = torch.float32
         continuation = generate_text(self.model, tokenizer, prompt, options)[0]
+        self.model.compute_dtype = self.hardware.dtype
         self.model.train()
         self.monitor.sample(prompt, continuation, self.state.step)
 
