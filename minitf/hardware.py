@@ -80,15 +80,19 @@ def choose_hardware(device_name: str, precision: str) -> Hardware:
     if precision != "auto":
         dtype = PRECISIONS[precision]
         return Hardware(device, dtype, measure_matmul(device, dtype), "as set")
+    # The choice is made on one thread: threads that wait for each other on a busy machine would decide it by chance.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         bf16 = measure_matmul(device, torch.bfloat16)
     except RuntimeError:  # a device without bfloat16
         bf16 = 0.0
     fp32 = measure_matmul(device, torch.float32)
-    reason = f"measured bf16 {bf16 / 1e9:,.0f} and fp32 {fp32 / 1e9:,.0f} GFLOP/s"
-    if bf16 > BF16_MIN_SPEEDUP * fp32:
-        return Hardware(device, torch.bfloat16, bf16, reason)
-    return Hardware(device, torch.float32, fp32, reason)
+    torch.set_num_threads(num_threads)
+    dtype = torch.bfloat16 if bf16 > BF16_MIN_SPEEDUP * fp32 else torch.float32
+    where = "a core" if device.type == "cpu" else "the device"
+    reason = f"{where} does {bf16 / 1e9:,.0f} GFLOP/s in bf16 and {fp32 / 1e9:,.0f} in fp32"
+    return Hardware(device, dtype, measure_matmul(device, dtype), reason)
 
 
 def compiler_missing(device: torch.device) -> str | None:
