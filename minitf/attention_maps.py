@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 HeadScores = dict[str, Tensor]
 """Name of a score -> its value for every head, a tensor of shape (L layers, H heads), each value in [0, 1]."""
 
-GENERAL_PROBES = (
-    "The cat sat on the mat.",
-    "The cat did not cross the road because it was tired.",
-)
+GENERAL_PROBE = "The cat sat on the mat."
 
 # Above these a head is called by what it does. A head that spreads its weights evenly over 10 keys has previous-token
 # and first-token scores of 0.1, so 0.4 is far from chance; a score of 0.9 in entropy leaves room for no clear pattern.
@@ -38,7 +35,7 @@ PATTERNS = {"previous_token": "previous token", "first_token": "first token", "i
 
 @dataclass
 class AttentionConfig:
-    probes: list[str] | None = None  # sentences whose attention is logged; none: general ones and the data preset's own
+    probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and the text's own
     heads: bool = True  # whether every head is scored for what it does (previous token, first token, induction, broad)
 
 

@@ -67,6 +67,10 @@ def prepare(
     if tokenizer_from is None and tokenizer.kind == "pretrained":
         tokenizer_from = Tokenizer.load(str(tokenizer.file))
     root = _cache_root(data)
+    if tokenizer_from is not None:  # perhaps it is the one this very text was prepared with
+        own = _open(root / _key(data, tokenizer, None))
+        if own is not None and own.tokenizer.to_json() == tokenizer_from.to_json():
+            return own
     directory = root / _key(data, tokenizer, tokenizer_from)
     found = _open(directory)
     if found is not None:

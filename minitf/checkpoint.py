@@ -163,8 +163,11 @@ def save_checkpoint(
         _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
         for file in partial.iterdir():
             _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = checkpoints / f".{final.name}.replaced.partial"
+        if final.exists():  # moved aside rather than removed: at no moment is there neither
+            os.replace(final, replaced)
         os.replace(partial, final)
+        shutil.rmtree(replaced, ignore_errors=True)
     except safetensors.SafetensorError as error:  # its own wrapping of a failed write
         raise MinitfError(f"cannot write the checkpoint {final}: {error}") from None
     finally:
@@ -238,6 +241,8 @@ def find_run(run: str | Path) -> Path:
     for directory in (path, *path.absolute().parents[:2]):
         if (directory / "config.yaml").is_file():
             return directory
+    if links := list(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
+        return max(links, key=_modified).parent.parent
     raise RequestError(f"{run} is not a run: no config.yaml in it; a run is a directory such as {RUNS}/NAME/DATE_TIME")
 
 
@@ -264,7 +269,7 @@ def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
 # read
 
 
-def load_checkpoint(run: str | Path, device: str = "cpu", prefer: str = "best") -> Checkpoint:
+def load_checkpoint(run: str | Path, device: str = "auto", prefer: str = "best") -> Checkpoint:
     """Load the model and tokenizer that RUN names; a damaged checkpoint is a MinitfError that names the file."""
     directory = find_checkpoint(run, prefer)
     state = _read_json(directory / "trainer_state.json") if (directory / "trainer_state.json").exists() else {}

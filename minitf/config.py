@@ -3,6 +3,7 @@
 Only this module knows OmegaConf; everybody else gets plain dataclasses.
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +121,11 @@ def check_overrides(overrides: Sequence[str]) -> list[Override]:
             choices = override.value() if override.is_sweep_override() else [override.value()]
             for choice in [str(c) for c in choices] if isinstance(choices, list) else []:
                 if choice not in found:
-                    hint = nearest(choice, found) or f"; there are {', '.join(found)}"
+                    hint = (
+                        nearest(choice, found)
+                        if difflib.get_close_matches(choice, found)
+                        else f"; there are {', '.join(found)}"
+                    )
                     raise RequestError(f"{key}={choice}: no such option{hint}")
         elif key not in keys:
             raise RequestError(f"{key}: no such key{nearest(key, [*keys, *GROUPS])}")

@@ -335,7 +335,9 @@ def _open_hub(config: DataConfig) -> Corpus:
 def _load_hub(config: DataConfig, split: str) -> tuple[Any, int | None]:
     """An `IterableDataset` of the text column, at most `max_documents` rows, and their number, None when streaming."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its lines about each retry; what matters is said in ours
     options: dict[str, Any] = {"revision": config.hub_revision, "streaming": config.streaming}
     if config.files:
         options["data_files"] = [str(path) for path in _find_files(config.files)]
@@ -380,7 +382,9 @@ def _hub_error(config: DataConfig, error: Exception) -> MinitfError:
     # By name: the hub's client has changed its HTTP library, and importing either to name its errors is slow.
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
     if names & {"ConnectionError", "TimeoutError", "TransportError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-        return MinitfError(f"cannot reach the Hugging Face hub for {config.hub_path}; data=kjv works offline")
+        return MinitfError(
+            f"cannot reach the Hugging Face hub for {config.hub_path}; data=kjv and data=web work offline"
+        )
     told: BaseException = error
     while told.__cause__ is not None and str(told.__cause__).strip():  # "An error occurred ...": the cause tells which
         told = told.__cause__

@@ -98,9 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
     p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
     p.add_argument("--max-tokens", type=int, help="evaluate on about so many tokens, evenly spread (default: all)")
-    p.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
+    p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the best there is")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     args = p.parse_args(argv)
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise RequestError(f"--max-tokens {args.max_tokens} must be at least 1")
     checkpoint = load_checkpoint(args.run, args.device)
     tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else _held_out(checkpoint)
     result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoint import load_checkpoint
-from minitf.errors import RequestError
+from minitf.errors import MinitfError, RequestError
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
@@ -73,7 +73,8 @@ def sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, genera
         logits_BV = torch.where(seen_BV, punished, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / sampling.temperature
+    # Less the largest, which changes no probability: the division cannot overflow.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         smallest = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest, -math.inf)
@@ -117,6 +118,8 @@ def generate(
         weights: list[Tensor] | None = [] if with_weights else None
         x_BTD = model.hidden(unread, cache, weights)
         logits_BV = torch.nn.functional.linear(x_BTD[:, -1], model.vocabulary_VD.to(x_BTD.dtype)).float()
+        if not logits_BV.isfinite().all():
+            raise MinitfError("the model's scores are not finite numbers: its training diverged, take an earlier step")
         ids_B = sample(logits_BV, seen_BV, sampling, generator)
         if seen_BV is not None:
             seen_BV.scatter_(1, ids_B[:, None], True)
@@ -244,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     p.add_argument("--interactive", action="store_true", help="ask for prompts, one a line, until end of file")
     p.add_argument("--explain", action="store_true", help="for each new token, what its heads looked at most")
-    p.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
+    p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the best there is")
     return p
 
 

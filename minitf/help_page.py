@@ -29,7 +29,7 @@ INTRODUCTION = """\
 Train a small transformer and watch its attention.
 
     python -m minitf.train                                        a small model of the King James Bible, 3 minutes
-    python -m minitf.train data=text data.files=[book.txt]        your own text: files, globs or folders
+    python -m minitf.train data=text "data.files=[book.txt]"      your own text: files, globs or folders
     python -m minitf.train experiment=quick                       half a minute, to see that all works
     python -m minitf.train trainer.max_minutes=15 model=small     longer, larger
     python -m minitf.train -m optim.learning_rate=1e-3,3e-3       a sweep: one run for each value
@@ -113,4 +113,4 @@ def nearest(word: str, valid: list[str]) -> str:
         last = word.rsplit(".", 1)[-1]
         close = [key for key in valid if key.rsplit(".", 1)[-1] == last]
         close = close or difflib.get_close_matches(last, valid, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "; --help lists what there is"

@@ -55,7 +55,7 @@ class LanguageModel:
         return attention_maps(self.model, self.tokenizer, text, step=self.step)
 
 
-def load(run: str | Path = "latest", device: str = "cpu") -> LanguageModel:
+def load(run: str | Path = "latest", device: str = "auto") -> LanguageModel:
     """The model of a run directory, a checkpoint directory, or `latest`."""
     checkpoint = load_checkpoint(run, device)
     return LanguageModel(checkpoint.model, checkpoint.tokenizer, checkpoint.directory, checkpoint.step)

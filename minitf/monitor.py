@@ -6,6 +6,7 @@ import platform
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -52,10 +53,19 @@ class Monitor:
         self.last_line_step = -1
 
     def __enter__(self) -> "Monitor":
+        # TensorBoard writes in a thread. What fails there fails here too, at the next write: no traceback between.
+        self.excepthook = threading.excepthook
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self.excepthook(args)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            threading.excepthook = self.excepthook
 
     def say(self, line: str) -> None:
         """One line for people."""
@@ -172,8 +182,11 @@ def open_rows(path: Path, last_step: int) -> TextIO:
         except (ValueError, KeyError, TypeError):
             continue  # a line cut short when the run was killed
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path.open("a", encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from minitf.errors import RequestError
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 NUM_BYTES = 256
+DEFAULT_VOCAB_SIZE = 4096
 LONGEST_WORD = 1000  # characters
 
 
@@ -25,14 +26,16 @@ class TokenizerConfig:
     """How text becomes ids."""
 
     kind: str = "bpe"  # bpe, char (every character a token), byte, pretrained (tokenizer.file)
-    vocab_size: int = 4096  # tokens of a trained BPE, its 256 bytes and the end-of-text token included
+    vocab_size: int = (
+        0  # tokens of a trained BPE, 256 bytes and the end of a text included; 0: 4096, or all a small text gives
+    )
     file: str | None = None  # tokenizer.json, or the directory holding it, for kind=pretrained
     train_megabytes: float = 64.0  # MB of training text, evenly sampled, that the BPE is trained on
 
     def __post_init__(self) -> None:
         if self.kind not in ("bpe", "char", "byte", "pretrained"):
             raise RequestError(f"tokenizer.kind={self.kind} is not known; use bpe, char, byte or pretrained")
-        if self.kind == "bpe" and self.vocab_size < NUM_BYTES + 1:
+        if self.kind == "bpe" and self.vocab_size and self.vocab_size < NUM_BYTES + 1:
             raise RequestError(
                 f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and the end-of-text token need 257"
             )
@@ -204,7 +207,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], held_out_text
 def _train_bpe(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
+        vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[END_OF_TEXT],
         show_progress=False,

@@ -1,6 +1,7 @@
 """The command `python -m minitf.train`: compose the config, train, say what came out and what to do next."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
     model.compute_dtype = hardware.dtype
     batches = Batches(text.train, config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
-    with _own(run_dir), Monitor(run_dir, state.step) as monitor:
+    with _own(run_dir), _naming(run_dir), Monitor(run_dir, state.step) as monitor:
         save_config(config, run_dir / "config.yaml")
         trainer = Trainer(
             config.trainer, config.optim, config.attention, config.data, model, text, batches, hardware,
@@ -71,12 +72,14 @@ def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", 
     from minitf.batches import prepare
     from minitf.checkpoint import load_checkpoint
     from minitf.model import Transformer
+    from minitf.tokenizer import TokenizerConfig
 
-    loaded = resumed or (load_checkpoint(config.init_from) if config.init_from else None)
+    loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     text = prepare(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
-    if loaded:
+    if loaded and not resumed:
         shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
-        config = replace(config, model=shape)
+        own = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
+        config = replace(config, model=shape, tokenizer=own)
     torch.manual_seed(config.seed)
     model = Transformer(config.model, text.tokenizer.vocab_size)
     if loaded:
@@ -106,6 +109,17 @@ def _own(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _naming(run_dir: Path) -> Iterator[None]:
+    """An OSError that does not say where it happened (a write to an open file) gets the run's directory."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(run_dir)) from error
+
+
 def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
     """Say what is going to happen."""
     model, state, say = trainer.model, trainer.state, trainer.monitor.say
@@ -132,7 +146,7 @@ def _conclude(trainer: "Trainer") -> None:
     if val:
         say(
             f"held-out   {val['bits_per_byte']:.3f} bits per byte, loss {val['loss']:.3f} nats per token, "
-            f"perplexity {val['perplexity']:.1f}"
+            f"perplexity {val['perplexity']:.1f}, over {val['num_tokens']:,} tokens"
         )
     say(
         f"trained    {state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {_clock(state.train_s)} "
@@ -141,13 +155,16 @@ def _conclude(trainer: "Trainer") -> None:
     say(f"saved in   {run_dir}/checkpoints/latest (a Hugging Face model) and best")
     if trainer.config.attention_every >= 0:
         say(f"attention  {run_dir}/attention.html (open it in a browser)")
-    say("next       python scripts/generate.py " + shlex.quote(trainer.sample_prompt()))
-    say(f"           tensorboard --logdir {_runs_root(trainer.run_dir)}")
+    root = _runs_root(trainer.run_dir)
+    place = "" if root == "runs" else f" --run {root}"
+    say(f"next       python scripts/generate.py {shlex.quote(trainer.sample_prompt())}{place}")
+    say(f"           tensorboard --logdir {root}")
     say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
 
 
 def _runs_root(run_dir: Path) -> str:
-    return "runs" if "runs" in run_dir.parts else str(run_dir)
+    """What TensorBoard is to be pointed at: `runs` here, or the directory of a run that lies elsewhere."""
+    return "runs" if Path("runs").resolve() in run_dir.resolve().parents else shlex.quote(os.path.relpath(run_dir))
 
 
 def _clock(seconds: float) -> str:
@@ -172,9 +189,13 @@ def resume(run: str, overrides: Sequence[str]) -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
     from minitf.checkpoint import find_checkpoint, find_run, load_checkpoint
     from minitf.config import load_config
+    from minitf.corpus import fingerprint
 
     for override in overrides:
-        fixed = ("model", "tokenizer", "data", "optim.kind", "name", "seed", "run_dir", "init_from")
+        fixed = (
+            *("model", "tokenizer", "data", "optim.kind", "name", "seed", "run_dir", "init_from"),
+            *("trainer.batch_size", "trainer.grad_accumulation"),  # the position in the text counts in them
+        )
         if override.lstrip("+~").startswith(fixed):
             raise RequestError(
                 f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
@@ -185,7 +206,11 @@ def resume(run: str, overrides: Sequence[str]) -> None:
         other = "max_minutes" if "max_steps" in ends[0] else "max_steps"
         overrides = [f"trainer.{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    checkpoint = load_checkpoint(find_checkpoint(run, prefer="latest"))
+    checkpoint = load_checkpoint(find_checkpoint(run, prefer="latest"), device="cpu")
+    if checkpoint.state.get("text_fingerprint") != fingerprint(config.data):
+        raise RequestError(
+            f"the text of {run_dir} has changed since: train on it as it is now with init_from={run_dir}"
+        )
     if ends:
         most = config.trainer.max_steps
         if most is not None and most <= (checkpoint.step or 0):
@@ -203,6 +228,12 @@ def resume(run: str, overrides: Sequence[str]) -> None:
     train(config, run_dir, checkpoint)
 
 
+HYDRA_FLAGS = (
+    "-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info",
+    "--hydra-help", "--version", "-sc", "--shell-completion",
+)  # fmt: skip
+
+
 def _sweep(args: list[str]) -> int:
     """Hand over to Hydra's own command line: `-m` sweeps, `--cfg job`, `--hydra-help`, ..."""
     import hydra
@@ -215,19 +246,20 @@ def _sweep(args: list[str]) -> int:
     def one_run(composed: Any) -> None:
         config = to_config(composed, HydraConfig.get().runtime.choices)
         sweep_dir = Path(HydraConfig.get().sweep.dir)
-        overrides = HydraConfig.get().job.override_dirname.replace("/", "-")
-        label = f"{HydraConfig.get().job.num}_{overrides}"[:100] if overrides else str(HydraConfig.get().job.num)
-        train(config, sweep_dir / label if HydraConfig.get().mode == RunMode.MULTIRUN else _new_run_dir(config))
+        label = re.sub(r"[^\w.+-]+", "_", f"{HydraConfig.get().job.num}_{HydraConfig.get().job.override_dirname}")
+        run_dir = sweep_dir / label.rstrip("_")[:100]
+        train(config, run_dir if HydraConfig.get().mode == RunMode.MULTIRUN else _new_run_dir(config))
 
     def job(composed: Any) -> None:
-        # Hydra would print a traceback; SystemExit it lets pass.
-        if status := run_command(lambda: one_run(composed)):
-            raise SystemExit(status)
+        # One value that diverges is a result of a sweep, not its end.
+        statuses.append(run_command(lambda: one_run(composed)))
 
+    statuses: list[int] = []
     register_schema()
-    sys.argv[1:] = args
+    # Hydra's parser takes flags only before overrides.
+    sys.argv[1:] = sorted(args, key=lambda arg: "=" in arg and not arg.startswith("-"))
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    return 0
+    return max(statuses, default=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,6 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minitf.config import check_sweep, compose_config
 
     if any(arg.startswith("-") for arg in args):
+        for arg in args:
+            if arg.startswith("-") and arg.split("=")[0] not in HYDRA_FLAGS:
+                raise RequestError(f"{arg}: no such flag; settings are key=value, see --help")
+            if arg.startswith(("resume=", "run_dir=")):
+                raise RequestError(f"{arg} does not go with {' '.join(a for a in args if a.startswith('-'))}")
         check_sweep([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
         return _sweep(args)
     resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
@@ -252,6 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")])
     else:
         config = compose_config(args)
+        if config.init_from:
+            for arg in args:
+                if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout)=)", arg):
+                    raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
         train(config, _new_run_dir(config))
     return 0
 

@@ -12,11 +12,11 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from minitf.attention_maps import GENERAL_PROBES, AttentionConfig, HeadScores, attention_maps, head_scores
+from minitf.attention_maps import GENERAL_PROBE, AttentionConfig, HeadScores, attention_maps, head_scores
 from minitf.attention_picture import attention_picture
 from minitf.batches import Batches, TokenizedText
 from minitf.checkpoint import TrainState, load_optimizer_state, save_checkpoint
-from minitf.corpus import DataConfig
+from minitf.corpus import DataConfig, fingerprint
 from minitf.errors import MinitfError, RequestError
 from minitf.evaluate import evaluate
 from minitf.generate import Options, Sampling, generate_text
@@ -114,6 +114,8 @@ class Trainer:
         self.scores: HeadScores | None = None
         self.interrupted = False
         self.is_best = False  # whether the weights at hand are the best so far, and unsaved
+        self.evaluated_step = -1
+        self.text_fingerprint = fingerprint(data)
         self.said: set[str] = set()
         self.flops_per_token = model.flops_per_token()
         self.pending: list[tuple[Tensor, Tensor]] = []  # losses and gradient norms since the last row
@@ -247,6 +249,7 @@ class Trainer:
             )
         model.train()
         self._check_finite(result.loss)
+        self.evaluated_step = self.state.step
         self.is_best = result.loss < self.state.best_loss
         self.state.best_loss = min(self.state.best_loss, result.loss)
         self.state.last_val = asdict(result)
@@ -273,11 +276,11 @@ class Trainer:
         self.monitor.sample(prompt, continuation, self.state.step)
 
     def probes(self) -> list[str]:
-        """The sentences whose attention is logged: as set, or general ones and the text's own, as far as they fit."""
+        """The sentences whose attention is logged: as set, or a general one and the text's own."""
         wanted = self.attention.probes
         if wanted is None:
             own = self.data.probes or [self.text.tokenizer.decode(self.text.val[:24].tolist())]
-            wanted = [*GENERAL_PROBES[:1], *own]
+            wanted = [GENERAL_PROBE, *own]
         return wanted
 
     def look(self) -> None:
@@ -311,9 +314,11 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; raises OSError or MinitfError with what was saved before unharmed."""
         self._settle()
-        if self.pending:
-            self._check_finite(float(self.pending[-1][0]))
-        state = {**asdict(self.state), "data": asdict(self.data)}
+        if self.evaluated_step != self.state.step:  # the last loss was that of the weights before the last update
+            inputs_BT, targets_BT = self.batches.batch(0)
+            device = self.hardware.device
+            self._check_finite(float(self.model.loss_value(inputs_BT.to(device), targets_BT.to(device))))
+        state = {**asdict(self.state), "data": asdict(self.data), "text_fingerprint": self.text_fingerprint}
         self.last_checkpoint = save_checkpoint(
             self.run_dir / "checkpoints",
             self.model,
