@@ -21,6 +21,7 @@ from minitf.errors import MinitfError, RequestError
 from minitf.evaluate import evaluate
 from minitf.generate import Options, Sampling, generate_text
 from minitf.hardware import Hardware
+from minitf.loss import linear_cross_entropy
 from minitf.model import Transformer
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
@@ -314,10 +315,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; raises OSError or MinitfError with what was saved before unharmed."""
         self._settle()
-        if self.evaluated_step != self.state.step:  # the last loss was that of the weights before the last update
-            inputs_BT, targets_BT = self.batches.batch(0)
-            device = self.hardware.device
-            self._check_finite(float(self.model.loss_value(inputs_BT.to(device), targets_BT.to(device))))
+        if self.evaluated_step != self.state.step:
+            self._check_weights()
         state = {**asdict(self.state), "data": asdict(self.data), "text_fingerprint": self.text_fingerprint}
         self.last_checkpoint = save_checkpoint(
             self.run_dir / "checkpoints",
@@ -330,6 +329,18 @@ class Trainer:
         )
         self.is_best = False
         self._settle()
+
+    def _check_weights(self) -> None:
+        """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""
+        inputs_BT, targets_BT = self.batches.batch(self.state.step * self.config.grad_accumulation)
+        rows = slice(max(1, 4096 // inputs_BT.shape[1]))
+        inputs_BT, targets_BT = inputs_BT[rows].to(self.hardware.device), targets_BT[rows].to(self.hardware.device)
+        self.model.eval()
+        with torch.no_grad():  # asking for the weights leads past the compiled blocks, which know no evaluation
+            x_BTD = self.model.hidden(inputs_BT, weights=[])
+            loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, targets_BT)
+        self.model.train()
+        self._check_finite(float(loss))
 
     def _pending_tensor(self) -> Tensor:
         """Losses and gradient norms of the steps since the last row, (N, 2): they belong into the next one."""

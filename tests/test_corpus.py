@@ -229,7 +229,9 @@ def test_an_unreachable_hub_is_one_line() -> None:
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": "", "HOME": "/nonexistent"}
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
-    assert done.stderr == ("minitf: cannot reach the Hugging Face hub for nobody/nothing; data=kjv works offline\n")
+    assert done.stderr == (
+        "minitf: cannot reach the Hugging Face hub for nobody/nothing; data=kjv and data=web work offline\n"
+    )
     assert done.returncode == 1
 
 

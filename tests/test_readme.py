@@ -110,6 +110,8 @@ def train(arguments: list[str], tiny: list[str], place: Path) -> None:
     if "-m" not in flags:
         compose_config(settings)
     kept = [word for word in settings if not word.lstrip("+").startswith(REPLACED)]
+    if any(word.startswith("init_from=") for word in kept):  # it brings shape and tokenizer
+        tiny = [word for word in tiny if not word.startswith(("model.", "tokenizer"))]
     defaults = [word for word in tiny if not any(word.split("=")[0] == other.split("=")[0] for other in kept)]
     changed = [*defaults, "trainer.max_steps=2", *kept]
     if "-m" in flags:

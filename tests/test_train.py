@@ -407,15 +407,28 @@ def test_a_damaged_checkpoint_is_not_resumed(
     assert_one_line(capsys.readouterr().err, "nowhere is not a run")
 
 
+def own_shape(tiny: list[str]) -> list[str]:
+    """The tiny settings without those of shape and tokenizer, which `init_from` brings."""
+    return [setting for setting in tiny if not setting.startswith(("model.", "tokenizer"))]
+
+
+@pytest.mark.parametrize("setting", ["model.num_layers=1", "model=nano", "tokenizer=char", "tokenizer.vocab_size=300"])
+def test_init_from_refuses_another_shape_or_tokenizer(
+    workdir: Path, tiny: list[str], trained_run: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    assert train_here(*own_shape(tiny), setting, "run_dir=run", f"init_from={trained_run}") == 2
+    assert_one_line(capsys.readouterr().err, setting)
+    assert not Path("run").exists()
+
+
 def test_init_from_takes_weights_shape_and_tokenizer(workdir: Path, tiny: list[str], trained_run: Path) -> None:
-    other_shape = ["model.num_layers=1", "tokenizer=char", "model.context_length=16"]
-    assert train_here(*tiny, *other_shape, "run_dir=run", f"init_from={trained_run}") == 0
+    assert train_here(*own_shape(tiny), "run_dir=run", f"init_from={trained_run}") == 0
     assert load_checkpoint("run").model.config == load_checkpoint(trained_run).model.config
     assert load_checkpoint("run").tokenizer.to_json() == load_checkpoint(trained_run).tokenizer.to_json()
     assert rows("run", "train")[0]["loss"] == pytest.approx(rows(trained_run, "val")[-1]["loss"], abs=0.3)
     assert train_here("resume=run", "trainer.max_steps=8") == 0
     still = ["optim.learning_rate=0", "optim.matrix_learning_rate=0"]
-    assert train_here(*tiny, *still, "run_dir=still", f"init_from={trained_run}") == 0
+    assert train_here(*own_shape(tiny), *still, "run_dir=still", f"init_from={trained_run}") == 0
     assert rows("still", "val")[-1]["loss"] == pytest.approx(rows(trained_run, "val")[-1]["loss"], rel=1e-6)
 
 
@@ -526,7 +539,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(
 def test_a_wrong_request_is_one_line_and_leaves_no_checkpoint(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    assert train_here(*tiny, *arguments) == 2
+    assert train_here(*(own_shape(tiny) if "init_from=nowhere" in arguments else tiny), *arguments) == 2
     assert_one_line(capsys.readouterr().err, words)
     assert not list(workdir.rglob("checkpoints"))
 
@@ -564,3 +577,55 @@ def test_compiled_training_is_the_training(workdir: Path, tiny: list[str]) -> No
     for found, expected in zip(losses("compiled"), losses("eager"), strict=True):
         assert found[:2] == expected[:2]
         assert found[2] == pytest.approx(expected[2], abs=2e-3)
+
+
+# What a sceptical reading found
+
+
+def test_a_checkpoint_between_evaluations_is_never_one_that_computes_no_numbers(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = ["optim.learning_rate=1e30", "optim.matrix_learning_rate=1e30", "optim.warmup_fraction=0"]
+    often = ["trainer.save_every=1", "trainer.eval_every=100", "trainer.max_steps=6", "trainer.attention_every=-1"]
+    assert train_here(*tiny, *rates, *often, "run_dir=run") == 1
+    saved = sorted(path.name for path in Path("run/checkpoints").glob("step_*"))
+    assert_one_line(capsys.readouterr().err, f"the last good checkpoint is run/checkpoints/{saved[-1]}")
+    for name in saved:
+        model = load_checkpoint(Path("run/checkpoints") / name).model
+        assert model(torch.arange(16)[None]).isfinite().all(), name
+
+
+def test_a_text_that_changed_is_not_gone_on_with(
+    workdir: Path, tiny: list[str], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path("own.txt")
+    own.write_text(text_file.read_text())
+    assert train_here(*tiny, "data.files=[own.txt]", "run_dir=run") == 0
+    own.write_text(text_file.read_text().replace("e", "i"))
+    assert train_here("resume=run", "trainer.max_steps=9") == 2
+    assert_one_line(capsys.readouterr().err, "the text of run has changed")
+
+
+def test_a_resumed_run_does_not_prepare_its_text_again(workdir: Path, tiny: list[str]) -> None:
+    cache = workdir / "cache"
+    assert train_here(*tiny, f"data.cache_dir={cache}", "run_dir=run") == 0
+    assert len(list(cache.iterdir())) == 1
+    assert train_here("resume=run", "trainer.max_steps=9") == 0
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("setting", ["trainer.batch_size=3", "trainer.grad_accumulation=2", "optim.kind=adamw"])
+def test_what_the_position_and_the_state_depend_on_stays(
+    workdir: Path, trained_run: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    assert train_here(f"resume={trained_run}", "trainer.max_steps=99", setting) == 2
+    assert_one_line(capsys.readouterr().err, setting)
+
+
+@pytest.mark.parametrize("arguments", [["-m", "resume=latest"], ["-m", "run_dir=x", "seed=1,2"], ["--foo"], ["-x=1"]])
+def test_what_a_sweep_cannot_do_is_one_line(
+    workdir: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert train_here(*arguments) == 2
+    assert_one_line(capsys.readouterr().err)
+    assert not list(Path().iterdir())
