@@ -34,7 +34,8 @@ class TrainState:
     """All of a training run that changes: with the config, exactly what resuming needs."""
 
     step: int = 0  # optimiser steps done
-    num_steps: int = 0  # steps of the whole run, fixed at its start: the schedule depends on it
+    num_steps: int = 0  # steps of the whole run, which its schedule depends on
+    num_steps_final: bool = False  # whether a run that ends by the clock has corrected them by its real speed
     tokens: int = 0  # target tokens trained on
     train_s: float = 0.0  # seconds in training steps
     warmup_s: float = 0.0  # seconds of compilation and first steps before the training

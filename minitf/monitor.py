@@ -88,6 +88,12 @@ class Monitor:
         self.task = self.progress.add_task("", total=num_steps, completed=step, numbers="")
         self.progress.start()
 
+    def set_num_steps(self, num_steps: int) -> None:
+        """The run turns out to have so many steps."""
+        self.num_steps = num_steps
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, total=num_steps)
+
     def train_row(self, row: dict[str, Any]) -> None:
         """Training numbers of one logging step: see metrics.jsonl in the README."""
         self._record("train", row)

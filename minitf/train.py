@@ -220,7 +220,7 @@ def resume(run: str, overrides: Sequence[str]) -> None:
         minutes = config.trainer.max_minutes
         if minutes is not None and minutes * 60 <= checkpoint.state.get("train_s", 0):
             raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={minutes}: it must be larger")
-        checkpoint.state["num_steps"] = 0  # decided anew
+        checkpoint.state.update(num_steps=0, num_steps_final=False)  # decided anew
     elif checkpoint.state.get("step") == checkpoint.state.get("num_steps"):
         raise RequestError(
             f"{run_dir} is complete at step {checkpoint.step:,}: go further with a larger trainer.max_steps=N"

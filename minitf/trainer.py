@@ -152,26 +152,26 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step: evaluate, look, save, stop or step, log."""
         state = self.state
-        self.schedule = schedule = Schedule.of(self.config, state.num_steps)
+        self.schedule = Schedule.of(self.config, state.num_steps)
         self.monitor.start(state.step, state.num_steps)
         first = state.step  # what is due at the step a run resumes from was done before it was saved
         with self._interruptible():
             while True:
                 last = state.step == state.num_steps
                 fresh = state.step != first
-                if fresh and (state.step % schedule.evaluate == 0 or last):
+                if fresh and (state.step % self.schedule.evaluate == 0 or last):
                     self.evaluate()
                 # Maps before the first step too: what an untrained model looks at is worth seeing.
                 if self.config.attention_every >= 0 and (
-                    (fresh and (state.step % schedule.look == 0 or last)) or state.step == 0
+                    (fresh and (state.step % self.schedule.look == 0 or last)) or state.step == 0
                 ):
                     self.look()
-                if fresh and (state.step % schedule.save == 0 or last or self.is_best or self.interrupted):
+                if fresh and (state.step % self.schedule.save == 0 or last or self.is_best or self.interrupted):
                     self.save()
                 if last or self.interrupted:
                     break
                 self.train_one_step()
-                if state.step % schedule.log == 0 or state.step == state.num_steps:
+                if state.step % self.schedule.log == 0 or state.step == state.num_steps:
                     self.log()
         self.monitor.stop()
 
@@ -231,6 +231,22 @@ class Trainer:
             }
         )
         self.pending, self.row_start = [], (state.tokens, state.train_s)
+        self._correct_num_steps()
+
+    def _correct_num_steps(self) -> None:
+        """Once, a tenth into a run that ends by the clock: the number of steps by the speed of the real ones.
+
+        The warm-up's second of steps can be off by a fifth on a machine with other work. The rate has not begun to
+        fall then, so a `wsd` schedule goes on without a jump.
+        """
+        config, state = self.config, self.state
+        minutes = config.max_minutes or (DEFAULT_MINUTES if config.max_steps is None else None)
+        if minutes is None or state.num_steps_final or state.train_s < 0.1 * 60 * minutes:
+            return
+        state.num_steps_final = True
+        state.num_steps = self._num_steps(state.train_s / state.step)
+        self.schedule = Schedule.of(config, state.num_steps)
+        self.monitor.set_num_steps(state.num_steps)
 
     # -- evaluate, look, save ------------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ def test_what_was_saved_is_loaded(
 
 
 def test_the_train_state_comes_back_or_says_what_is_missing() -> None:
-    state = TrainState(step=3, num_steps=9, tokens=5, best_loss=1.5, last_val={"loss": 1.0})
+    state = TrainState(step=3, num_steps=9, num_steps_final=True, tokens=5, best_loss=1.5, last_val={"loss": 1.0})
     assert TrainState.from_json({**vars(state), "data": {}}) == state
     with pytest.raises(MinitfError, match="num_steps"):
         TrainState.from_json({"step": 3})

@@ -629,3 +629,20 @@ def test_what_a_sweep_cannot_do_is_one_line(
     assert train_here(*arguments) == 2
     assert_one_line(capsys.readouterr().err)
     assert not list(Path().iterdir())
+
+
+def test_a_run_by_the_clock_corrects_its_number_of_steps_once(
+    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minitf.training_step import TrainingStep
+
+    # A warm-up that thinks a step takes a tenth of a millisecond: ten times as many steps as fit into the time.
+    monkeypatch.setattr(TrainingStep, "warm_up", lambda *arguments: (1e-4, "off"))
+    limits = ["trainer.max_steps=null", "trainer.max_minutes=0.05", "trainer.eval_every=0", "trainer.log_every=0"]
+    assert train_here(*tiny, *limits, "run_dir=run") == 0
+    state = load_checkpoint("run", prefer="latest").state
+    assert state["num_steps_final"]
+    assert state["step"] == state["num_steps"] < 30000
+    assert 3 / 2.5 < state["train_s"] < 3 * 2.5
+    rates = [row["lr"] for row in rows("run", "train")]
+    assert rates[-1] < 0.2 * max(rates)  # the schedule ends with the run
