@@ -270,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(help_page())
         return 0
-    # Threads that wait for each other keep their core instead of giving it back at every operation: beside one busy
-    # program of lowest priority a step took 4.6 s with the default and 0.35 s with this, on two cores. OpenMP reads it
-    # when torch is first imported.
+    # Threads that wait for each other keep their core instead of giving it back at every operation: a step took 164 ms
+    # against 188 ms on two quiet cores, and beside other programs the same or less. OpenMP reads it when torch is
+    # first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     from minitf.config import check_sweep, compose_config
 
