@@ -46,14 +46,10 @@ def match(q_BHTK: Tensor, k_BHSK: Tensor, mask_TS: Tensor) -> Tensor:
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BHSK.shape[1], k_BHSK.shape[2]
-    # Queries that share a key head lie side by side, so one batched product serves the group without copying keys.
-    # baddbmm adds the mask and scales in the product itself: on a CPU each pass over the scores saved is time saved.
-    scores = torch.baddbmm(
-        mask_TS.repeat(H // G, 1),
-        q_BHTK.reshape(B * G, H // G * T, K),
-        k_BHSK.reshape(B * G, S, K).transpose(1, 2),
-        alpha=1 / math.sqrt(K),
-    )
+    # Queries that share a key head lie side by side, so one batched product serves the group without copying keys. The
+    # division is the queries', which are fewer than the scores.
+    queries = (q_BHTK / math.sqrt(K)).reshape(B * G, H // G * T, K)
+    scores = torch.bmm(queries, k_BHSK.reshape(B * G, S, K).transpose(1, 2)) + mask_TS.repeat(H // G, 1)
     return scores.view(B, H, T, S)
 
 
@@ -85,9 +81,9 @@ def rotate(x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
 
     Pairs are (i, i + head_dim / 2), the arrangement of Llama and Qwen checkpoints.
     """
-    cos_TK, sin_TK = rotary_2TK.to(x_BHTK.dtype).unbind()
+    cos, sin = rotary_2TK[..., : x_BHTK.shape[-1] // 2].to(x_BHTK.dtype).unbind()  # both halves turn alike
     first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:

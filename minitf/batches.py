@@ -7,7 +7,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -25,6 +24,7 @@ import torch
 from minitf.corpus import Corpus, DataConfig, Row, fingerprint, open_corpus, read_rows
 from minitf.errors import MinitfError, RequestError
 from minitf.loss import IGNORED
+from minitf.storage import cache_root, flush
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 FORMAT_VERSION = 1  # raise it when the same text and settings give other files than before
@@ -66,7 +66,7 @@ def prepare(
     """
     if tokenizer_from is None and tokenizer.kind == "pretrained":
         tokenizer_from = Tokenizer.load(str(tokenizer.file))
-    root = _cache_root(data)
+    root = cache_root(data.cache_dir)
     if tokenizer_from is not None:  # perhaps it is the one this very text was prepared with
         own = _open(root / _key(data, tokenizer, None))
         if own is not None and own.tokenizer.to_json() == tokenizer_from.to_json():
@@ -78,13 +78,6 @@ def prepare(
     if directory.exists():
         log(f"{directory} is damaged; preparing the text again")
     return _build(data, tokenizer, tokenizer_from, directory, log)
-
-
-def _cache_root(data: DataConfig) -> Path:
-    if chosen := data.cache_dir or os.environ.get("MINITF_CACHE"):
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "minitf"
 
 
 def _key(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None) -> str:
@@ -204,7 +197,7 @@ def _write(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, directory: Pa
         meta["sizes"] = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
         (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for path in (*directory.iterdir(), directory):
-            _sync(path)
+            flush(path)
 
 
 def _write_ids(
@@ -266,7 +259,7 @@ def _publish(temporary: Path, directory: Path) -> TokenizedText:
     for _ in range(10):
         try:
             temporary.rename(directory)
-            _sync(directory.parent)
+            flush(directory.parent)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
@@ -280,14 +273,6 @@ def _publish(temporary: Path, directory: Path) -> TokenizedText:
             directory.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     raise MinitfError(f"{directory}: what was just written cannot be read back; check the disk")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _temporary_name(directory: Path) -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import choose_device
 from minitf.model import ModelConfig, Transformer
+from minitf.storage import flush
 from minitf.tokenizer import Tokenizer
 
 RUNS = Path("runs")
@@ -163,7 +164,7 @@ def save_checkpoint(
         content = {**state, "sha256": digests}
         _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
         for file in partial.iterdir():
-            _flush(file)
+            flush(file)
         replaced = checkpoints / f".{final.name}.replaced.partial"
         if final.exists():  # moved aside rather than removed: at no moment is there neither
             os.replace(final, replaced)
@@ -173,7 +174,7 @@ def save_checkpoint(
         raise MinitfError(f"cannot write the checkpoint {final}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _flush(checkpoints)
+    flush(checkpoints)
     for link in ["latest", "best"] if is_best else ["latest"]:
         _point(checkpoints / link, final.name)
     _prune(checkpoints, keep)
@@ -192,15 +193,6 @@ def _sha256(path: Path) -> str:
 def _own_sha256(content: dict[str, Any]) -> str:
     """Of all that `trainer_state.json` says, but for this."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the file's or directory's content on disk before its name can be seen."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _point(link: Path, target: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoint import load_checkpoint
+from minitf.decoding import ENGINES, Decoder
 from minitf.errors import MinitfError, RequestError
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    engine: str = "auto"  # who decodes: native, graph, torch, or auto for the fastest there is
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -98,11 +100,13 @@ def generate(
     sampling: Sampling,
     seed: int | None = None,
     with_weights: bool = False,
+    engine: str = "auto",
 ) -> Iterator[NextToken]:
     """Continue `prompt_T` without end, `num_samples` times as one batch, each token computed once over a cache.
 
     When the context is full the model reads the last half of it again as a fresh beginning, which is what it was
     trained on, and goes on from there: every token is chosen from at least half a context of text.
+    `engine` is that of `Decoder`.
     """
     context = model.config.context_length
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
@@ -111,21 +115,23 @@ def generate(
     if sampling.repetition_penalty != 1:
         seen_BV = torch.zeros(num_samples, model.vocab_size, dtype=torch.bool, device=model.device)
         seen_BV.scatter_(1, ids_BT, True)
-    cache, unread = model.new_cache(num_samples, context), ids_BT[:, -context:]
+    decoder, unread = Decoder(model, num_samples, context, engine), ids_BT[:, -context:]
+    seen = [unread]
     while True:
-        if cache.length + unread.shape[1] > context:
-            cache, unread = model.new_cache(num_samples, context), ids_BT[:, -(context // 2 or 1) :]
+        if decoder.cache.length + unread.shape[1] > context:
+            decoder.forget()
+            unread = torch.cat(seen, dim=1)[:, -(context // 2 or 1) :]
+            seen = [unread]
         weights: list[Tensor] | None = [] if with_weights else None
-        x_BTD = model.hidden(unread, cache, weights)
-        logits_BV = torch.nn.functional.linear(x_BTD[:, -1], model.vocabulary_VD.to(x_BTD.dtype)).float()
-        if not logits_BV.isfinite().all():
+        logits_BV = decoder.read(unread, weights)
+        if not math.isfinite(float(logits_BV.sum())):
             raise MinitfError("the model's scores are not finite numbers: its training diverged, take an earlier step")
         ids_B = sample(logits_BV, seen_BV, sampling, generator)
         if seen_BV is not None:
             seen_BV.scatter_(1, ids_B[:, None], True)
         yield NextToken(ids_B, torch.stack([w[:, :, -1] for w in weights]) if weights is not None else None)
         unread = ids_B[:, None]
-        ids_BT = torch.cat([ids_BT[:, -context:], unread], dim=1)
+        seen.append(unread)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -143,7 +149,7 @@ def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, options: 
     """Pieces of the continuation as they are decided: whole characters, ending before a stop string."""
     stream = tokenizer.decode_stream()
     waiting = ""
-    steps = generate(model, encode_prompt(tokenizer, prompt), 1, options.sampling, options.seed)
+    steps = generate(model, encode_prompt(tokenizer, prompt), 1, options.sampling, options.seed, engine=options.engine)
     for count, step in enumerate(steps, start=1):
         token = int(step.ids_B[0])
         ended = token == tokenizer.end_id or count == options.max_tokens
@@ -170,7 +176,9 @@ def generate_text(
         raise RequestError(f"--num-samples {num_samples} must be at least 1")
     rows: list[list[int]] = [[] for _ in range(num_samples)]
     texts: list[str | None] = [None] * num_samples
-    steps = generate(model, encode_prompt(tokenizer, prompt), num_samples, options.sampling, options.seed)
+    steps = generate(
+        model, encode_prompt(tokenizer, prompt), num_samples, options.sampling, options.seed, engine=options.engine
+    )
     for count, step in enumerate(steps, start=1):
         for row, token in enumerate(step.ids_B.tolist()):
             if texts[row] is not None:
@@ -247,6 +255,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     p.add_argument("--interactive", action="store_true", help="ask for prompts, one a line, until end of file")
     p.add_argument("--explain", action="store_true", help="for each new token, what its heads looked at most")
+    p.add_argument("--engine", default="auto", choices=ENGINES, help="who computes a token; auto: the fastest there is")
     p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the best there is")
     return p
 
@@ -271,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.explain and (args.stop or args.num_samples != 1):
         raise RequestError("--explain shows one whole continuation: it takes neither --stop nor --num-samples")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    options = Options(args.max_tokens, args.seed, tuple(args.stop), sampling)
+    options = Options(args.max_tokens, args.seed, tuple(args.stop), sampling, args.engine)
     prompt = None if args.interactive else read_text_argument(args.prompt, "prompt")
     checkpoint = load_checkpoint(args.run, args.device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer

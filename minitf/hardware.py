@@ -1,5 +1,6 @@
 """What this machine can do: device, precision and compilation, chosen by short measurements instead of guesses."""
 
+import ctypes
 import platform
 import shutil
 import time
@@ -51,6 +52,19 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except RuntimeError as error:
         raise RequestError(f"device {name}: {str(error).splitlines()[0]}") from None
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one, instead of giving it back to the system.
+
+    A step takes and frees its activations in large blocks. Given back, each page is cleared and mapped anew at the next
+    step: with 6 layers of 256 and 4,096 tokens 28,000 page faults and 50 of 345 ms.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0.05) -> float:

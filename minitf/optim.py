@@ -67,13 +67,14 @@ def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 # The quintic polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al., 2025), one an iteration: each is the one
-# that brings singular values closest to 1 given where the ones before have left them.
+# that brings singular values closest to 1 given where the ones before have left them. These four are computed for
+# values from 0.003 to 1 and leave none of them further off than 0.21. A fifth costs a quarter more and gained nothing:
+# 300 steps of the default run gave 1.368 bits per byte with five, 1.365 with these four and 1.372 with three.
 POLAR_EXPRESS = (
-    (8.2051, -22.9019, 16.4607),
-    (4.0664, -2.8612, 0.5184),
-    (3.9096, -2.8234, 0.5250),
-    (3.2856, -2.4153, 0.4853),
-    (2.2779, -1.6198, 0.3985),
+    (8.3007, -24.0376, 17.4661),
+    (4.0059, -2.9253, 0.5424),
+    (3.4840, -2.5614, 0.5024),
+    (2.5153, -1.8615, 0.4425),
 )
 
 

@@ -30,10 +30,11 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
     from minitf.batches import Batches
     from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
-    from minitf.hardware import choose_hardware
+    from minitf.hardware import choose_hardware, keep_freed_memory
     from minitf.monitor import Monitor, record_environment
     from minitf.trainer import Trainer
 
+    keep_freed_memory()
     hardware = choose_hardware(config.trainer.device, config.trainer.precision)
     config, text, model = _prepare(config, resumed)
     model = model.to(hardware.device)

@@ -129,7 +129,7 @@ def test_a_failure_at_any_write_loses_nothing(
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("save_file", "_write_json", "_sha256", "_flush"):
+        for name in ("save_file", "_write_json", "_sha256", "flush"):
             patch.setattr(checkpoint_module, name, failing(getattr(checkpoint_module, name)))
         patch.setattr(Tokenizer, "save", failing(Tokenizer.save))
         if again == "the next step":  # replacing a checkpoint of the same step is two operations of the file system

@@ -12,8 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minitf"
 # From the bottom of the house up; a module may import only what stands before it.
 ORDER = [
-    "errors", "hardware", "loss", "corpus", "tokenizer", "batches", "attention", "model", "optim", "checkpoint",
-    "generate", "viewer", "attention_maps", "attention_picture", "attention_page", "language_model",
+    "errors", "storage", "hardware", "loss", "corpus", "tokenizer", "batches", "attention", "model", "optim",
+    "checkpoint", "decoding", "generate", "viewer", "attention_maps", "attention_picture", "attention_page",
+    "language_model",
     "evaluate", "monitor", "training_step", "trainer", "help_page", "config", "train",
 ]  # fmt: skip
 HEAVY = ("datasets", "tensorboard", "torch._dynamo", "torch.utils.tensorboard", "transformers", "hydra", "matplotlib")

@@ -1,0 +1,66 @@
+"""One token after another: the model behind a key/value cache, by the fastest step this machine and model allow."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitf.errors import RequestError
+from minitf.model import Transformer
+
+ENGINES = ("auto", "native", "graph", "torch")
+
+
+class Decoder:
+    """Reads ids into a cache that is made once, and scores what comes next; no position is computed twice.
+
+    `engine` is who reads a single token: `native`, a C function (see native.py); `graph`, the compiled model as one
+    CUDA graph (see graph.py); `torch`, the model as it is; `auto`, the first of them that this machine and model allow.
+    Asking for one that they do not allow is a RequestError that says why.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int, capacity: int, engine: str = "auto") -> None:
+        if engine not in ENGINES:
+            raise RequestError(f"--engine {engine} must be one of {', '.join(ENGINES)}")
+        self.model = model
+        self.cache = model.new_cache(batch_size, capacity)
+        self.engine, self.step = self._choose(engine)
+
+    def _choose(self, engine: str) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+        on_cuda = self.model.device.type == "cuda"
+        if engine == "graph" and not on_cuda:
+            raise RequestError("--engine graph: CUDA graphs need a CUDA device")
+        if on_cuda and engine in ("auto", "graph"):
+            from minitf.decoding.graph import GraphStep
+
+            return "graph", GraphStep(self.model, self.cache)
+        if engine == "torch":
+            return engine, None
+        from minitf.decoding.native import NativeStep, obstacle
+
+        reason = obstacle(self.model)
+        if reason is None:
+            return "native", NativeStep(self.model, self.cache)
+        if engine == "native":
+            raise RequestError(f"--engine native: {reason}")
+        return "torch", None
+
+    def forget(self) -> None:
+        """Begin anew with an empty cache."""
+        self.cache.length = 0
+
+    @torch.no_grad()
+    def read(self, ids_BT: Tensor, weights: list[Tensor] | None = None) -> Tensor:
+        """Next-token logits_BV in float32 after ids of shape (B, T), which continue what was read before.
+
+        A `weights` list gets one `weights_BHTS` a layer. What has been read is at most the capacity (ValueError).
+        """
+        if self.step is not None and weights is None and ids_BT.shape[1] == 1 and self.cache.length > 0:
+            if self.cache.length == self.cache.capacity:
+                raise ValueError(f"the cache holds {self.cache.capacity} positions and is full")
+            logits_BV = self.step(ids_BT[:, 0])
+            self.cache.length += 1
+            return logits_BV
+        x_BTD = self.model.hidden(ids_BT, self.cache, weights)
+        return F.linear(x_BTD[:, -1], self.model.vocabulary_VD.to(x_BTD.dtype)).float()

@@ -1,0 +1,168 @@
+/* One step of decoding on a processor: the next-token scores of some rows of a batch, from the key/value cache.
+
+   It is the model of model.py for a single position, read from its own float32 parameters. A small model in PyTorch
+   spends four fifths of such a step between the operations; here it is as fast as the weights can be read.
+
+   Axes as everywhere: D hidden, H heads, G key/value heads, K head width, F feed-forward, V vocabulary. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define WIDTH 16 /* floats the compiler handles as one value; it splits them for narrower processors */
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
+typedef struct {
+    const float *input_norm, *q, *k, *v, *q_norm, *k_norm, *o, *post_norm, *gate, *up, *down;
+} Layer;
+
+typedef struct {
+    int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
+    int64_t batch_size, capacity, num_positions;
+    const float *embedding, *final_norm, *vocabulary, *rotary; /* rotary: (2, num_positions, K) */
+    float *keys, *values;                                      /* (layers, B, G, capacity, K) */
+    const Layer *layers;
+} Model;
+
+/* In halves: lane by lane would take longer than the products of a small layer. */
+static float sum(Vector v) {
+    typedef float Half __attribute__((vector_size(2 * WIDTH)));
+    typedef float Quarter __attribute__((vector_size(WIDTH)));
+    union { Vector whole; Half halves[2]; } a = {v};
+    union { Half whole; Quarter halves[2]; } b = {a.halves[0] + a.halves[1]};
+    Quarter c = b.halves[0] + b.halves[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+/* y[r][n] = sum_d x[r][d] weight[n][d] for R rows and N outputs at once: each loaded value is used R or N times. */
+#define TILE(R, N)                                                                                        \
+    static void tile_##R##_##N(float *y, int64_t y_stride, const float *x, const float *w, int64_t D) {   \
+        Vector sums[R][N];                                                                                \
+        memset(sums, 0, sizeof sums);                                                                     \
+        int64_t d = 0;                                                                                    \
+        for (; d + WIDTH <= D; d += WIDTH)                                                                \
+            for (int n = 0; n < N; n++) {                                                                 \
+                __builtin_prefetch(w + (N + n) * D + d); /* the next tile's weights */                    \
+                for (int r = 0; r < R; r++)                                                               \
+                    sums[r][n] += *(const Vector *)(x + r * D + d) * *(const Vector *)(w + n * D + d);    \
+            }                                                                                             \
+        for (int r = 0; r < R; r++)                                                                       \
+            for (int n = 0; n < N; n++) {                                                                 \
+                float total = sum(sums[r][n]);                                                            \
+                for (int64_t rest = d; rest < D; rest++) total += x[r * D + rest] * w[n * D + rest];      \
+                y[r * y_stride + n] = total;                                                              \
+            }                                                                                             \
+    }
+TILE(1, 1)
+TILE(1, 8)
+TILE(4, 1)
+TILE(4, 4)
+
+/* y = x weight^T: x (rows, D), weight (N, D), y (rows, N). The weights, the larger part, are read once. */
+static void linear(float *y, const float *x, const float *weight, int64_t rows, int64_t N, int64_t D) {
+    int64_t many = rows >= 4 ? 4 : 8;
+    for (int64_t n = 0; n < N; n += many) {
+        if (n + many > N) many = 1;
+        const float *w = weight + n * D;
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) (many == 4 ? tile_4_4 : tile_4_1)(y + r * N + n, N, x + r * D, w, D);
+        for (; r < rows; r++) {
+            if (many == 8) tile_1_8(y + r * N + n, N, x + r * D, w, D);
+            else for (int64_t i = 0; i < many; i++) tile_1_1(y + r * N + n + i, N, x + r * D, w + i * D, D);
+        }
+    }
+}
+
+/* y = x / rms(x) * weight, size values */
+static void rms_norm(float *y, const float *x, const float *weight, int64_t size) {
+    float squares = 0;
+    for (int64_t i = 0; i < size; i++) squares += x[i] * x[i];
+    float scale = 1 / sqrtf(squares / size + 1e-6f);
+    for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * weight[i];
+}
+
+/* Normalise one head's query or key, if the model does, and turn it by its position. */
+static void place(float *x, const float *weight, const float *cosines, const float *sines, int64_t K) {
+    if (weight) rms_norm(x, x, weight, K);
+    for (int64_t i = 0; i < K / 2; i++) {
+        float first = x[i], second = x[K / 2 + i];
+        x[i] = first * cosines[i] - second * sines[i];
+        x[K / 2 + i] = second * cosines[i] + first * sines[i];
+    }
+}
+
+/* e^x = 2^n e^r with r = x - n ln 2 and |r| <= ln(2)/2: Taylor's polynomial is then exact to a rounding or two. */
+static float exponential(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    float n = (float)(int32_t)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in few bits */
+    float polynomial = 1 + r * (1 + r * (0.5f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
+    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
+    return polynomial * power.value;
+}
+
+/* One query head over `length` keys: match, weigh, gather. */
+static void attend(float *mixed, const float *q, const float *keys, const float *values, float *weights,
+                   int64_t length, int64_t K) {
+    float scale = 1 / sqrtf(K), largest = -INFINITY, total = 0;
+    linear(weights, q, keys, 1, length, K);
+    for (int64_t s = 0; s < length; s++) {
+        weights[s] *= scale;
+        largest = weights[s] > largest ? weights[s] : largest;
+    }
+    for (int64_t s = 0; s < length; s++) weights[s] = exponential(weights[s] - largest);
+    for (int64_t s = 0; s < length; s++) total += weights[s];
+    memset(mixed, 0, K * sizeof(float));
+    for (int64_t s = 0; s < length; s++)
+        for (int64_t i = 0; i < K; i++) mixed[i] += weights[s] * values[s * K + i];
+    for (int64_t i = 0; i < K; i++) mixed[i] /= total;
+}
+
+/* Floats of working memory that `decode` needs for so many rows. */
+int64_t decode_scratch(const Model *m, int64_t rows) {
+    return rows * (3 * m->hidden_size + 2 * m->num_heads * m->head_dim + 2 * m->num_kv_heads * m->head_dim
+                   + 2 * m->intermediate_size) + m->capacity;
+}
+
+/* Read ids (one a row) at `position` into the cache and write logits (rows, V), for `rows` rows from `first`. */
+void decode(const Model *m, const int64_t *ids, int64_t position, int64_t first, int64_t rows, float *logits,
+            float *scratch) {
+    int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
+    float *x = scratch, *normed = x + rows * D, *added = normed + rows * D, *q = added + rows * D;
+    float *mixed = q + rows * H * K, *k = mixed + rows * H * K, *v = k + rows * G * K;
+    float *gate = v + rows * G * K, *up = gate + rows * F, *weights = up + rows * F;
+    const float *cosines = m->rotary + position * K, *sines = cosines + m->num_positions * K;
+
+    for (int64_t r = 0; r < rows; r++) memcpy(x + r * D, m->embedding + ids[first + r] * D, D * sizeof(float));
+    for (int64_t l = 0; l < m->num_layers; l++) {
+        const Layer *layer = &m->layers[l];
+        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->input_norm, D);
+        linear(q, normed, layer->q, rows, H * K, D);
+        linear(k, normed, layer->k, rows, G * K, D);
+        linear(v, normed, layer->v, rows, G * K, D);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t head_size = m->capacity * K, row = ((l * m->batch_size + first + r) * G) * head_size;
+            for (int64_t g = 0; g < G; g++) {
+                float *key = k + (r * G + g) * K;
+                place(key, layer->k_norm, cosines, sines, K);
+                memcpy(m->keys + row + g * head_size + position * K, key, K * sizeof(float));
+                memcpy(m->values + row + g * head_size + position * K, v + (r * G + g) * K, K * sizeof(float));
+            }
+            for (int64_t h = 0; h < H; h++) {
+                int64_t shared = row + h / (H / G) * head_size, own = (r * H + h) * K;
+                place(q + own, layer->q_norm, cosines, sines, K);
+                attend(mixed + own, q + own, m->keys + shared, m->values + shared, weights, position + 1, K);
+            }
+        }
+        linear(added, mixed, layer->o, rows, D, H * K);
+        for (int64_t i = 0; i < rows * D; i++) x[i] += added[i];
+        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->post_norm, D);
+        linear(gate, normed, layer->gate, rows, F, D);
+        linear(up, normed, layer->up, rows, F, D);
+        for (int64_t i = 0; i < rows * F; i++) gate[i] *= up[i] / (1 + exponential(-gate[i]));
+        linear(added, gate, layer->down, rows, D, F);
+        for (int64_t i = 0; i < rows * D; i++) x[i] += added[i];
+    }
+    for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, m->final_norm, D);
+    linear(logits, normed, m->vocabulary, rows, m->vocab_size, D);
+}

@@ -1,0 +1,142 @@
+"""Decoding one token at a time: every engine computes what the whole model computes, and says why when it cannot."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitf.decoding import Decoder, native
+from minitf.decoding.graph import GraphStep
+from minitf.errors import RequestError
+from minitf.model import ModelConfig, Transformer
+
+CONTEXT = 24
+
+
+def random_model(vocab_size: int = 37, **shape: int | bool | float) -> Transformer:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "context_length": CONTEXT} | shape
+    model = Transformer(ModelConfig(**sizes), vocab_size).eval()  # type: ignore[arg-type]
+    for parameter in model.parameters():  # norms and the matrices that start at zero too
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model
+
+
+def logits_token_by_token(model: Transformer, ids_BT: torch.Tensor, num_prompt: int, engine: str) -> torch.Tensor:
+    decoder = Decoder(model, ids_BT.shape[0], CONTEXT, engine)
+    if engine == "graph":
+        decoder.step = GraphStep(model, decoder.cache)
+    assert decoder.engine == ("torch" if engine == "graph" else engine)
+    steps = [decoder.read(ids_BT[:, :num_prompt])]
+    steps += [decoder.read(ids_BT[:, t : t + 1]) for t in range(num_prompt, ids_BT.shape[1])]
+    assert decoder.cache.length == ids_BT.shape[1]
+    return torch.stack(steps, dim=1)
+
+
+SHAPES = [
+    {},
+    {"num_kv_heads": 2},
+    {"qk_norm": False, "tie_embeddings": False},
+    {
+        "hidden_size": 50,
+        "num_heads": 3,
+        "head_dim": 6,
+        "intermediate_size": 70,
+        "rope_theta": 500.0,
+    },  # no whole vectors
+    {"num_heads": 6, "num_kv_heads": 1, "head_dim": 34, "intermediate_size": 33, "num_layers": 1},
+]
+
+
+@pytest.mark.parametrize(("shape", "batch_size"), list(itertools.product(SHAPES, (1, 2, 5, 9))))
+@torch.no_grad()
+def test_the_native_step_computes_the_model(shape: dict[str, int], batch_size: int) -> None:
+    model = random_model(**shape)
+    ids_BT = torch.randint(37, (batch_size, CONTEXT))
+    expected = model(ids_BT)[:, 6:]
+    torch.testing.assert_close(logits_token_by_token(model, ids_BT, 7, "native"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@torch.no_grad()
+def test_the_fixed_shape_step_computes_the_model(shape: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "_choose", lambda self, engine: ("torch", None))
+    model = random_model(**shape)
+    ids_BT = torch.randint(37, (3, CONTEXT))
+    expected = model(ids_BT)[:, 6:]
+    torch.testing.assert_close(logits_token_by_token(model, ids_BT, 7, "graph"), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_extreme_scores_stay_numbers() -> None:
+    model = random_model(qk_norm=False)
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.self_attn.q_proj.weight.mul_(1e3)  # type: ignore[union-attr,operator]
+        block.mlp.gate_proj.weight.mul_(1e3)  # type: ignore[union-attr,operator]
+    ids_BT = torch.randint(37, (1, CONTEXT))
+    expected = model(ids_BT)[:, 6:]
+    torch.testing.assert_close(logits_token_by_token(model, ids_BT, 7, "native"), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_forgotten_text_leaves_no_trace() -> None:
+    model = random_model()
+    ids_BT = torch.randint(37, (2, 12))
+    decoder = Decoder(model, 2, CONTEXT)
+    decoder.read(torch.randint(37, (2, 20)))
+    decoder.read(torch.randint(37, (2, 1)))
+    decoder.forget()
+    decoder.read(ids_BT[:, :11])
+    torch.testing.assert_close(decoder.read(ids_BT[:, 11:]), model(ids_BT)[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_cache_is_refused_and_not_overrun() -> None:
+    decoder = Decoder(random_model(), 1, 8)
+    decoder.read(torch.zeros(1, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="full"):
+        decoder.read(torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_without_a_compiler_the_model_decodes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native.library.cache_clear()
+    try:
+        assert Decoder(random_model(), 1, 8).engine == "torch"
+        with pytest.raises(RequestError, match="--engine native: no C compiler found"):
+            Decoder(random_model(), 1, 8, "native")
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_compiler_that_fails_and_a_damaged_library_are_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITF_CACHE", str(tmp_path))
+    try:
+        monkeypatch.setenv("CC", "false")
+        native.library.cache_clear()
+        assert Decoder(random_model(), 1, 8).engine == "torch"
+        assert not list(tmp_path.iterdir())
+        monkeypatch.delenv("CC")
+        native.library.cache_clear()
+        assert Decoder(random_model(), 1, 8).engine == "native"
+        (built,) = tmp_path.iterdir()
+        built.unlink()  # not overwritten: it is loaded
+        built.write_bytes(b"damaged")
+        native.library.cache_clear()
+        assert Decoder(random_model(), 1, 8).engine == "native"
+    finally:
+        native.library.cache_clear()
+
+
+def test_engines_that_cannot_serve_say_why() -> None:
+    model = random_model()
+    with pytest.raises(RequestError, match="--engine quick must be one of auto, native, graph, torch"):
+        Decoder(model, 1, 8, "quick")
+    with pytest.raises(RequestError, match="CUDA graphs need a CUDA device"):
+        Decoder(model, 1, 8, "graph")
+    model.compute_dtype = torch.bfloat16
+    assert Decoder(model, 1, 8).engine == "torch"
+    with pytest.raises(RequestError, match="computes in float32, and the model in bfloat16"):
+        Decoder(model, 1, 8, "native")
