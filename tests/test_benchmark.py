@@ -138,7 +138,8 @@ def test_without_a_gpu_or_a_text_or_a_setting_a_line_says_so(
     memory.memory(request_here, report)
     monkeypatch.setattr(plots, "unavailable", lambda: plots.MISSING)
     curves.draw(request_here, report, "speed.svg", [])
-    assert not report.rows and not report.plots
+    assert not report.rows
+    assert not report.plots
     reasons = ("no CUDA device", "--text FILE", "trainer.activation_checkpointing", "matplotlib is not installed")
     assert len(report.skipped) == len(reasons)
     for line, reason in zip(report.skipped, reasons, strict=True):
