@@ -340,8 +340,8 @@ def test_throughput_end_to_end(tmp_path: Path, checkout: Path, capsys: pytest.Ca
         assert row["median"] > 0
     compared = {(row["what"], row["peer"]): row for row in rows if row["unit"] == "tokens/s"}
     assert {("minitf", "nanoGPT"), ("minitf adamw", "nanoGPT")} <= set(compared)
-    # The stand-in's iterations after the second: 13, 900, 15 and 16 ms of 4 x 32 tokens.
-    assert compared["minitf", "nanoGPT"]["peer_median"] == pytest.approx(4 * 4 * 32 / 0.944)
+    # The iterations of the stand-in after its second: 12, 13, 900, 15 and 16 ms of 4 x 32 tokens.
+    assert compared["minitf", "nanoGPT"]["peer_median"] == pytest.approx(5 * 4 * 32 / 0.956)
     shares = [row for row in rows if row["unit"].startswith("share")]
     assert len(shares) == 2
     assert all(0 < row["median"] < 1 for row in shares)

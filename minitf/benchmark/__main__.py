@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", type=Path, metavar="FILE", help="the text of shakespeare (and of throughput)")
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds of both sides (default: 3)")
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of quality (default: 3)")
+    p.add_argument("--steps", type=int, metavar="N", help="minitf's steps in shakespeare (default: the fewest that do)")
     p.add_argument("--corpus-mb", default="1,10,100", metavar="MB,...", help="sizes of corpus (default: 1,10,100)")
     p.add_argument("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="for the JSON and plots")
     p.add_argument("--work", type=Path, metavar="DIR", help="for texts and runs (default: temporary, removed after)")
@@ -75,6 +76,8 @@ def request_of(args: argparse.Namespace, work: Path) -> Request:
     """The checked request; RequestError if it cannot be met."""
     if args.repeats < 1 or args.seeds < 1:
         raise RequestError(f"--repeats {args.repeats} and --seeds {args.seeds} must be at least 1")
+    if args.steps is not None and args.steps < 1:
+        raise RequestError(f"--steps {args.steps} must be at least 1")
     if args.text is not None and not args.text.is_file():
         raise RequestError(f"--text {args.text}: no such file")
     if args.nanogpt is not None and not args.nanogpt.is_dir():
@@ -86,7 +89,8 @@ def request_of(args: argparse.Namespace, work: Path) -> Request:
     if min(sizes) < 1:
         raise RequestError(f"--corpus-mb {args.corpus_mb} must be at least 1")
     nanogpt, text = (path.resolve() if path else None for path in (args.nanogpt, args.text))
-    return Request(work.resolve(), args.out.resolve(), nanogpt, text, args.repeats, args.seeds, args.quick, sizes)
+    numbers = {name: getattr(args, name) for name in ("repeats", "seeds", "quick", "steps")}
+    return Request(work.resolve(), args.out.resolve(), nanogpt, text, corpus_mb=sizes, **numbers)
 
 
 def listing(request: Request) -> str:

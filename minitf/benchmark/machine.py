@@ -65,9 +65,10 @@ def machine(request: Request, report: Report) -> None:
         results.append(peak(request))
     for name in ("fp32", "bf16"):
         raw = {"flops_by_size": [result["flops"][name] for result in results]}
-        best = max(results[-1]["flops"][name].items(), key=lambda item: item[1])[0]
+        speeds = results[-1]["flops"][name]
         values = [result["peaks"][name] / 1e9 for result in results]
-        report.add(Row(f"matrix product {name}", "GFLOP/s", values, note=f"best of sizes, {best} last", raw=raw))
+        note = f"size {max(speeds, key=lambda size: speeds[size])}, the best of {', '.join(speeds)}"
+        report.add(Row(f"matrix product {name}", "GFLOP/s", values, note=note, raw=raw))
     bandwidth = [result["bytes_per_s"] / 1e9 for result in results]
     report.add(Row("memory copy", "GB/s", bandwidth, note="read and written"))
     threads = [float(result["threads"]) for result in results]

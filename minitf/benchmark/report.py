@@ -23,6 +23,7 @@ class Request:
     seeds: int = 3
     quick: bool = False  # toy sizes: everything runs, the numbers mean nothing
     corpus_mb: tuple[int, ...] = (1, 10, 100)
+    steps: int | None = None  # of minitf's race in shakespeare; None: as few as reach the loss
 
 
 @dataclass

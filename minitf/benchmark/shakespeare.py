@@ -22,7 +22,7 @@ def shakespeare(request: Request, report: Report) -> None:
         report.skip("shakespeare", "give the text with --text FILE")
         return
     text = request.text
-    num_steps = 3 if request.quick else find_steps(request, report, text)
+    num_steps = request.steps or (3 if request.quick else find_steps(request, report, text))
     sides = {"minitf": lambda round_: minitf_race(request, text, num_steps, round_)}
     missing = nanogpt.unavailable(request.nanogpt)
     if missing or not request.nanogpt:
