@@ -34,7 +34,11 @@ def generation(request: Request, report: Report) -> None:
         report.skip("transformers generate", missing)
     for batch_size in BATCH_SIZES:
         decode(request, report, checkpoint, prompt, batch_size, peer=not missing)
-    report.skip("llama.cpp", "no reader of this checkpoint is installed")
+    missing = hugging_face.unavailable("xllamacpp", "gguf", "safetensors")
+    if missing or quick:  # a toy's heads are narrower than llama.cpp takes
+        report.skip("llama.cpp", missing or "toy sizes are too small for it")
+    else:
+        beside_llama_cpp(request, report, checkpoint, prompt)
 
 
 def make_checkpoint(request: Request, shape: dict[str, int], num_steps: int) -> str:
@@ -76,6 +80,26 @@ def decode(request: Request, report: Report, checkpoint: str, prompt: list[int],
     note = "same text" if theirs else ""
     peers = ("transformers generate", speeds(theirs[0])) if theirs else ("", [])
     report.add(Row(row, "tokens/s", speeds(ours), *peers, note=note, raw=raw))
+
+
+def beside_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: list[int]) -> None:
+    """One row: batch 1 beside llama.cpp's server, in float32 like the checkpoint."""
+    num_tokens, file = 192, str(request.work / "model.gguf")
+    in_child("llama_cpp:convert", {"checkpoint": checkpoint, "path": file})
+    ask = {"prompt": prompt, "num_tokens": num_tokens, "repeats": 8}
+    sides: dict[str, Callable[[int], dict[str, Any]]] = {
+        "minitf": lambda round_: in_child(
+            "library:decode", {"checkpoint": checkpoint, "batch_size": 1, **ask}, ENVIRONMENT
+        ),
+        "llama.cpp": lambda round_: in_child("llama_cpp:decode", {"file": file, **ask}),
+    }
+    ours, theirs = in_turn(sides, request.repeats, report.say).values()
+    speeds = [[num_tokens / sorted(r["seconds"])[len(r["seconds"]) // 2] for r in side] for side in (ours, theirs)]
+    same = all(a["ids"] == b["ids"] for a, b in zip(ours, theirs, strict=True))
+    raw = {"ours": [drop_ids(r) for r in ours], "theirs": [drop_ids(r) for r in theirs]}
+    note = "same text" if same else "other text: it rounds differently"
+    row = f"batch 1, {len(prompt)} + {num_tokens} tokens"
+    report.add(Row(row, "tokens/s", speeds[0], "llama.cpp", speeds[1], note=note, raw=raw))
 
 
 def drop_ids(result: dict[str, Any]) -> dict[str, Any]:
