@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import make_text
 
-from minitf.benchmark import curves, generation, hugging_face, library, memory, nanogpt, plots, shakespeare
+from minitf.benchmark import curves, generation, hugging_face, library, llama_cpp, memory, nanogpt, plots, shakespeare
 from minitf.benchmark.__main__ import BENCHMARKS, main
 from minitf.benchmark.comparison import Row, in_turn
-from minitf.benchmark.gpu import gpu
+from minitf.benchmark.gpu import compare, gpu
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
 from minitf.benchmark.text import write_text
+from minitf.benchmark.training import TOY
 from minitf.errors import MinitfError, RequestError, run_command
 from minitf.model import Transformer
 
@@ -272,6 +273,26 @@ def test_speeds_of_different_texts_are_not_compared(
             generation.decode(request_here, report, "checkpoint", [1], 1, peer=True)
 
 
+def test_every_weight_has_a_name_in_llama_cpp(make_model: Callable[..., Transformer]) -> None:
+    names = {llama_cpp.gguf_name(name) for name, _ in make_model(tie_embeddings=False).named_parameters()}
+    outside = {"token_embd.weight", "output_norm.weight", "output.weight"}
+    assert names == outside | {f"blk.{i}.{part}.weight" for i in (0, 1) for part in llama_cpp.TENSORS.values()}
+
+
+def test_a_checkpoint_converted_for_llama_cpp_holds_the_same_weights(trained_run: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from safetensors.numpy import load_file
+
+    checkpoint = trained_run / "checkpoints/latest"
+    llama_cpp.convert(str(checkpoint), str(tmp_path / "model.gguf"))
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    converted = {tensor.name: tensor.data for tensor in reader.tensors}
+    weights = {llama_cpp.gguf_name(name): value for name, value in load_file(checkpoint / "model.safetensors").items()}
+    assert set(converted) == set(weights)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(converted[name].reshape(value.shape), value)
+
+
 def test_the_memory_of_a_loss_is_measured_by_itself() -> None:
     """16 MB of logits: the naive loss holds several copies, ours none, whatever the process held before."""
     ballast = torch.ones(100_000_000)  # a child must not inherit its parent's peak
@@ -346,3 +367,16 @@ def test_throughput_end_to_end(tmp_path: Path, checkout: Path, capsys: pytest.Ca
     assert len(shares) == 2
     assert all(0 < row["median"] < 1 for row in shares)
     assert shares[0]["raw"]["peaks"][0]["threads"] >= 1
+
+
+@pytest.mark.slow
+def test_what_a_gpu_would_be_asked_runs_on_a_cpu(request_here: Request, checkout: Path) -> None:
+    report = Report("gpu")
+    request_here.nanogpt = checkout
+    compare(request_here, report, TOY, vocab_size=65, batch_size=2, num_steps=2, device="cpu")
+    units = [row.unit for row in report.rows]
+    assert units == ["share of bf16 peak", "tokens/s", "tokens/s", "share of bandwidth"]
+    assert all(row.median > 0 for row in report.rows)
+    # The iterations of the stand-in after its fifth: 15 and 16 ms of 2 x 32 tokens.
+    assert report.rows[1].peer_median == pytest.approx(2 * 2 * 32 / 0.031)
+    assert (request_here.work / "gpu-data/train.bin").stat().st_size == 2_000_000

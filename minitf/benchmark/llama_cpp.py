@@ -63,7 +63,7 @@ def decode(file: str, prompt: list[int], num_tokens: int, repeats: int) -> dict[
 
     params = xllamacpp.CommonParams()
     params.model.path = file
-    params.n_ctx = len(prompt) + num_tokens
+    params.n_ctx = len(prompt) + num_tokens + 1
     params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
