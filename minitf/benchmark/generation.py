@@ -99,7 +99,7 @@ def beside_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: 
     raw = {"ours": [drop_ids(r) for r in ours], "theirs": [drop_ids(r) for r in theirs]}
     note = "same text" if same else "other text: it rounds differently"
     row = f"batch 1, {len(prompt)} + {num_tokens} tokens"
-    report.add(Row(row, "tokens/s", speeds[0], "llama.cpp", speeds[1], note=note, raw=raw))
+    report.add(Row(row, "tokens/s", speeds[0], "llama.cpp server", speeds[1], note=note, raw=raw))
 
 
 def drop_ids(result: dict[str, Any]) -> dict[str, Any]:
