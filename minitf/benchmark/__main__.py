@@ -40,9 +40,7 @@ BENCHMARKS = {
     "step": Benchmark(step, "milliseconds of each part of a training step against its floors", 0, 0.9, True),
     "throughput": Benchmark(throughput, "training tokens/s beside nanoGPT and the HF Trainer, 6 x 256", 0, 1.5, True),
     "shakespeare": Benchmark(shakespeare, "seconds to nanoGPT's loss beside its CPU recipe (--text)", 2, 2, True),
-    "generation": Benchmark(
-        generation, "greedy tokens/s beside transformers generate and llama.cpp, batch 1 and 16", 1, 0.6, True
-    ),
+    "generation": Benchmark(generation, "greedy tokens/s beside transformers generate and llama.cpp", 1, 0.6, True),
     "memory": Benchmark(memory, "peak memory: loss without all logits, activation checkpointing", 0, 1, True),
     "precision": Benchmark(precision, "bf16 against fp32 curves of one seed; the same seed twice", 5, 0),
     "logging": Benchmark(logging, "the loop with maps, head scores and samples, on against off", 4, 7),
