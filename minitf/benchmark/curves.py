@@ -1,0 +1,163 @@
+"""Curves: cost against the size of model and corpus, precision against precision, and the price of looking."""
+
+import itertools
+from typing import Any
+
+from minitf.benchmark import plots
+from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.library import ENVIRONMENT
+from minitf.benchmark.process import in_child
+from minitf.benchmark.report import Report, Request, number
+from minitf.benchmark.text import write_text
+from minitf.benchmark.training import QUIET, train
+
+BASE = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "context_length": 256}
+AXES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "width": ("hidden_size", (64, 128, 256, 384, 512)),
+    "depth": ("num_layers", (2, 4, 8, 12)),
+    "context": ("context_length", (64, 128, 256, 512, 1024, 2048, 4096)),
+}
+BATCH_TOKENS = 4096  # whatever the context
+SMOOTHING = 20  # steps averaged before curves of single batches are compared
+
+
+def curves(request: Request, report: Report) -> None:
+    """The benchmark of that name: tokens/s and peak memory against width, depth and context."""
+    text = write_text(request.work / "curves.txt", 100_000 if request.quick else 4_000_000)
+    points: dict[str, list[tuple[int, float, float]]] = {}
+    for axis, (key, values) in AXES.items():
+        for value in (32, 64) if request.quick else values:
+            shape = {**BASE, key: value if axis != "depth" or not request.quick else value // 32}
+            if request.quick:
+                shape = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "context_length": 32, key: shape[key]}
+            report.say(f"{axis} {shape[key]}")
+            batch_size = max(1, (256 if request.quick else BATCH_TOKENS) // shape["context_length"])
+            sizes = [f"model.{name}={size}" for name, size in shape.items()]
+            overrides = ["data=text", f"data.files=[{text}]", "tokenizer=char", *sizes, *speed(request, batch_size)]
+            result = train(request, overrides, f"curves-{axis}-{value}")
+            point = (shape[key], tokens_per_s(result["train"]), result["peak_mb"])
+            points.setdefault(axis, []).append(point)
+            name = f"{axis} {shape[key]}"
+            report.add(Row(name, "tokens/s", [point[1]], note=f"{number(point[2])} MB at most", raw={"mb": point[2]}))
+    panels = {"speed": ("tokens/s", 1, 1.0), "memory": ("peak memory, bytes", 2, 1e6)}
+    for plot, (label, column, unit) in panels.items():
+        lines = [(axis, label, {"minitf": [(p[0], p[column] * unit) for p in points[axis]]}) for axis in AXES]
+        draw(request, report, f"{plot}.svg", lines)
+
+
+def speed(request: Request, batch_size: int) -> list[str]:
+    """Overrides of a run of a few seconds that is compiled as a longer one would be."""
+    limit = ["trainer.max_steps=3"] if request.quick else ["trainer.max_minutes=0.1"]
+    compile_ = "false" if request.quick else "true"
+    return [*QUIET, f"trainer.compile={compile_}", "trainer.log_every=1", f"trainer.batch_size={batch_size}", *limit]
+
+
+def tokens_per_s(rows: list[dict[str, Any]]) -> float:
+    """Of all rows after the first tenth."""
+    first = rows[len(rows) // 10]
+    return float((rows[-1]["tokens"] - first["tokens"]) / (rows[-1]["train_s"] - first["train_s"]))
+
+
+def corpus(request: Request, report: Report) -> None:
+    """The benchmark of that name: preparation and training against the size of the text."""
+    points = []
+    for megabytes in request.corpus_mb:
+        report.say(f"writing {megabytes:,} MB of text")
+        text = write_text(request.work / "corpus.txt", megabytes * 1_000_000)
+        report.say(f"tokenizing {megabytes:,} MB")
+        cache = {"MINITF_CACHE": str(request.work / f"corpus-{megabytes}")}
+        prepared = in_child("library:prepare_text", {"file": str(text)}, cache)
+        overrides = ["data=text", f"data.files=[{text}]", *speed(request, 16)]
+        if request.quick:
+            overrides += ["model=nano", "model.context_length=32"]
+        result = train(request, overrides, f"corpus-{megabytes}", environment=cache)
+        speeds = tokens_per_s(result["train"])
+        name = f"{megabytes:,} MB"
+        note = f"{number(megabytes / prepared['seconds'])} MB/s, {number(prepared['peak_mb'])} MB of memory at most"
+        report.add(
+            Row(f"{name}, tokenizing", "s", [prepared["seconds"]], more_is_better=False, note=note, raw=prepared)
+        )
+        report.add(Row(f"{name}, training", "tokens/s", [speeds], note=f"{number(result['peak_mb'])} MB at most"))
+        points.append((megabytes, prepared["seconds"], prepared["peak_mb"] * 1e6, speeds, result["peak_mb"] * 1e6))
+        text.unlink()
+    memory = {"tokenizing": [(p[0], p[2]) for p in points], "training": [(p[0], p[4]) for p in points]}
+    panels = [
+        ("corpus, MB", "tokenizing, s", {"minitf": [(p[0], p[1]) for p in points]}),
+        ("corpus, MB", "training, tokens/s", {"minitf": [(p[0], p[3]) for p in points]}),
+        ("corpus, MB", "peak memory, bytes", memory),
+    ]
+    draw(request, report, "corpus.svg", panels)
+
+
+def precision(request: Request, report: Report) -> None:
+    """The benchmark of that name: one seed in bf16 and fp32, and twice the same."""
+    steps = 12 if request.quick else 300
+    small = ["model=nano", "tokenizer=byte", "model.context_length=32"] if request.quick else []
+    base = [*QUIET, f"trainer.max_steps={steps}", "trainer.log_every=1", *small]
+
+    def losses(kind: str, name: str) -> list[float]:
+        report.say(name)
+        result = train(request, [*base, f"trainer.precision={kind}"], f"precision-{name.replace(' ', '-')}")
+        return [float(row["loss"]) for row in result["train"]]
+
+    bf16, again, fp32 = losses("bf16", "bf16"), losses("bf16", "bf16 again"), losses("fp32", "fp32")
+    window = min(SMOOTHING, steps // 2)
+    smooth = {name: smoothed(curve, window) for name, curve in (("bf16", bf16), ("fp32", fp32))}
+    apart = [abs(a - b) for a, b in zip(smooth["bf16"], smooth["fp32"], strict=True)]
+    raw = {"bf16": bf16, "fp32": fp32, "bf16_again": again}
+    note = f"largest over {steps} steps, of means of {window}; {apart[-1]:.4f} at the end of {smooth['fp32'][-1]:.4f}"
+    report.add(Row("bf16 against fp32", "nats", [max(apart)], more_is_better=False, note=note, raw=raw))
+    different = sum(a != b for a, b in zip(bf16, again, strict=True))
+    report.add(Row("same seed twice", "losses that differ", [float(different)], note=f"of {steps}"))
+    lines = {name: list(enumerate(curve, start=window)) for name, curve in smooth.items()}
+    draw(request, report, "precision.svg", [("step", "training loss, nats", lines)], x_scale="linear", markers=False)
+
+
+def smoothed(curve: list[float], window: int) -> list[float]:
+    """Means of each `window` neighbours."""
+    sums = [0.0, *itertools.accumulate(curve)]
+    return [(sums[i] - sums[i - window]) / window for i in range(window, len(sums))]
+
+
+def logging(request: Request, report: Report) -> None:
+    """The benchmark of that name: the loop's wall time with maps, head scores and samples, and without.
+
+    Two answers: the seconds inside looking and sampling as a share of the steps' (what they cost by themselves, almost
+    free of the machine's moods), and the ratio of whole loops of as many steps (what they cost in all, their effect on
+    the steps around them included).
+    """
+    minutes = 0.02 if request.quick else 3.0
+    small = ["model=nano", "model.context_length=128", "trainer.eval_tokens=2000"] if request.quick else []
+    off = ["attention.heads=false", "trainer.attention_every=-1", "trainer.sample_tokens=0"]
+    timed = {"timed": ["run", "look", "sample"], "environment": ENVIRONMENT}
+    report.say("finding the number of steps")
+    first = train(request, [*small, *off, f"trainer.max_minutes={minutes}"], "logging-steps")
+    steps = [*small, f"trainer.max_steps={first['train'][-1]['step']}", "trainer.compile=" + _compile(first)]
+    sides = {
+        "on": lambda round_: train(request, steps, f"logging-on-{round_}", **timed),
+        "off": lambda round_: train(request, [*steps, *off], f"logging-off-{round_}", **timed),
+    }
+    on, without = in_turn(sides, request.repeats, report.say).values()
+    spent = [result["seconds"].get("look", 0.0) + result["seconds"].get("sample", 0.0) for result in on]
+    shares = [100 * s / result["train"][-1]["train_s"] for s, result in zip(spent, on, strict=True)]
+    raw = {"on": [r["seconds"] for r in on], "off": [r["seconds"] for r in without]}
+    report.add(Row("maps, head scores and samples", "% of the steps' time", shares, more_is_better=False, raw=raw))
+    walls = [[result["seconds"]["run"] for result in results] for results in (on, without)]
+    trained = [[result["train"][-1]["train_s"] for result in results] for results in (on, without)]
+    report.add(Row("the whole loop", "s", walls[0], "off", walls[1], more_is_better=False))
+    report.add(Row("its training steps", "s", trained[0], "off", trained[1], more_is_better=False))
+
+
+def _compile(result: dict[str, Any]) -> str:
+    """What the run chose, as a setting: both sides are to make the same choice."""
+    return "true" if str(result["choices"].get("compile", "")).startswith("on") else "false"
+
+
+def draw(request: Request, report: Report, name: str, panels: list[Any], **options: Any) -> None:
+    """A plot in the output directory, or a line on why there is none."""
+    missing = plots.unavailable()
+    if missing:
+        report.skip(name, missing)
+        return
+    plots.draw(request.out / name, panels, **options)
+    report.plots.append(name)

@@ -1,0 +1,128 @@
+"""The same questions on a GPU: share of its peak, nanoGPT compiled at the same shape, decoding against bandwidth."""
+
+from typing import Any
+
+from minitf.benchmark import nanogpt
+from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.machine import peak
+from minitf.benchmark.process import in_child
+from minitf.benchmark.report import Report, Request
+
+GPT2 = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "context_length": 1024, "intermediate_size": 2048}
+VOCABULARY, BATCH_SIZE = 50_304, 32
+
+
+def unavailable() -> str | None:
+    """Why nothing can be measured, or None."""
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device here"
+
+
+def gpu(request: Request, report: Report) -> None:
+    """The benchmark of that name: `experiment=gpt2`'s step, and greedy decoding at batch 1."""
+    missing = unavailable()
+    if missing:
+        report.skip("gpu", missing)
+        return
+    compare(request, report, GPT2, VOCABULARY, BATCH_SIZE, 40, "cuda")
+
+
+def compare(
+    request: Request,
+    report: Report,
+    shape: dict[str, int],
+    vocab_size: int,
+    batch_size: int,
+    num_steps: int,
+    device: str,
+) -> None:
+    """Rows of `gpu` for any shape and device."""
+    compilation = "true" if device == "cuda" else "false"
+    step: dict[str, Any] = {
+        "shape": shape, "vocab_size": vocab_size, "batch_size": batch_size, "num_steps": num_steps,
+        "device": device, "compilation": compilation,
+    }  # fmt: skip
+    tokens = batch_size * shape["context_length"]
+    sides = {
+        "peak": lambda round_: peak(request, device, {}),
+        "minitf": lambda round_: in_child("library:step_parts", step),
+    }
+    missing = nanogpt.unavailable(request.nanogpt)
+    if missing or not request.nanogpt:
+        report.skip("nanoGPT", missing or "")
+    else:
+        checkout, dataset = request.nanogpt, request.work / "gpu-data"
+        in_child("gpu:write_random", {"directory": str(dataset), "vocab_size": min(vocab_size, 50_257)})
+        arguments = [
+            f"--device={device}", f"--compile={device == 'cuda'}", "--eval_iters=1", "--eval_interval=1000000",
+            "--log_interval=1", f"--max_iters={num_steps + 5}", *nanogpt.shape_arguments(shape, batch_size),
+        ]  # fmt: skip
+        out_dir = request.work / "gpu-out"
+
+        def other(round_: int) -> dict[str, Any]:
+            # log_interval=1 waits for the device at each iteration, a few microseconds of a step of this size.
+            ms = nanogpt.train(checkout, dataset, out_dir, arguments, config="").ms[5:]
+            return {"tokens_per_s": tokens * len(ms) / sum(ms) * 1000, "ms": ms}
+
+        sides["nanoGPT compiled"] = other
+    results = in_turn(sides, request.repeats, report.say)
+    peaks, ours = results["peak"], results["minitf"]
+    speeds = [tokens / result["ms"]["whole"] * 1000 for result in ours]
+    pairs = zip(speeds, ours, peaks, strict=True)
+    shares = [speed * result["flops_per_token"] / p["peaks"]["bf16"] for speed, result, p in pairs]
+    note = f"best product {peaks[-1]['peaks']['bf16'] / 1e12:.3g} TFLOP/s; compile {ours[0]['compile']}"
+    report.add(Row("training step", "share of bf16 peak", shares, note=note, raw={"ours": ours, "peaks": peaks}))
+    theirs = results.get("nanoGPT compiled", [])
+    peer = ("nanoGPT compiled", [result["tokens_per_s"] for result in theirs]) if theirs else ("", [])
+    report.add(Row("training step", "tokens/s", speeds, *peer, raw={"theirs": theirs}))
+    decoding(request, report, shape, vocab_size, device, [p["bytes_per_s"] for p in peaks])
+
+
+def decoding(
+    request: Request, report: Report, shape: dict[str, int], vocab_size: int, device: str, bandwidths: list[float]
+) -> None:
+    """Tokens/s at batch 1 of a model of the shape, and what share of the memory's bandwidth its weights take."""
+    arguments = {"shape": shape, "vocab_size": vocab_size, "device": device, "num_tokens": 8 if request.quick else 192}
+    results = [in_child("gpu:decode_random", arguments) for _ in bandwidths]
+    speeds = [result["tokens_per_s"] for result in results]
+    pairs = zip(speeds, results, bandwidths, strict=True)
+    shares = [speed * result["weight_bytes"] / bandwidth for speed, result, bandwidth in pairs]
+    report.add(Row("decoding, batch 1", "tokens/s", speeds, raw={"runs": results}))
+    report.add(Row("decoding, batch 1", "share of bandwidth", shares, note="weights read once a token"))
+
+
+def write_random(directory: str, vocab_size: int) -> dict[str, Any]:
+    """Random tokens in nanoGPT's format, without a vocabulary: it then takes GPT-2's."""
+    from pathlib import Path
+
+    import numpy as np
+
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    ids = np.random.default_rng(0).integers(vocab_size, size=1_000_000).astype(np.uint16)
+    for name in ("train.bin", "val.bin"):
+        ids.tofile(Path(directory) / name)
+    return {}
+
+
+def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_tokens: int) -> dict[str, Any]:
+    """Greedy decoding of a fresh model, which costs what a trained one costs; the best of a few."""
+    import time
+    from itertools import islice
+
+    import torch
+
+    from minitf.generate import Sampling, generate
+    from minitf.hardware import choose_hardware
+    from minitf.model import ModelConfig, Transformer
+
+    model = Transformer(ModelConfig(**shape), vocab_size).to(device).eval()  # type: ignore[arg-type]
+    model.compute_dtype = choose_hardware(device, "auto").dtype if device == "cuda" else torch.float32
+    best_s = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        steps = generate(model, [1] * 8, 1, Sampling(temperature=0))
+        [step.ids_B.tolist() for step in islice(steps, num_tokens)]
+        best_s = min(best_s, time.perf_counter() - start)
+    weight_bytes = model.num_parameters() * torch.empty((), dtype=model.compute_dtype).itemsize
+    return {"tokens_per_s": num_tokens / best_s, "weight_bytes": weight_bytes}

@@ -1,0 +1,7 @@
+"""Measure speed on this machine beside what it is compared to: python scripts/benchmark.py [NAME ...]."""
+
+from minitf.benchmark.__main__ import main
+from minitf.errors import run_command
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
