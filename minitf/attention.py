@@ -28,6 +28,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def joint_linear(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same input, by one product: fewer calls, which count at small sizes."""
+    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
+    return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
+
+
 class RMSNorm(nn.RMSNorm):
     """`y = x / rms(x) * weight` over the last axis (Zhang & Sennrich, 2019), in the dtype of x."""
 
@@ -64,6 +70,23 @@ def gather(weights_BHTS: Tensor, v_BHSK: Tensor) -> Tensor:
     G, K = v_BHSK.shape[1], v_BHSK.shape[3]
     mixed = torch.bmm(weights_BHTS.reshape(B * G, H // G * T, S), v_BHSK.reshape(B * G, S, K))
     return mixed.view(B, H, T, K)
+
+
+# Queries taken together on the explicit path. A block meets only the keys up to its end: of what the mask would hide,
+# most is never computed. With 8 heads at 512 positions blocks of 64, 128, 256 and 512 took 25, 20, 25 and 30 ms.
+QUERY_BLOCK = 128
+
+
+def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_TS: Tensor) -> Tensor:
+    """Match, weigh and gather, block by block of queries, which are the last of the keys; returns mixed_BHTK."""
+    T, S = mask_TS.shape
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        seen = S - T + end
+        scores_BHTS = match(q_BHTK[:, :, start:end], k_BHSK[:, :, :seen], mask_TS[start:end, :seen])
+        blocks.append(gather(weigh(scores_BHTS), v_BHSK[:, :, :seen]))
+    return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
 
 
 def rotary_table(head_dim: int, num_positions: int, theta: float) -> Tensor:
@@ -143,9 +166,10 @@ class Attention(nn.Module):
         this layer's `weights_BHTS` appended; without one, PyTorch's fused kernel computes the same in one call.
         """
         B, T, _ = x_BTD.shape
-        q_BHTK = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        k_BHSK = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        v_BHSK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = joint_linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BHTK = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k_BHSK = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v_BHSK = v.view(B, T, -1, self.head_dim).transpose(1, 2)
         q_BHTK, k_BHSK = rotate(q_BHTK, rotary_2TK), rotate(k_BHSK, rotary_2TK)
         if cache is not None:
             k_BHSK, v_BHSK = cache.append(layer, k_BHSK, v_BHSK)
@@ -153,12 +177,11 @@ class Attention(nn.Module):
         if mask_TS is None:
             grouped = k_BHSK.shape[1] != q_BHTK.shape[1]
             mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=T > 1, enable_gqa=grouped)
+        elif weights is None:
+            mixed_BHTK = attend(q_BHTK, k_BHSK, v_BHSK, mask_TS)
         else:
-            scores_BHTS = match(q_BHTK, k_BHSK, mask_TS)
-            weights_BHTS = weigh(scores_BHTS)
-            if weights is not None:
-                weights.append(weights_BHTS)
-            mixed_BHTK = gather(weights_BHTS, v_BHSK)
+            weights.append(weigh(match(q_BHTK, k_BHSK, mask_TS)))
+            mixed_BHTK = gather(weights[-1], v_BHSK)
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
 

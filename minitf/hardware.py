@@ -87,6 +87,8 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0
 def choose_hardware(device_name: str, precision: str) -> Hardware:
     """Resolve `trainer.device` and `trainer.precision` (auto | bf16 | fp32)."""
     device = choose_device(device_name)
+    if device.type == "cpu":
+        keep_freed_memory()
     if precision != "auto" and precision not in PRECISIONS:
         raise RequestError(f"trainer.precision={precision} must be one of auto, {', '.join(PRECISIONS)}")
     if device.type == "cuda":

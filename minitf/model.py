@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from minitf.attention import Attention, KeyValueCache, Linear, RMSNorm, causal_mask, rotary_table
+from minitf.attention import Attention, KeyValueCache, Linear, RMSNorm, causal_mask, joint_linear, rotary_table
 from minitf.errors import RequestError
 from minitf.loss import chunk_loss, linear_cross_entropy
 
@@ -78,7 +79,8 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # type: ignore[no-any-return]
+        gate_BTF, up_BTF = joint_linear(x_BTD, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -113,11 +115,17 @@ def train_block(block: nn.Module, x_BTD: Tensor, rotary_2TK: Tensor, mask_TS: Te
     return block(x_BTD, rotary_2TK, mask_TS)  # type: ignore[no-any-return]
 
 
+def final_norm(norm: nn.Module, x_BTD: Tensor) -> Tensor:
+    """The normalisation before the scores, as a plain function for the same reason."""
+    return norm(x_BTD)  # type: ignore[no-any-return]
+
+
 class Transformer(nn.Module):
     """Decoder-only language model.
 
-    `compute_dtype` is the dtype of the activations (the parameters stay float32); `train_block` and `chunk_loss` are
-    the two functions a training step spends its time in, replaceable by compiled versions of themselves.
+    `compute_dtype` is the dtype of the activations (the parameters stay float32); `train_block`, `final_norm` and
+    `chunk_loss` are the functions a training step spends its time in, replaceable by compiled versions of themselves.
+    With `activation_checkpointing` a block keeps only its input for the backward pass and computes the rest anew.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -125,7 +133,9 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.compute_dtype = torch.float32
+        self.activation_checkpointing = False
         self.train_block: Callable[..., Tensor] = train_block
+        self.final_norm: Callable[..., Tensor] = final_norm
         self.chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
         self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
         self.model.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
@@ -202,12 +212,17 @@ class Transformer(nn.Module):
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
         for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]
             if cache is None and weights is None:
-                x_BTD = self.train_block(block, x_BTD, rotary_2TK, mask_TS)
+                arguments = (block, x_BTD, rotary_2TK, mask_TS)
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    x_BTD = checkpoint(self.train_block, *arguments, use_reentrant=False)
+                else:
+                    x_BTD = self.train_block(*arguments)
             else:
                 x_BTD = block(x_BTD, rotary_2TK, mask_TS, cache, index, weights)
         if cache is not None:
             cache.length += T
-        return self.model.norm(x_BTD)  # type: ignore[operator, no-any-return]
+        plain = cache is not None or weights is not None
+        return (final_norm if plain else self.final_norm)(self.model.norm, x_BTD)  # type: ignore[arg-type]
 
     def forward(
         self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None

@@ -30,15 +30,15 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
     from minitf.batches import Batches
     from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
-    from minitf.hardware import choose_hardware, keep_freed_memory
+    from minitf.hardware import choose_hardware
     from minitf.monitor import Monitor, record_environment
     from minitf.trainer import Trainer
 
-    keep_freed_memory()
     hardware = choose_hardware(config.trainer.device, config.trainer.precision)
     config, text, model = _prepare(config, resumed)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
+    model.activation_checkpointing = config.trainer.activation_checkpointing
     batches = Batches(text.train, config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     with _own(run_dir), _naming(run_dir), Monitor(run_dir, state.step) as monitor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitf.attention import Attention, causal_mask, gather, match, rotary_table, rotate, weigh
+from minitf.attention import QUERY_BLOCK, Attention, attend, causal_mask, gather, match, rotary_table, rotate, weigh
 from minitf.model import Transformer
 
 CPU = torch.device("cpu")
@@ -64,6 +64,18 @@ def test_the_last_queries_of_a_longer_text_see_what_they_see_in_the_whole(num_he
     _, mixed_BHTK = naive_attention(q_BHTK, k_BHSK, v_BHSK)
     scores = match(q_BHTK[:, :, 4:], k_BHSK, causal_mask(3, 7, CPU, torch.float64))
     torch.testing.assert_close(gather(weigh(scores), v_BHSK), mixed_BHTK[:, :, 4:], rtol=1e-12, atol=1e-12)
+
+
+@HEADS
+@pytest.mark.parametrize("num_before", [0, 37])
+def test_attention_in_blocks_of_queries_is_attention(num_heads: int, num_kv_heads: int, num_before: int) -> None:
+    torch.manual_seed(0)
+    T, S = 2 * QUERY_BLOCK + 5, 2 * QUERY_BLOCK + 5 + num_before
+    q_BHTK = torch.randn(2, num_heads, T, 8, dtype=torch.float64)
+    k_BHSK, v_BHSK = torch.randn(2, 2, num_kv_heads, S, 8, dtype=torch.float64)
+    mask_TS = causal_mask(T, S, CPU, torch.float64)
+    expected_BHTK = gather(weigh(match(q_BHTK, k_BHSK, mask_TS)), v_BHSK)
+    torch.testing.assert_close(attend(q_BHTK, k_BHSK, v_BHSK, mask_TS), expected_BHTK, rtol=1e-12, atol=1e-12)
 
 
 @HEADS

@@ -136,6 +136,29 @@ def test_a_fresh_model_knows_nothing(make_model: MakeModel) -> None:
     torch.testing.assert_close(model.hidden(ids_BT), model.model.norm(embedded))
 
 
+def test_activation_checkpointing_computes_the_same_from_less(make_model: MakeModel) -> None:
+    ids_BT, targets_BT = torch.randint(50, (2, 2, 16))
+    gradients, kept = [], []
+    for activation_checkpointing in (False, True):
+        model = make_model(dropout=0.3)
+        model.train()
+        model.activation_checkpointing = activation_checkpointing
+        sizes: list[int] = []
+
+        def count(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model.loss(ids_BT, targets_BT)
+        loss.backward()
+        kept.append(sum(sizes))
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < 0.5 * kept[0]
+
+
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 def test_gradients_of_the_explicit_path_and_the_fused_kernel_agree(make_model: MakeModel, num_kv_heads: int) -> None:
     ids_BT, targets_BT = torch.randint(50, (2, 2, 16))

@@ -183,12 +183,14 @@ def floors(model: "Transformer", optim: str, batch_size: int, itemsize: int) -> 
 
 
 def _optimizer_floor(model: "Transformer", matrices: "Sequence[Tensor]", optim: str) -> tuple[float, float]:
-    """AdamW moves seven numbers a weight (four read, three written), Muon five, and five iterations of products."""
+    """AdamW moves seven numbers a weight (four read, three written), Muon five, and iterations of three products."""
+    from minitf.optim import POLAR_EXPRESS
+
     num_parameters, in_matrices = model.num_parameters(), sum(p.numel() for p in matrices)
     if optim != "muon":
         return 0.0, 4.0 * 7 * num_parameters
     sides = [(float(min(p.shape)), float(max(p.shape))) for p in matrices]
-    flops = sum(5 * (4 * short**2 * long + 2 * short**3) for short, long in sides)
+    flops = sum(len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3) for short, long in sides)
     return flops, 4.0 * (5 * in_matrices + 7 * (num_parameters - in_matrices))
 
 
