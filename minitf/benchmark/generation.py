@@ -6,7 +6,6 @@ from typing import Any
 
 from minitf.benchmark import hugging_face
 from minitf.benchmark.comparison import Row, in_turn
-from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import QUIET, train
@@ -59,7 +58,7 @@ def decode(request: Request, report: Report, checkpoint: str, prompt: list[int],
         "repeats": 1 if request.quick else 8 if batch_size == 1 else 4,
     }  # fmt: skip
     sides: dict[str, Callable[[int], dict[str, Any]]] = {
-        f"minitf, batch {batch_size}": lambda round_: in_child("library:decode", arguments, ENVIRONMENT)
+        f"minitf, batch {batch_size}": lambda round_: in_child("library:decode", arguments)
     }
     if peer:
         sides[f"transformers, batch {batch_size}"] = lambda round_: in_child("hugging_face:decode", arguments)
