@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.nn.functional as F
 
-from minitf.attention_maps import AttentionMaps, HeadScores, describe_head
+from minitf.attention_maps import AttentionMaps
+from minitf.heads import HeadScores, describe_head
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
