@@ -49,7 +49,7 @@ class HeadVectors:
     v_LGTK: Tensor  # noqa: N815
 
     def to_viewer(self, exact: bool) -> dict[str, Any] | None:
-        """The vectors in base64: float32, or a signed byte a number with a float32 scale a vector; None if too large."""
+        """In base64: float32, or a signed byte a number and a float32 scale a vector; None if too large."""
         named = {"q": self.q_LHTK, "k": self.k_LGTK, "v": self.v_LGTK}
         count = sum(tensor.numel() for tensor in named.values())
         if (4 * count if exact else count) > (MAX_EXACT_VECTOR_BYTES if exact else MAX_VECTOR_BYTES):
@@ -124,7 +124,7 @@ class AttentionMaps:
         query, key = torch.tril_indices(num_tokens, num_tokens)
         triangles = self.weights_LHTS[:, :, query, key].nan_to_num()
         scores = self.measured_scores
-        digits = 7 if exact else 4
+        digits = 8 if exact else 6
         vectors = self.vectors
         return {
             "text": self.text,
@@ -135,7 +135,7 @@ class AttentionMaps:
             "encoding": "float32" if exact else "uint8",
             "weights": _base64(triangles if exact else triangles.mul(255).round().to(torch.uint8)),
             "next_tokens": [[[token, round(p, digits)] for token, p in top] for top in self.next_tokens],
-            "actual": None if self.actual is None else [round(p, digits + 2) for p in self.actual],
+            "actual": None if self.actual is None else [round(p, digits) for p in self.actual],
             "labels": [[_rounded(head_pattern(scores, i, j)) for j in range(num_heads)] for i in range(num_layers)],
             "scores": {
                 name: values.double().nan_to_num().round(decimals=3).tolist()

@@ -21,10 +21,13 @@ HeadScores = dict[str, Tensor]
 Head = tuple[int, int]
 """A head by the index of its layer and its index in the layer."""
 
-# Above these a head is called by what it does. A head that spreads its weights evenly over 10 keys has previous-token
-# and first-token scores of 0.1, so 0.4 is far from chance; a score of 0.9 in entropy leaves room for no clear pattern.
+# Above these a head is called by what it does; the sharp patterns come first. A head that spreads its weights evenly
+# over 10 keys has previous-token and first-token scores of 0.1, so 0.4 is far from chance. An entropy of 0.6 among 64
+# keys is that of an even spread over 64^0.6 = 12 of them.
 PATTERN_THRESHOLD = 0.4
-BROAD_THRESHOLD = 0.9
+NEARBY_THRESHOLD = 0.5
+BROAD_THRESHOLD = 0.6
+NEARBY = 4  # tokens before a query's own
 PATTERNS = {
     "previous_token": "previous token",
     "first_token": "first token",
@@ -32,17 +35,18 @@ PATTERNS = {
     "induction": "induction",
     "same_word": "same word",
 }
+NAMES = {**PATTERNS, "nearby": "nearby words", "broad": "broad"}
 
 
 @torch.no_grad()
 def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScores:
     """Score every head for what it does; two forwards. `ids_BT` is held-out text.
 
-    entropy, previous_token, first_token, this_token: see `pattern_scores`, averaged over the text. The other two are
-    measured on random tokens said twice, for queries in the second half (Olsson et al., "In-context Learning and
-    Induction Heads", 2022). same_word: the weight on the previous occurrence of the query's own token. induction: the
-    weight on the token *after* that occurrence: 1 for a head that asks "what came next, last time?". The random tokens
-    are the same at each call with the same `seed`.
+    entropy, previous_token, first_token, this_token, nearby: see `pattern_scores`, averaged over the text. The other
+    two are measured on random tokens said twice, for queries in the second half (Olsson et al., "In-context Learning
+    and Induction Heads", 2022). same_word: the weight on the previous occurrence of the query's own token. induction:
+    the weight on the token *after* that occurrence: 1 for a head that asks "what came next, last time?". The random
+    tokens are the same at each call with the same `seed`.
     """
     device = next(model.parameters()).device
     half = min(model.config.context_length, 64) // 2
@@ -64,12 +68,13 @@ def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScor
 
 
 def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
-    """Four scores of weights on some text, each averaged over B and queries, and in [0, 1]; shape x is kept.
+    """Five scores of weights on some text, each averaged over B and queries, and in [0, 1]; shape x is kept.
 
     - entropy: the entropy of a query's weights over the largest it could be, `log(t + 1)`, for queries t >= 1: near 1
       for a head that looks everywhere alike, 0 for one that looks at a single key.
     - previous_token: the weight on key t - 1, first_token: on key 0, this_token: on key t, the query's own; all for
       queries t >= 2, because before that some of these keys are the same.
+    - nearby: the weight on keys t - 4 to t - 1 together, for queries t >= 8, which have as many others to look at.
 
     A text too short for a score gives 0.
     """
@@ -80,6 +85,9 @@ def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
         "previous_token": weights_xBTS.diagonal(-1, -2, -1)[..., 1:],
         "first_token": weights_xBTS[..., 2:, 0],
         "this_token": weights_xBTS.diagonal(0, -2, -1)[..., 2:],
+        "nearby": torch.stack(
+            [weights_xBTS.diagonal(-back, -2, -1)[..., 2 * NEARBY - back :] for back in range(1, NEARBY + 1)]
+        ).sum(0),
     }
     return {name: values_xBT.mean((-2, -1)).nan_to_num().clamp(0, 1) for name, values_xBT in scores.items()}
 
@@ -89,14 +97,16 @@ def head_pattern(scores: Mapping[str, Tensor], layer: int, head: int) -> tuple[s
     value, name = max(((float(scores[key][layer, head]), key) for key in PATTERNS if key in scores), default=(0.0, ""))
     if value >= PATTERN_THRESHOLD:
         return name, value
-    entropy = float(scores["entropy"][layer, head]) if "entropy" in scores else 0.0
-    return ("broad", entropy) if entropy >= BROAD_THRESHOLD else None
+    for score, label, threshold in (("nearby", "nearby", NEARBY_THRESHOLD), ("entropy", "broad", BROAD_THRESHOLD)):
+        if score in scores and (value := float(scores[score][layer, head])) >= threshold:
+            return label, value
+    return None
 
 
 def describe_head(scores: Mapping[str, Tensor], layer: int, head: int) -> str:
     """A short label of what a head does, with its score: "previous token 0.83", "broad 0.97", or "" if unclear."""
     pattern = head_pattern(scores, layer, head)
-    return f"{PATTERNS.get(pattern[0], pattern[0])} {pattern[1]:.2f}" if pattern else ""
+    return f"{NAMES[pattern[0]]} {pattern[1]:.2f}" if pattern else ""
 
 
 @contextmanager
@@ -116,11 +126,11 @@ def heads_off(model: "Transformer", heads: Iterable[Head]) -> Iterator[None]:
     try:
         for layer, off in by_layer.items():
             projection = model.model.layers[layer].self_attn.o_proj  # type: ignore[index, union-attr]
-            weight = projection.weight.detach().clone()  # type: ignore[union-attr, operator]
+            weight = projection.weight.detach().clone()
             for head in off:
                 weight[:, head * width : (head + 1) * width] = 0
-            replaced.append((projection, projection.weight))  # type: ignore[union-attr, arg-type]
-            projection.weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[union-attr]
+            replaced.append((projection, projection.weight))
+            projection.weight = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
         for projection, original in replaced:

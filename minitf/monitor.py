@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import struct
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from minitf.hardware import Hardware, describe_processor
-from minitf.tensorboard.summary import attention_summary
+from minitf.tensorboard.summary import attention_summary, picture_summary
 from minitf.viewer import viewer_page
 
 # The contract's TensorBoard tags of the columns of metrics.jsonl.
@@ -123,11 +122,7 @@ class Monitor:
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image already encoded as PNG."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        width, height = struct.unpack(">II", png[16:24])  # the header of every PNG
-        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
-        self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        self._add(picture_summary(tag, png), step)
 
     def attention(self, maps: Mapping[str, Any], png: bytes, step: int) -> None:
         """The maps of one probe at one step, for the run's attention.html, the Attention tab, and as a picture."""

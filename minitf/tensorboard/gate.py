@@ -15,7 +15,7 @@ HEADER = "X-Minitf-Attention"  # a header of our own: other sites' pages cannot 
 MAX_BODY_BYTES = 65_536
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that is answered with this status and message."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -50,34 +50,34 @@ class LiveGate:
     def check(self, request: Request) -> None:
         """Refuse what does not come from a page of this TensorBoard."""
         if why := self.why_closed():
-            raise Refused(403, f"sentences are not run here ({why})")
+            raise RefusedError(403, f"sentences are not run here ({why})")
         hosts, origins = request.headers.getlist("Host"), request.headers.getlist("Origin")
         if len(hosts) != 1 or not self._is_allowed(f"//{hosts[0]}"):
-            raise Refused(403, "this host name is not allowed; see --minitf_live_hosts")
+            raise RefusedError(403, "this host name is not allowed; see --minitf_live_hosts")
         # Browsers send the origin with every POST; without one this is no page of ours.
         if len(origins) != 1 or not self._is_allowed(origins[0], scheme=True):
-            raise Refused(403, "this origin is not allowed; see --minitf_live_hosts")
+            raise RefusedError(403, "this origin is not allowed; see --minitf_live_hosts")
         if urlsplit(origins[0]).netloc.lower() != hosts[0].lower():
-            raise Refused(403, "another origin's pages may not ask here")
+            raise RefusedError(403, "another origin's pages may not ask here")
         if request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
-            raise Refused(403, "another site's pages may not ask here")
+            raise RefusedError(403, "another site's pages may not ask here")
         if request.headers.get(HEADER) != "1":
-            raise Refused(403, f"the header {HEADER} is missing")
+            raise RefusedError(403, f"the header {HEADER} is missing")
         if request.mimetype != "application/json":
-            raise Refused(415, "the body must be application/json")
+            raise RefusedError(415, "the body must be application/json")
 
     def body(self, request: Request) -> dict[str, Any]:
         """The request's JSON object, of bounded size."""
         if request.content_length is None:
-            raise Refused(411, "the length of the body is missing")
+            raise RefusedError(411, "the length of the body is missing")
         if request.content_length > MAX_BODY_BYTES:
-            raise Refused(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            raise RefusedError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
         try:
             content = json.loads(request.get_data(cache=False).decode("utf-8"))
         except (ValueError, RecursionError):
-            raise Refused(400, "the body is not JSON") from None
+            raise RefusedError(400, "the body is not JSON") from None
         if not isinstance(content, dict):
-            raise Refused(400, "the body is not a JSON object")
+            raise RefusedError(400, "the body is not a JSON object")
         return content
 
     def _is_allowed(self, url: str, scheme: bool = False) -> bool:

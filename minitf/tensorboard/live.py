@@ -14,9 +14,9 @@ from minitf.attention_maps import AttentionMaps, attention_maps_of_ids
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.errors import MinitfError
 from minitf.generate import Sampling, encode_prompt, generate
-from minitf.heads import Head, heads_off
+from minitf.heads import Head, head_scores, heads_off
 from minitf.tensorboard.checkpoints import RunFolders
-from minitf.tensorboard.gate import Refused
+from minitf.tensorboard.gate import RefusedError
 
 MAX_TOKENS = 256  # of text and continuation together
 MAX_CHARACTERS = 20_000
@@ -37,26 +37,26 @@ class Question:
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Question":
-        """Raises Refused (400) for anything that is missing, of another type, or out of range."""
+        """Raises RefusedError (400) for anything that is missing, of another type, or out of range."""
         unknown = set(body) - {"run", "step", "text", "new_tokens", "temperature", "seed", "heads_off"}
         if unknown:
-            raise Refused(400, "the request has fields that are not known")
+            raise RefusedError(400, "the request has fields that are not known")
         run, text = body.get("run"), body.get("text")
         if not isinstance(run, str) or not isinstance(text, str):
-            raise Refused(400, "run and text must be strings")
+            raise RefusedError(400, "run and text must be strings")
         if len(text) > MAX_CHARACTERS:
-            raise Refused(400, f"the text is longer than {MAX_CHARACTERS} characters")
+            raise RefusedError(400, f"the text is longer than {MAX_CHARACTERS} characters")
         temperature = body.get("temperature", 0.8)
         if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-            raise Refused(400, "temperature must be a number")
+            raise RefusedError(400, "temperature must be a number")
         if not (math.isfinite(temperature) and 0 <= temperature <= 100):
-            raise Refused(400, "temperature must be between 0 and 100")
+            raise RefusedError(400, "temperature must be between 0 and 100")
         heads = body.get("heads_off", [])
         if not isinstance(heads, list) or len(heads) > MAX_HEADS_OFF:
-            raise Refused(400, "heads_off must be a list of [layer, head]")
+            raise RefusedError(400, "heads_off must be a list of [layer, head]")
         for head in heads:
             if not isinstance(head, list) or len(head) != 2 or not all(_is_whole(index) for index in head):
-                raise Refused(400, "heads_off must be a list of [layer, head]")
+                raise RefusedError(400, "heads_off must be a list of [layer, head]")
         return cls(
             run,
             _whole(body, "step", None, 10**15),
@@ -79,25 +79,25 @@ class Live:
         torch.set_num_threads(min(2, torch.get_num_threads()))
 
     def answer(self, body: dict[str, Any], known_runs: Collection[str]) -> str:
-        """The answer to a request as JSON; raises Refused."""
+        """The answer to a request as JSON; raises RefusedError."""
         question = Question.of(body)
         if question.run not in known_runs:
-            raise Refused(404, "TensorBoard knows no such run")
+            raise RefusedError(404, "TensorBoard knows no such run")
         if not self.busy.acquire(blocking=False):
-            raise Refused(503, "another sentence is being run: try again in a moment")
+            raise RefusedError(503, "another sentence is being run: try again in a moment")
         try:
             return json.dumps(self._run(question), allow_nan=False)
         except MinitfError as error:  # a damaged checkpoint, a text that does not fit, a head that does not exist
-            raise Refused(422, str(error)) from None
+            raise RefusedError(422, str(error)) from None
         except (OSError, ValueError) as error:  # a checkpoint removed meanwhile; numbers that are none
-            raise Refused(422, f"this checkpoint cannot be used: {error}") from None
+            raise RefusedError(422, f"this checkpoint cannot be used: {error}") from None
         finally:
             self.busy.release()
 
     def _checkpoint(self, question: Question) -> Checkpoint:
         directory = self.folders.checkpoint(question.run, question.step)
         if directory is None:
-            raise Refused(404, f"the checkpoint of step {question.step} is not there (any more)")
+            raise RefusedError(404, f"the checkpoint of step {question.step} is not there (any more)")
         key = (directory, (directory / "model.safetensors").stat().st_mtime_ns)
         if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # the old one's memory is free before the new one is read
@@ -111,14 +111,15 @@ class Live:
         most = min(MAX_TOKENS, model.config.context_length)
         if len(prompt) + question.new_tokens > most:
             asked = f"{len(prompt)} tokens and {question.new_tokens} new ones"
-            raise Refused(422, f"{asked} are more than the {most} that fit: shorten the text")
+            raise RefusedError(422, f"{asked} are more than the {most} that fit: shorten the text")
         sampling = Sampling(temperature=question.temperature)
         with heads_off(model, question.heads_off):
             steps = generate(model, prompt, 1, sampling, question.seed)
             ids = prompt + [int(next(steps).ids_B[0]) for _ in range(question.new_tokens)]
-            maps = attention_maps_of_ids(model, tokenizer, ids, question.text, checkpoint.step, top_k=10)
+            scores = head_scores(model, torch.tensor([ids]))
+            maps = attention_maps_of_ids(model, tokenizer, ids, question.text, checkpoint.step, 10, scores)
         if not maps.weights_LHTS.isfinite().all():
-            raise Refused(422, "the model's numbers are not finite: its training diverged, take an earlier step")
+            raise RefusedError(422, "the model's numbers are not finite: its training diverged, take an earlier step")
         reply = maps.to_viewer(exact=True) | {"prompt_length": len(prompt), "full": tokenizer.decode(ids)}
         if question.heads_off:
             reply["before"] = _before(attention_maps_of_ids(model, tokenizer, ids, question.text, top_k=10))
@@ -138,5 +139,5 @@ def _is_whole(value: Any) -> bool:
 def _whole(body: dict[str, Any], name: str, default: int | None, most: int) -> int:
     value = body.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise Refused(400, f"{name} must be a whole number from 0 to {most}")
+        raise RefusedError(400, f"{name} must be a whole number from 0 to {most}")
     return value

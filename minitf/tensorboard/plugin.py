@@ -18,7 +18,7 @@ from werkzeug import Request, Response, wrappers
 
 from minitf.tensorboard import PLUGIN_NAME
 from minitf.tensorboard.checkpoints import RunFolders
-from minitf.tensorboard.gate import LiveGate, Refused
+from minitf.tensorboard.gate import LiveGate, RefusedError
 from minitf.viewer import FOLDER, MODULES
 
 TYPES = {"js": "application/javascript", "css": "text/css"}
@@ -60,13 +60,13 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
     def application(self, route: Callable[[Request], Response], method: str) -> Callable[..., Any]:
         """A WSGI application around a route: what it refuses becomes a JSON answer, nothing becomes a traceback."""
 
-        @wrappers.Request.application  # type: ignore[type-var]
+        @wrappers.Request.application
         def answer(request: Request) -> Response:
             try:
                 if request.method != method and not (method == "GET" and request.method == "HEAD"):
-                    raise Refused(405, f"only {method} is answered here")
+                    raise RefusedError(405, f"only {method} is answered here")
                 return route(request)
-            except Refused as refusal:
+            except RefusedError as refusal:
                 return _json(request, {"error": str(refusal)}, refusal.status)
             except errors.PublicError as error:
                 return _json(request, {"error": str(error)}, int(error.http_code))
@@ -80,7 +80,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         name = request.path.rpartition("/static/")[2]
         folder = resources.files("minitf.tensorboard") / "static" if name == "tab.js" else FOLDER
         if name not in (*MODULES, "viewer.css", "tab.js"):
-            raise Refused(404, f"there is no file {name[:100]!r}")
+            raise RefusedError(404, f"there is no file {name[:100]!r}")
         content = (folder / name).read_text(encoding="utf-8")
         return http_util.Respond(request, content, TYPES[name.rpartition(".")[2]])  # type: ignore[no-any-return]
 
@@ -98,7 +98,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         name = _argument(request, "run")
         sentences = self._sentences(context, experiment, name)
         if not sentences:
-            raise Refused(404, "this run has no attention maps")
+            raise RefusedError(404, "this run has no attention maps")
         scalars = self._scalars(context, experiment, name)
         importance = self._scalars(context, experiment, f"{name}/{HEADS_RUN}" if name != "." else HEADS_RUN)
         curves = {split: scalars.get(tag, []) for split, tag in CURVES.items()}
@@ -106,7 +106,9 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             request,
             {
                 "sentences": sentences,
-                "curves": {split: [point for point in points if point[1] == point[1]] for split, points in curves.items()},
+                "curves": {
+                    split: [point for point in points if point[1] == point[1]] for split, points in curves.items()
+                },
                 "scores": _score_series(scalars),
                 "importance": _importance(importance),
                 "checkpoints": self.folders.steps(name),
@@ -118,14 +120,14 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         context, experiment = _context(request)
         name, tag, step = (_argument(request, key) for key in ("run", "tag", "step"))
         if not re.fullmatch(r"\d{1,15}", step):
-            raise Refused(400, "step must be a number")
+            raise RefusedError(400, "step must be a number")
         data = self._blobs(context, experiment, name, tag).get(name, {}).get(tag, [])
         keys = [datum.values[0].blob_key for datum in data if datum.step == int(step) and datum.values]
         if not keys:
-            raise Refused(404, f"nothing is kept of step {step}")
+            raise RefusedError(404, f"nothing is kept of step {step}")
         blob = self.data.read_blob(context, blob_key=keys[-1])
         if blob[:2] != b"\x1f\x8b":
-            raise Refused(404, f"the data of step {step} is damaged")
+            raise RefusedError(404, f"the data of step {step} is damaged")
         return http_util.Respond(  # type: ignore[no-any-return]
             request, blob, "application/json", content_encoding="gzip", expires=3600
         )
@@ -187,7 +189,9 @@ def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, A
     found = {match.groups(): points for tag, points in scalars.items() if (match := SCORE_TAG.fullmatch(tag))}
     steps = sorted({step for points in found.values() for step, _ in points})
     values: dict[str, list[list[list[float | None]]]] = {}
-    for (score, layer, head), points in sorted(found.items(), key=lambda one: (one[0][0], int(one[0][1]), int(one[0][2]))):
+    for (score, layer, head), points in sorted(
+        found.items(), key=lambda one: (one[0][0], int(one[0][1]), int(one[0][2]))
+    ):
         layers = values.setdefault(score, [])
         if int(layer) > len(layers) or int(layer) > 1000:
             continue  # not a series of ours: layers follow each other
@@ -215,7 +219,7 @@ def _context(request: Request) -> tuple[Any, str]:
 def _argument(request: Request, name: str) -> str:
     value = request.args.get(name)
     if value is None:
-        raise Refused(400, f"{name} is missing")
+        raise RefusedError(400, f"{name} is missing")
     return str(value)
 
 

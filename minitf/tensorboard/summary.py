@@ -1,8 +1,9 @@
-"""The maps of one sentence at one step as a TensorBoard record, read back by the Attention tab as they are."""
+"""TensorBoard records: the maps of one sentence at one step, which the Attention tab reads back, and pictures."""
 
 import gzip
 import hashlib
 import json
+import struct
 from typing import Any
 
 from minitf.tensorboard import PLUGIN_NAME
@@ -16,7 +17,7 @@ def sentence_tag(text: str) -> str:
 
 
 def attention_summary(text: str, viewer_json: str) -> Any:
-    """A Summary holding `viewer_json` (an `AttentionMaps.to_viewer()` as JSON), compressed once for disk and network."""
+    """A Summary of `viewer_json` (an `AttentionMaps.to_viewer()` as JSON), compressed once for disk and network."""
     from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -32,3 +33,12 @@ def attention_summary(text: str, viewer_json: str) -> Any:
     blob = gzip.compress(viewer_json.encode(), compresslevel=1)
     tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[blob])
     return Summary(value=[Summary.Value(tag=sentence_tag(text), metadata=metadata, tensor=tensor)])
+
+
+def picture_summary(tag: str, png: bytes) -> Any:
+    """A Summary holding an image already encoded as PNG."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = struct.unpack(">II", png[16:24])  # the header of every PNG
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])

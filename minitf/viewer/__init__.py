@@ -14,8 +14,8 @@ from typing import Any
 FOLDER = Path(__file__).parent
 # Each imports only those before it.
 MODULES = (
-    "texts.js", "dom.js", "maps.js", "source.js", "timeline.js", "overview.js", "sentence.js", "lines.js", "matrix.js",
-    "walk.js", "expected.js", "growth.js", "compare.js", "prompt.js", "viewer.js",
+    "texts.js", "preferences.js", "dom.js", "maps.js", "source.js", "timeline.js", "overview.js", "sentence.js", "lines.js", "matrix.js",
+    "walk.js", "expected.js", "growth.js", "compare.js", "prompt.js", "telling.js", "viewer.js",
 )  # fmt: skip
 
 
@@ -45,7 +45,9 @@ def _script() -> str:
     for name in MODULES:
         source = (FOLDER / name).read_text(encoding="utf-8")
         exported = re.findall(r"^export (?:async )?(?:function|const) (\w+)", source, flags=re.MULTILINE)
-        source = re.sub(r'^import (\{[^}]*\}) from "\./([\w.]+)";', r'const \1 = modules["\2"];', source, flags=re.MULTILINE)
+        source = re.sub(
+            r'^import (\{[^}]*\}) from "\./([\w.]+)";', r'const \1 = modules["\2"];', source, flags=re.MULTILINE
+        )
         source = re.sub(r"^export (?=async|function|const)", "", source, flags=re.MULTILINE)
         parts.append(f'modules["{name}"] = (() => {{\n{source}\nreturn {{ {", ".join(exported)} }};\n}})();')
     return "\n".join(parts)

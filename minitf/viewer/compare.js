@@ -18,7 +18,7 @@ export function compareView(map, { t, set, other }) {
 
   function build(second) {
     const same = map.tokens.join("\u0000") === second.tokens.join("\u0000");
-    const side = same ? 270 : 330;
+    const side = same ? 204 : 300;
     const controls = steering(map.size, set, () => last);
     const foreign = { onPoint: () => {}, onLeave: () => {}, onSelect: () => {}, onArrow: () => {} };
     plots = [matrix(map.tokens, t, side, controls), matrix(second.tokens, t, side, same ? controls : foreign)];

@@ -3,9 +3,11 @@
 import { choices, make, number, svg } from "./dom.js";
 import { lossPaths, pathOf, stepsOf, valueAt } from "./timeline.js";
 
-const THRESHOLD = 0.4; // above it a head is named after the pattern
+// Above these a head is named after the pattern, as in heads.py.
+const THRESHOLDS = { nearby: 0.5, entropy: 0.6 };
+const thresholdOf = (score) => THRESHOLDS[score] ?? 0.4;
 const [WIDTH, HEIGHT, LOSS_HEIGHT] = [1000, 260, 90];
-const ORDER = ["induction", "previous_token", "same_word", "first_token", "this_token", "entropy"];
+const ORDER = ["induction", "previous_token", "same_word", "nearby", "first_token", "this_token", "entropy"];
 
 export function growthView(run, { t, set }) {
   const names = ORDER.filter((name) => run.scores.values[name]);
@@ -32,7 +34,8 @@ export function growthView(run, { t, set }) {
   let lines = [];
 
   function draw(score) {
-    const threshold = pathOf([[span[0], THRESHOLD], [span[1], THRESHOLD]], span, [0, 1], HEIGHT);
+    const level = thresholdOf(score);
+    const threshold = pathOf([[span[0], level], [span[1], level]], span, [0, 1], HEIGHT);
     lines = run.scores.values[score].flatMap((row, layer) => row.map((values, head) => {
       const points = steps.map((step, i) => [step, values[i]]);
       const line = svg("path", { class: "series", d: pathOf(points, span, [0, 1], HEIGHT), "vector-effect": "non-scaling-stroke" });
@@ -40,7 +43,7 @@ export function growthView(run, { t, set }) {
       return { layer, head, points, line };
     }));
     chart.replaceChildren(svg("path", { class: "threshold", d: threshold, "vector-effect": "non-scaling-stroke" }), ...lines.map(({ line }) => line));
-    said.textContent = appeared(lines, run.curves.train, t);
+    said.textContent = appeared(lines, level, run.curves.train, t);
     chart.setAttribute("aria-label", `${t(score)}. ${said.textContent}`);
   }
 
@@ -62,8 +65,10 @@ export function growthView(run, { t, set }) {
     set({ heads: [[layer, head]] });
   });
 
-  function update({ state, step, palette }) {
-    const score = names.includes(state.score) ? state.score : names[0];
+  function update({ map, state, step, palette }) {
+    const pattern = map.label(...state.heads[0])?.[0];
+    const own = pattern === "broad" ? "entropy" : pattern;
+    const score = [state.score, own].find((name) => names.includes(name)) ?? names[0];
     if (score !== drawn) draw((drawn = score));
     pick.update(score);
     lines.forEach(({ layer, head, line }) => {
@@ -81,13 +86,12 @@ export function growthView(run, { t, set }) {
 }
 
 /** When the first head passed the threshold, and what the loss did then. */
-export function appeared(lines, train, t) {
+export function appeared(lines, threshold, train, t) {
   let first = null;
   for (const { layer, head, points } of lines) {
-    const i = points.findIndex(([, value]) => value >= THRESHOLD);
+    const i = points.findIndex(([, value]) => value >= threshold);
     if (i >= 0 && (!first || i < first.i || (i === first.i && points[i][1] > first.value))) first = { layer, head, i, value: points[i][1], points };
   }
-  const threshold = THRESHOLD;
   if (!first) return t("never_appeared", { threshold });
   const { layer, head, i, points } = first;
   if (i === 0) return t("appeared_start", { layer, head, threshold });

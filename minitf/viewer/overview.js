@@ -3,22 +3,12 @@
 import { arrow, clamp, make, range } from "./dom.js";
 import { headLook, paintTriangle } from "./maps.js";
 
-export const TELLING = ["induction", "previous_token", "same_word", "first_token", "this_token", "broad"];
+export const TELLING = ["induction", "previous_token", "same_word", "nearby", "first_token", "this_token", "broad"];
 
 /** The pattern a head is named after, in words and with its score; or that there is none. */
 export function patternName(t, label) {
   if (!label) return t("unclear");
   return t(label[0] === "first_token" ? "first_token_sink" : label[0]);
-}
-
-/** The head worth opening the page with: the strongest of the most telling pattern there is. */
-export function mostTelling(map) {
-  const all = range(map.layers).flatMap((layer) => range(map.heads).map((head) => [layer, head]));
-  for (const pattern of TELLING) {
-    const named = all.filter(([layer, head]) => map.label(layer, head)?.[0] === pattern);
-    if (named.length) return named.sort((a, b) => map.label(...b)[1] - map.label(...a)[1])[0];
-  }
-  return [map.layers - 1, 0];
 }
 
 export function overview(map, { t, onHead }) {

@@ -4,15 +4,17 @@
  * of a view are made once for a text and then only updated.
  */
 
-import { clamp, choices, make, percent, quoted, range, rich } from "./dom.js";
+import { clamp, choices, make, rich } from "./dom.js";
 import { MAX_HEADS, headLook, paletteOf, readMap } from "./maps.js";
 import { compareView } from "./compare.js";
 import { expectedView } from "./expected.js";
 import { growthView } from "./growth.js";
 import { linesView } from "./lines.js";
 import { matrixView } from "./matrix.js";
-import { mostTelling, overview, patternName } from "./overview.js";
+import { overview, patternName } from "./overview.js";
+import { preferredLanguage, remember } from "./preferences.js";
 import { promptPanel } from "./prompt.js";
+import { describe, longest, mostTelling, tellingQuery } from "./telling.js";
 import { sentenceView } from "./sentence.js";
 import { LANGUAGES, translator } from "./texts.js";
 import { timeline } from "./timeline.js";
@@ -24,7 +26,7 @@ const OWN = "\u0000own"; // the choice of typing a sentence
 /** `theme` is { now(): "light" | "dark", onChange(listener), toggle? }. */
 export async function mountViewer(root, source, theme) {
   const state = {
-    language: preferredLanguage(), run: null, sentence: 0, look: null, heads: null, query: null, key: null, point: null,
+    language: preferredLanguage(), run: null, sentence: null, look: null, heads: null, query: null, key: null, point: null,
     hideFirst: false, measure: "weight", view: "lines", temperature: 1, walkKey: null, score: "", live: null, other: null,
   };
   const known = { runs: [], run: null, map: null, second: null, otherRun: null, error: "" };
@@ -59,6 +61,7 @@ export async function mountViewer(root, source, theme) {
       if (mine !== latest) return;
       const changed = known.run !== run;
       known.run = run;
+      state.sentence ??= longest(run.sentences);
       const all = looks();
       if (state.look === null || state.look >= all.length || (following && changed)) state.look = all.length - 1;
       let map = known.map;
@@ -97,7 +100,7 @@ export async function mountViewer(root, source, theme) {
     if (state.heads === null) state.heads = [mostTelling(map)];
     state.heads = state.heads.filter(([layer, head]) => layer < map.layers && head < map.heads);
     if (!state.heads.length) state.heads = [mostTelling(map)];
-    if (state.query === null || state.query >= map.size) state.query = telling(map, state.heads[0]);
+    state.query = state.query === null ? tellingQuery(map, state.heads[0]) : Math.min(state.query, map.size - 1); // Infinity: the last
     if (state.key !== null && state.key > state.query) state.key = null;
     state.point = null;
   }
@@ -136,7 +139,6 @@ export async function mountViewer(root, source, theme) {
   // -- state --------------------------------------------------------------------------------------------------------
 
   function set(change) {
-    if (change.query === Infinity) change.query = null;
     if ("look" in change && !("live" in change)) following = change.look === looks().length - 1;
     Object.assign(state, change);
     if ("language" in change) { remember(change.language); ui = null; }
@@ -157,7 +159,7 @@ export async function mountViewer(root, source, theme) {
     themeButton.addEventListener("click", () => theme.toggle?.());
     const runs = make("select");
     const sentences = make("select");
-    runs.addEventListener("change", () => set({ run: runs.value, look: null, sentence: 0, ...(state.live ? { live: { ...state.live, off: [], map: null } } : {}) }));
+    runs.addEventListener("change", () => set({ run: runs.value, look: null, ...(state.live ? { live: { ...state.live, off: [], map: null } } : {}) }));
     sentences.addEventListener("change", () => {
       if (sentences.value === OWN) set({ live: newLive(sentenceOf(known.run).text), look: nearestCheckpoint() });
       else set({ live: null, sentence: Number(sentences.value), query: null, key: null, look: state.live ? null : state.look });
@@ -237,7 +239,7 @@ export async function mountViewer(root, source, theme) {
     const view = ui.makeView(state.view);
     if (ui.panel.firstChild !== view.element) ui.panel.replaceChildren(view.element);
     view.update(context);
-    const notes = [t("note_scores"), t("note_colour"), t(map.exact ? "note_exact" : "note_stored")].join(" ");
+    const notes = [t(state.live ? "note_scores_own" : "note_scores"), t("note_colour"), t(map.exact ? "note_exact" : "note_stored")].join(" ");
     const why = source.live ? "" : t(`why_${source.why}`);
     ui.note.replaceChildren(make("p", {}, notes), rich(make("p"), why));
   }
@@ -313,49 +315,4 @@ export async function mountViewer(root, source, theme) {
   theme.onChange(draw);
   source.onReload?.(reload);
   await reload();
-}
-
-/** The last word whose row is telling: where the head looks hardest at something other than the first token. */
-function telling(map, [layer, head]) {
-  const late = range(map.size).slice(Math.floor(map.size / 2));
-  const strength = (query) => Math.max(0, ...range(query + 1).slice(1).map((key) => map.weight(layer, head, query, key)));
-  return late.reduce((best, query) => (strength(query) >= strength(best) - 0.05 ? query : best), map.size - 1);
-}
-
-/** What is pointed at, in words. */
-function describe(t, map, look, query, key) {
-  query = Math.min(query, map.size - 1);
-  const name = (i) => quoted(map.tokens[i]);
-  if (key !== null) {
-    const share = percent(look.weight(query, key), 1);
-    if (!look.byNorm) return t("gives", { query: name(query), share, key: name(key) });
-    return t("contributes", { query: name(query), share, norm: look.norm(key).toFixed(2), value: look.value(query, key).toFixed(2), key: name(key) });
-  }
-  const keys = range(query + 1).filter((i) => !look.isHidden(query, i));
-  const most = keys.sort((a, b) => look.value(query, b) - look.value(query, a)).slice(0, 3);
-  const say = (i) => (look.byNorm ? look.value(query, i).toFixed(2) : percent(look.weight(query, i)));
-  return t("looks_most", { query: name(query), keys: most.map((i) => `${name(i)} ${say(i)}`).join(", ") || t("nothing_shown") });
-}
-
-function preferredLanguage() {
-  try {
-    const kept = localStorage.getItem("minitf-language");
-    if (kept in LANGUAGES) return kept;
-  } catch { /* a page from a file may have no storage */ }
-  return navigator.language.startsWith("zh") ? "zh" : "en";
-}
-function remember(language) {
-  try { localStorage.setItem("minitf-language", language); } catch { /* then it is asked for again */ }
-}
-
-/** The system's theme, until the button says otherwise. */
-export function systemTheme() {
-  const scheme = matchMedia("(prefers-color-scheme: dark)");
-  const listeners = [];
-  let chosen = null;
-  const now = () => chosen ?? (scheme.matches ? "dark" : "light");
-  const tell = () => { document.documentElement.dataset.theme = now(); listeners.forEach((listener) => listener()); };
-  scheme.addEventListener("change", tell);
-  document.documentElement.dataset.theme = now();
-  return { now, onChange: (listener) => listeners.push(listener), toggle: () => { chosen = now() === "dark" ? "light" : "dark"; tell(); } };
 }

@@ -26,7 +26,7 @@ export function walkView(map, { t, set }) {
     const head = make("tr", {}, ...["key", "dot", "divided", "mask", "weight", "value_vector", "value_times"].map((key, i) =>
       make("th", { scope: "col", class: i > 0 && i < 4 ? "of-match" : i === 4 ? "of-weigh" : i > 4 ? "of-gather" : "" }, t(key, { width: width ?? "" }))));
     rows = keys.map((key) => {
-      const row = make("tr", { tabIndex: 0 }, make("th", { scope: "row" }, visible(map.tokens[key])), make("td", { class: "of-match" }, bar()), make("td", { class: "of-match number" }),
+      const row = make("tr", { tabIndex: 0 }, make("th", { scope: "row" }, visible(map.tokens[key])), make("td", { class: "of-match" }, make("span", { class: "signed" }, make("b"), make("span", { class: "bar" }, make("i")))), make("td", { class: "of-match number" }),
         make("td", { class: "of-match mask" }, "0"), make("td", { class: "of-weigh" }, bar()), make("td", {}, make("canvas", { class: "strip" })), make("td", {}, make("canvas", { class: "strip" })));
       row.addEventListener("pointerenter", () => set({ walkKey: key }));
       row.addEventListener("focus", () => set({ walkKey: key }));
@@ -107,8 +107,8 @@ export function walkView(map, { t, set }) {
 const bar = () => make("span", { class: "bar" }, make("i"), make("b"));
 
 function signedBar(element, share, text) {
-  const [fill, name] = element.children;
-  element.classList.add("signed");
+  const [name, track] = element.children;
+  const fill = track.firstChild;
   Object.assign(fill.style, { width: `${50 * Math.abs(share)}%`, left: `${share < 0 ? 50 - 50 * Math.abs(share) : 50}%` });
   fill.classList.toggle("negative", share < 0);
   name.textContent = text;

@@ -1,0 +1,150 @@
+"""Switching heads off, and the head that copies: what a score finds is what the model needs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitf.attention import causal_mask, gather, match, weigh
+from minitf.attention_maps import attention_maps_of_ids
+from minitf.errors import RequestError
+from minitf.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
+from minitf.model import ModelConfig, Transformer
+
+
+def without_heads(model: Transformer, ids_BT: Tensor, off: set[Head]) -> Tensor:
+    """Logits of a forward written out, in which the outputs of some heads are set to zero before `o_proj`."""
+    T, config = ids_BT.shape[1], model.config
+    mask_TS = causal_mask(T, T, model.device, torch.float32)
+    x_BTD = model.model.embed_tokens(ids_BT)
+    for index, block in enumerate(model.model.layers):
+        weights: list[Tensor] = []
+        block(x_BTD, model.rotary[:, :T], mask_TS, weights=weights)
+        attention, normed = block.self_attn, block.input_layernorm(x_BTD)
+        v_BHSK = attention.v_proj(normed).view(*ids_BT.shape, -1, config.head_dim).transpose(1, 2)
+        mixed_BHTK = gather(weights[0], v_BHSK).clone()
+        for layer, head in off:
+            if layer == index:
+                mixed_BHTK[:, head] = 0
+        x_BTD = x_BTD + attention.o_proj(mixed_BHTK.transpose(1, 2).flatten(2))
+        x_BTD = x_BTD + block.mlp(block.post_attention_layernorm(x_BTD))
+    return model.model.norm(x_BTD) @ model.vocabulary_VD.T
+
+
+@pytest.mark.parametrize("off", [set(), {(0, 1)}, {(1, 3)}, {(0, 0), (0, 3), (1, 2)}])
+@torch.no_grad()
+def test_a_head_that_is_off_gathers_nothing(make_model: Callable[..., Transformer], off: set[Head]) -> None:
+    model = make_model()
+    ids_BT = torch.randint(50, (2, 9))
+    with heads_off(model, off):
+        torch.testing.assert_close(model(ids_BT), without_heads(model, ids_BT, off), rtol=1e-4, atol=1e-4)
+    if off:
+        with heads_off(model, off):
+            changed = model(ids_BT)
+        assert not torch.allclose(changed, model(ids_BT), atol=1e-2)
+
+
+def test_the_model_is_as_it_was_afterwards_whatever_happens(make_model: Callable[..., Transformer]) -> None:
+    model = make_model()
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), heads_off(model, [(0, 0), (1, 1)]):
+        raise ZeroDivisionError
+    with pytest.raises(RequestError, match="layer 2, head 0"), heads_off(model, [(0, 0), (2, 0)]):
+        pass
+    with pytest.raises(RequestError, match="there is no"), heads_off(model, [(0, -1)]):
+        pass
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_vectors_are_those_the_model_matches_and_gathers_with(
+    make_model: Callable[..., Transformer], num_kv_heads: int, qk_norm: bool
+) -> None:
+    class Pieces:
+        def pieces(self, ids: list[int]) -> list[str]:
+            return [str(id_) for id_ in ids]
+
+    model = make_model(num_kv_heads=num_kv_heads, qk_norm=qk_norm)
+    gathered: list[Tensor] = []
+    hooks = [
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: gathered.append(inputs[0]))
+        for block in model.model.layers
+    ]
+    maps = attention_maps_of_ids(model, Pieces(), list(range(11)), "")  # type: ignore[arg-type]
+    for hook in hooks:
+        hook.remove()
+    assert maps.vectors is not None
+    mask_TS = causal_mask(11, 11, model.device, torch.float32)
+    for layer in range(2):
+        q, k, v = (tensor[layer][None] for tensor in vars(maps.vectors).values())
+        weights = weigh(match(q, k, mask_TS))
+        torch.testing.assert_close(weights[0], maps.weights_LHTS[layer])
+        mixed = gather(weights, v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(mixed, gathered[layer])
+    assert not any(block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_a_head_that_looks_nearby_or_everywhere_is_called_so() -> None:
+    size = 40
+    weights_LHBTS = torch.zeros(1, 3, 1, size, size)
+    for t in range(size):
+        weights_LHBTS[0, 0, 0, t, max(t - 4, 0) : max(t, 1)] = 1
+        weights_LHBTS[0, 1, 0, t, : t + 1] = 1
+        weights_LHBTS[0, 2, 0, t, t // 2] = 1
+    scores = pattern_scores(weights_LHBTS / weights_LHBTS.sum(-1, keepdim=True))
+    assert head_pattern(scores, 0, 0) == ("nearby", pytest.approx(1))
+    assert head_pattern(scores, 0, 1) == ("broad", pytest.approx(1))
+    assert head_pattern(scores, 0, 2) is None
+    assert [describe_head(scores, 0, head) for head in range(3)] == ["nearby words 1.00", "broad 1.00", ""]
+
+
+HALF = 16
+
+
+def repeated(num_rows: int, generator: torch.Generator, vocab_size: int = 64) -> Tensor:
+    """Random tokens said twice, ids_BT."""
+    return torch.randint(vocab_size, (num_rows, HALF), generator=generator).repeat(1, 2)
+
+
+def copying(model: Transformer, ids_BT: Tensor) -> float:
+    """The share of tokens in the second half that the model foretells."""
+    with torch.no_grad():
+        return float((model(ids_BT)[:, HALF:-1].argmax(-1) == ids_BT[:, HALF + 1 :]).float().mean())
+
+
+@pytest.mark.slow
+def test_an_induction_head_forms_is_found_and_copying_needs_it() -> None:
+    """Two layers learn to repeat what was said: the head whose score says so is the one that does it."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = Transformer(ModelConfig(num_layers=2, hidden_size=64, num_heads=2, context_length=2 * HALF), 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    untrained = head_scores(model, repeated(4, generator))["induction"]
+    for step in range(1500):
+        ids_BT = repeated(32, generator)
+        targets_BT = ids_BT.roll(-1, 1).clone()
+        targets_BT[:, : HALF - 1] = targets_BT[:, -1] = -100  # only what was said before can be foretold
+        model.loss(ids_BT, targets_BT).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49 and copying(model.eval(), repeated(64, generator)) > 0.97:
+            break
+        model.train()
+    model.eval()
+    fresh = repeated(64, generator)
+    scores = head_scores(model, repeated(4, generator))
+    best = int(scores["induction"].argmax())
+    induction = (best // 2, best % 2)
+    assert induction[0] == 1  # it needs a head before it that knows the previous token
+    assert float(scores["induction"][induction]) > 0.6
+    assert float(untrained.max()) < 0.2
+    assert describe_head(scores, *induction).startswith("induction")
+    assert copying(model, fresh) > 0.95
+    with heads_off(model, [induction]):
+        assert copying(model, fresh) < 0.3
+    with heads_off(model, [(1, 1 - induction[1])]):
+        assert copying(model, fresh) > 0.6  # its neighbour is not what copies
