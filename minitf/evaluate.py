@@ -18,7 +18,7 @@ from minitf.batches import Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.corpus import DataConfig, read_text
 from minitf.errors import MinitfError, RequestError
-from minitf.heads import PATTERNS, HeadScores, describe_head, head_scores, heads_off
+from minitf.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
 from minitf.tokenizer import TokenizerConfig
 
@@ -105,7 +105,7 @@ class HeadReport:
 
     def table(self) -> str:
         """One line a head, the most important first."""
-        names = [name for name in (*PATTERNS, "nearby", "entropy") if name in self.scores]
+        names = [name for name in (*NAMES, "entropy") if name in self.scores]
         header = "  ".join(["layer", "head", "importance", *names, "does"])
         lines = [header]
         for one in sorted(self.to_json()["heads"], key=lambda head: -head["importance"]):

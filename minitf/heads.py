@@ -28,14 +28,11 @@ PATTERN_THRESHOLD = 0.4
 NEARBY_THRESHOLD = 0.5
 BROAD_THRESHOLD = 0.6
 NEARBY = 4  # tokens before a query's own
-PATTERNS = {
-    "previous_token": "previous token",
-    "first_token": "first token",
-    "this_token": "this token",
-    "induction": "induction",
-    "same_word": "same word",
-}
-NAMES = {**PATTERNS, "nearby": "nearby words", "broad": "broad"}
+# What a head does where it finds something comes before where it rests otherwise: an induction head without anything to
+# copy looks at the first token or at its own.
+WORK = {"previous_token": "previous token", "induction": "induction", "same_word": "same word"}
+REST = {"first_token": "first token", "this_token": "this token"}
+NAMES = {**WORK, **REST, "nearby": "nearby words", "broad": "broad"}
 
 
 @torch.no_grad()
@@ -94,9 +91,11 @@ def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
 
 def head_pattern(scores: Mapping[str, Tensor], layer: int, head: int) -> tuple[str, float] | None:
     """The score that says what a head does, and its value: ("induction", 0.83), ("broad", 0.97), or None if unclear."""
-    value, name = max(((float(scores[key][layer, head]), key) for key in PATTERNS if key in scores), default=(0.0, ""))
-    if value >= PATTERN_THRESHOLD:
-        return name, value
+    for patterns in (WORK, REST):
+        values = [(float(scores[key][layer, head]), key) for key in patterns if key in scores]
+        value, name = max(values, default=(0.0, ""))
+        if value >= PATTERN_THRESHOLD:
+            return name, value
     for score, label, threshold in (("nearby", "nearby", NEARBY_THRESHOLD), ("entropy", "broad", BROAD_THRESHOLD)):
         if score in scores and (value := float(scores[score][layer, head])) >= threshold:
             return label, value

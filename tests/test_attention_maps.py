@@ -143,12 +143,7 @@ def test_constructed_heads_get_the_score_of_their_pattern_and_no_other() -> None
     )
     previous, first, induction, uniform, itself = range(5)
     table = {name: values[0].tolist() for name, values in scores.items()}
-    for name, head in (
-        ("previous_token", previous),
-        ("first_token", first),
-        ("entropy", uniform),
-        ("this_token", itself),
-    ):
+    for name, head in (("previous_token", previous), ("first_token", first), ("entropy", uniform)):
         assert table[name][head] == pytest.approx(1, abs=1e-6)
         assert max(value for other, value in enumerate(table[name]) if other != head) < 0.2
     assert table["induction"][induction] > 0.95  # by chance a random token occurs twice in a half

@@ -14,8 +14,9 @@ from typing import Any
 FOLDER = Path(__file__).parent
 # Each imports only those before it.
 MODULES = (
-    "texts.js", "preferences.js", "dom.js", "maps.js", "source.js", "timeline.js", "overview.js", "sentence.js", "lines.js", "matrix.js",
-    "walk.js", "expected.js", "growth.js", "compare.js", "prompt.js", "telling.js", "viewer.js",
+    "texts.js", "preferences.js", "dom.js", "maps.js", "source.js", "timeline.js", "overview.js", "sentence.js",
+    "lines.js", "matrix.js", "walk.js", "expected.js", "growth.js", "compare.js", "prompt.js", "telling.js",
+    "viewer.js",
 )  # fmt: skip
 
 
