@@ -47,8 +47,9 @@ class Monitor:
         self.metrics = open_rows(self.metrics_path, last_step)
         self.maps_path = run_dir / "attention.jsonl"
         self.maps = open_rows(self.maps_path, last_step)
-        # TensorBoard forgets what an earlier process logged from this step on, or else shows steps twice.
-        purge_step = start_step + 1 if start_step else 0 if any(run_dir.glob("events.out.*")) else None
+        # TensorBoard is to forget what an earlier process logged from this step on, or else it shows steps twice. Its
+        # Python loader takes the first such word for the beginning of the run, so a fresh run says it too.
+        purge_step = start_step + 1 if start_step else 0
         self.tensorboard: SummaryWriter = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=15)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
