@@ -1,14 +1,23 @@
 """Switching heads off, and the head that copies: what a score finds is what the model needs."""
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_text
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from minitf.attention import causal_mask, gather, match, weigh
 from minitf.attention_maps import attention_maps_of_ids
+from minitf.checkpoint import load_checkpoint
 from minitf.errors import RequestError
+from minitf.evaluate import evaluate_checkpoint, evaluate_heads
+from minitf.evaluate import main as evaluate_command
 from minitf.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
 from minitf.model import ModelConfig, Transformer
 
@@ -131,11 +140,11 @@ def copying(model: Transformer, generator: torch.Generator) -> float:
 @pytest.mark.slow
 def test_an_induction_head_forms_is_found_and_copying_needs_it() -> None:
     """Two layers learn to repeat what was said; the heads whose score says that they do it are those that do it."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     shape = ModelConfig(
         num_layers=2, hidden_size=64, num_heads=2, context_length=CONTEXT, intermediate_size=64,
-        qk_norm=False, tie_embeddings=False, rope_theta=10.0,
+        tie_embeddings=False, rope_theta=10.0,
     )  # fmt: skip
     model = Transformer(shape, VOCABULARY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98))
@@ -152,17 +161,48 @@ def test_an_induction_head_forms_is_found_and_copying_needs_it() -> None:
     heads = [(layer, head) for layer in range(2) for head in range(2)]
     value = {head: float(scores["induction"][head]) for head in heads}
     found = [head for head in heads if describe_head(scores, *head).startswith("induction")]
-    assert found
     assert max(value.values()) > 0.6
+    assert found
     assert all(layer == 1 for layer, _ in found)  # it needs a head before it that knows the previous token
-    whole = copying(model, generator)
-    without = {}
-    for head in heads:
-        with heads_off(model, [head]):
-            without[head] = copying(model, generator)
-    strongest = max(found, key=lambda head: value[head])
-    assert whole > 0.95
-    assert without[strongest] < 0.75 * whole
-    assert without[strongest] == min(without[head] for head in heads if head[0] == 1)
+    assert copying(model, generator) > 0.95
     with heads_off(model, found):
         assert copying(model, generator) < 0.4
+    for head in {(1, 0), (1, 1)} - set(found):
+        with heads_off(model, [head]):
+            assert copying(model, generator) > 0.8
+    assert copying(model, generator) > 0.95
+
+
+def test_what_a_head_is_worth_is_what_its_absence_costs(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, symlinks=True)
+    assert evaluate_command(["--run", str(run), "--heads", "--json", "--max-tokens", "600"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert evaluate_command(["--run", str(run), "--json", "--max-tokens", "600"]) == 0
+    assert report["bits_per_byte"] == json.loads(capsys.readouterr().out)["bits_per_byte"]
+    assert [(one["layer"], one["head"]) for one in report["heads"]] == [(i, j) for i in range(2) for j in range(4)]
+
+    checkpoint = load_checkpoint(run, "cpu")
+    text = make_text(600)
+    ids = np.array(checkpoint.tokenizer.encode(text), dtype=np.uint32)
+    found = evaluate_heads(checkpoint, ids, len(text.encode()), 600)
+    whole = evaluate_checkpoint(checkpoint, ids, len(text.encode()), 600).bits_per_byte
+    with heads_off(checkpoint.model, [(1, 2)]):
+        without = evaluate_checkpoint(checkpoint, ids, len(text.encode()), 600).bits_per_byte
+    assert float(found.importance_LH[1, 2]) == pytest.approx(without - whole, abs=1e-6)
+    table = found.table().splitlines()
+    assert len(table) == 9
+    values = [float(line.split()[2]) for line in table[1:]]
+    assert values == sorted(values, reverse=True)
+
+    # For TensorBoard it lies in a directory of its own: a newer event file would hide what a training run adds.
+    assert len(list(run.glob("events.out.*"))) == 1
+    assert len(list((run / "heads").glob("events.out.*"))) == 1
+    written = json.loads((run / f"heads/step_{checkpoint.step:08d}.json").read_text())
+    assert written["heads"] == report["heads"]
+    reader = EventAccumulator(str(run / "heads"), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+    assert reader.Tags()["images"] == ["heads/importance"]
+    assert len(reader.Tags()["scalars"]) == 8
+    assert reader.Scalars("importance/layer1_head2")[0].value == pytest.approx(report["heads"][6]["importance"])
