@@ -30,7 +30,7 @@ from minitf.attention_maps import attention_maps
 from minitf.attention_picture import attention_picture
 from minitf.heads import heads_off
 from minitf.monitor import Monitor
-from minitf.tensorboard.checkpoints import RunFolders
+from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
 from minitf.tensorboard.loader import Loader

@@ -15,7 +15,7 @@ from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.errors import MinitfError
 from minitf.generate import Sampling, encode_prompt, generate
 from minitf.heads import Head, head_scores, heads_off
-from minitf.tensorboard.checkpoints import RunFolders
+from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import RefusedError
 
 MAX_TOKENS = 256  # of text and continuation together

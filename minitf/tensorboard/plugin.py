@@ -17,7 +17,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response, wrappers
 
 from minitf.tensorboard import PLUGIN_NAME
-from minitf.tensorboard.checkpoints import RunFolders
+from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import LiveGate, RefusedError
 from minitf.viewer import FOLDER, MODULES
 
@@ -116,7 +116,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         )
 
     def map(self, request: Request) -> Response:
-        """The maps of one sentence at one step, compressed as the run wrote them."""
+        """The maps of one sentence at one step; with queries, keys and values if the run's directory still has them."""
         context, experiment = _context(request)
         name, tag, step = (_argument(request, key) for key in ("run", "tag", "step"))
         if not re.fullmatch(r"\d{1,15}", step):
@@ -125,6 +125,8 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         keys = [datum.values[0].blob_key for datum in data if datum.step == int(step) and datum.values]
         if not keys:
             raise RefusedError(404, f"nothing is kept of step {step}")
+        if whole := self.folders.maps(name, tag, int(step)):
+            return http_util.Respond(request, whole, "application/json", expires=3600)  # type: ignore[no-any-return]
         blob = self.data.read_blob(context, blob_key=keys[-1])
         if blob[:2] != b"\x1f\x8b":
             raise RefusedError(404, f"the data of step {step} is damaged")
