@@ -75,6 +75,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
     write_looks(logdir / "hundred", range(100))
     write_looks(logdir / "resumed", range(9))
     write_looks(logdir / "resumed", range(6, 12), resumed_from=5)
+    (logdir / "resumed/attention.jsonl").unlink()  # what is asked for then comes from TensorBoard's own data
     shutil.copytree(trained_run, logdir / RUN, symlinks=True)
     shutil.copytree(logdir / "hundred", logdir / "damaged")
     file = next((logdir / "damaged").glob("events.out.*"))
@@ -83,6 +84,8 @@ def logdir(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
     file.write_bytes(content[: len(content) * 7 // 10])
     shutil.copytree(trained_run, logdir / "gone", symlinks=True)
     shutil.rmtree(logdir / "gone/checkpoints")
+    rows = (logdir / "gone/attention.jsonl").read_bytes()
+    (logdir / "gone/attention.jsonl").write_bytes(b'{"text": "\\ud8", "step": 1, }\n' + rows[: len(rows) // 2])
     return logdir
 
 
@@ -147,6 +150,9 @@ def test_a_served_map_holds_the_weights_of_the_model(server: str, trained_run: P
     query, key = torch.tril_indices(*weights_LHTS.shape[2:])
     stored = torch.frombuffer(bytearray(base64.b64decode(served["weights"])), dtype=torch.uint8).float() / 255
     torch.testing.assert_close(stored, weights_LHTS[:, :, query, key].flatten(), rtol=0, atol=1 / 255)
+    assert served["vectors"]["encoding"] == "int8"
+    gone = get(f"{server}/map", run="gone", tag=sentence["tag"], step=step)
+    assert gone == {**served, "vectors": None}
     scores = run["scores"]
     assert scores["steps"][-1] == 40
     assert len(scores["values"]["induction"]) == 2
