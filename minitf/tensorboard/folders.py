@@ -41,9 +41,10 @@ class RunFolders:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 key = (path, status.st_size, status.st_mtime_ns)
-                if self.indexed is None or self.indexed[0] != key:
-                    self.indexed = key, _index(file)
-                start, length = self.indexed[1].get((tag, step), (0, 0))
+                indexed = self.indexed  # requests come in threads: another may put its own in place meanwhile
+                if indexed is None or indexed[0] != key:
+                    self.indexed = indexed = key, _index(file)
+                start, length = indexed[1].get((tag, step), (0, 0))
                 file.seek(start)
                 return file.read(length) or None
         except OSError:

@@ -6,6 +6,7 @@ there, 503 while busy. Nothing here imports torch.
 
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
@@ -40,6 +41,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         self.folders = RunFolders(context.logdir)
         self.gate = LiveGate(context.flags, context.logdir)
         self.live: Any = None
+        self.starting = threading.Lock()
 
     def is_active(self) -> bool:
         """The tab shows itself once data of its name is found; asking for that is TensorBoard's part."""
@@ -140,10 +142,11 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         body = self.gate.body(request)
         context, experiment = _context(request)
         known = {run.run_name for run in self.data.list_runs(context, experiment_id=experiment)}
-        if self.live is None:
-            from minitf.tensorboard.live import Live
+        with self.starting:
+            if self.live is None:
+                from minitf.tensorboard.live import Live
 
-            self.live = Live(self.folders)
+                self.live = Live(self.folders)
         return http_util.Respond(  # type: ignore[no-any-return]
             request, self.live.answer(body, known), "application/json"
         )
