@@ -1,12 +1,13 @@
-"""What every head of a model looks at: its weights on one text, and scores that say what a head does.
+"""What every head of a model looks at in one text, and the vectors it does so with.
 
-The attention block matches, weighs and gathers; what is shown here is the result of *weigh*: for every query (the word
-reading) how much it takes from each key (the words it looks at), a row of weights that sums to 1.
+The attention block matches, weighs and gathers; kept here are the result of *weigh* (for every query, the word reading,
+how much it takes from each key, the words it looks at: a row of weights that sums to 1), and the queries, keys and
+values from which all three steps can be followed.
 """
 
 import base64
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,29 +15,56 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minitf.attention import rotate
 from minitf.errors import MinitfError, RequestError
+from minitf.heads import HeadScores, describe_head, evaluating, head_pattern, pattern_scores
+from minitf.tokenizer import join_bytes
 from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:
     from minitf.model import Transformer
     from minitf.tokenizer import Tokenizer
 
-HeadScores = dict[str, Tensor]
-"""Name of a score -> its value for every head, a tensor of shape (L layers, H heads), each value in [0, 1]."""
-
 GENERAL_PROBE = "The cat sat on the mat."
-
-# Above these a head is called by what it does. A head that spreads its weights evenly over 10 keys has previous-token
-# and first-token scores of 0.1, so 0.4 is far from chance; a score of 0.9 in entropy leaves room for no clear pattern.
-PATTERN_THRESHOLD = 0.4
-BROAD_THRESHOLD = 0.9
-PATTERNS = {"previous_token": "previous token", "first_token": "first token", "induction": "induction"}
+# A page of ten looks at three sentences stays a page one can mail. Models with more and wider heads keep the vectors
+# of short sentences only.
+MAX_VECTOR_BYTES, MAX_EXACT_VECTOR_BYTES = 400_000, 16_000_000
 
 
 @dataclass
 class AttentionConfig:
     probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and the text's own
-    heads: bool = True  # whether every head is scored for what it does (previous token, first token, induction, broad)
+    heads: bool = True  # whether every head is scored for what it does (previous token, first token, induction, ...)
+
+
+@dataclass(frozen=True)
+class HeadVectors:
+    """Queries, keys and values of all layers on one text, as they enter match and gather: float32 on the CPU.
+
+    Axes L layers, H heads, G key/value heads, T positions, K head width; query head h uses key head h // (H / G).
+    """
+
+    q_LHTK: Tensor  # noqa: N815
+    k_LGTK: Tensor  # noqa: N815
+    v_LGTK: Tensor  # noqa: N815
+
+    def to_viewer(self, exact: bool) -> dict[str, Any] | None:
+        """In base64: float32, or a signed byte a number and a float32 scale a vector; None if too large."""
+        named = {"q": self.q_LHTK, "k": self.k_LGTK, "v": self.v_LGTK}
+        count = sum(tensor.numel() for tensor in named.values())
+        if (4 * count if exact else count) > (MAX_EXACT_VECTOR_BYTES if exact else MAX_VECTOR_BYTES):
+            return None
+        if exact:
+            return {"encoding": "float32"} | {name: {"values": _base64(tensor)} for name, tensor in named.items()}
+        packed = {}
+        for name, tensor in named.items():
+            tensor = tensor.nan_to_num()
+            scale = tensor.abs().amax(-1).clamp(min=1e-30) / 127
+            packed[name] = {
+                "values": _base64((tensor / scale[..., None]).round().to(torch.int8)),
+                "scale": _base64(scale),
+            }
+        return {"encoding": "int8", **packed}
 
 
 @dataclass(frozen=True)
@@ -45,7 +73,8 @@ class AttentionMaps:
 
     `weights_LHTS[l, h, t, s]` is the weight that query position t gives to key position s in head h of layer l: float32
     on the CPU, rows sum to 1, zero for s > t. `next_tokens[t]` are the likeliest tokens after position t with their
-    probabilities, likeliest first. `scores` are those of `head_scores`, if they were measured.
+    probabilities, likeliest first; `actual[t]` is the probability of the token that does come after position t.
+    `scores` are those of `head_scores`, if they were measured.
     """
 
     text: str
@@ -55,12 +84,19 @@ class AttentionMaps:
     next_tokens: list[list[tuple[str, float]]]
     step: int | None = None
     scores: HeadScores | None = None
+    actual: list[float] | None = None
+    vectors: HeadVectors | None = None
+
+    @property
+    def measured_scores(self) -> HeadScores:
+        """The scores, or what can be said from the weights on this very text."""
+        return pattern_scores(self.weights_LHTS[:, :, None]) if self.scores is None else self.scores
 
     @property
     def labels(self) -> list[list[str]]:
-        """What each head does, by layer and head; from its weights on this very text where `scores` are missing."""
+        """What each head does, by layer and head."""
         num_layers, num_heads = self.weights_LHTS.shape[:2]
-        scores = pattern_scores(self.weights_LHTS[:, :, None]) if self.scores is None else self.scores
+        scores = self.measured_scores
         return [[describe_head(scores, layer, head) for head in range(num_heads)] for layer in range(num_layers)]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,22 +114,37 @@ class AttentionMaps:
             "scores": {name: values.tolist() for name, values in (self.scores or {}).items()},
         }
 
-    def to_viewer(self) -> dict[str, Any]:
-        """What the viewer page needs: the lower triangles, row by row, each weight in one byte (`round(255 * w)`)."""
+    def to_viewer(self, exact: bool = False) -> dict[str, Any]:
+        """What the viewer needs, as JSON values with numbers in bulk as base64, little-endian.
+
+        Of the weights the lower triangles, row by row: one byte each, `round(255 * w)`, or exact as float32. Value
+        norms are float32 of shape (L, G, T); for vectors see `HeadVectors.to_viewer`.
+        """
         num_layers, num_heads, num_tokens, _ = self.weights_LHTS.shape
         query, key = torch.tril_indices(num_tokens, num_tokens)
-        triangles = self.weights_LHTS[:, :, query, key].nan_to_num().mul(255).round().to(torch.uint8)
-        rounded = {name: values.double().round(decimals=3) for name, values in (self.scores or {}).items()}
+        triangles = self.weights_LHTS[:, :, query, key].nan_to_num()
+        scores = self.measured_scores
+        digits = 8 if exact else 6
+        vectors = self.vectors
         return {
             "text": self.text,
             "step": self.step,
             "tokens": self.tokens,
             "layers": num_layers,
             "heads": num_heads,
-            "weights": base64.b64encode(triangles.numpy().tobytes()).decode(),
-            "next_tokens": [[[token, round(p, 4)] for token, p in top] for top in self.next_tokens],
-            "labels": self.labels,
-            "scores": {name: values.nan_to_num().tolist() for name, values in rounded.items()},
+            "encoding": "float32" if exact else "uint8",
+            "weights": _base64(triangles if exact else triangles.mul(255).round().to(torch.uint8)),
+            "next_tokens": [[[token, round(p, digits)] for token, p in top] for top in self.next_tokens],
+            "actual": None if self.actual is None else [round(p, digits) for p in self.actual],
+            "labels": [[_rounded(head_pattern(scores, i, j)) for j in range(num_heads)] for i in range(num_layers)],
+            "scores": {
+                name: values.double().nan_to_num().round(decimals=3).tolist()
+                for name, values in (self.scores or {}).items()
+            },
+            "kv_heads": num_heads if vectors is None else vectors.k_LGTK.shape[1],
+            "head_dim": None if vectors is None else vectors.q_LHTK.shape[-1],
+            "value_norms": None if vectors is None else _base64(vectors.v_LGTK.nan_to_num().norm(dim=-1)),
+            "vectors": None if vectors is None else vectors.to_viewer(exact),
         }
 
     def _repr_html_(self) -> str:
@@ -101,7 +152,7 @@ class AttentionMaps:
         page = html.escape(viewer_page([self.to_viewer()], title=self.text))
         return (
             f'<iframe sandbox="allow-scripts" srcdoc="{page}" title="attention" '
-            'style="width: 100%; height: 900px; border: 0"></iframe>'
+            'style="width: 100%; height: 960px; border: 0"></iframe>'
         )
 
 
@@ -114,7 +165,7 @@ def attention_maps(
     top_k: int = 5,
     scores: HeadScores | None = None,
 ) -> AttentionMaps:
-    """Run `text` through the model once and keep the weights of every head.
+    """Run `text` through the model once and keep what every head does with it.
 
     Raises `RequestError` if the text is empty or longer than the model's context.
     """
@@ -124,82 +175,84 @@ def attention_maps(
         raise RequestError("the text is empty: give at least one word")
     if len(ids) > limit:
         raise RequestError(f"the text is {len(ids)} tokens long, the model reads at most {limit}: shorten it")
+    return attention_maps_of_ids(model, tokenizer, ids, text, step, top_k, scores)
 
+
+@torch.no_grad()
+def attention_maps_of_ids(
+    model: "Transformer",
+    tokenizer: "Tokenizer",
+    ids: list[int],
+    text: str,
+    step: int | None = None,
+    top_k: int = 5,
+    scores: HeadScores | None = None,
+) -> AttentionMaps:
+    """The same for a text that is tokens already: at least one, at most a context of them."""
     weights: list[Tensor] = []
-    with _evaluating(model):
+    with evaluating(model), _in_float32(model), _block_inputs(model) as inputs:
         ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
         logits_BTV = model(ids_BT, weights=weights)
-    top = logits_BTV[0].float().softmax(-1).topk(min(top_k, logits_BTV.shape[-1]))
+        vectors = head_vectors(model, inputs)
+    probabilities_TV = logits_BTV[0].float().softmax(-1)
+    top = probabilities_TV.topk(min(top_k, logits_BTV.shape[-1]))
     next_tokens = [
         list(zip(tokenizer.pieces(next_ids), probabilities, strict=True))
         for next_ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
+    actual = probabilities_TV[:-1].gather(1, ids_BT[0, 1:, None]).squeeze(1).nan_to_num()
+    tokens = join_bytes(tokenizer.pieces(ids))
     weights_LHTS = torch.cat(weights).float().cpu()
-    return AttentionMaps(text, tokenizer.pieces(ids), ids, weights_LHTS, next_tokens, step, scores)
+    return AttentionMaps(text, tokens, ids, weights_LHTS, next_tokens, step, scores, actual.tolist(), vectors)
 
 
-@torch.no_grad()
-def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScores:
-    """Score every head for what it does; two forwards. `ids_BT` is held-out text.
+def head_vectors(model: "Transformer", inputs: list[Tensor]) -> HeadVectors:
+    """Queries, keys and values of every layer, computed again from the inputs x_BTD of its block (B = 1)."""
+    queries, keys, values = [], [], []
+    for block, x_BTD in zip(model.model.layers, inputs, strict=True):  # type: ignore[arg-type]
+        attention, normed_BTD = block.self_attn, block.input_layernorm(x_BTD)
+        rotary_2TK = model.rotary[:, : x_BTD.shape[1]]
 
-    entropy, previous_token, first_token: see `pattern_scores`, averaged over the text. induction: on random tokens
-    said twice, how much a query in the second half looks at the token *after* the previous occurrence of its own token
-    (Olsson et al., "In-context Learning and Induction Heads", 2022): 1 for a head that asks "what came next, last
-    time?". The random tokens are the same at each call with the same `seed`.
-    """
-    device = next(model.parameters()).device
-    half = min(model.config.context_length, 64) // 2
-    generator = torch.Generator().manual_seed(seed)
-    random_BT = torch.randint(model.vocab_size, (4, half), generator=generator).repeat(1, 2)
+        def heads_of(projection: torch.nn.Module, normed_BTD: Tensor = normed_BTD) -> Tensor:
+            return projection(normed_BTD).view(1, normed_BTD.shape[1], -1, model.config.head_dim)  # type: ignore
 
-    text_weights: list[Tensor] = []
-    random_weights: list[Tensor] = []
-    with _evaluating(model):
-        model(ids_BT.to(device), weights=text_weights)
-        model(random_BT.to(device), weights=random_weights)
-    layers = [pattern_scores(weights_BHTS.transpose(0, 1)) for weights_BHTS in text_weights]
-    scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    # The token at t was last seen at t - half; the token after it is at t - half + 1.
-    induction = [weights.diagonal(1 - half, -2, -1)[..., 1:].mean((0, 2)) for weights in random_weights]
-    scores["induction"] = torch.stack(induction).float().nan_to_num()
-    return {name: values.cpu() for name, values in scores.items()}
-
-
-def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
-    """Three scores of weights on some text, each averaged over B and queries, and in [0, 1]; shape x is kept.
-
-    - entropy: the entropy of a query's weights over the largest it could be, `log(t + 1)`, for queries t >= 1: near 1
-      for a head that looks everywhere alike, 0 for one that looks at a single key.
-    - previous_token: the weight on key t - 1, and first_token: the weight on key 0; both for queries t >= 2, because at
-      t = 1 they are the same key.
-
-    A text too short for a score gives 0.
-    """
-    weights_xBTS = weights_xBTS.float()
-    most_T = torch.arange(2, weights_xBTS.shape[-2] + 1, device=weights_xBTS.device).log()
-    scores = {
-        "entropy": torch.special.entr(weights_xBTS[..., 1:, :]).sum(-1) / most_T,
-        "previous_token": weights_xBTS.diagonal(-1, -2, -1)[..., 1:],
-        "first_token": weights_xBTS[..., 2:, 0],
-    }
-    return {name: values_xBT.mean((-2, -1)).nan_to_num().clamp(0, 1) for name, values_xBT in scores.items()}
-
-
-def describe_head(scores: Mapping[str, Tensor], layer: int, head: int) -> str:
-    """A short label of what a head does, with its score: "previous token 0.83", "broad 0.97", or "" if unclear."""
-    value, name = max(((float(scores[key][layer, head]), key) for key in PATTERNS if key in scores), default=(0.0, ""))
-    if value >= PATTERN_THRESHOLD:
-        return f"{PATTERNS[name]} {value:.2f}"
-    entropy = float(scores["entropy"][layer, head]) if "entropy" in scores else 0.0
-    return f"broad {entropy:.2f}" if entropy >= BROAD_THRESHOLD else ""
+        queries.append(rotate(attention.q_norm(heads_of(attention.q_proj)).transpose(1, 2), rotary_2TK))
+        keys.append(rotate(attention.k_norm(heads_of(attention.k_proj)).transpose(1, 2), rotary_2TK))
+        values.append(heads_of(attention.v_proj).transpose(1, 2))
+    return HeadVectors(*(torch.cat(tensors).float().cpu() for tensors in (queries, keys, values)))
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout inside, as it was before afterwards."""
-    was_training = model.training
-    model.eval()
+def _in_float32(model: "Transformer") -> Iterator[None]:
+    """Exact numbers, those a checkpoint gives too; for a sentence also the quicker way.
+
+    Casting all weights to bfloat16 takes longer than its products save (25 ms a sentence against 8).
+    """
+    dtype, model.compute_dtype = model.compute_dtype, torch.float32
     try:
         yield
     finally:
-        model.train(was_training)
+        model.compute_dtype = dtype
+
+
+@contextmanager
+def _block_inputs(model: "Transformer") -> Iterator[list[Tensor]]:
+    """A list that gets the residual stream x_BTD that enters each block, layer by layer, in a forward inside."""
+    inputs: list[Tensor] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        for block in model.model.layers  # type: ignore[union-attr]
+    ]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _base64(tensor: Tensor) -> str:
+    return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode()
+
+
+def _rounded(pattern: tuple[str, float] | None) -> list[str | float] | None:
+    return [pattern[0], round(pattern[1], 3)] if pattern else None

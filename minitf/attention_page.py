@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from minitf.attention_maps import AttentionMaps, attention_maps, head_scores
+from minitf.attention_maps import AttentionMaps, attention_maps
 from minitf.checkpoint import load_checkpoint
 from minitf.errors import RequestError, run_command
+from minitf.heads import head_scores
 from minitf.viewer import viewer_page
 
 

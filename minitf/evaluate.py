@@ -1,4 +1,4 @@
-"""Held-out metrics: how well a model predicts text it was not trained on."""
+"""Held-out metrics: how well a model predicts text it was not trained on, and how much of that each head does."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,12 @@ from minitf.batches import Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.corpus import DataConfig, read_text
 from minitf.errors import MinitfError, RequestError
+from minitf.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
 from minitf.tokenizer import TokenizerConfig
+
+# Of the same tokens with a head and without: the difference is steady long before either number is.
+HEADS_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,91 @@ def evaluate_checkpoint(
     return evaluate(model.loss_value, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
 
+@dataclass(frozen=True)
+class HeadReport:
+    """What each head does and what it is worth.
+
+    `importance_LH` is the rise of held-out bits per byte when only that head is switched off: of shape (layers, heads),
+    negative for a head without which the model predicts better. `scores` are those of `head_scores`.
+    """
+
+    whole: HeldOut
+    importance_LH: Tensor  # noqa: N815
+    scores: HeadScores
+
+    def to_json(self) -> dict[str, Any]:
+        """{"heads": [{"layer", "head", "importance", "does", SCORE: value, ...}, ...]}, by layer and head."""
+        num_layers, num_heads = self.importance_LH.shape
+        return {
+            **asdict(self.whole),
+            "heads": [
+                {
+                    "layer": layer,
+                    "head": head,
+                    "importance": round(float(self.importance_LH[layer, head]), 6),
+                    "does": describe_head(self.scores, layer, head),
+                    **{name: round(float(values[layer, head]), 4) for name, values in self.scores.items()},
+                }
+                for layer in range(num_layers)
+                for head in range(num_heads)
+            ],
+        }
+
+    def table(self) -> str:
+        """One line a head, the most important first."""
+        names = [name for name in (*NAMES, "entropy") if name in self.scores]
+        header = "  ".join(["layer", "head", "importance", *names, "does"])
+        lines = [header]
+        for one in sorted(self.to_json()["heads"], key=lambda head: -head["importance"]):
+            values = "  ".join(f"{one[name]:>{len(name)}.2f}" for name in names)
+            lines.append(
+                f"{one['layer']:>5}  {one['head']:>4}  {one['importance']:>+10.4f}  {values}  {one['does']}".rstrip()
+            )
+        return "\n".join(lines)
+
+
+def evaluate_heads(checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int | None = None) -> HeadReport:
+    """Score every head and switch off one after the other: as many evaluations as the model has heads, and one more."""
+    model = checkpoint.model
+    c = model.config
+    whole = evaluate_checkpoint(checkpoint, tokens, num_bytes, max_tokens)
+    importance_LH = torch.zeros(c.num_layers, c.num_heads)
+    for layer in range(c.num_layers):
+        for head in range(c.num_heads):
+            with heads_off(model, [(layer, head)]):
+                without = evaluate_checkpoint(checkpoint, tokens, num_bytes, max_tokens)
+            importance_LH[layer, head] = without.bits_per_byte - whole.bits_per_byte
+        print(f"layer {layer}: {c.num_heads} heads switched off, one at a time", file=sys.stderr)
+    windows = max(len(tokens) // c.context_length, 1)
+    text_BT = torch.from_numpy(tokens[: min(windows, 4) * c.context_length].astype("int64"))
+    scores = head_scores(model, text_BT.view(min(windows, 4), -1))
+    return HeadReport(whole, importance_LH, scores)
+
+
+def record_heads(report: HeadReport, run_dir: Path, step: int) -> None:
+    """Write the report for TensorBoard and as JSON to `run_dir/heads/`.
+
+    It is a directory of its own because TensorBoard loses what a run that is still training adds to its file once a
+    newer file lies beside it.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    from minitf.attention_picture import heads_picture
+    from minitf.tensorboard.summary import picture_summary
+
+    directory = run_dir / "heads"
+    with SummaryWriter(str(directory)) as writer:
+        summary = picture_summary("heads/importance", heads_picture(report.importance_LH, report.scores, step))
+        writer._get_file_writer().add_summary(summary, step)
+        table = "\n".join("    " + line for line in report.table().splitlines())
+        writer.add_text("heads", table, step)
+        for one in report.to_json()["heads"]:
+            tag = f"importance/layer{one['layer']}_head{one['head']}"
+            writer.add_scalar(tag, one["importance"], step)
+    content = {"step": step, **report.to_json()}
+    (directory / f"step_{step:08d}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _held_out(checkpoint: Checkpoint) -> tuple[Tokens, int]:
     """The held-out part of the text the checkpoint was trained on."""
     try:
@@ -92,23 +182,47 @@ def _read_file(checkpoint: Checkpoint, name: str) -> tuple[Tokens, int]:
     return np.array(ids, dtype=np.uint32), num_bytes
 
 
+def _record(report: HeadReport, checkpoint: Checkpoint) -> None:
+    """Put the report into the run the checkpoint belongs to, if it belongs to one."""
+    run_dir = checkpoint.directory.parent.parent
+    if checkpoint.step is None or not (run_dir / "config.yaml").is_file():
+        print("this checkpoint lies in no run: nothing is written for TensorBoard", file=sys.stderr)
+        return
+    record_heads(report, run_dir, checkpoint.step)
+    print(f"wrote {run_dir / 'heads'} for TensorBoard", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command `scripts/evaluate.py`."""
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Held-out loss, perplexity and bits per byte of a run.")
+    p = argparse.ArgumentParser(
+        prog="evaluate.py", description="Held-out loss, perplexity and bits per byte of a run, and what each head does."
+    )
     p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
     p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
     p.add_argument("--max-tokens", type=int, help="evaluate on about so many tokens, evenly spread (default: all)")
     p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the best there is")
     p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument(
+        "--heads",
+        action="store_true",
+        help="switch off one head after the other and say what each does and is worth; also put into the run's heads/, "
+        f"for TensorBoard (on about {HEADS_TOKENS:,} tokens unless --max-tokens says otherwise)",
+    )
     args = p.parse_args(argv)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise RequestError(f"--max-tokens {args.max_tokens} must be at least 1")
     checkpoint = load_checkpoint(args.run, args.device)
     tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else _held_out(checkpoint)
-    result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
+    source = {"checkpoint": str(checkpoint.directory), "step": checkpoint.step}
+    if args.heads:
+        report = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
+        _record(report, checkpoint)
+        print(json.dumps(source | report.to_json()) if args.json else report.table())
+        return 0
+    result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
     if args.json:
-        print(json.dumps({"checkpoint": str(checkpoint.directory), "step": checkpoint.step, **asdict(result)}))
+        print(json.dumps(source | asdict(result)))
     else:
         print(f"held-out loss   {result.loss:.4f} nats per token, {result.num_tokens:,} tokens")
         print(f"bits per byte   {result.bits_per_byte:.4f}")

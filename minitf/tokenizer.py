@@ -243,6 +243,34 @@ def _chars_of_bytes() -> dict[str, int]:
     return {chr(byte) if byte in printable else chr(0x100 + others.index(byte)): byte for byte in range(NUM_BYTES)}
 
 
+def join_bytes(pieces: Sequence[str]) -> list[str]:
+    """The pieces of one text, with the bytes of a character split over tokens named after it: "你(1/3)", "你(2/3)", ...
+
+    `pieces` are those of `Tokenizer.pieces`; bytes that make no character stay as they are ("⟨e4⟩").
+    """
+    parts = [[m[0] for m in _PART.finditer(piece)] for piece in pieces]
+    stray = [(i, j, int(part[1:3], 16)) for i, row in enumerate(parts) for j, part in enumerate(row) if len(part) > 1]
+    start = 0
+    while start < len(stray):
+        first = stray[start][2]
+        length = 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2
+        run = stray[start : start + length]
+        try:
+            char = bytes(byte for _, _, byte in run).decode("utf-8")
+        except UnicodeDecodeError:
+            start += 1
+            continue
+        owners = sorted({i for i, _, _ in run})
+        for number, owner in enumerate(owners, start=1):
+            mine = [j for i, j, _ in run if i == owner]
+            parts[owner][mine[0]] = f"{char}({number}/{len(owners)})"
+            for j in mine[1:]:
+                parts[owner][j] = ""
+        start += length
+    return ["".join(row) for row in parts]
+
+
+_PART = re.compile(r"⟨[0-9a-f]{2}⟩|.", re.DOTALL)
 _BYTE_OF_CHAR = _chars_of_bytes()
 _VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "⏎", ord("\t"): "⇥"}
 

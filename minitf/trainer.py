@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from minitf.attention_maps import GENERAL_PROBE, AttentionConfig, HeadScores, attention_maps, head_scores
+from minitf.attention_maps import GENERAL_PROBE, AttentionConfig, attention_maps
 from minitf.attention_picture import attention_picture
 from minitf.batches import Batches, TokenizedText
 from minitf.checkpoint import TrainState, load_optimizer_state, save_checkpoint
@@ -21,6 +21,7 @@ from minitf.errors import MinitfError, RequestError
 from minitf.evaluate import evaluate
 from minitf.generate import Options, Sampling, generate_text
 from minitf.hardware import Hardware
+from minitf.heads import HeadScores, head_scores
 from minitf.loss import linear_cross_entropy
 from minitf.model import Transformer
 from minitf.monitor import Monitor

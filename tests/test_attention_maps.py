@@ -8,14 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitf.attention_maps import (
-    AttentionMaps,
-    attention_maps,
-    describe_head,
-    head_scores,
-    pattern_scores,
-)
+from minitf.attention_maps import AttentionMaps, attention_maps
 from minitf.errors import MinitfError, RequestError
+from minitf.heads import describe_head, head_scores, pattern_scores
 from minitf.model import ModelConfig, Transformer
 
 
@@ -144,7 +139,7 @@ def test_constructed_heads_get_the_score_of_their_pattern_and_no_other() -> None
     ids_BT = torch.arange(40).view(2, 20)  # nothing repeats, so the induction head looks at itself there
     scores = head_scores(PatternModel(), ids_BT)
     assert {name: tuple(values.shape) for name, values in scores.items()} == dict.fromkeys(
-        ("entropy", "previous_token", "first_token", "induction"), (1, 5)
+        ("entropy", "previous_token", "first_token", "this_token", "nearby", "same_word", "induction"), (1, 5)
     )
     previous, first, induction, uniform, itself = range(5)
     table = {name: values[0].tolist() for name, values in scores.items()}
@@ -154,7 +149,7 @@ def test_constructed_heads_get_the_score_of_their_pattern_and_no_other() -> None
     assert table["induction"][induction] > 0.95  # by chance a random token occurs twice in a half
     assert max(table["induction"][head] for head in (previous, first, uniform, itself)) < 0.1
     labels = [describe_head(scores, 0, head).rsplit(" ", 1)[0] for head in range(5)]
-    assert labels == ["previous token", "first token", "induction", "broad", ""]
+    assert labels == ["previous token", "first token", "induction", "broad", "this token"]
 
 
 def test_induction_looks_at_the_key_after_the_previous_occurrence(model: Transformer) -> None:

@@ -1,136 +1,318 @@
-/* The attention viewer: `mountViewer(root, data)` shows `data.maps`, each an AttentionMaps.to_viewer().
+/* The attention viewer: `mountViewer(root, source, theme)`. What `source` is says source.js.
  *
- * The state says which map, which head and which query; `render` draws the page from it, and events only change it.
+ * The state says what is looked at; events change it through `set`, which loads what is missing and draws. The elements
+ * of a view are made once for a text and then only updated.
  */
 
-import { darkScheme, lookAt } from "./weights.js";
-import { clamp, headGrid, legend, make, matrix, nextTokens, percent, sentence, visible } from "./views.js";
+import { clamp, choices, make, rich } from "./dom.js";
+import { MAX_HEADS, headLook, paletteOf, readMap } from "./maps.js";
+import { compareView } from "./compare.js";
+import { expectedView } from "./expected.js";
+import { growthView } from "./growth.js";
+import { linesView } from "./lines.js";
+import { matrixView } from "./matrix.js";
+import { overview, patternName } from "./overview.js";
+import { preferredLanguage, remember } from "./preferences.js";
+import { promptPanel } from "./prompt.js";
+import { describe, longest, mostTelling, tellingQuery } from "./telling.js";
+import { sentenceView } from "./sentence.js";
+import { LANGUAGES, translator } from "./texts.js";
+import { timeline } from "./timeline.js";
+import { walkView } from "./walk.js";
 
-export function mountViewer(root, data) {
-  const probes = [...new Set(data.maps.map((map) => map.text))];
-  const mapsOf = (probe) => data.maps.filter((map) => map.text === probe);
+const VIEWS = { lines: linesView, matrix: matrixView, walk: walkView, expected: expectedView, growth: growthView, compare: compareView };
+const OWN = "\u0000own"; // the choice of typing a sentence
+
+/** `theme` is { now(): "light" | "dark", onChange(listener), toggle? }. */
+export async function mountViewer(root, source, theme) {
   const state = {
-    probe: probes[0],
-    step: mapsOf(probes[0]).length - 1, // index among the maps of the probe
-    layer: 0,
-    head: 0,
-    query: 0, // selected
-    key: null,
-    point: null, // what the pointer is over, as {query, key}; shown instead of the selection
-    hideFirst: false,
+    language: preferredLanguage(), run: null, sentence: null, look: null, heads: null, query: null, key: null, point: null,
+    hideFirst: false, measure: "weight", view: "lines", temperature: 1, walkKey: null, score: "", live: null, other: null,
   };
-
-  const probe = make("select", {}, ...probes.map((text) => make("option", { value: text }, text.replace(/\s+/g, " "))));
-  const step = make("input", { type: "range", min: 0 });
-  const stepName = make("output");
-  const play = make("button", { type: "button" }, "▶ play");
-  const stepBox = make("label", { class: "steps" }, "Step ", step, stepName);
-  const hideFirst = make("input", { type: "checkbox" });
-  const [heads, detail] = [make("section", { class: "heads" }), make("section", { class: "detail" })];
-  const [name, scores] = [make("h2"), make("p", { class: "scores" })];
-  const readout = make("p", { class: "readout", ariaLive: "polite" });
-  const [next, scale] = [make("div", { class: "next" }), make("div", { class: "legend" })];
+  const known = { runs: [], run: null, map: null, second: null, otherRun: null, error: "" };
+  const [runCache, mapCache] = [new Map(), new Map()];
+  let [ui, latest, following] = [null, 0, true];
   root.classList.add("attention-viewer");
-  root.replaceChildren(
-    make("header", {}, make("h1", {}, data.title), make("p", {},
-      "Reading a word, the model ", make("b", {}, "matches"), " its query with the key of every word so far, ",
-      make("b", {}, "weighs"), " the matches into shares that sum to 100%, and ", make("b", {}, "gathers"),
-      " the words’ values by these shares. Each head does so in its own way; shown are the shares.")),
-    make("div", { class: "controls" }, make("label", {}, "Sentence ", probe), stepBox, play,
-      make("label", { title: "Heads with nothing to look for often park their attention on the first token." },
-        hideFirst, " hide first token (attention sink)")),
-    make("div", { class: "columns" }, heads, detail),
-    make("footer", {}, "A head’s label is what it does most, with a score from 0 to 1; “broad” looks at all words alike. ",
-      "Colours show the square root of the weight. Weights are stored in 8 bits: each is within 0.2 percentage points."),
-  );
 
-  let grid, plot, words, map, painted;
-  const set = (change) => { Object.assign(state, change); render(change); };
+  // -- data ---------------------------------------------------------------------------------------------------------
 
-  function build() {
-    const maps = mapsOf(state.probe);
-    state.step = clamp(state.step, maps.length);
-    map = maps[state.step];
-    Object.assign(state, { query: map.tokens.length - 1, key: null, point: null });
-    Object.assign(state, { layer: clamp(state.layer, map.layers), head: clamp(state.head, map.heads) });
-    step.max = maps.length - 1;
-    step.hidden = play.hidden = maps.length < 2;
-    painted = "";
-    const onLeave = () => set({ point: null });
-    grid = headGrid(map, (layer, head) => set({ layer, head, point: null }));
-    plot = matrix(map, {
-      onLeave,
-      onPoint: (query, key) => set({ point: { query, key } }),
-      onSelect: (query, key) => set({ query, key }),
-      onArrow: (down, right) => {
-        const query = clamp(state.query + down, map.tokens.length);
-        set({ query, key: clamp((state.key ?? query) + right, query + 1), point: null });
-      },
-    });
-    words = sentence(map, {
-      onLeave,
-      onPoint: (query) => set({ point: { query, key: null } }),
-      onSelect: (query) => set({ query, key: null }),
-    });
-    heads.replaceChildren(grid.element);
-    const pair = make("div", { class: "pair" }, plot.element, make("div", {}, next, scale));
-    detail.replaceChildren(name, scores, words.element, readout, pair);
+  async function loadRun(name, fresh = false) {
+    if (fresh || !runCache.has(name)) runCache.set(name, await source.run(name));
+    return runCache.get(name);
+  }
+  async function loadMap(run, sentence, look) {
+    const key = [run, sentence.tag, ...look].join("\u0000");
+    if (!mapCache.has(key)) {
+      if (mapCache.size > 300) mapCache.delete(mapCache.keys().next().value);
+      const loading = source.map(run, sentence, look).then((raw) => Object.assign(readMap(raw), { stamp: key }));
+      mapCache.set(key, loading);
+      loading.catch(() => mapCache.delete(key));
+    }
+    return mapCache.get(key);
+  }
+  const sentenceOf = (run) => run.sentences[clamp(state.sentence, run.sentences.length)];
+  const looks = () => (state.live ? known.run.checkpoints.map((step) => [step]) : sentenceOf(known.run).looks);
+
+  /** Bring what the state asks for; of several calls only the last one's answer counts. */
+  async function load() {
+    const mine = ++latest;
+    try {
+      const run = await loadRun(state.run);
+      if (mine !== latest) return;
+      const changed = known.run !== run;
+      known.run = run;
+      state.sentence ??= longest(run.sentences);
+      const all = looks();
+      if (state.look === null || state.look >= all.length || (following && changed)) state.look = all.length - 1;
+      let map = known.map;
+      if (state.live) map = state.live.map ?? (await askModel());
+      else map = await loadMap(state.run, sentenceOf(run), all[state.look]);
+      if (mine !== latest || !map) return;
+      await loadSecond(mine);
+      if (mine !== latest) return;
+      Object.assign(known, { map, error: "" });
+      fit(map);
+      prefetch(all);
+    } catch (error) {
+      if (mine !== latest) return;
+      known.error = error.message === "damaged" || error instanceof SyntaxError ? translator(state.language)("damaged") : error.message;
+    }
+    draw();
+  }
+  async function loadSecond(mine) {
+    if (state.view !== "compare") return;
+    state.other ??= { run: known.runs.find((name) => name !== state.run) ?? state.run, look: known.runs.length > 1 ? null : 0 };
+    const other = await loadRun(state.other.run);
+    if (mine !== latest) return;
+    const text = sentenceOf(known.run).text;
+    const sentence = other.sentences.find((one) => one.text === text) ?? other.sentences[0];
+    state.other.look = state.other.look === null ? sentence.looks.length - 1 : clamp(state.other.look, sentence.looks.length);
+    known.otherRun = { looks: sentence.looks };
+    known.second = await loadMap(state.other.run, sentence, sentence.looks[state.other.look]);
+  }
+  function prefetch(all) {
+    if (state.live || !source.remote) return;
+    for (const index of [state.look + 1, state.look - 1, state.look + 2, state.look - 2])
+      if (all[index]) loadMap(state.run, sentenceOf(known.run), all[index]).catch(() => {});
+  }
+  /** Keep the selection within the map; on a first map choose what is worth seeing. */
+  function fit(map) {
+    if (state.heads === null) state.heads = [mostTelling(map)];
+    state.heads = state.heads.filter(([layer, head]) => layer < map.layers && head < map.heads);
+    if (!state.heads.length) state.heads = [mostTelling(map)];
+    state.query = state.query === null ? tellingQuery(map, state.heads[0]) : Math.min(state.query, map.size - 1); // Infinity: the last
+    if (state.key !== null && state.key > state.query) state.key = null;
+    state.point = null;
   }
 
-  /** Draw the state; the grid of heads only when what it shows has changed. */
-  function render(change) {
-    if ("probe" in change) build();
-    map = mapsOf(state.probe)[state.step];
-    if ("probe" in change || "step" in change || "hideFirst" in change) grid.paintAll(map, state.hideFirst);
-    grid.mark(state.layer, state.head);
-    step.value = state.step;
-    stepBox.hidden = map.step === null;
-    stepName.textContent = step.ariaValueText = map.step ?? "";
-    const { query, key } = state.point ?? state;
-    const view = lookAt(map, state.layer, state.head, state.hideFirst);
-    const label = map.labels[state.layer][state.head];
-    name.textContent = `Layer ${state.layer}, head ${state.head}` + (label && `: ${label}`);
-    scores.textContent = Object.entries(map.scores)
-      .map(([score, values]) => `${score.replace("_", " ")} ${values[state.layer][state.head].toFixed(2)}`).join(" · ");
-    readout.textContent = describe(map, view, query, key);
-    const painting = [state.probe, state.step, state.layer, state.head, state.hideFirst, darkScheme.matches].join();
-    if (painting !== painted) plot.paint(view);
-    painted = painting;
-    plot.mark(query, key, readout.textContent);
-    words.update(view, query);
-    nextTokens(next, map, query);
-    legend(scale, view.largest);
+  // -- the live model -----------------------------------------------------------------------------------------------
+
+  async function askModel() {
+    const live = state.live;
+    const step = known.run.checkpoints[state.look];
+    if (step === undefined) throw new Error(translator(state.language)("no_checkpoint"));
+    const request = { run: state.run, step, text: live.text, new_tokens: live.new_tokens, temperature: live.temperature, seed: live.seed, heads_off: live.off };
+    const raw = await source.live(request);
+    if (state.live !== live) return null;
+    live.map = Object.assign(readMap(raw), { stamp: JSON.stringify(request) });
+    return live.map;
+  }
+  function ask({ add = 0, ...change }) {
+    const live = { ...state.live, ...change };
+    if (add) live.new_tokens = (change.text === state.live.text ? live.new_tokens : 0) + add;
+    set({ live: { ...live, map: null }, ...(add || "new_tokens" in change ? { query: Infinity } : {}) });
+  }
+  function switchOff([layer, head]) {
+    const off = state.live?.off ?? [];
+    const rest = off.filter(([l, h]) => l !== layer || h !== head);
+    const next = rest.length < off.length ? rest : [...off, [layer, head]];
+    if (state.live) return ask({ off: next });
+    set({ live: { ...newLive(sentenceOf(known.run).text), off: next }, look: nearestCheckpoint(), view: "expected" });
+  }
+  const newLive = (text) => ({ text, new_tokens: 0, temperature: 0.8, seed: 0, off: [], map: null });
+  function nearestCheckpoint() {
+    const step = state.live ? 0 : looks()[state.look]?.[0] ?? 0;
+    const all = known.run.checkpoints;
+    return all.reduce((best, at, i) => (Math.abs(at - step) < Math.abs(all[best] - step) ? i : best), 0);
   }
 
-  const numSteps = () => mapsOf(state.probe).length;
-  let timer = 0;
-  const stop = () => { clearInterval(timer); timer = 0; play.textContent = "▶ play"; };
-  play.addEventListener("click", () => {
-    if (timer) return stop();
-    if (state.step === numSteps() - 1) set({ step: 0 });
-    play.textContent = "⏸ pause";
-    timer = setInterval(() => (state.step < numSteps() - 1 ? set({ step: state.step + 1 }) : stop()), 250);
-  });
-  probe.addEventListener("change", () => { stop(); set({ probe: probe.value }); });
-  step.addEventListener("input", () => { stop(); set({ step: Number(step.value) }); });
-  hideFirst.addEventListener("change", () => set({ hideFirst: hideFirst.checked }));
-  darkScheme.addEventListener("change", () => set({ hideFirst: state.hideFirst }));
-  new ResizeObserver(() => render({})).observe(detail);
+  // -- state --------------------------------------------------------------------------------------------------------
 
-  const labels = mapsOf(state.probe)[state.step].labels;
-  const telling = labels.flatMap((row, layer) => row.map((text, head) => [text, layer, head]))
-    .find(([text]) => text && !text.startsWith("broad"));
-  if (telling) [, state.layer, state.head] = telling;
-  set({ probe: state.probe });
-}
+  function set(change) {
+    if ("look" in change && !("live" in change)) following = change.look === looks().length - 1;
+    Object.assign(state, change);
+    if ("language" in change) { remember(change.language); ui = null; }
+    if (state.live && "look" in change && !("live" in change)) state.live = { ...state.live, map: null };
+    const loads = ["run", "sentence", "look", "live", "other"].some((key) => key in change) || (change.view === "compare" && state.view === "compare");
+    if (loads) load();
+    else draw();
+  }
 
-/** What is pointed at, in words. */
-function describe(map, view, query, key) {
-  const quote = (i) => `“${visible(map.tokens[i])}”`;
-  if (key !== null)
-    return `${quote(query)} (query) gives ${percent(view.weight(query, key))} of its attention to ${quote(key)} (key).`;
-  const keys = Array.from({ length: query + 1 }, (_, i) => i).filter((i) => !view.isHidden(query, i));
-  const most = keys.sort((a, b) => view.weight(query, b) - view.weight(query, a)).slice(0, 3);
-  const shares = most.map((i) => `${quote(i)} ${percent(view.weight(query, i))}`).join(", ");
-  return `${quote(query)} looks most at ${shares || "nothing shown"}.`;
+  // -- page ---------------------------------------------------------------------------------------------------------
+
+  function buildFrame() {
+    const t = translator(state.language);
+    root.lang = state.language === "zh" ? "zh-Hans" : "en";
+    const languages = choices("radiogroup", Object.entries(LANGUAGES).map(([key, texts]) => [key, texts.language]), (language) => set({ language }));
+    const themeButton = make("button", { type: "button", class: "icon", title: t("theme"), ariaLabel: t("theme") }, "◐");
+    themeButton.hidden = !theme.toggle;
+    themeButton.addEventListener("click", () => theme.toggle?.());
+    const runs = make("select");
+    const sentences = make("select");
+    runs.addEventListener("change", () => set({ run: runs.value, look: null, ...(state.live ? { live: { ...state.live, off: [], map: null } } : {}) }));
+    sentences.addEventListener("change", () => {
+      if (sentences.value === OWN) set({ live: newLive(sentenceOf(known.run).text), look: nearestCheckpoint() });
+      else set({ live: null, sentence: Number(sentences.value), query: null, key: null, look: state.live ? null : state.look });
+    });
+    const hideFirst = make("input", { type: "checkbox" });
+    hideFirst.addEventListener("change", () => set({ hideFirst: hideFirst.checked }));
+    const measure = choices("radiogroup", ["weight", "norm"].map((key) => [key, t(`measure_${key}`), key === "norm" ? t("measure_norm_why") : ""]), (chosen) => set({ measure: chosen }));
+    const tabs = choices("tablist", Object.keys(VIEWS).map((key) => [key, t(`tab_${key}`)]), (view) => set({ view }));
+    const line = timeline({ t, onLook: (look) => set({ look }) });
+    const prompt = promptPanel({ t, ask });
+    const parts = { t, runs, sentences, hideFirst, measure, tabs, line, prompt, languages, built: "", views: {}, painted: "" };
+    parts.error = make("p", { class: "problem", role: "alert" });
+    parts.heads = make("div");
+    parts.title = make("div", { class: "head-title" });
+    parts.reading = make("div");
+    parts.panel = make("div", { class: "panel", role: "tabpanel" });
+    parts.note = make("footer");
+    const runLabel = make("label", {}, make("span", {}, t("run")), runs);
+    runLabel.hidden = known.runs.length < 2 && !source.live;
+    parts.main = make("div", { class: "columns" }, parts.heads, make("section", { class: "detail" }, parts.title, parts.reading, tabs.element, parts.panel));
+    parts.promptBox = make("div", {}, prompt.element);
+    root.replaceChildren(
+      make("header", {}, make("div", { class: "title-row" }, make("h1", {}, source.title ?? "Attention"), make("div", { class: "corner" }, languages.element, themeButton)), rich(make("p", { class: "intro" }), t("intro"))),
+      make("div", { class: "controls" }, runLabel, make("label", { class: "grow" }, make("span", {}, t("sentence")), sentences), measure.element,
+        make("label", { class: "check", title: t("hide_first_why") }, hideFirst, t("hide_first"))),
+      parts.promptBox, line.element, parts.error, parts.main, parts.note,
+    );
+    return parts;
+  }
+
+  function buildViews(map) {
+    const api = { t: ui.t, set, other: { runs: known.runs } };
+    ui.views = {};
+    ui.makeView = (name) => (ui.views[name] ??= VIEWS[name](name === "growth" ? known.run : map, api));
+    ui.overview = overview(map, { t: ui.t, onHead: chooseHead });
+    ui.sentence = sentenceView(map, api);
+    ui.heads.replaceChildren(ui.overview.element);
+    ui.reading.replaceChildren(ui.sentence.element);
+    ui.painted = "";
+  }
+  function chooseHead(layer, head, several) {
+    const rest = state.heads.filter(([l, h]) => l !== layer || h !== head);
+    if (!several) return set({ heads: [[layer, head]], walkKey: null });
+    if (rest.length < state.heads.length) return set({ heads: rest.length ? rest : state.heads });
+    return set({ heads: [...state.heads, [layer, head]].slice(-MAX_HEADS) });
+  }
+
+  function draw() {
+    const palette = paletteOf(theme.now());
+    root.dataset.theme = palette.theme;
+    ui ??= buildFrame();
+    const { t } = ui;
+    ui.languages.update(state.language);
+    ui.error.textContent = known.error && !state.live ? t("failed", { reason: known.error }) : "";
+    ui.error.hidden = !ui.error.textContent;
+    ui.main.hidden = !known.map;
+    if (!known.run) return;
+    drawControls(palette);
+    const { map } = known;
+    if (!map) return;
+    const building = map.id + known.run.scores.steps.length + known.runs.length + (map.prompt_length ?? "");
+    if (building !== ui.built) { buildViews(map); ui.built = building; }
+    const settings = { hideFirst: state.hideFirst, measure: state.measure };
+    const paintKey = [map.stamp, JSON.stringify(settings), palette.theme, JSON.stringify(state.heads)].join("|");
+    const overviewKey = [map.stamp, JSON.stringify(settings), palette.theme].join("|");
+    if (overviewKey !== ui.painted) { ui.overview.paint(map, settings, palette); ui.painted = overviewKey; }
+    ui.overview.mark(state.heads, state.live?.off ?? [], palette);
+    const point = state.point ?? { query: state.query, key: state.key };
+    const lookList = state.heads.map(([layer, head]) => headLook(map, layer, head, settings));
+    const words = describe(t, map, lookList[0], point.query, point.key);
+    const context = {
+      map, looks: lookList, query: Math.min(point.query, map.size - 1), key: point.key, selected: state.query, palette, words, state, paintKey,
+      step: map.step, second: known.second, secondRun: state.other?.run ?? state.run, secondLooks: known.otherRun?.looks ?? [], secondLook: state.other?.look ?? 0,
+    };
+    drawTitle(map, palette);
+    ui.sentence.update(context);
+    const view = ui.makeView(state.view);
+    if (ui.panel.firstChild !== view.element) ui.panel.replaceChildren(view.element);
+    view.update(context);
+    const notes = [t(state.live ? "note_scores_own" : "note_scores"), t("note_colour"), t(map.exact ? "note_exact" : "note_stored")].join(" ");
+    const why = source.live ? "" : t(`why_${source.why}`);
+    ui.note.replaceChildren(make("p", {}, notes), rich(make("p"), why));
+  }
+
+  function drawControls(palette) {
+    const { t } = ui;
+    const list = JSON.stringify([known.runs, known.run.sentences.map((one) => one.text), known.run.checkpoints.length > 0]);
+    if (list !== ui.listed) {
+      ui.runs.replaceChildren(...known.runs.map((name) => make("option", { value: name }, name)));
+      const own = source.live && known.run.checkpoints.length ? [make("option", { value: OWN }, t("type_own"))] : [];
+      ui.sentences.replaceChildren(...known.run.sentences.map((one, i) => make("option", { value: i }, one.text.replace(/\s+/g, " "))), ...own);
+      ui.listed = list;
+    }
+    ui.runs.value = state.run;
+    ui.sentences.value = state.live ? OWN : state.sentence;
+    ui.hideFirst.checked = state.hideFirst;
+    ui.measure.update(state.measure);
+    ui.measure.element.hidden = known.map !== null && !known.map.hasNorms;
+    ui.tabs.update(state.view);
+    ui.promptBox.hidden = !state.live;
+    if (state.live) ui.prompt.update(state.live, known.error);
+    ui.line.update(known.run.curves, looks().length ? looks() : [[null]], clamp(state.look, looks().length));
+  }
+
+  function drawTitle(map, palette) {
+    const { t } = ui;
+    const several = state.heads.length > 1;
+    const [layer, head] = state.heads[0];
+    const label = map.label(layer, head);
+    const scores = Object.entries(map.scores).map(([name, values]) => `${t(name)} ${values[layer][head].toFixed(2)}`).join(" · ");
+    const off = state.live?.off.some(([l, h]) => l === layer && h === head);
+    const toggle = make("button", { type: "button", class: off ? "switch is-off" : "switch" }, t(off ? "switch_on" : "switch_off"));
+    toggle.hidden = !source.live || several || !known.run.checkpoints.length;
+    toggle.addEventListener("click", () => switchOff([layer, head]));
+    const importance = known.run.importance?.values[`${layer},${head}`];
+    const names = several ? state.heads.map(([l, h], i) => {
+      const name = make("span", { class: "swatch" }, t("head_name", { layer: l, head: h }));
+      name.style.setProperty("--colour", palette.heads[i]);
+      return name;
+    }) : [t("head_name", { layer, head }), " ", make("span", { class: "badge", data: { pattern: label?.[0] ?? "" } }, patternName(t, label), ...(label ? [" ", make("b", {}, label[1].toFixed(2))] : []))];
+    const about = several ? [] : [make("p", { class: "scores" }, t(`about_${label?.[0] ?? "unclear"}`), ...(scores ? [make("br"), scores] : []),
+      ...(importance === undefined ? [] : [make("br"), t("importance", { value: importance.toFixed(4), step: known.run.importance.step })]))];
+    const content = JSON.stringify([state.heads, label, scores, off, importance, palette.theme, toggle.hidden]);
+    if (content === ui.titled) return;
+    ui.titled = content;
+    ui.title.replaceChildren(make("div", {}, make("h2", {}, ...names), toggle), ...about);
+  }
+
+  // -- start --------------------------------------------------------------------------------------------------------
+
+  /** New data may be there: more runs, more looks. */
+  async function reload() {
+    try {
+      known.runs = await source.runs();
+      if (!known.runs.length) {
+        root.replaceChildren(make("p", { class: "problem" }, translator(state.language)("no_runs")));
+        ui = null;
+        return;
+      }
+      if (!known.runs.includes(state.run)) state.run = known.runs.at(-1);
+      const before = JSON.stringify(runCache.get(state.run));
+      const fresh = await source.run(state.run);
+      if (JSON.stringify(fresh) === before && known.map) return;
+      runCache.clear();
+      runCache.set(state.run, fresh);
+    } catch (error) {
+      known.error = error.message;
+      draw();
+      return;
+    }
+    await load();
+  }
+  theme.onChange(draw);
+  source.onReload?.(reload);
+  await reload();
 }

@@ -1,0 +1,99 @@
+"""What the directories of TensorBoard's runs hold beside event files: checkpoints, and maps with their vectors.
+
+Everything is found by listing: no path ever comes from a request.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from minitf.tensorboard.summary import sentence_tag
+
+STEP_NAME = re.compile(r"step_(\d{8,15})")
+ROW_START = re.compile(rb'\{"text": ("(?:[^"\\]|\\.)*"), "step": (\d+), ')
+
+
+class RunFolders:
+    """The directories of the runs below TensorBoard's --logdir."""
+
+    def __init__(self, logdir: str | None) -> None:
+        self.logdir = os.path.realpath(os.path.expanduser(logdir)) if logdir and "://" not in logdir else None
+        self.indexed: tuple[tuple[str, int, int], dict[tuple[str, int], tuple[int, int]]] | None = None
+
+    def steps(self, run: str) -> list[int]:
+        """Steps of the checkpoints of a run that TensorBoard lists, ascending; none if they are gone."""
+        return sorted(self._checkpoints(run))
+
+    def checkpoint(self, run: str, step: int) -> Path | None:
+        """The checkpoint directory of a run at a step, if it is there and within the run."""
+        return self._checkpoints(run).get(step)
+
+    def maps(self, run: str, tag: str, step: int) -> bytes | None:
+        """The row of the run's attention.jsonl with the maps of a sentence at a step, if there is one."""
+        directory = self._directory(run)
+        path = os.path.realpath(os.path.join(directory, "attention.jsonl")) if directory else ""
+        if not directory or not _is_within(path, directory):
+            return None
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                key = (path, status.st_size, status.st_mtime_ns)
+                indexed = self.indexed  # requests come in threads: another may put its own in place meanwhile
+                if indexed is None or indexed[0] != key:
+                    self.indexed = indexed = key, _index(file)
+                start, length = indexed[1].get((tag, step), (0, 0))
+                file.seek(start)
+                return file.read(length) or None
+        except OSError:
+            return None
+
+    def _directory(self, run: str) -> str | None:
+        if self.logdir is None or "\0" in run:
+            return None
+        directory = os.path.realpath(os.path.join(self.logdir, run))
+        return directory if _is_within(directory, self.logdir) else None
+
+    def _checkpoints(self, run: str) -> dict[int, Path]:
+        directory = self._directory(run)
+        if directory is None:
+            return {}
+        found: dict[int, Path] = {}
+        try:
+            with os.scandir(os.path.join(directory, "checkpoints")) as entries:
+                for entry in entries:
+                    match = STEP_NAME.fullmatch(entry.name)
+                    if match and _is_whole(entry.path, directory):
+                        found[int(match[1])] = Path(os.path.realpath(entry.path))
+        except OSError:  # no checkpoints, or none that may be read
+            return {}
+        return found
+
+
+def _index(rows: Iterable[bytes]) -> dict[tuple[str, int], tuple[int, int]]:
+    """(tag, step) -> (offset, length) of the rows that are whole; of several for one, the last."""
+    found = {}
+    offset = 0
+    for row in rows:
+        match = ROW_START.match(row)
+        if match and row.endswith(b"}\n"):
+            with suppress(ValueError):  # a damaged row
+                found[sentence_tag(json.loads(match[1])), int(match[2])] = (offset, len(row))
+        offset += len(row)
+    return found
+
+
+def _is_whole(checkpoint: str, run_directory: str) -> bool:
+    """Whether it is a checkpoint whose files all lie within the run, links followed."""
+    real = os.path.realpath(checkpoint)
+    if not _is_within(real, run_directory):
+        return False
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    files = [os.path.realpath(os.path.join(real, name)) for name in (*names, "trainer_state.json")]
+    return all(map(os.path.isfile, files[:3])) and all(_is_within(file, run_directory) for file in files)
+
+
+def _is_within(path: str, directory: str) -> bool:
+    return os.path.commonpath([path, directory]) == directory

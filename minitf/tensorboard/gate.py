@@ -1,0 +1,102 @@
+"""Who may ask the tab to run a sentence: pages of this TensorBoard on this machine, and nobody else.
+
+TensorBoard checks no Host header, so a page of any site could reach a route by having its name resolve to 127.0.0.1
+(DNS rebinding), or by plain cross-site requests. Every check below closes one such way.
+"""
+
+import ipaddress
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+from werkzeug import Request
+
+HEADER = "X-Minitf-Attention"  # a header of our own: other sites' pages cannot send it without asking first
+MAX_BODY_BYTES = 65_536
+
+
+class RefusedError(Exception):
+    """A request that is answered with this status and message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LiveGate:
+    """Whether the live route is open in this TensorBoard, and to which requests."""
+
+    def __init__(self, flags: Any, logdir: str | None) -> None:
+        self.off = getattr(flags, "minitf_live", "auto") == "off"
+        self.bind_all = bool(getattr(flags, "bind_all", False))
+        self.host = str(getattr(flags, "host", None) or "localhost")
+        self.logdir_spec = bool(getattr(flags, "logdir_spec", ""))
+        self.logdir = logdir
+        named = str(getattr(flags, "minitf_live_hosts", "") or "")
+        self.allowed = {name.strip().lower() for name in named.split(",") if name.strip()}
+
+    def why_closed(self) -> str | None:
+        """Why no request at all is let in, or None. The words are a key of the viewer's texts."""
+        if self.off:
+            return "off"
+        if self.bind_all:
+            return "bind_all"
+        if self.logdir_spec or not self.logdir or "://" in self.logdir:
+            return "logdir"
+        if not (_is_loopback(self.host) or self.host.lower() in self.allowed):
+            return "bind_all"
+        return None
+
+    def check(self, request: Request) -> None:
+        """Refuse what does not come from a page of this TensorBoard."""
+        if why := self.why_closed():
+            raise RefusedError(403, f"sentences are not run here ({why})")
+        hosts, origins = request.headers.getlist("Host"), request.headers.getlist("Origin")
+        if len(hosts) != 1 or not self._is_allowed(f"//{hosts[0]}"):
+            raise RefusedError(403, "this host name is not allowed; see --minitf_live_hosts")
+        # Browsers send the origin with every POST; without one this is no page of ours.
+        if len(origins) != 1 or not self._is_allowed(origins[0], scheme=True):
+            raise RefusedError(403, "this origin is not allowed; see --minitf_live_hosts")
+        if urlsplit(origins[0]).netloc.lower() != hosts[0].lower():
+            raise RefusedError(403, "another origin's pages may not ask here")
+        if request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
+            raise RefusedError(403, "another site's pages may not ask here")
+        if request.headers.get(HEADER) != "1":
+            raise RefusedError(403, f"the header {HEADER} is missing")
+        if request.mimetype != "application/json":
+            raise RefusedError(415, "the body must be application/json")
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """The request's JSON object, of bounded size."""
+        if request.content_length is None:
+            raise RefusedError(411, "the length of the body is missing")
+        if request.content_length > MAX_BODY_BYTES:
+            raise RefusedError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+        try:
+            content = json.loads(request.get_data(cache=False).decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise RefusedError(400, "the body is not JSON") from None
+        if not isinstance(content, dict):
+            raise RefusedError(400, "the body is not a JSON object")
+        return content
+
+    def _is_allowed(self, url: str, scheme: bool = False) -> bool:
+        try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            return False
+        if scheme and parts.scheme not in ("http", "https"):
+            return False
+        if not host or parts.username is not None or parts.path or parts.query or parts.fragment:
+            return False
+        return _is_loopback(host) or host.lower() in self.allowed
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

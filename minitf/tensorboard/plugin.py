@@ -1,0 +1,233 @@
+"""The routes of the Attention tab: its files, which runs and sentences there are, their maps and curves.
+
+Whatever a run's files hold, a route answers with JSON and a status: 400 for what makes no sense, 404 for what is not
+there, 503 while busy. Nothing here imports torch.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+from tensorboard import errors, plugin_util
+from tensorboard.backend import http_util
+from tensorboard.data import provider
+from tensorboard.plugins import base_plugin
+from werkzeug import Request, Response, wrappers
+
+from minitf.tensorboard import PLUGIN_NAME
+from minitf.tensorboard.folders import RunFolders
+from minitf.tensorboard.gate import LiveGate, RefusedError
+from minitf.viewer import FOLDER, MODULES
+
+TYPES = {"js": "application/javascript", "css": "text/css"}
+CURVES = {"train": "train/loss", "val": "val/loss"}
+SCORE_TAG = re.compile(r"heads/(\w+)/layer(\d+)_head(\d+)")
+IMPORTANCE_TAG = re.compile(r"importance/layer(\d+)_head(\d+)")
+HEADS_RUN = "heads"  # below a run: what scripts/evaluate.py --heads writes
+MOST_POINTS = 1000
+
+
+class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
+    """TensorBoard's view of the tab."""
+
+    plugin_name = PLUGIN_NAME
+
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self.data: provider.DataProvider = context.data_provider
+        self.folders = RunFolders(context.logdir)
+        self.gate = LiveGate(context.flags, context.logdir)
+        self.live: Any = None
+        self.starting = threading.Lock()
+
+    def is_active(self) -> bool:
+        """The tab shows itself once data of its name is found; asking for that is TensorBoard's part."""
+        return False
+
+    def frontend_metadata(self) -> Any:
+        return base_plugin.FrontendMetadata(es_module_path="/static/tab.js", tab_name="Attention")
+
+    def get_plugin_apps(self) -> Mapping[str, Callable[..., Any]]:
+        return {
+            "/static/*": self.application(self.static, "GET"),
+            "/runs": self.application(self.runs, "GET"),
+            "/run": self.application(self.run, "GET"),
+            "/map": self.application(self.map, "GET"),
+            "/live": self.application(self.run_live, "POST"),
+        }
+
+    def application(self, route: Callable[[Request], Response], method: str) -> Callable[..., Any]:
+        """A WSGI application around a route: what it refuses becomes a JSON answer, nothing becomes a traceback."""
+
+        @wrappers.Request.application
+        def answer(request: Request) -> Response:
+            try:
+                if request.method != method and not (method == "GET" and request.method == "HEAD"):
+                    raise RefusedError(405, f"only {method} is answered here")
+                return route(request)
+            except RefusedError as refusal:
+                return _json(request, {"error": str(refusal)}, refusal.status)
+            except errors.PublicError as error:
+                return _json(request, {"error": str(error)}, int(error.http_code))
+
+        return answer
+
+    # -- routes --------------------------------------------------------------------------------------------------------
+
+    def static(self, request: Request) -> Response:
+        """The viewer's modules and style sheet, and the tab's own module: these files and no others."""
+        name = request.path.rpartition("/static/")[2]
+        folder = resources.files("minitf.tensorboard") / "static" if name == "tab.js" else FOLDER
+        if name not in (*MODULES, "viewer.css", "tab.js"):
+            raise RefusedError(404, f"there is no file {name[:100]!r}")
+        content = (folder / name).read_text(encoding="utf-8")
+        return http_util.Respond(request, content, TYPES[name.rpartition(".")[2]])  # type: ignore[no-any-return]
+
+    def runs(self, request: Request) -> Response:
+        """All runs that have maps, oldest first, and whether sentences can be typed."""
+        context, experiment = _context(request)
+        found = self.data.list_blob_sequences(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)
+        started = {run.run_name: run.start_time or 0 for run in self.data.list_runs(context, experiment_id=experiment)}
+        names = sorted(found, key=lambda run: (started.get(run, 0), run))
+        return _json(request, {"runs": names, "live": self.gate.why_closed() is None, "why": self.gate.why_closed()})
+
+    def run(self, request: Request) -> Response:
+        """One run: its sentences with the steps looked at, loss curves, head scores, checkpoints."""
+        context, experiment = _context(request)
+        name = _argument(request, "run")
+        sentences = self._sentences(context, experiment, name)
+        if not sentences:
+            raise RefusedError(404, "this run has no attention maps")
+        scalars = self._scalars(context, experiment, name)
+        importance = self._scalars(context, experiment, f"{name}/{HEADS_RUN}" if name != "." else HEADS_RUN)
+        curves = {split: scalars.get(tag, []) for split, tag in CURVES.items()}
+        return _json(
+            request,
+            {
+                "sentences": sentences,
+                "curves": {
+                    split: [point for point in points if point[1] == point[1]] for split, points in curves.items()
+                },
+                "scores": _score_series(scalars),
+                "importance": _importance(importance),
+                "checkpoints": self.folders.steps(name),
+            },
+        )
+
+    def map(self, request: Request) -> Response:
+        """The maps of one sentence at one step; with queries, keys and values if the run's directory still has them."""
+        context, experiment = _context(request)
+        name, tag, step = (_argument(request, key) for key in ("run", "tag", "step"))
+        if not re.fullmatch(r"\d{1,15}", step):
+            raise RefusedError(400, "step must be a number")
+        data = self._blobs(context, experiment, name, tag).get(name, {}).get(tag, [])
+        keys = [datum.values[0].blob_key for datum in data if datum.step == int(step) and datum.values]
+        if not keys:
+            raise RefusedError(404, f"nothing is kept of step {step}")
+        if whole := self.folders.maps(name, tag, int(step)):
+            return http_util.Respond(request, whole, "application/json", expires=3600)  # type: ignore[no-any-return]
+        blob = self.data.read_blob(context, blob_key=keys[-1])
+        if blob[:2] != b"\x1f\x8b":
+            raise RefusedError(404, f"the data of step {step} is damaged")
+        return http_util.Respond(  # type: ignore[no-any-return]
+            request, blob, "application/json", content_encoding="gzip", expires=3600
+        )
+
+    def run_live(self, request: Request) -> Response:
+        """A typed sentence through a checkpoint of a run."""
+        self.gate.check(request)
+        body = self.gate.body(request)
+        context, experiment = _context(request)
+        known = {run.run_name for run in self.data.list_runs(context, experiment_id=experiment)}
+        with self.starting:
+            if self.live is None:
+                from minitf.tensorboard.live import Live
+
+                self.live = Live(self.folders)
+        return http_util.Respond(  # type: ignore[no-any-return]
+            request, self.live.answer(body, known), "application/json"
+        )
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _blobs(self, context: Any, experiment: str, run: str, tag: str | None = None) -> Any:
+        wanted = provider.RunTagFilter(runs=[run], tags=None if tag is None else [tag])
+        return self.data.read_blob_sequences(
+            context, experiment_id=experiment, plugin_name=PLUGIN_NAME, downsample=MOST_POINTS, run_tag_filter=wanted
+        )
+
+    def _sentences(self, context: Any, experiment: str, run: str) -> list[dict[str, Any]]:
+        series = self.data.list_blob_sequences(
+            context,
+            experiment_id=experiment,
+            plugin_name=PLUGIN_NAME,
+            run_tag_filter=provider.RunTagFilter(runs=[run]),
+        ).get(run, {})
+        data = self._blobs(context, experiment, run).get(run, {})
+        by_time = sorted((tag for tag in series if data.get(tag)), key=lambda tag: data[tag][0].wall_time)
+        return [
+            {
+                "tag": tag,
+                "text": series[tag].display_name,
+                # A step written twice counts once, as it was written last.
+                "looks": [[step, at] for step, at in {datum.step: datum.wall_time for datum in data[tag]}.items()],
+            }
+            for tag in by_time
+        ]
+
+    def _scalars(self, context: Any, experiment: str, run: str) -> dict[str, list[tuple[int, float]]]:
+        found = self.data.read_scalars(
+            context,
+            experiment_id=experiment,
+            plugin_name="scalars",
+            downsample=MOST_POINTS,
+            run_tag_filter=provider.RunTagFilter(runs=[run]),
+        ).get(run, {})
+        return {tag: [(datum.step, datum.value) for datum in data] for tag, data in found.items()}
+
+
+def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
+    """{"steps": [...], "values": {score: [layer][head][index of step]}} of the scalars `heads/SCORE/layerL_headH`."""
+    found = {match.groups(): points for tag, points in scalars.items() if (match := SCORE_TAG.fullmatch(tag))}
+    steps = sorted({step for points in found.values() for step, _ in points})
+    values: dict[str, list[list[list[float | None]]]] = {}
+    for (score, layer, head), points in sorted(
+        found.items(), key=lambda one: (one[0][0], int(one[0][1]), int(one[0][2]))
+    ):
+        layers = values.setdefault(score, [])
+        if int(layer) > len(layers) or int(layer) > 1000:
+            continue  # not a series of ours: layers follow each other
+        if int(layer) == len(layers):
+            layers.append([])
+        if int(head) == len(layers[int(layer)]):
+            at = dict(points)
+            layers[int(layer)].append([round(at[step], 4) if step in at else None for step in steps])
+    return {"steps": steps, "values": values}
+
+
+def _importance(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any] | None:
+    """{"step", "values": {"layer,head": bits per byte}} as measured last, or None."""
+    found = {match.groups(): points[-1] for tag, points in scalars.items() if (match := IMPORTANCE_TAG.fullmatch(tag))}
+    if not found:
+        return None
+    step = max(step for step, _ in found.values())
+    return {"step": step, "values": {",".join(head): value for head, (_, value) in found.items()}}
+
+
+def _context(request: Request) -> tuple[Any, str]:
+    return plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
+
+
+def _argument(request: Request, name: str) -> str:
+    value = request.args.get(name)
+    if value is None:
+        raise RefusedError(400, f"{name} is missing")
+    return str(value)
+
+
+def _json(request: Request, content: Any, status: int = 200) -> Response:
+    text = json.dumps(content)
+    return http_util.Respond(request, text, "application/json", code=status)  # type: ignore[no-any-return]

@@ -1,0 +1,89 @@
+/* The Attention tab: the viewer inside TensorBoard's frame, with the plugin's routes as its source of data.
+ *
+ * All addresses are relative to the plugin's own, so that TensorBoard's --path_prefix works.
+ */
+
+import { mountViewer } from "./viewer.js";
+
+const RELOAD_MS = 15000;
+
+async function fetchJson(address, options) {
+  const reply = await fetch(address, options);
+  const content = await reply.json();
+  if (!reply.ok) throw new Error(content.error ?? reply.statusText);
+  return content;
+}
+
+const query = (values) => new URLSearchParams(values).toString();
+
+async function tabSource() {
+  const { live, why } = await fetchJson("./runs");
+  const source = {
+    title: "Attention",
+    remote: true,
+    live: null,
+    why,
+    runs: async () => (await fetchJson("./runs")).runs,
+    run: (name) => fetchJson(`./run?${query({ run: name })}`),
+    // The time of writing is part of the address: what a resumed run writes anew is not taken from the browser's cache.
+    map: (run, sentence, [step, time]) => fetchJson(`./map?${query({ run, tag: sentence.tag, step, time })}`),
+    onReload(listener) {
+      listenToTensorBoard("experimental.DataReloaded", listener);
+      setInterval(() => document.visibilityState === "visible" && listener(), RELOAD_MS);
+    },
+  };
+  if (live) {
+    source.live = async (request) => {
+      const options = { method: "POST", body: JSON.stringify(request), headers: { "Content-Type": "application/json", "X-Minitf-Attention": "1" } };
+      for (let attempt = 0; ; attempt++) {
+        const reply = await fetch("./live", options);
+        if (reply.status === 503 && attempt < 20) { // one sentence at a time
+          await new Promise((resolve) => setTimeout(resolve, 100 + 50 * attempt));
+          continue;
+        }
+        const content = await reply.json();
+        if (!reply.ok) throw new Error(content.error ?? reply.statusText);
+        return content;
+      }
+    };
+  }
+  return source;
+}
+
+/** TensorBoard talks to the frames of plugins over a channel that the frame opens. */
+function listenToTensorBoard(kind, listener) {
+  const channel = new MessageChannel();
+  channel.port1.onmessage = ({ data }) => {
+    const message = typeof data === "string" ? JSON.parse(data) : data;
+    if (message.isReply || message.type !== kind) return;
+    listener();
+    channel.port1.postMessage(JSON.stringify({ type: kind, id: message.id, payload: null, error: null, isReply: true }));
+  };
+  window.parent.postMessage("experimental.bootstrap", "*", [channel.port2]);
+}
+
+/** TensorBoard says only by a class of its body whether it is dark. */
+function tensorBoardTheme() {
+  const body = window.parent.document.body;
+  const now = () => (body.classList.contains("dark-mode") ? "dark" : "light");
+  const show = () => { document.documentElement.dataset.theme = now(); };
+  show();
+  return {
+    now,
+    onChange: (listener) => new MutationObserver(() => { show(); listener(); }).observe(body, { attributes: true, attributeFilter: ["class"] }),
+  };
+}
+
+/** TensorBoard calls this once the frame is there. */
+export async function render() {
+  const style = Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL("./viewer.css", import.meta.url).href });
+  const main = document.createElement("main");
+  document.head.append(style);
+  document.body.append(main);
+  await new Promise((resolve) => { style.onload = style.onerror = resolve; });
+  try {
+    await mountViewer(main, await tabSource(), tensorBoardTheme());
+  } catch (error) {
+    main.replaceChildren(`The Attention tab could not start: ${error.message}`);
+  }
+}

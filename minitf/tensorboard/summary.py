@@ -1,0 +1,44 @@
+"""TensorBoard records: the maps of one sentence at one step, which the Attention tab reads back, and pictures."""
+
+import gzip
+import hashlib
+import json
+import struct
+from typing import Any
+
+from minitf.tensorboard import PLUGIN_NAME
+
+FORMAT_VERSION = 1
+
+
+def sentence_tag(text: str) -> str:
+    """The tag of a sentence's maps: texts of any length and script differ in it, and none upsets TensorBoard."""
+    return f"{PLUGIN_NAME}/{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
+
+
+def attention_summary(text: str, viewer_json: str) -> Any:
+    """A Summary of `viewer_json` (an `AttentionMaps.to_viewer()` as JSON), compressed once for disk and network."""
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    content = json.dumps({"version": FORMAT_VERSION})
+    metadata = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=content.encode()),
+        display_name=text.encode("utf-8", "replace").decode(),
+        data_class=DATA_CLASS_BLOB_SEQUENCE,  # without a class both data loaders drop the record silently
+    )
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    blob = gzip.compress(viewer_json.encode(), compresslevel=1)
+    tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[blob])
+    return Summary(value=[Summary.Value(tag=sentence_tag(text), metadata=metadata, tensor=tensor)])
+
+
+def picture_summary(tag: str, png: bytes) -> Any:
+    """A Summary holding an image already encoded as PNG."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = struct.unpack(">II", png[16:24])  # the header of every PNG
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])

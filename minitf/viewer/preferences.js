@@ -1,0 +1,27 @@
+/* What a person chose: the language, kept for the next time, and light or dark. */
+
+import { LANGUAGES } from "./texts.js";
+
+export function preferredLanguage() {
+  try {
+    const kept = localStorage.getItem("minitf-language");
+    if (kept in LANGUAGES) return kept;
+  } catch { /* a page from a file may have no storage */ }
+  return navigator.language.startsWith("zh") ? "zh" : "en";
+}
+
+export function remember(language) {
+  try { localStorage.setItem("minitf-language", language); } catch { /* then it is asked for again */ }
+}
+
+/** The system's theme, until the button says otherwise. */
+export function systemTheme() {
+  const scheme = matchMedia("(prefers-color-scheme: dark)");
+  const listeners = [];
+  let chosen = null;
+  const now = () => chosen ?? (scheme.matches ? "dark" : "light");
+  const tell = () => { document.documentElement.dataset.theme = now(); listeners.forEach((listener) => listener()); };
+  scheme.addEventListener("change", tell);
+  document.documentElement.dataset.theme = now();
+  return { now, onChange: (listener) => listeners.push(listener), toggle: () => { chosen = now() === "dark" ? "light" : "dark"; tell(); } };
+}
