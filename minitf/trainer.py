@@ -41,9 +41,7 @@ class TrainerConfig:
     grad_accumulation: int = 1  # batches whose gradients make one step
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
-    activation_checkpointing: bool = (
-        False  # keep one activation a block, compute the others anew: less memory, slower
-    )
+    activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
     compile: str = "auto"  # torch.compile of the blocks: auto (when it pays for itself in this run) | true | false
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
     eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run

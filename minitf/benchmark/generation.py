@@ -87,9 +87,7 @@ def beside_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: 
     in_child("llama_cpp:convert", {"checkpoint": checkpoint, "path": file})
     ask = {"prompt": prompt, "num_tokens": num_tokens, "repeats": 8}
     sides: dict[str, Callable[[int], dict[str, Any]]] = {
-        "minitf": lambda round_: in_child(
-            "library:decode", {"checkpoint": checkpoint, "batch_size": 1, **ask}, ENVIRONMENT
-        ),
+        "minitf": lambda round_: in_child("library:decode", {"checkpoint": checkpoint, "batch_size": 1, **ask}),
         "llama.cpp": lambda round_: in_child("llama_cpp:decode", {"file": file, **ask}),
     }
     ours, theirs = in_turn(sides, request.repeats, report.say).values()
