@@ -31,7 +31,7 @@ class Linear(nn.Linear):
 def joint_linear(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same input, by one product: fewer calls, which count at small sizes."""
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
-    return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
+    return torch.split(F.linear(x, weight), [layer.out_features for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -74,15 +74,15 @@ class TrainingStep:
         if missing:
             return f"off, {missing}"
         model = self.model
-        plain = (train_block, final_norm, chunk_loss)
-        model.train_block, model.final_norm, model.chunk_loss = (compiled(function) for function in plain)
+        model.train_block, model.final_norm = compiled(train_block), compiled(final_norm)
+        model.chunk_loss = compiled(chunk_loss)
         try:
             self.run(0, 0.0)
             compiled_s = self.measure(2)
         except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
-            model.train_block, model.final_norm, model.chunk_loss = plain
+            model.train_block, model.final_norm, model.chunk_loss = train_block, final_norm, chunk_loss
             return f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
         if not forced and compiled_s > eager_s:
-            model.train_block, model.final_norm, model.chunk_loss = plain
+            model.train_block, model.final_norm, model.chunk_loss = train_block, final_norm, chunk_loss
             return f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {eager_s * 1000:.0f} ms without"
         return f"on, a step takes {compiled_s * 1000:.0f} ms instead of {eager_s * 1000:.0f} ms"
