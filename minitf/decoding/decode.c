@@ -101,6 +101,19 @@ static float exponential(float x) {
     return polynomial * power.value;
 }
 
+/* N vectors of the values' sum by their weights, kept in registers over all keys. */
+#define GATHER(N)                                                                                         \
+    static void gather_##N(float *mixed, const float *weights, const float *values, int64_t length,       \
+                           int64_t K, float scale) {                                                      \
+        Vector sums[N];                                                                                   \
+        memset(sums, 0, sizeof sums);                                                                     \
+        for (int64_t s = 0; s < length; s++)                                                              \
+            for (int n = 0; n < N; n++) sums[n] += weights[s] * *(const Vector *)(values + s * K + n * WIDTH); \
+        for (int n = 0; n < N; n++) *(Vector *)(mixed + n * WIDTH) = sums[n] * scale;                     \
+    }
+GATHER(1)
+GATHER(4)
+
 /* One query head over `length` keys: match, weigh, gather. */
 static void attend(float *mixed, const float *q, const float *keys, const float *values, float *weights,
                    int64_t length, int64_t K) {
@@ -112,10 +125,14 @@ static void attend(float *mixed, const float *q, const float *keys, const float 
     }
     for (int64_t s = 0; s < length; s++) weights[s] = exponential(weights[s] - largest);
     for (int64_t s = 0; s < length; s++) total += weights[s];
-    memset(mixed, 0, K * sizeof(float));
-    for (int64_t s = 0; s < length; s++)
-        for (int64_t i = 0; i < K; i++) mixed[i] += weights[s] * values[s * K + i];
-    for (int64_t i = 0; i < K; i++) mixed[i] /= total;
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= K; i += 4 * WIDTH) gather_4(mixed + i, weights, values + i, length, K, 1 / total);
+    for (; i + WIDTH <= K; i += WIDTH) gather_1(mixed + i, weights, values + i, length, K, 1 / total);
+    for (; i < K; i++) {
+        float rest = 0;
+        for (int64_t s = 0; s < length; s++) rest += weights[s] * values[s * K + i];
+        mixed[i] = rest / total;
+    }
 }
 
 /* Floats of working memory that `decode` needs for so many rows. */
