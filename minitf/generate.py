@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +93,19 @@ def sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, genera
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """PyTorch on one thread inside: its others, waiting for more to do, would hold the cores the native step needs."""
+    num_threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(num_threads)
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -124,9 +138,10 @@ def generate(
             seen = [unread]
         weights: list[Tensor] | None = [] if with_weights else None
         logits_BV = decoder.read(unread, weights)
-        if not math.isfinite(float(logits_BV.sum())):
-            raise MinitfError("the model's scores are not finite numbers: its training diverged, take an earlier step")
-        ids_B = sample(logits_BV, seen_BV, sampling, generator)
+        with _one_thread(decoder.engine == "native"):
+            if not math.isfinite(float(logits_BV.sum())):
+                raise MinitfError("the model's scores are not finite: its training diverged, take an earlier step")
+            ids_B = sample(logits_BV, seen_BV, sampling, generator)
         if seen_BV is not None:
             seen_BV.scatter_(1, ids_B[:, None], True)
         yield NextToken(ids_B, torch.stack([w[:, :, -1] for w in weights]) if weights is not None else None)
