@@ -130,14 +130,15 @@ def generate(
         seen_BV = torch.zeros(num_samples, model.vocab_size, dtype=torch.bool, device=model.device)
         seen_BV.scatter_(1, ids_BT, True)
     decoder, unread = Decoder(model, num_samples, context, engine), ids_BT[:, -context:]
-    seen = [unread]
+    seen, shared = [unread], True
     while True:
         if decoder.cache.length + unread.shape[1] > context:
             decoder.forget()
             unread = torch.cat(seen, dim=1)[:, -(context // 2 or 1) :]
             seen = [unread]
         weights: list[Tensor] | None = [] if with_weights else None
-        logits_BV = decoder.read(unread, weights)
+        logits_BV = decoder.read(unread[:1] if shared and not with_weights else unread, weights)
+        shared = False  # from now on each row has a text of its own
         with _one_thread(decoder.engine == "native"):
             if not math.isfinite(float(logits_BV.sum())):
                 raise MinitfError("the model's scores are not finite: its training diverged, take an earlier step")

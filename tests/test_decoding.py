@@ -91,6 +91,19 @@ def test_a_forgotten_text_leaves_no_trace() -> None:
     torch.testing.assert_close(decoder.read(ids_BT[:, 11:]), model(ids_BT)[:, -1], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_one_text_is_read_once_for_all_rows() -> None:
+    model = random_model()
+    prompt_1T, next_B1 = torch.randint(37, (1, 7)), torch.randint(37, (3, 1))
+    decoder = Decoder(model, 3, CONTEXT)
+    logits_BV = decoder.read(prompt_1T)
+    torch.testing.assert_close(logits_BV, model(prompt_1T)[:, -1].repeat(3, 1), rtol=1e-4, atol=1e-4)
+    expected = model(torch.cat([prompt_1T.repeat(3, 1), next_B1], dim=1))[:, -1]
+    torch.testing.assert_close(decoder.read(next_B1), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="1 rows of ids for 3"):
+        decoder.read(prompt_1T)
+
+
 def test_a_full_cache_is_refused_and_not_overrun() -> None:
     decoder = Decoder(random_model(), 1, 8)
     decoder.read(torch.zeros(1, 8, dtype=torch.long))

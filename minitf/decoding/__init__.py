@@ -54,7 +54,8 @@ class Decoder:
     def read(self, ids_BT: Tensor, weights: list[Tensor] | None = None) -> Tensor:
         """Next-token logits_BV in float32 after ids of shape (B, T), which continue what was read before.
 
-        A `weights` list gets one `weights_BHTS` a layer. What has been read is at most the capacity (ValueError).
+        One row of ids stands for all rows of an empty cache, and is computed once. A `weights` list gets one
+        `weights_BHTS` a layer. What has been read is at most the capacity (ValueError).
         """
         if self.step is not None and weights is None and ids_BT.shape[1] == 1 and self.cache.length > 0:
             if self.cache.length == self.cache.capacity:
@@ -62,5 +63,20 @@ class Decoder:
             logits_BV = self.step(ids_BT[:, 0])
             self.cache.length += 1
             return logits_BV
+        if weights is None and len(ids_BT) < self.cache.keys.shape[1]:
+            return self._read_shared(ids_BT)
         x_BTD = self.model.hidden(ids_BT, self.cache, weights)
         return F.linear(x_BTD[:, -1], self.model.vocabulary_VD.to(x_BTD.dtype)).float()
+
+    def _read_shared(self, ids_1T: Tensor) -> Tensor:
+        """Logits_BV of one text with which all rows begin."""
+        if len(ids_1T) != 1 or self.cache.length:
+            raise ValueError(f"{len(ids_1T)} rows of ids for {self.cache.keys.shape[1]} of a cache that is not empty")
+        T = ids_1T.shape[1]
+        one = self.model.new_cache(1, T)
+        x_1TD = self.model.hidden(ids_1T, one)
+        self.cache.keys[:, :, :, :T] = one.keys
+        self.cache.values[:, :, :, :T] = one.values
+        self.cache.length = T
+        logits_1V = F.linear(x_1TD[:, -1], self.model.vocabulary_VD.to(x_1TD.dtype)).float()
+        return logits_1V.repeat(self.cache.keys.shape[1], 1)
