@@ -37,8 +37,10 @@ def draw(
         for position, (x_label, y_label, lines) in enumerate(panels, start=1):
             axes = figure.add_subplot(1, len(panels), position)
             for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
-                style = {"marker": "o", "markersize": 3.5} if markers else {}
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=name, **style)
+                marker = "o" if markers else ""
+                axes.plot(
+                    *zip(*points, strict=True), color=colour, linewidth=1.4, label=name, marker=marker, markersize=3.5
+                )
             axes.set_xscale(x_scale)
             axes.set_yscale(y_scale)
             if x_scale == "log":
