@@ -284,8 +284,9 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Optio
         for number, text in enumerate(generate_text(model, tokenizer, prompt, options, args.num_samples), start=1):
             print(f"--- {number}\n{prompt}{text}")
     else:
-        print(prompt, end="", flush=True)
-        for piece in stream_text(model, tokenizer, prompt, options):
+        pieces = stream_text(model, tokenizer, prompt, options)
+        print(prompt + next(pieces, ""), end="", flush=True)  # what cannot be done is said before anything is printed
+        for piece in pieces:
             print(piece, end="", flush=True)
         print()
 
