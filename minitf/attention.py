@@ -44,19 +44,19 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def match(q_BHTK: Tensor, k_BHSK: Tensor, mask_TS: Tensor) -> Tensor:
+def match(q_BHTK: Tensor, k_BHSK: Tensor, mask: Tensor) -> Tensor:
     """Compare every query with every key: `scores_BHTS = q @ k.T / sqrt(head_dim) + mask`.
 
-    `mask_TS` is 0 where a query may look and -inf where it may not. With fewer key heads than query heads, consecutive
-    query heads share a key head (grouped queries).
+    `mask`, of shape (T, S) or (B, T, S), is 0 where a query may look and -inf where it may not. With fewer key heads
+    than query heads, consecutive query heads share a key head (grouped queries).
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BHSK.shape[1], k_BHSK.shape[2]
     # Queries that share a key head lie side by side, so one batched product serves the group without copying keys. The
     # division is the queries', which are fewer than the scores.
     queries = (q_BHTK / math.sqrt(K)).reshape(B * G, H // G * T, K)
-    scores = torch.bmm(queries, k_BHSK.reshape(B * G, S, K).transpose(1, 2)) + mask_TS.repeat(H // G, 1)
-    return scores.view(B, H, T, S)
+    scores = torch.bmm(queries, k_BHSK.reshape(B * G, S, K).transpose(1, 2)).view(B, G, H // G * T, S)
+    return (scores + torch.cat([mask.unsqueeze(-3)] * (H // G), dim=-2)).view(B, H, T, S)
 
 
 def weigh(scores_BHTS: Tensor) -> Tensor:
@@ -77,14 +77,14 @@ def gather(weights_BHTS: Tensor, v_BHSK: Tensor) -> Tensor:
 QUERY_BLOCK = 128
 
 
-def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_TS: Tensor) -> Tensor:
+def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor) -> Tensor:
     """Match, weigh and gather, block by block of queries, which are the last of the keys; returns mixed_BHTK."""
-    T, S = mask_TS.shape
+    T, S = mask.shape[-2:]
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
         seen = S - T + end
-        scores_BHTS = match(q_BHTK[:, :, start:end], k_BHSK[:, :, :seen], mask_TS[start:end, :seen])
+        scores_BHTS = match(q_BHTK[:, :, start:end], k_BHSK[:, :, :seen], mask[..., start:end, :seen])
         blocks.append(gather(weigh(scores_BHTS), v_BHSK[:, :, :seen]))
     return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
 
@@ -115,16 +115,32 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device, dtype: to
     return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(future, float("-inf"))
 
 
+def packed_mask(segments_BT: Tensor, segments_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mask_BTS that lets each query see itself and what came before in its own segment of the row.
+
+    Of dtype bool it is True where a query may look, else 0 there and -inf elsewhere. Rotary positions need no fresh
+    start in a segment: what they tell is distance.
+    """
+    T, S = segments_BT.shape[1], segments_BS.shape[1]
+    past_TS = torch.ones(T, S, dtype=torch.bool, device=segments_BT.device).tril(S - T)
+    seen_BTS = (segments_BT[:, :, None] == segments_BS[:, None, :]) & past_TS
+    if dtype == torch.bool:
+        return seen_BTS
+    return torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device).masked_fill_(~seen_BTS, float("-inf"))
+
+
 @dataclass
 class KeyValueCache:
     """Keys and values of the positions read so far, so that decoding computes each only once.
 
-    `keys` and `values` have shape (layers, B, key heads, capacity, K) and are filled up to `length`.
+    `keys` and `values` have shape (layers, B, key heads, capacity, K) and are filled up to `length`. Rows of texts of
+    different lengths end together: `starts_B` is where each begins, what is before counts for nothing; None: all at 0.
     """
 
     keys: Tensor
     values: Tensor
     length: int = 0
+    starts_B: Tensor | None = None  # noqa: N815
 
     @property
     def capacity(self) -> int:
@@ -155,15 +171,16 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotary_2TK: Tensor,
-        mask_TS: Tensor | None,
+        mask: Tensor | None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
         """Let every position of `x_BTD` look at the positions up to itself; returns what they gathered, same shape.
 
-        With a mask the three steps are computed as they are written (the explicit path), and a `weights` list gets
-        this layer's `weights_BHTS` appended; without one, PyTorch's fused kernel computes the same in one call.
+        With a mask to add, (T, S) or (B, T, S), the three steps are computed as they are written (the explicit path),
+        and a `weights` list gets this layer's `weights_BHTS` appended; with a boolean one or none, which means causal,
+        PyTorch's fused kernel computes the same in one call.
         """
         B, T, _ = x_BTD.shape
         q, k, v = joint_linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
@@ -174,13 +191,14 @@ class Attention(nn.Module):
         if cache is not None:
             k_BHSK, v_BHSK = cache.append(layer, k_BHSK, v_BHSK)
 
-        if mask_TS is None:
-            grouped = k_BHSK.shape[1] != q_BHTK.shape[1]
-            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=T > 1, enable_gqa=grouped)
+        if mask is None or mask.dtype == torch.bool:
+            grouped, causal = k_BHSK.shape[1] != q_BHTK.shape[1], mask is None and T > 1
+            seen = None if mask is None else mask.unsqueeze(-3)
+            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, seen, is_causal=causal, enable_gqa=grouped)
         elif weights is None:
-            mixed_BHTK = attend(q_BHTK, k_BHSK, v_BHSK, mask_TS)
+            mixed_BHTK = attend(q_BHTK, k_BHSK, v_BHSK, mask)
         else:
-            weights.append(weigh(match(q_BHTK, k_BHSK, mask_TS)))
+            weights.append(weigh(match(q_BHTK, k_BHSK, mask)))
             mixed_BHTK = gather(weights[-1], v_BHSK)
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 

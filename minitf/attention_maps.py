@@ -7,17 +7,18 @@ values from which all three steps can be followed.
 
 import base64
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from minitf.alignment import Alignment, align_from
 from minitf.attention import rotate
 from minitf.errors import MinitfError, RequestError
-from minitf.heads import HeadScores, describe_head, evaluating, head_pattern, pattern_scores
+from minitf.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
 from minitf.tokenizer import join_bytes
 from minitf.viewer import viewer_page
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from minitf.tokenizer import Tokenizer
 
 GENERAL_PROBE = "The cat sat on the mat."
+ARROW = " => "  # between source and target where a pair is written as one text
 # A page of ten looks at three sentences stays a page one can mail. Models with more and wider heads keep the vectors
 # of short sentences only.
 MAX_VECTOR_BYTES, MAX_EXACT_VECTOR_BYTES = 400_000, 16_000_000
@@ -86,6 +88,7 @@ class AttentionMaps:
     scores: HeadScores | None = None
     actual: list[float] | None = None
     vectors: HeadVectors | None = None
+    alignment: Alignment | None = None  # of source and target words, where the text is a pair
 
     @property
     def measured_scores(self) -> HeadScores:
@@ -112,6 +115,7 @@ class AttentionMaps:
             "weights": self.weights_LHTS.double().round(decimals=6).tolist(),
             "next_tokens": [[{"token": token, "probability": p} for token, p in top] for top in self.next_tokens],
             "scores": {name: values.tolist() for name, values in (self.scores or {}).items()},
+            **({"alignment": self.alignment.to_json()} if self.alignment else {}),
         }
 
     def to_viewer(self, exact: bool = False) -> dict[str, Any]:
@@ -145,6 +149,7 @@ class AttentionMaps:
             "head_dim": None if vectors is None else vectors.q_LHTK.shape[-1],
             "value_norms": None if vectors is None else _base64(vectors.v_LGTK.nan_to_num().norm(dim=-1)),
             "vectors": None if vectors is None else vectors.to_viewer(exact),
+            "alignment": self.alignment.to_json() if self.alignment else None,
         }
 
     def _repr_html_(self) -> str:
@@ -204,6 +209,29 @@ def attention_maps_of_ids(
     tokens = join_bytes(tokenizer.pieces(ids))
     weights_LHTS = torch.cat(weights).float().cpu()
     return AttentionMaps(text, tokens, ids, weights_LHTS, next_tokens, step, scores, actual.tolist(), vectors)
+
+
+def pair_maps(
+    model: "Transformer",
+    tokenizer: "Tokenizer",
+    source: str,
+    target: str,
+    heads: Sequence[Head],
+    step: int | None = None,
+    scores: HeadScores | None = None,
+) -> AttentionMaps:
+    """The maps of a pair as it is trained on, with the alignment that `heads` see; without any, none.
+
+    Raises `RequestError` if the pair is longer than the model's context.
+    """
+    ids = [*tokenizer.encode_prompt(source), *tokenizer.encode(target)]
+    limit = model.config.context_length
+    if len(ids) > limit:
+        raise RequestError(f"source and target are {len(ids)} tokens long, the model reads at most {limit}: shorten them")
+    maps = attention_maps_of_ids(model, tokenizer, ids, f"{source}{ARROW}{target}", step, scores=scores)
+    if not heads or not target:
+        return maps
+    return replace(maps, alignment=align_from(maps.weights_LHTS, tokenizer, source, target, heads))
 
 
 def head_vectors(model: "Transformer", inputs: list[Tensor]) -> HeadVectors:

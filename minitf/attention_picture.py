@@ -15,6 +15,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitf.alignment import Alignment
 from minitf.attention_maps import AttentionMaps
 from minitf.heads import HeadScores, describe_head
 
@@ -28,6 +29,7 @@ MAX_CELL, MIN_LABELLED_CELL = 20, 8  # pixels a token; below the minimum, token 
 MIN_PANEL = 112  # pixels; the widest label of a head fits
 GAP, MARGIN = 14, 16
 MAX_LABEL = 84  # pixels of a token's text
+MOST_WORDS = 90  # a side of an alignment
 
 BACKGROUND, INK, ACCENT = (19, 19, 26), (222, 222, 230), (255, 186, 92)
 PLAIN = str.maketrans({"⏎": "\\n", "⇥": "\\t", "⟨": "<", "⟩": ">"})  # signs in tokens that Pillow's font lacks
@@ -125,6 +127,30 @@ def _blocks(maps: AttentionMaps) -> tuple[Pixels, int]:
 
 def _panel_side(num_layers: int, num_heads: int, max_side: int) -> int:
     return max(min((max_side - 180) // num_heads - GAP, (max_side - 180) // num_layers - GAP - 24), 1)
+
+
+def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
+    """A PNG of which source words (columns) each target word (row) was made from; brighter, the larger the share."""
+    cell, size = 22, 13
+    rows = [_text_patch(word.translate(PLAIN), size, 2 * MAX_LABEL) for word in alignment.target[:MOST_WORDS]]
+    columns = [_text_patch(word.translate(PLAIN), size, 2 * MAX_LABEL) for word in alignment.source[:MOST_WORDS]]
+    left = MARGIN + max((patch.shape[1] for patch in rows), default=0) + 8
+    top = MARGIN + 44 + max((patch.shape[1] for patch in columns), default=0) + 8
+    width = max(left + len(columns) * cell + MARGIN, 480)
+    canvas = np.zeros((top + len(rows) * cell + MARGIN, width), np.uint8)
+    title = _text_patch(("" if step is None else f"step {step}     ") + "what each target word was made from", 16)
+    _paste(canvas, title, MARGIN, MARGIN - 4)
+    _paste(canvas, _text_patch("rows: words of the target; columns: words of the source", 12), MARGIN, MARGIN + 20)
+    shares_TS = alignment.weights_TS[: len(rows), : len(columns)].nan_to_num().clamp(0, 1).sqrt().numpy()
+    blocks = (FIRST_WEIGHT + np.round(shares_TS * (NUM_WEIGHTS - 1))).astype(np.uint8)
+    area = blocks.repeat(cell, 0).repeat(cell, 1)
+    canvas[top : top + area.shape[0], left : left + area.shape[1]] = area
+    for row, patch in enumerate(rows):
+        _paste(canvas, patch, left - 8 - patch.shape[1], top + row * cell + (cell - patch.shape[0]) // 2)
+    for column, patch in enumerate(columns):
+        upright = np.rot90(patch)
+        _paste(canvas, upright, left + column * cell + (cell - upright.shape[1]) // 2, top - 8 - upright.shape[0])
+    return _png(canvas)
 
 
 def _draw_header(canvas: Pixels, maps: AttentionMaps) -> None:

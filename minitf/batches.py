@@ -3,40 +3,34 @@
 `prepare` turns text into ids once and keeps them; the next start with the same text and tokenizer only maps the files.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
-import re
-import secrets
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from minitf.corpus import Corpus, DataConfig, Row, fingerprint, open_corpus, read_rows
-from minitf.errors import MinitfError, RequestError
+from minitf.errors import RequestError
 from minitf.loss import IGNORED
-from minitf.storage import cache_root, flush
+from minitf.prepared import Progress, keep, open_kept, writing_to
+from minitf.storage import cache_root
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 FORMAT_VERSION = 1  # raise it when the same text and settings give other files than before
 ENCODE_CHARS = 1 << 21  # text encoded at once, in parallel by rows; bounds the memory of `prepare`
 ENCODE_ROWS = 4096
-LOG_EVERY_S = 10.0
-STALE_S = 24 * 3600.0  # a temporary directory untouched for so long belongs to no living run
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -57,7 +51,7 @@ def prepare(
     data: DataConfig,
     tokenizer: TokenizerConfig,
     tokenizer_from: Tokenizer | None = None,
-    log: Callable[[str], None] = _to_stderr,
+    log: Callable[[str], None] = to_stderr,
 ) -> TokenizedText:
     """The text of `data` as ids, from the cache or made now.
 
@@ -68,19 +62,26 @@ def prepare(
         tokenizer_from = Tokenizer.load(str(tokenizer.file))
     root = cache_root(data.cache_dir)
     if tokenizer_from is not None:  # perhaps it is the one this very text was prepared with
-        own = _open(root / _key(data, tokenizer, None))
+        own = open_kept(root / cache_key(data, tokenizer, None), _load)
         if own is not None and own.tokenizer.to_json() == tokenizer_from.to_json():
             return own
-    directory = root / _key(data, tokenizer, tokenizer_from)
-    found = _open(directory)
-    if found is not None:
-        return found
-    if directory.exists():
-        log(f"{directory} is damaged; preparing the text again")
-    return _build(data, tokenizer, tokenizer_from, directory, log)
+
+    def make(temporary: Path) -> dict[str, Any]:
+        started = time.monotonic()
+        corpus = open_corpus(data)
+        log(f"preparing {corpus.description}")
+        made = _write(data, corpus, tokenizer_from or _make_tokenizer(data, tokenizer, corpus), temporary, log)
+        train, val = ((temporary / f"{part}.bin").stat().st_size // np.dtype(made["dtype"]).itemsize for part in ("train", "val"))
+        counts = f"{train:,} tokens to train on, {val:,} held out"
+        log(f"prepared in {time.monotonic() - started:.1f} s: {counts}; kept in {directory}")
+        return made
+
+    directory = root / cache_key(data, tokenizer, tokenizer_from)
+    return keep(directory, _load, make, log)
 
 
-def _key(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None) -> str:
+def cache_key(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None) -> str:
+    """The name of what is prepared from this text with this tokenizer."""
     identity: dict[str, Any] = {"format": FORMAT_VERSION, "text": fingerprint(data)}
     if tokenizer_from is not None:
         identity["tokenizer"] = tokenizer_from.to_json()
@@ -91,53 +92,17 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _open(directory: Path) -> TokenizedText | None:
-    """What is kept in `directory`; None where nothing or not all of it is there."""
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        if any((directory / name).stat().st_size != size for name, size in meta["sizes"].items()):
-            return None
-        train, val = (np.memmap(directory / f"{part}.bin", dtype=meta["dtype"], mode="r") for part in ("train", "val"))
-        return TokenizedText(
-            tokenizer=Tokenizer.load(directory),
-            train=train,
-            val=val,
-            train_bytes=meta["train_bytes"],
-            val_bytes=meta["val_bytes"],
-            description=meta["description"],
-            directory=directory,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RequestError):
-        return None
-
-
-def _build(
-    data: DataConfig,
-    tokenizer_config: TokenizerConfig,
-    tokenizer_from: Tokenizer | None,
-    directory: Path,
-    log: Callable[[str], None],
-) -> TokenizedText:
-    """Make `directory`: written beside it and renamed, so that it exists either whole or not at all."""
-    started = time.monotonic()
-    root = directory.parent
-    temporary = _temporary_name(directory)
-    with _writing_to(root):
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_stale(root)
-        temporary.mkdir()
-    try:
-        corpus = open_corpus(data)
-        log(f"preparing {corpus.description}")
-        tokenizer = tokenizer_from or _make_tokenizer(data, tokenizer_config, corpus)
-        _write(data, corpus, tokenizer, temporary, log)
-        with _writing_to(root):
-            text = _publish(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    counts = f"{len(text.train):,} tokens to train on, {len(text.val):,} held out"
-    log(f"prepared in {time.monotonic() - started:.1f} s: {counts}; kept in {directory}")
-    return text
+def _load(directory: Path, meta: dict[str, Any]) -> TokenizedText:
+    train, val = (np.memmap(directory / f"{part}.bin", dtype=meta["dtype"], mode="r") for part in ("train", "val"))
+    return TokenizedText(
+        tokenizer=Tokenizer.load(directory),
+        train=train,
+        val=val,
+        train_bytes=meta["train_bytes"],
+        val_bytes=meta["val_bytes"],
+        description=meta["description"],
+        directory=directory,
+    )
 
 
 def _make_tokenizer(data: DataConfig, config: TokenizerConfig, corpus: Corpus) -> Tokenizer:
@@ -146,10 +111,10 @@ def _make_tokenizer(data: DataConfig, config: TokenizerConfig, corpus: Corpus) -
         return train_tokenizer(config, train, val)
     max_bytes = int(config.train_megabytes * 1e6)
     # Reading a stream to its end only to choose a sample would download it twice.
-    return train_tokenizer(config, _first(train, max_bytes) if data.streaming else _sample(train, max_bytes))
+    return train_tokenizer(config, _first(train, max_bytes) if data.streaming else evenly_sampled(train, max_bytes))
 
 
-def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
+def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Texts evenly spread over all of `texts`, of `max_bytes` together at most, in one pass."""
     kept: list[str] = []
     size, stride = 0, 1
@@ -157,10 +122,10 @@ def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
         if index % stride:
             continue
         kept.append(text)
-        size += _num_bytes(text)
+        size += num_bytes_of(text)
         while size > max_bytes and len(kept) > 1:
             kept, stride = kept[::2], stride * 2
-            size = sum(map(_num_bytes, kept))
+            size = sum(map(num_bytes_of, kept))
     return kept
 
 
@@ -168,22 +133,25 @@ def _first(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     left = max_bytes
     for text in texts:
         yield text
-        left -= _num_bytes(text)
+        left -= num_bytes_of(text)
         if left <= 0:
             return
 
 
-def _num_bytes(text: str) -> int:
+def num_bytes_of(text: str) -> int:
+    """Bytes of `text` in UTF-8."""
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _write(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, directory: Path, log: Callable[[str], None]) -> None:
-    """Write all files of a cache directory."""
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+def _write(
+    data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, directory: Path, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the files of a cache directory; returns its meta data."""
+    dtype = ids_dtype(tokenizer)
     meta: dict[str, Any] = {"description": corpus.description, "dtype": dtype.name}
-    progress = _Progress(log)
+    progress = Progress(log)
     for part, rows in (("train", corpus.train), ("val", corpus.val)):
-        with _writing_to(directory.parent):
+        with writing_to(directory.parent):
             file = (directory / f"{part}.bin").open("wb")
         with file:
             meta[f"{part}_bytes"] = _write_ids(
@@ -192,12 +160,14 @@ def _write(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, directory: Pa
         if not meta[f"{part}_bytes"]:
             name = "text to train on" if part == "train" else "held-out text"
             raise RequestError(f"{corpus.description}: no {name}; use more text, or another data.val_fraction")
-    with _writing_to(directory.parent):
+    with writing_to(directory.parent):
         tokenizer.save(directory)
-        meta["sizes"] = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-        (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        for path in (*directory.iterdir(), directory):
-            flush(path)
+    return meta
+
+
+def ids_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The smallest type that holds every id."""
+    return np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
 
 
 def _write_ids(
@@ -206,7 +176,7 @@ def _write_ids(
     tokenizer: Tokenizer,
     file: BinaryIO,
     dtype: np.dtype[Any],
-    progress: "_Progress",
+    progress: Progress,
 ) -> int:
     """Append the ids of all rows to `file`. Returns the number of UTF-8 bytes of their text."""
     num_bytes = 0
@@ -215,9 +185,9 @@ def _write_ids(
         for ids, row in zip(batch, group, strict=True):
             if separated and row["end"]:
                 ids.append(tokenizer.end_id)
-            with _writing_to(Path(file.name).parent.parent):
+            with writing_to(Path(file.name).parent.parent):
                 file.write(np.asarray(ids, dtype=dtype).data)
-        group_bytes = sum(_num_bytes(row["text"]) for row in group)
+        group_bytes = sum(num_bytes_of(row["text"]) for row in group)
         num_bytes += group_bytes
         progress.add(group_bytes)
     return num_bytes
@@ -237,68 +207,34 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-class _Progress:
-    """A line about every ten seconds of a long preparation."""
+class Batch(NamedTuple):
+    """What a step trains on. Targets of -100 do not count.
 
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self._log = log
-        self._num_bytes = 0
-        self._started = self._last = time.monotonic()
+    `segments_BT` numbers the texts packed into a row: a position sees only its own; None: a row is one text.
+    `weights_BT` is what each target counts; None: one.
+    """
 
-    def add(self, num_bytes: int) -> None:
-        self._num_bytes += num_bytes
-        now = time.monotonic()
-        if now - self._last >= LOG_EVERY_S:
-            self._last = now
-            megabytes = self._num_bytes / 1e6
-            self._log(f"preparing: {megabytes:,.0f} MB of text, {megabytes / (now - self._started):.1f} MB/s")
+    inputs_BT: torch.Tensor  # noqa: N815
+    targets_BT: torch.Tensor  # noqa: N815
+    segments_BT: torch.Tensor | None = None  # noqa: N815
+    weights_BT: torch.Tensor | None = None  # noqa: N815
 
-
-def _publish(temporary: Path, directory: Path) -> TokenizedText:
-    """Rename `temporary` to `directory`, unless another process was first and its result is whole."""
-    for _ in range(10):
-        try:
-            temporary.rename(directory)
-            flush(directory.parent)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        text = _open(directory)
-        if text is not None:
-            return text
-        if not temporary.exists():
-            break
-        damaged = _temporary_name(directory)
-        with contextlib.suppress(FileNotFoundError):  # another process moves it away at the same time
-            directory.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-    raise MinitfError(f"{directory}: what was just written cannot be read back; check the disk")
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; to a GPU the copy goes on while it still computes."""
+        if device.type == "cuda":
+            return Batch(*(part if part is None else part.pin_memory().to(device, non_blocking=True) for part in self))
+        return self if device.type == "cpu" else Batch(*(part if part is None else part.to(device) for part in self))
 
 
-def _temporary_name(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.{secrets.token_hex(6)}")
+class BatchSource(Protocol):
+    """Training batches by number."""
 
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Positions of one epoch."""
 
-def _remove_stale(root: Path) -> None:
-    """Remove what killed runs left behind."""
-    for path in root.iterdir():
-        if not re.fullmatch(r"\.[0-9a-f]{20}\.[0-9a-f]{12}", path.name):
-            continue
-        with contextlib.suppress(OSError):
-            newest = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
-            if time.time() - newest > STALE_S:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _writing_to(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise MinitfError(
-            f"cannot write prepared data to {root}: {reason}; set data.cache_dir to a directory with room to write"
-        ) from error
+    def batch(self, index: int) -> Batch:
+        """Batch `index` >= 0: the same one whenever it is asked for."""
 
 
 class Batches:
@@ -330,8 +266,8 @@ class Batches:
         """Targets seen in one epoch."""
         return self.windows_per_epoch * self._context_length
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch `index` >= 0: (inputs_BT, targets_BT), int64, the targets being the inputs shifted by one."""
+    def batch(self, index: int) -> Batch:
+        """Batch `index` >= 0, int64, the targets being the inputs shifted by one."""
         starts = np.empty(self._batch_size, dtype=np.int64)
         row = 0
         while row < self._batch_size:
@@ -340,7 +276,7 @@ class Batches:
             starts[row : row + len(window_starts)] = window_starts
             row += len(window_starts)
         windows = torch.from_numpy(self._tokens[starts[:, None] + self._span].astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
     def _starts_of(self, epoch: int) -> npt.NDArray[np.integer[Any]]:
         """Where the windows of `epoch` begin, in the order in which they are used."""
@@ -355,8 +291,8 @@ class Batches:
 
 def held_out_batches(
     tokens: Tokens, context_length: int, batch_size: int, max_tokens: int | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every target of `tokens` once, in a fixed order: (inputs_BT, targets_BT), int64, of up to `batch_size` rows.
+) -> Iterator[Batch]:
+    """Every target of `tokens` once, in a fixed order, int64, of up to `batch_size` rows.
 
     The windows do not overlap; the last one is filled up with targets of -100, which count for nothing. `max_tokens`
     takes evenly spread windows with about so many targets instead. Raises RequestError when there is no target.
@@ -375,4 +311,4 @@ def held_out_batches(
             ids = torch.from_numpy(tokens[start : start + context_length + 1].astype(np.int64))
             inputs_BT[row, : len(ids) - 1] = ids[:-1]
             targets_BT[row, : len(ids) - 1] = ids[1:]
-        yield inputs_BT, targets_BT
+        yield Batch(inputs_BT, targets_BT)

@@ -43,6 +43,7 @@ class TrainState:
     elapsed_s: float = 0.0  # wall seconds
     best_loss: float = float("inf")  # held-out nats per token of the checkpoint `best`
     last_val: dict[str, float] = field(default_factory=dict)  # newest held-out metrics
+    aligning_heads: list[list[int]] = field(default_factory=list)  # [layer, head] of those that align pairs, by the newest look
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "TrainState":
@@ -62,6 +63,11 @@ class Checkpoint:
     directory: Path
     step: int | None
     state: dict[str, Any]  # trainer_state.json; empty for a foreign model
+
+    @property
+    def answers(self) -> bool:
+        """Whether it was trained on pairs: given a text it turns it into another."""
+        return self.tokenizer.target_id is not None and self.state.get("data", {}).get("kind") == "pairs"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ length is read in bounded memory: a 2 GB file, also one without a single newline
 import codecs
 import glob
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -17,21 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from minitf.books import BOOKS, book_chapters
 from minitf.errors import MinitfError, RequestError
+from minitf.exercises import EXERCISES, MOST_PAIRS
 
-FORMAT_VERSION = 1  # raise it when the same source and settings give other rows than before
+FORMAT_VERSION = 2  # raise it when the same source and settings give other rows than before
 PIECE_CHARS = 1 << 17  # the longest text of a row
 READ_BYTES = 1 << 20
-BOOKS = {"kjv": "King James Bible", "web": "World English Bible"}
-TEXT_SUFFIXES = {".txt", ".md"}
+TEXT_SUFFIXES = (".txt", ".md")
+PAIR_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclass
 class DataConfig:
     """What to train on, and which part of it is held out."""
 
-    kind: str = "text"  # text: predict the next token everywhere
-    source: str = "kjv"  # kjv or web (embedded, no network), files, hub
+    kind: str = "text"  # text: predict the next token everywhere; pairs: turn one text into another
+    source: str = "kjv"  # text: kjv, web (embedded), files, hub; pairs: kjv_to_web, an exercise, files, hub
     files: list[str] = field(default_factory=list)  # files, globs, folders (*.txt, *.md inside) for source=files
     hub_path: str | None = None  # dataset on the Hugging Face hub, or a folder, or json, csv, parquet with data.files
     hub_name: str | None = None  # configuration of that dataset, e.g. wikitext-2-raw-v1
@@ -39,6 +40,12 @@ class DataConfig:
     hub_val_split: str | None = None  # split held out; null: every k-th document of hub_split, by val_fraction
     hub_revision: str | None = None  # commit or tag of the dataset; null: the newest
     text_column: str = "text"  # column holding the text
+    prompt_column: str | None = None  # pairs: column of the text to start from; null: found by the usual names
+    completion_column: str | None = None  # pairs: column of the text to come to; null: found by the usual names
+    prompt_loss_share: float = 0.0  # pairs: what a token of the prompt counts in the loss; one of the completion is 1
+    long_pairs: str = "drop"  # pairs longer than the context: drop | truncate (the end of the completion goes)
+    bad_rows: str = "error"  # rows that are no pair: error (stop and say which) | skip (and count them)
+    num_pairs: int = 50_000  # pairs made for an exercise (copy, reverse, sort, addition)
     rows_are_documents: bool = True  # false: rows are consecutive lines of one text, nothing marks their ends
     val_fraction: float = 0.1  # share held out, of documents, or of a single file's characters: its end
     streaming: bool = False  # read the hub while preparing instead of downloading everything first
@@ -47,10 +54,19 @@ class DataConfig:
     cache_dir: str | None = None  # where prepared data is kept; null: $MINITF_CACHE, else ~/.cache/minitf
 
     def __post_init__(self) -> None:
-        if self.kind != "text":
-            raise RequestError(f"data.kind={self.kind} is not known; use data.kind=text")
-        if self.source not in (*BOOKS, "files", "hub"):
-            raise RequestError(f"data.source={self.source} is not known; use kjv, web, files or hub")
+        sources = {"text": [*BOOKS], "pairs": ["kjv_to_web", *EXERCISES]}
+        if self.kind not in sources:
+            raise RequestError(f"data.kind={self.kind} is not known; use text or pairs")
+        known = [*sources[self.kind], "files", "hub"]
+        if self.source not in known:
+            raise RequestError(f"data.source={self.source} is not known for data.kind={self.kind}; one of {', '.join(known)}")
+        for name, allowed in (("long_pairs", ("drop", "truncate")), ("bad_rows", ("error", "skip"))):
+            if getattr(self, name) not in allowed:
+                raise RequestError(f"data.{name}={getattr(self, name)} must be {' or '.join(allowed)}")
+        if not 0 <= self.prompt_loss_share <= 1:
+            raise RequestError(f"data.prompt_loss_share={self.prompt_loss_share} must be between 0 and 1")
+        if not 2 <= self.num_pairs <= MOST_PAIRS:
+            raise RequestError(f"data.num_pairs={self.num_pairs} must be between 2 and {MOST_PAIRS:,}")
         if self.source == "files" and not self.files:
             raise RequestError("data.files is empty; name files, globs or folders, e.g. data.files=[book.txt]")
         if self.source == "hub" and not self.hub_path:
@@ -94,7 +110,7 @@ def read_rows(config: DataConfig, rows: Iterable[Row]) -> Iterator[Row]:
     except Exception as error:
         if config.source != "hub":
             raise
-        raise _hub_error(config, error) from error
+        raise hub_error(config, error) from error
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -110,14 +126,18 @@ def fingerprint(config: DataConfig) -> str:
         "val_fraction": config.val_fraction,
         "max_documents": config.max_documents,
     }
-    if config.source in BOOKS:
-        identity["version"] = importlib.metadata.version(f"pythonbible-{config.source}")
+    if config.kind == "pairs":
+        identity |= {"pairs": [config.prompt_column, config.completion_column, config.bad_rows, config.num_pairs]}
+    for book in BOOKS:
+        if book in config.source.split("_"):
+            identity[book] = importlib.metadata.version(f"pythonbible-{book}")
     if config.source == "hub":
         names = ("path", "name", "split", "val_split", "revision")
         identity |= {name: getattr(config, f"hub_{name}") for name in names}
         identity |= {"column": config.text_column, "rows_are_documents": config.rows_are_documents}
     if config.source != "hub" or config.files:
-        identity["files"] = [(path.name, _sha256(path)) for path in _find_files(config.files)]
+        suffixes = PAIR_SUFFIXES if config.kind == "pairs" else TEXT_SUFFIXES
+        identity["files"] = [(path.name, _sha256(path)) for path in find_files(config.files, suffixes)]
     elif config.hub_path and Path(config.hub_path).is_dir():
         folder = sorted(path for path in Path(config.hub_path).rglob("*") if path.is_file())
         identity["files"] = [(path.name, _sha256(path)) for path in folder]
@@ -136,38 +156,12 @@ def _split_documents(num_documents: int, val_fraction: float) -> tuple[list[int]
     return [index for index in range(num_documents) if index not in held_out], val
 
 
-def _every(val_fraction: float) -> str:
+def every(val_fraction: float) -> str:
     """ "every tenth", or "20% of them": how documents are held out, in words."""
     return "every tenth" if val_fraction == 0.1 else f"{val_fraction:.3g} of them"
 
 
 # Embedded books
-
-
-def book_chapters(source: str) -> list[str]:
-    """The 1,189 chapters of the embedded book `source`, one verse per line, without numbers, headings or brackets."""
-    bible = importlib.import_module(f"pythonbible_{source}.plain_text_readers_bible").bible
-    chapters: dict[int, list[str]] = {}
-    for verse_id in sorted(bible.verse_start_indices):
-        start, end = bible.verse_start_indices[verse_id], bible.verse_end_indices[verse_id]
-        verse = _clean_verse(bible.scripture_content[start:end], source, book=verse_id // 1_000_000)
-        if verse:
-            chapters.setdefault(verse_id // 1000, []).append(verse)
-    return ["\n".join(verses) + "\n" for verses in chapters.values()]
-
-
-def _clean_verse(verse: str, source: str, book: int) -> str:
-    if source == "web":
-        # This edition keeps a heading at the end of the verse before it, so a psalm's title would stand in the
-        # chapter before; it writes both single quotes as a backtick, and marks absent verses with a dummy.
-        verse = re.sub(r"\s+(BOOK [IVX]+\s+)?Psalm \d+\b.*|dummy verses inserted.*", "", verse.strip())
-        if book == 19:
-            verse = re.sub(r"\s{2,}[A-Z]{3,}( AND SHIN)?$", "", verse)
-        if book == 22:
-            verse = re.sub(r"\s+(Beloved|Lover|Friends)(?=\s|$)", "", verse)
-        verse = verse.replace("`", "'")
-    verse = verse.replace("[", "").replace("]", "")
-    return " ".join(verse.split()).replace("( ", "(").replace(" )", ")")
 
 
 def _open_book(config: DataConfig) -> Corpus:
@@ -183,7 +177,7 @@ def _open_book(config: DataConfig) -> Corpus:
         datasets.Dataset.from_dict({"text": [chapters[i] for i in indices], "end": [True] * len(indices)})
         for indices in splits
     )
-    description = f"{BOOKS[config.source]}, {len(chapters):,} chapters, {_every(config.val_fraction)} held out"
+    description = f"{BOOKS[config.source]}, {len(chapters):,} chapters, {every(config.val_fraction)} held out"
     return Corpus(train, val, description, separated=True)
 
 
@@ -191,13 +185,13 @@ def _open_book(config: DataConfig) -> Corpus:
 
 
 def _open_files(config: DataConfig) -> Corpus:
-    paths = [path for path in _find_files(config.files) if path.stat().st_size > 0][: config.max_documents]
+    paths = [path for path in find_files(config.files) if path.stat().st_size > 0][: config.max_documents]
     if not paths:
         raise RequestError(f"data.files={config.files}: the files are empty; name files with text")
     if len(paths) > 1:
         splits = _split_documents(len(paths), config.val_fraction)
         train, val = (_stream(_documents, paths=tuple(str(paths[i]) for i in split)) for split in splits)
-        description = f"{len(paths):,} files, {_every(config.val_fraction)} held out"
+        description = f"{len(paths):,} files, {every(config.val_fraction)} held out"
         return Corpus(train, val, description, separated=True)
     path = paths[0]
     num_chars = sum(len(text) for text in read_text(path))
@@ -209,15 +203,17 @@ def _open_files(config: DataConfig) -> Corpus:
     return Corpus(train, val, description, separated=False)
 
 
-def _find_files(entries: list[str]) -> list[Path]:
-    """The files that files, globs and folders name, in that order, each once."""
+def find_files(entries: list[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
+    """The files that files, globs and folders (their files with `suffixes`) name, in that order, each once."""
     found: dict[Path, None] = {}
     for entry in entries:
         path = Path(entry).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
             if not inside:
-                raise RequestError(f"data.files: no .txt or .md file in {entry}; name the files, e.g. '{entry}/*.log'")
+                raise RequestError(
+                    f"data.files: no {' or '.join(suffixes)} file in {entry}; name the files, e.g. '{entry}/*.log'"
+                )
         elif path.exists():
             inside = [path]
         else:
@@ -312,9 +308,9 @@ def _cut(text: str) -> int:
 
 
 def _open_hub(config: DataConfig) -> Corpus:
-    rows, num_rows = _load_hub(config, config.hub_split)
+    rows, num_rows = _load_texts(config, config.hub_split)
     if config.hub_val_split is not None:
-        train, (val, _) = rows, _load_hub(config, config.hub_val_split)
+        train, (val, _) = rows, _load_texts(config, config.hub_val_split)
         held_out = f"split {config.hub_val_split}"
     else:
         if num_rows == 1:
@@ -322,7 +318,7 @@ def _open_hub(config: DataConfig) -> Corpus:
         share = max(config.val_fraction, 1 / num_rows) if num_rows else config.val_fraction
         train = rows.filter(lambda _, index: not is_held_out(index, share), with_indices=True)
         val = rows.filter(lambda _, index: is_held_out(index, share), with_indices=True)
-        held_out = _every(config.val_fraction)
+        held_out = every(config.val_fraction)
     count = f", {num_rows:,} rows" if num_rows else ""
     return Corpus(
         _hub_rows(config, train),
@@ -332,32 +328,40 @@ def _open_hub(config: DataConfig) -> Corpus:
     )
 
 
-def _load_hub(config: DataConfig, split: str) -> tuple[Any, int | None]:
-    """An `IterableDataset` of the text column, at most `max_documents` rows, and their number, None when streaming."""
+def load_hub(config: DataConfig, split: str) -> tuple[Any, int | None]:
+    """An `IterableDataset` of at most `max_documents` rows, and their number, None when streaming."""
     import datasets
     import huggingface_hub
 
     huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its lines about each retry; what matters is said in ours
     options: dict[str, Any] = {"revision": config.hub_revision, "streaming": config.streaming}
     if config.files:
-        options["data_files"] = [str(path) for path in _find_files(config.files)]
+        options["data_files"] = [str(path) for path in find_files(config.files)]
     if config.hub_path == "text":
         options["sample_by"] = "document"  # its default drops the newlines
     try:
         rows = datasets.load_dataset(config.hub_path, config.hub_name, split=split, **options)
+    except Exception as error:
+        raise hub_error(config, error) from error
+    if config.max_documents is not None:
+        rows = rows.take(config.max_documents)
+    # Mapping and filtering an IterableDataset is lazy; of a Dataset it would write another copy of the text to disk.
+    return (rows, None) if config.streaming else (rows.to_iterable_dataset(), len(rows))
+
+
+def _load_texts(config: DataConfig, split: str) -> tuple[Any, int | None]:
+    """`load_hub`, the text column only."""
+    rows, num_rows = load_hub(config, split)
+    try:
         columns = rows.column_names or list(next(iter(rows)))
     except Exception as error:
-        raise _hub_error(config, error) from error
+        raise hub_error(config, error) from error
     if config.text_column not in columns:
         known = ", ".join(columns)
         raise RequestError(
             f"{config.hub_path} has no column {config.text_column!r}; set data.text_column, one of: {known}"
         )
-    rows = rows.select_columns([config.text_column])
-    if config.max_documents is not None:
-        rows = rows.take(config.max_documents)
-    # Mapping and filtering an IterableDataset is lazy; of a Dataset it would write another copy of the text to disk.
-    return (rows, None) if config.streaming else (rows.to_iterable_dataset(), len(rows))
+    return rows.select_columns([config.text_column]), num_rows
 
 
 def _hub_rows(config: DataConfig, documents: Any) -> Iterable[Row]:
@@ -375,7 +379,7 @@ def _hub_rows(config: DataConfig, documents: Any) -> Iterable[Row]:
     return rows
 
 
-def _hub_error(config: DataConfig, error: Exception) -> MinitfError:
+def hub_error(config: DataConfig, error: Exception) -> MinitfError:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.batches import Tokens, held_out_batches, prepare
+from minitf.batches import Batch, Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.corpus import DataConfig, read_text
 from minitf.errors import MinitfError, RequestError
 from minitf.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
+from minitf.packing import PairIds, fit, held_out_pairs, prepare_pairs
 from minitf.tokenizer import TokenizerConfig
 
 # Of the same tokens with a head and without: the difference is steady long before either number is.
@@ -37,7 +38,7 @@ class HeldOut:
 
 
 def evaluate(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Callable[..., Tensor],
     tokens: Tokens,
     num_bytes: int,
     context_length: int,
@@ -50,15 +51,51 @@ def evaluate(
     Every batch has `batch_size` rows (the last is filled up with rows that do not count), so a compiled `loss_of`
     serves as it is. Bits a byte: the loss of all tokens over the bytes they stand for, `nats / ln 2 / bytes`.
     """
+    batches = held_out_batches(tokens, context_length, batch_size, max_tokens)
+    loss_nats, num_tokens = _mean_loss(loss_of, batches, batch_size, device)
+    bits_per_byte = loss_nats / math.log(2) * len(tokens) / max(num_bytes, 1)
+    return HeldOut(loss_nats, bits_per_byte, math.exp(min(loss_nats, 700)), num_tokens)
+
+
+def _mean_loss(
+    loss_of: Callable[..., Tensor], batches: Iterable[Batch], batch_size: int, device: torch.device
+) -> tuple[float, int]:
+    """Nats a target, and the number of targets."""
     sum_nats, num_tokens = 0.0, 0
-    for inputs_BT, targets_BT in held_out_batches(tokens, context_length, batch_size, max_tokens):
-        missing = (0, 0, 0, batch_size - inputs_BT.shape[0])
-        count = int((targets_BT != IGNORED).sum())
-        loss = loss_of(F.pad(inputs_BT, missing).to(device), F.pad(targets_BT, missing, value=IGNORED).to(device))
+    for batch in batches:
+        missing = (0, 0, 0, batch_size - batch.inputs_BT.shape[0])
+        count = int((batch.targets_BT != IGNORED).sum())
+        inputs_BT, targets_BT = F.pad(batch.inputs_BT, missing), F.pad(batch.targets_BT, missing, value=IGNORED)
+        segments_BT = None if batch.segments_BT is None else F.pad(batch.segments_BT, missing)
+        loss = loss_of(*Batch(inputs_BT, targets_BT, segments_BT).to(device)[:3])
         sum_nats += float(loss.detach()) * count
         num_tokens += count
-    loss_nats = sum_nats / num_tokens
-    bits_per_byte = loss_nats / math.log(2) * len(tokens) / max(num_bytes, 1)
+    return sum_nats / num_tokens, num_tokens
+
+
+def evaluate_pairs(
+    loss_of: Callable[..., Tensor],
+    pairs: PairIds,
+    long_pairs: str,
+    context_length: int,
+    batch_size: int,
+    device: torch.device,
+    max_tokens: int | None = None,
+) -> HeldOut:
+    """Mean loss over the completions of the held-out `pairs`, their ends included, given the prompts.
+
+    `long_pairs` is that of `DataConfig`; `max_tokens` takes evenly spread pairs with about so many ids instead of all.
+    Bits a byte: the loss of the completions over their UTF-8 bytes.
+    """
+    lengths, _ = fit(pairs, context_length, long_pairs)
+    used = np.flatnonzero(lengths)
+    if max_tokens is not None and max_tokens < int(lengths.sum()):
+        count = max(1, round(len(used) * max_tokens / int(lengths.sum())))
+        used = used[np.arange(count) * len(used) // count]
+    batches = held_out_pairs(pairs, lengths, used.tolist(), context_length, batch_size)
+    loss_nats, num_tokens = _mean_loss(loss_of, batches, batch_size, device)
+    num_bytes = int(pairs.completion_bytes[used].sum())
+    bits_per_byte = loss_nats / math.log(2) * num_tokens / max(num_bytes, 1)
     return HeldOut(loss_nats, bits_per_byte, math.exp(min(loss_nats, 700)), num_tokens)
 
 

@@ -18,54 +18,74 @@ CHUNK_LOGITS = {"cpu": 1 << 21}
 CHUNK_LOGITS_ELSEWHERE = 1 << 28
 
 
-def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss in nats of some rows, and the gradient of `scale` times it with respect to their logits."""
+def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of some rows in nats, summed with `scales_N`, and its gradient with respect to their logits."""
     logits = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     log_sum_N1 = logits.logsumexp(-1, keepdim=True)
-    counts_N1 = (targets_N != IGNORED)[:, None]
+    scales_N1 = torch.where(targets_N != IGNORED, scales_N, 0.0)[:, None]
     is_target_NV = torch.arange(logits.shape[1], device=logits.device) == targets_N[:, None]
     # A row has one target, so the sum over the words picks its logit.
     losses_N1 = log_sum_N1 - torch.where(is_target_NV, logits, 0.0).sum(-1, keepdim=True)
-    gradient_NV = ((logits - log_sum_N1).exp() - is_target_NV.to(logits.dtype)) * (counts_N1 * scale)
-    return torch.where(counts_N1, losses_N1, 0.0).sum(), gradient_NV.to(logits_NV.dtype)
+    gradient_NV = ((logits - log_sum_N1).exp() - is_target_NV.to(logits.dtype)) * scales_N1
+    return torch.where(scales_N1 != 0, losses_N1 * scales_N1, 0.0).sum(), gradient_NV.to(logits_NV.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, vocabulary_VD: Tensor, targets_N: Tensor, chunk_loss: Callable[..., Any]
+        ctx: Any,
+        x_ND: Tensor,
+        vocabulary_VD: Tensor,
+        targets_N: Tensor,
+        scales_N: Tensor,
+        num_rows: int,
+        chunk_loss: Callable[..., Any],
     ) -> Tensor:
         words_VD = vocabulary_VD.to(x_ND.dtype)
-        scale = 1.0 / (targets_N != IGNORED).sum().clamp(min=1)
         with_gradient = any(ctx.needs_input_grad)
         dx_ND = torch.empty_like(x_ND) if with_gradient else None
         dwords_VD = torch.zeros_like(vocabulary_VD) if with_gradient else None
         total = torch.zeros((), device=x_ND.device, dtype=vocabulary_VD.dtype)
-        most_rows = max(1, CHUNK_LOGITS.get(x_ND.device.type, CHUNK_LOGITS_ELSEWHERE) // words_VD.shape[0])
-        # Chunks of one size, as far as possible: a compiled chunk_loss is made for one.
-        num_rows = -(-x_ND.shape[0] // -(-x_ND.shape[0] // most_rows))
         for start in range(0, x_ND.shape[0], num_rows):
             rows = slice(start, start + num_rows)
-            loss, gradient_NV = chunk_loss(F.linear(x_ND[rows], words_VD), targets_N[rows], scale)
+            loss, gradient_NV = chunk_loss(F.linear(x_ND[rows], words_VD), targets_N[rows], scales_N[rows])
             total += loss
             if dx_ND is not None and dwords_VD is not None:
                 torch.mm(gradient_NV, words_VD, out=dx_ND[rows])
                 dwords_VD += gradient_NV.mT @ x_ND[rows]
         ctx.save_for_backward(dx_ND, dwords_VD)
-        return total * scale
+        return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         dx_ND, dwords_VD = ctx.saved_tensors
-        return dx_ND * gradients[0].to(dx_ND.dtype), dwords_VD * gradients[0], None, None
+        return dx_ND * gradients[0].to(dx_ND.dtype), dwords_VD * gradients[0], None, None, None, None
 
 
 def linear_cross_entropy(
-    x_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor, chunk_loss: Callable[..., Any] = chunk_loss
+    x_BTD: Tensor,
+    vocabulary_VD: Tensor,
+    targets_BT: Tensor,
+    chunk_loss: Callable[..., Any] = chunk_loss,
+    weights_BT: Tensor | None = None,
 ) -> Tensor:
     """Mean of `-log softmax(x @ vocabulary.T)[target]` in nats, over the targets that are not -100.
 
-    The products are computed in the dtype of x, the softmax in float32. `chunk_loss` may be a compiled version of the
-    function of that name.
+    `weights_BT` is what each target counts (default 1), at least 0; the mean is the weighted one. The products are
+    computed in the dtype of x, the softmax in float32. `chunk_loss` may be a compiled version of the function of that
+    name.
     """
-    return _LinearCrossEntropy.apply(x_BTD.flatten(0, 1), vocabulary_VD, targets_BT.flatten(), chunk_loss)  # type: ignore
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    counts_N = (targets_N != IGNORED).to(vocabulary_VD.dtype)
+    if weights_BT is not None:
+        counts_N = counts_N * weights_BT.flatten()
+    scales_N = counts_N / counts_N.sum().clamp(min=1e-9)
+    N, on_cpu = len(x_ND), x_ND.device.type == "cpu"
+    most_rows = max(1, CHUNK_LOGITS.get(x_ND.device.type, CHUNK_LOGITS_ELSEWHERE) // vocabulary_VD.shape[0])
+    # Chunks of one size, as far as possible: a compiled chunk_loss is made for one.
+    num_rows = -(-N // -(-N // most_rows))
+    if on_cpu and (num_counted := int((counts_N != 0).sum())) <= N - num_rows:  # elsewhere asking would wait
+        # Of pairs only about every other target counts: the rest is left out, but for what fills the last chunk.
+        counted = (counts_N == 0).to(torch.int8).argsort(stable=True)[: max(1, -(-num_counted // num_rows)) * num_rows]
+        x_ND, targets_N, scales_N = x_ND[counted], targets_N[counted], scales_N[counted]
+    return _LinearCrossEntropy.apply(x_ND, vocabulary_VD, targets_N, scales_N, num_rows, chunk_loss)  # type: ignore

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitf.attention import Attention, KeyValueCache, Linear, RMSNorm, causal_mask, joint_linear, rotary_table
+from minitf.attention import Attention, KeyValueCache, Linear, RMSNorm, causal_mask, joint_linear, packed_mask, rotary_table
 from minitf.errors import RequestError
 from minitf.loss import chunk_loss, linear_cross_entropy
 
@@ -100,19 +100,19 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotary_2TK: Tensor,
-        mask_TS: Tensor | None,
+        mask: Tensor | None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
-        mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), rotary_2TK, mask_TS, cache, layer, weights)
+        mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), rotary_2TK, mask, cache, layer, weights)
         x_BTD = x_BTD + self.dropout(mixed_BTD)
         return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))  # type: ignore[no-any-return]
 
 
-def train_block(block: nn.Module, x_BTD: Tensor, rotary_2TK: Tensor, mask_TS: Tensor | None) -> Tensor:
+def train_block(block: nn.Module, x_BTD: Tensor, rotary_2TK: Tensor, mask: Tensor | None) -> Tensor:
     """The training path through one block, as a plain function: compiled once, it serves all layers."""
-    return block(x_BTD, rotary_2TK, mask_TS)  # type: ignore[no-any-return]
+    return block(x_BTD, rotary_2TK, mask)  # type: ignore[no-any-return]
 
 
 def final_norm(norm: nn.Module, x_BTD: Tensor) -> Tensor:
@@ -162,6 +162,16 @@ class Transformer(nn.Module):
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
+    @torch.no_grad()
+    def take_over(self, other: "Transformer") -> None:
+        """The weights of `other`, of the same shape; tokens that it does not know, at the end, keep the weights here."""
+        state = other.state_dict()
+        for name, parameter in self.state_dict().items():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                parameter[: len(state[name])] = state[name]
+            else:
+                parameter.copy_(state[name])
+
     @property
     def device(self) -> torch.device:
         return self.rotary.device
@@ -197,28 +207,42 @@ class Transformer(nn.Module):
         keys = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
         return KeyValueCache(keys, torch.empty_like(keys))
 
-    def hidden(self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        weights: list[Tensor] | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """Last layer's normalised output x_BTD for token ids of shape (B, T).
 
         With a `cache` the ids continue what it holds, and are added to it. A `weights` list gets one float tensor
-        `weights_BHTS` a layer. Past plus new positions are at most `context_length`.
+        `weights_BHTS` a layer. Past plus new positions are at most `context_length`. `segments_BT` numbers the texts
+        packed into a row, of which none sees another; it does not go with a cache.
         """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.context_length}")
         explicit = self.explicit_attention or weights is not None or (start > 0 and T > 1)
-        mask_TS = causal_mask(T, start + T, self.device, self.compute_dtype) if explicit else None
+        if cache is not None and cache.starts_B is not None:
+            positions_S = torch.arange(start + T, device=self.device)
+            segments_BS = (positions_S >= cache.starts_B[:, None]).int()
+            mask = packed_mask(segments_BS[:, start:], segments_BS, self.compute_dtype if explicit else torch.bool)
+        elif segments_BT is not None:
+            mask = packed_mask(segments_BT, segments_BT, self.compute_dtype if explicit else torch.bool)
+        else:
+            mask = causal_mask(T, start + T, self.device, self.compute_dtype) if explicit else None
         rotary_2TK = self.rotary[:, start : start + T].to(self.compute_dtype)
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
         for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]
             if cache is None and weights is None:
-                arguments = (block, x_BTD, rotary_2TK, mask_TS)
+                arguments = (block, x_BTD, rotary_2TK, mask)
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     x_BTD = checkpoint(self.train_block, *arguments, use_reentrant=False)
                 else:
                     x_BTD = self.train_block(*arguments)
             else:
-                x_BTD = block(x_BTD, rotary_2TK, mask_TS, cache, index, weights)
+                x_BTD = block(x_BTD, rotary_2TK, mask, cache, index, weights)
         if cache is not None:
             cache.length += T
         plain = cache is not None or weights is not None
@@ -231,11 +255,18 @@ class Transformer(nn.Module):
         x_BTD = self.hidden(ids_BT, cache, weights)
         return F.linear(x_BTD, self.vocabulary_VD.to(x_BTD.dtype)).float()
 
-    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a token; targets of -100 do not count."""
-        return linear_cross_entropy(self.hidden(ids_BT), self.vocabulary_VD, targets_BT, self.chunk_loss)
+    def loss(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        weights_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy in nats a token, of a `Batch`; targets of -100 do not count."""
+        x_BTD = self.hidden(ids_BT, segments_BT=segments_BT)
+        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, self.chunk_loss, weights_BT)
 
-    def loss_value(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """The value of `loss` without the work for its gradient."""
-        x_BTD, vocabulary_VD = self.hidden(ids_BT).detach(), self.vocabulary_VD.detach()
+        x_BTD, vocabulary_VD = self.hidden(ids_BT, segments_BT=segments_BT).detach(), self.vocabulary_VD.detach()
         return linear_cross_entropy(x_BTD, vocabulary_VD, targets_BT, self.chunk_loss)

@@ -5,8 +5,9 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,9 +30,12 @@ SCALARS = {
         "tokens_per_s": "perf/tokens_per_second",
         "mfu": "perf/mfu",
     },
-    "val": {"loss": "val/loss", "bits_per_byte": "val/bits_per_byte", "perplexity": "val/perplexity"},
+    "val": {
+        name: f"val/{name}" for name in ("loss", "bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")
+    },
 }
 MAX_CURVE_POINTS = 500
+MAX_SHOWN = 120  # characters of a pair's side in a line
 
 
 class Monitor:
@@ -53,7 +57,7 @@ class Monitor:
         self.tensorboard: SummaryWriter = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=15)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
-        self.bits_per_byte = float("nan")
+        self.bits_per_byte = self.chrf = float("nan")
         self.last_line_step = -1
 
     def __enter__(self) -> "Monitor":
@@ -109,9 +113,13 @@ class Monitor:
             left_s = (self.num_steps - row["step"]) * row["train_s"] / row["step"]
             self.say(f"step {row['step']:,}/{self.num_steps:,}  {numbers}  {left_s:.0f} s left")
 
+    def row(self, split: str, row: dict[str, Any]) -> None:
+        """A row of other numbers for metrics.jsonl."""
+        self._record(split, row)
+
     def val_row(self, row: dict[str, Any]) -> None:
         """Held-out numbers of one evaluation."""
-        self.bits_per_byte = row["bits_per_byte"]
+        self.bits_per_byte, self.chrf = row["bits_per_byte"], row.get("chrf", float("nan"))
         self._record("val", row)
 
     def sample(self, prompt: str, continuation: str, step: int) -> None:
@@ -120,6 +128,16 @@ class Monitor:
         text = " ".join(continuation.split())
         heading = f"step {step:,}  {self._held_out()}"
         self.console.print(f"[dim]{heading}[/dim]{escape(prompt)} [green]{escape(text)}[/green]")
+
+    def answers(self, rows: Sequence[tuple[str, str, str]], step: int) -> None:
+        """(source, answer, reference) of some pairs: a table for TensorBoard, the first of them here."""
+        escaped = ([" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows)
+        table = ["| source | answer | reference |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in escaped)]
+        self.tensorboard.add_text("samples", "\n".join(table), step)
+        source, answer, _ = rows[0]
+        heading = f"step {step:,}  {self._held_out()}"
+        source, answer = (textwrap.shorten(text, MAX_SHOWN, placeholder=" …") for text in (source, answer))
+        self.console.print(f"[dim]{heading}[/dim]{escape(source)} -> [green]{escape(answer)}[/green]")
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image already encoded as PNG."""
@@ -148,7 +166,8 @@ class Monitor:
         """(step, loss) of the training and held-out rows so far, thinned to what a page can show."""
         curves: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
         for row in map(json.loads, self.metrics_path.read_text(encoding="utf-8").splitlines()):
-            curves[row["split"]].append((row["step"], round(row["loss"], 4)))
+            if row["split"] in curves:
+                curves[row["split"]].append((row["step"], round(row["loss"], 4)))
         return {split: rows[:: -(-len(rows) // MAX_CURVE_POINTS) or 1] for split, rows in curves.items()}
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -179,12 +198,15 @@ class Monitor:
         self.tensorboard.close()
 
     def _held_out(self) -> str:
-        return f"held-out {self.bits_per_byte:.3f} bits/byte  " if self.bits_per_byte == self.bits_per_byte else ""
+        if self.bits_per_byte != self.bits_per_byte:
+            return ""
+        chrf = f", chrF {self.chrf:.1f}" if self.chrf == self.chrf else ""
+        return f"held-out {self.bits_per_byte:.3f} bits/byte{chrf}  "
 
     def _record(self, split: str, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"step": row["step"], "split": split, **row}) + "\n")
         self.metrics.flush()
-        self.scalars({tag: row[key] for key, tag in SCALARS[split].items() if key in row}, row["step"])
+        self.scalars({tag: row[key] for key, tag in SCALARS.get(split, {}).items() if key in row}, row["step"])
 
     def _add(self, summary: Any, step: int) -> None:
         self.tensorboard._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]

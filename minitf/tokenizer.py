@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from minitf.errors import RequestError
 
 END_OF_TEXT = "<|endoftext|>"
+SOURCE, TARGET = "<|source|>", "<|target|>"  # before the text that is turned into another, and before that other
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 NUM_BYTES = 256
 DEFAULT_VOCAB_SIZE = 4096
@@ -44,19 +45,26 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """str <-> ids, with one special token: the end of a text."""
+    """str <-> ids, with a special token for the end of a text and, of pairs, two that mark source and target."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Take over `backend`, to which `<|endoftext|>` is added if it has no known end-of-text token."""
+    def __init__(self, backend: tokenizers.Tokenizer, for_pairs: bool = False) -> None:
+        """Take over `backend`, to which `<|endoftext|>` is added if it has no known end-of-text token.
+
+        With `for_pairs` it gets `<|source|>` and `<|target|>` too, if it has not got them; ids that exist stay.
+        """
         known = (token for token in KNOWN_ENDS if backend.token_to_id(token) is not None)
         self.end_token = next(known, END_OF_TEXT)
-        backend.add_special_tokens([AddedToken(self.end_token, special=True, normalized=False)])
+        markers = [SOURCE, TARGET] if for_pairs or backend.token_to_id(TARGET) is not None else []
+        backend.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in (self.end_token, *markers)]
+        )
         backend.encode_special_tokens = True  # "<|endoftext|>" in a text is that text, not the end of it
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         tokens = backend.get_vocab(with_added_tokens=True)
         self.end_id = tokens[self.end_token]
+        self.source_id, self.target_id = tokens.get(SOURCE), tokens.get(TARGET)  # None: not made for pairs
         self.vocab_size = max(tokens.values()) + 1
         # Without a pre-tokenizer and merges the tokenizer is an alphabet, and BPE drops what it does not know.
         self._alphabet: frozenset[str] | None = None
@@ -74,6 +82,16 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def for_pairs(self) -> "Tokenizer":
+        """This tokenizer with the marks of source and target; the ids it has stay what they are."""
+        return self if self.target_id is not None else Tokenizer(tokenizers.Tokenizer.from_str(self.to_json()), True)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The ids of a pair up to where its completion begins. Raises RequestError when it cannot be encoded."""
+        if self.source_id is None or self.target_id is None:
+            raise RequestError("this tokenizer has no marks of source and target: the model was not trained on pairs")
+        return [self.source_id, *self.encode(prompt), self.target_id]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without end-of-text tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self.backend.decode(list(ids), skip_special_tokens=True))
@@ -81,6 +99,17 @@ class Tokenizer:
     def decode_stream(self) -> "TextStream":
         """A decoder that takes one id at a time, for text that is shown while it is generated."""
         return TextStream(self)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in `text` each of its tokens stands: (first character, the one after its last)."""
+        self._check(text)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return [(int(start), int(end)) for start, end in encoding.offsets]
+
+    @property
+    def by_character(self) -> bool:
+        """Whether every token is a single character."""
+        return self._alphabet is not None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """A readable text for each id, for pictures: newlines as "⏎", bytes of a split character as "⟨e4⟩"."""
@@ -181,16 +210,19 @@ class TextStream:
         return self._tokenizer.decode(self._ids)[self._num_given :]
 
 
-def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], held_out_texts: Iterable[str] = ()) -> Tokenizer:
-    """Make the tokenizer that `config` describes.
+def train_tokenizer(
+    config: TokenizerConfig, texts: Iterable[str], held_out_texts: Iterable[str] = (), for_pairs: bool = False
+) -> Tokenizer:
+    """Make the tokenizer that `config` describes, with the marks of source and target if it is `for_pairs`.
 
     BPE learns its merges from `texts`, the training text. `char` takes its alphabet from `texts` and `held_out_texts`:
     which characters exist is not a statistic that could leak. The other kinds read neither.
     """
     if config.kind == "pretrained":
-        return Tokenizer.load(str(config.file))
+        loaded = Tokenizer.load(str(config.file))
+        return loaded.for_pairs() if for_pairs else loaded
     if config.kind == "byte":
-        return Tokenizer(_byte_level(models.BPE(vocab=_BYTE_OF_CHAR, merges=[])))
+        return Tokenizer(_byte_level(models.BPE(vocab=_BYTE_OF_CHAR, merges=[])), for_pairs)
     if config.kind == "char":
         alphabet: set[str] = set()
         for source in (texts, held_out_texts):
@@ -198,16 +230,16 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], held_out_text
                 alphabet.update(text)
         backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet))}, merges=[]))
         backend.decoder = decoders.Fuse()
-        return Tokenizer(backend)
-    return _train_bpe(config, texts)
+        return Tokenizer(backend, for_pairs)
+    return _train_bpe(config, texts, for_pairs)
 
 
-def _train_bpe(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+def _train_bpe(config: TokenizerConfig, texts: Iterable[str], for_pairs: bool) -> Tokenizer:
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *([SOURCE, TARGET] if for_pairs else [])],
         show_progress=False,
     )
     backend.train_from_iterator(_without_endless_words(texts), trainer)
@@ -217,7 +249,7 @@ def _train_bpe(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             f"tokenizer.vocab_size={config.vocab_size} is more than this text gives: it ends at {reached} tokens; "
             f"set tokenizer.vocab_size={reached} or less"
         )
-    return Tokenizer(backend)
+    return Tokenizer(backend, for_pairs)
 
 
 def _without_endless_words(texts: Iterable[str]) -> Iterator[str]:

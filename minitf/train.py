@@ -15,10 +15,10 @@ from minitf.errors import MinitfError, RequestError, run_command
 
 # torch and all that needs it are imported below, where they are used: --help answers without them.
 if TYPE_CHECKING:
-    from minitf.batches import TokenizedText
     from minitf.checkpoint import Checkpoint
     from minitf.config import Config
     from minitf.model import Transformer
+    from minitf.task import Task
     from minitf.trainer import Trainer
 
 
@@ -27,7 +27,6 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
 
     A request that cannot be met (RequestError) is found out before `run_dir` is made.
     """
-    from minitf.batches import Batches
     from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
     from minitf.hardware import choose_hardware
@@ -35,17 +34,16 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
     from minitf.trainer import Trainer
 
     hardware = choose_hardware(config.trainer.device, config.trainer.precision)
-    config, text, model = _prepare(config, resumed)
+    config, task, model = _prepare(config, resumed)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
-    batches = Batches(text.train, config.model.context_length, config.trainer.batch_size, config.seed)
+    batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     with _own(run_dir), _naming(run_dir), Monitor(run_dir, state.step) as monitor:
         save_config(config, run_dir / "config.yaml")
         trainer = Trainer(
-            config.trainer, config.optim, config.attention, config.data, model, text, batches, hardware,
-            run_dir, monitor, state,
+            config.trainer, config.optim, config.attention, model, task, batches, hardware, run_dir, monitor, state,
         )  # fmt: skip
         choices = {
             "device": hardware.device.type,
@@ -66,26 +64,26 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
         _conclude(trainer)
 
 
-def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "TokenizedText", "Transformer"]:
-    """The text as ids and the model to train, new or from a checkpoint; with the latter's shape in the config."""
+def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
+    """The task, its data prepared, and the model to train, new or from a checkpoint; with the latter's shape in the config."""
     import torch
 
-    from minitf.batches import prepare
     from minitf.checkpoint import load_checkpoint
     from minitf.model import Transformer
+    from minitf.task import open_task
     from minitf.tokenizer import TokenizerConfig
 
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
-    text = prepare(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
+    task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
         shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
         own = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
         config = replace(config, model=shape, tokenizer=own)
     torch.manual_seed(config.seed)
-    model = Transformer(config.model, text.tokenizer.vocab_size)
+    model = Transformer(config.model, task.tokenizer.vocab_size)
     if loaded:
-        model.load_state_dict(loaded.model.state_dict())
-    return config, text, model
+        model.take_over(loaded.model)
+    return config, task, model
 
 
 @contextmanager
@@ -126,7 +124,9 @@ def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
     model, state, say = trainer.model, trainer.state, trainer.monitor.say
     c = model.config
     shape = f"{c.num_layers} layers of {c.hidden_size}, {c.num_heads} heads, context {c.context_length}"
-    say(f"text       {trainer.text.description}")
+    say(f"{'pairs' if trainer.task.data.kind == 'pairs' else 'text '}      {trainer.task.description}")
+    for note in trainer.task.notes():
+        say(note)
     say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
     say(f"chosen     {choices['device']}; {choices['precision']}; {choices['attention']} attention")
     say(f"compile    {choices['compile']}")
@@ -149,6 +149,12 @@ def _conclude(trainer: "Trainer") -> None:
             f"held-out   {val['bits_per_byte']:.3f} bits per byte, loss {val['loss']:.3f} nats per token, "
             f"perplexity {val['perplexity']:.1f}, over {val['num_tokens']:,} tokens"
         )
+    if "chrf" in val:
+        say(
+            f"answers    chrF {val['chrf']:.1f} (copying the source: {val['copy_chrf']:.1f}), BLEU {val['bleu']:.1f} "
+            f"({val['copy_bleu']:.1f}), exact {val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; "
+            "all of them: python scripts/evaluate.py"
+        )
     say(
         f"trained    {state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {_clock(state.train_s)} "
         f"({state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s), {_clock(state.elapsed_s)} in all"
@@ -158,7 +164,7 @@ def _conclude(trainer: "Trainer") -> None:
         say(f"attention  {run_dir}/attention.html (open it in a browser)")
     root = _runs_root(trainer.run_dir)
     place = "" if root == "runs" else f" --run {root}"
-    say(f"next       python scripts/generate.py {shlex.quote(trainer.sample_prompt())}{place}")
+    say(f"next       python scripts/generate.py {shlex.quote(trainer.task.example_prompt())}{place}")
     say(f"           tensorboard --logdir {root}")
     say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
 

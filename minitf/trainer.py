@@ -12,25 +12,24 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from minitf.attention_maps import GENERAL_PROBE, AttentionConfig, attention_maps
-from minitf.attention_picture import attention_picture
-from minitf.batches import Batches, TokenizedText
+from minitf.attention_maps import AttentionConfig
+from minitf.attention_picture import alignment_picture, attention_picture
+from minitf.batches import BatchSource
 from minitf.checkpoint import TrainState, load_optimizer_state, save_checkpoint
-from minitf.corpus import DataConfig, fingerprint
 from minitf.errors import MinitfError, RequestError
-from minitf.evaluate import evaluate
-from minitf.generate import Options, Sampling, generate_text
 from minitf.hardware import Hardware
 from minitf.heads import HeadScores, head_scores
 from minitf.loss import linear_cross_entropy
 from minitf.model import Transformer
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
+from minitf.task import Sample, Task
 from minitf.training_step import TrainingStep
 
 DEFAULT_MINUTES = 3.0
 # Rows logged, evaluations and looks at attention in a run, unless set in steps.
 TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 8, 10
+NUM_SHOWN = 16  # answers in TensorBoard's table of samples
 
 
 @dataclass
@@ -49,6 +48,7 @@ class TrainerConfig:
     attention_every: int = 0  # steps between looks at attention; 0: 10 a run; -1: never
     eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; all, if there are no more
     sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
+    eval_answers: int = 128  # held-out pairs answered and scored at each evaluation of a run on pairs; 0: none
     keep_checkpoints: int = 2  # newest checkpoints kept, beside the best
 
     def __post_init__(self) -> None:
@@ -60,6 +60,7 @@ class TrainerConfig:
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"trainer.max_steps={self.max_steps} must be at least 1")
         least = {"batch_size": 1, "grad_accumulation": 1, "keep_checkpoints": 1, "eval_tokens": 1, "sample_tokens": 0}
+        least |= {"eval_answers": 0}
         least |= {"log_every": 0, "eval_every": 0, "save_every": 0, "attention_every": -1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
@@ -97,17 +98,16 @@ class Trainer:
         config: TrainerConfig,
         optim: OptimConfig,
         attention: AttentionConfig,
-        data: DataConfig,
         model: Transformer,
-        text: TokenizedText,
-        batches: Batches,
+        task: Task,
+        batches: BatchSource,
         hardware: Hardware,
         run_dir: Path,
         monitor: Monitor,
         state: TrainState,
     ) -> None:
-        self.config, self.attention, self.data = config, attention, data
-        self.model, self.text, self.hardware = model, text, hardware
+        self.config, self.attention = config, attention
+        self.model, self.task, self.hardware = model, task, hardware
         self.run_dir, self.monitor, self.state = run_dir, monitor, state
         self.batches = batches
         self.optimizer = Optimizer(model, optim, hardware.dtype)
@@ -118,7 +118,6 @@ class Trainer:
         self.interrupted = False
         self.is_best = False  # whether the weights at hand are the best so far, and unsaved
         self.evaluated_step = -1
-        self.text_fingerprint = fingerprint(data)
         self.said: set[str] = set()
         self.flops_per_token = model.flops_per_token()
         self.pending: list[tuple[Tensor, Tensor]] = []  # losses and gradient norms since the last row
@@ -262,53 +261,43 @@ class Trainer:
         model.train(same_network)
         with torch.set_grad_enabled(same_network):
             context, device = model.config.context_length, self.hardware.device
-            text = self.text
-            result = evaluate(
-                model.loss_value, text.val, text.val_bytes, context, config.batch_size, device, config.eval_tokens
-            )
+            result = self.task.held_out(model.loss_value, context, config.batch_size, device, config.eval_tokens)
         model.train()
         self._check_finite(result.loss)
         self.evaluated_step = self.state.step
         self.is_best = result.loss < self.state.best_loss
         self.state.best_loss = min(self.state.best_loss, result.loss)
-        self.state.last_val = asdict(result)
+        samples, scores = self._samples()
+        self.state.last_val = asdict(result) | scores
         row = {"step": self.state.step, "tokens": self.state.tokens, "train_s": round(self.state.train_s, 3)}
-        self.monitor.val_row(row | asdict(result))
-        if config.sample_tokens:
-            self.sample()
+        self.monitor.val_row(row | self.state.last_val)
+        self._show(samples)
         self._settle()
 
-    def sample_prompt(self) -> str:
-        """The first words of the held-out text."""
-        return " ".join(self.text.tokenizer.decode(self.text.val[:24].tolist()).split()[:4])
-
-    def sample(self) -> None:
-        """Write a little after the first words of the held-out text."""
-        tokenizer, prompt = self.text.tokenizer, self.sample_prompt()
-        options = Options(self.config.sample_tokens, seed=0, sampling=Sampling(min_p=0.05))
-        self.model.eval()
+    def _samples(self) -> tuple[list[Sample], dict[str, float]]:
+        """What the model writes, and metrics of it."""
+        model, config = self.model, self.config
+        model.eval()
         # Token by token, casting the float32 weights takes longer than bfloat16 products save.
-        self.model.compute_dtype = torch.float32
-        continuation = generate_text(self.model, tokenizer, prompt, options)[0]
-        self.model.compute_dtype = self.hardware.dtype
-        self.model.train()
-        self.monitor.sample(prompt, continuation, self.state.step)
+        model.compute_dtype = torch.float32
+        made = self.task.samples(model, config.sample_tokens, config.eval_answers)
+        model.compute_dtype = self.hardware.dtype
+        model.train()
+        return made
 
-    def probes(self) -> list[str]:
-        """The sentences whose attention is logged: as set, or a general one and the text's own."""
-        wanted = self.attention.probes
-        if wanted is None:
-            own = self.data.probes or [self.text.tokenizer.decode(self.text.val[:24].tolist())]
-            wanted = [GENERAL_PROBE, *own]
-        return wanted
+    def _show(self, samples: list[Sample]) -> None:
+        answers = [(s.prompt, s.text, s.reference) for s in samples[:NUM_SHOWN] if s.reference is not None]
+        if answers:
+            self.monitor.answers(answers, self.state.step)
+        elif samples:
+            self.monitor.sample(samples[0].prompt, samples[0].text, self.state.step)
 
     def look(self) -> None:
         """Log what every head looks at in the probes, and scores of what it does."""
         self._settle()
-        state, model, tokenizer = self.state, self.model, self.text.tokenizer
+        state, model, task = self.state, self.model, self.task
         if self.attention.heads:
-            window = torch.from_numpy(self.text.val[: model.config.context_length].astype("int64"))
-            self.scores = head_scores(model, window[None])
+            self.scores = head_scores(model, task.window(model.config.context_length))
             values = {
                 f"heads/{name}/layer{layer}_head{head}": float(score)
                 for name, score_LH in self.scores.items()
@@ -316,13 +305,22 @@ class Trainer:
                 for head, score in enumerate(score_H)
             }
             self.monitor.scalars(values, state.step)
-        for probe in self.probes():
+        aligning = task.align(model)
+        if aligning is not None and aligning.heads:
+            state.aligning_heads = [list(head) for head in aligning.heads]
+            scored = {"alignment/score": aligning.score, "alignment/chance": aligning.chance}
+            self.monitor.scalars(scored, state.step)
+            self.monitor.row("alignment", {"step": state.step, "score": aligning.score, "heads": state.aligning_heads})
+        for probe in task.probes(self.attention.probes):
             try:
-                maps = attention_maps(model, tokenizer, probe, step=state.step, scores=self.scores)
+                maps = task.look(model, probe, state.step, self.scores, aligning)
             except RequestError as error:  # a probe this tokenizer or context cannot take: the others are shown
                 self._say_once(f"attention.probes: {probe!r} is not shown: {error}")
                 continue
             self.monitor.attention(maps.to_viewer(), attention_picture(maps, self.scores), state.step)
+            if maps.alignment is not None:
+                picture = alignment_picture(maps.alignment, state.step)
+                self.monitor.picture(f"alignment/{probe}", picture, state.step)
         self._settle()
 
     def _say_once(self, line: str) -> None:
@@ -335,11 +333,11 @@ class Trainer:
         self._settle()
         if self.evaluated_step != self.state.step:
             self._check_weights()
-        state = {**asdict(self.state), "data": asdict(self.data), "text_fingerprint": self.text_fingerprint}
+        state = {**asdict(self.state), "data": asdict(self.task.data), "text_fingerprint": self.task.fingerprint}
         self.last_checkpoint = save_checkpoint(
             self.run_dir / "checkpoints",
             self.model,
-            self.text.tokenizer,
+            self.task.tokenizer,
             {**self.optimizer.state_dict(), "random_state": torch.get_rng_state(), "pending": self._pending_tensor()},
             state,
             is_best=self.is_best,
@@ -350,12 +348,12 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""
-        inputs_BT, targets_BT = self.batches.batch(self.state.step * self.config.grad_accumulation)
-        rows = slice(max(1, 4096 // inputs_BT.shape[1]))
-        inputs_BT, targets_BT = inputs_BT[rows].to(self.hardware.device), targets_BT[rows].to(self.hardware.device)
+        batch = self.batches.batch(self.state.step * self.config.grad_accumulation).to(self.hardware.device)
+        rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
+        inputs_BT, targets_BT, segments_BT, _ = (None if part is None else part[rows] for part in batch)
         self.model.eval()
         with torch.no_grad():  # asking for the weights leads past the compiled blocks, which know no evaluation
-            x_BTD = self.model.hidden(inputs_BT, weights=[])
+            x_BTD = self.model.hidden(inputs_BT, weights=[], segments_BT=segments_BT)
             loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, targets_BT)
         self.model.train()
         self._check_finite(float(loss))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minitf.batches import Batches
+from minitf.batches import BatchSource
 from minitf.hardware import Hardware, compiled, compiler_missing
 from minitf.loss import chunk_loss
 from minitf.model import Transformer, final_norm, train_block
@@ -22,7 +22,7 @@ class TrainingStep:
     """Forward, backward and update on one batch; `grad_accumulation` batches make one step."""
 
     def __init__(
-        self, model: Transformer, optimizer: Optimizer, batches: Batches, hardware: Hardware, grad_accumulation: int
+        self, model: Transformer, optimizer: Optimizer, batches: BatchSource, hardware: Hardware, grad_accumulation: int
     ) -> None:
         self.model, self.optimizer, self.batches, self.hardware = model, optimizer, batches, hardware
         self.grad_accumulation = grad_accumulation
@@ -32,10 +32,7 @@ class TrainingStep:
         device, count = self.hardware.device, self.grad_accumulation
         total = torch.zeros((), device=device)
         for part in range(count):
-            inputs_BT, targets_BT = self.batches.batch(index * count + part)
-            if device.type == "cuda":  # pinned memory is copied while the GPU still computes
-                inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
-            loss = self.model.loss(inputs_BT.to(device, non_blocking=True), targets_BT.to(device, non_blocking=True))
+            loss = self.model.loss(*self.batches.batch(index * count + part).to(device))
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() / count
         self.optimizer.set_factor(learning_rate_factor)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitf import batches, corpus
+from minitf import batches, books, corpus
 from minitf.batches import IGNORED, Batches, TokenizedText, held_out_batches, prepare
 from minitf.corpus import DataConfig
 from minitf.errors import MinitfError, RequestError
@@ -58,7 +58,7 @@ def test_ids_are_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_documents_are_separated(tmp_path: Path) -> None:
     found = prepare(DataConfig(cache_dir=str(tmp_path)), BYTE, log=quiet)
-    chapters = corpus.book_chapters("kjv")
+    chapters = books.book_chapters("kjv")
     assert (found.train == 256).sum() == 1071
     assert (found.val == 256).sum() == 118
     ids = found.val.tolist()
@@ -240,7 +240,7 @@ def test_bpe_is_trained_on_a_sample_from_everywhere() -> None:
 
 @pytest.mark.slow
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    words = "".join(corpus.book_chapters("kjv")).split(" ")
+    words = "".join(books.book_chapters("kjv")).split(" ")
     rng = random.Random(0)
     with (tmp_path / "a.txt").open("w") as file:
         for _ in range(6):

@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from minitf import corpus
-from minitf.corpus import DataConfig, Row, book_chapters, fingerprint, is_held_out, open_corpus, read_rows
+from minitf.books import book_chapters
+from minitf.corpus import DataConfig, Row, fingerprint, is_held_out, open_corpus, read_rows
 from minitf.errors import MinitfError, RequestError
 
 CONF = Path(__file__).parent.parent / "conf"

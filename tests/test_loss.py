@@ -72,9 +72,9 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_the_vocabulary() -> N
 def test_at_most_a_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
-    def recording(logits_NV: Tensor, targets_N: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def recording(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
         shapes.append(tuple(logits_NV.shape))
-        return loss_module.chunk_loss(logits_NV, targets_N, scale)
+        return loss_module.chunk_loss(logits_NV, targets_N, scales_N)
 
     monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", 500)
     linear_cross_entropy(*inputs(), chunk_loss=recording)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from minitf import corpus
+from minitf import books, corpus
 from minitf.errors import RequestError
 from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -47,12 +47,12 @@ ALL_TEXTS = [*TEXTS, *(random_text(random.Random(seed)) for seed in range(200))]
 @pytest.fixture(scope="module", params=["bpe", "char", "byte"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     config = TokenizerConfig(kind=request.param, vocab_size=600)
-    return train_tokenizer(config, corpus.book_chapters("kjv")[:30], ALL_TEXTS)
+    return train_tokenizer(config, books.book_chapters("kjv")[:30], ALL_TEXTS)
 
 
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
-    return train_tokenizer(TokenizerConfig(vocab_size=600), corpus.book_chapters("kjv")[:30])
+    return train_tokenizer(TokenizerConfig(vocab_size=600), books.book_chapters("kjv")[:30])
 
 
 def test_every_text_comes_back_exactly(tokenizer: Tokenizer) -> None:
@@ -113,7 +113,7 @@ def test_pieces_are_readable(tokenizer: Tokenizer, bpe: Tokenizer) -> None:
 def test_pieces_of_text_cut_by_corpus_have_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE_CHARS", 200)
     rng = random.Random(0)
-    text = "".join(corpus.book_chapters("kjv")[30:40])
+    text = "".join(books.book_chapters("kjv")[30:40])
     broken = re.sub("\n", lambda _: "\n" * rng.choice([1, 2, 3]), text)
     spaced = re.sub(" ", lambda _: " " * rng.choice([1, 1, 2, 3]), text)
     indented = re.sub("\n", lambda _: "\n" + " " * rng.choice([0, 0, 4]), text)

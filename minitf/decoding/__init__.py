@@ -1,6 +1,7 @@
 """One token after another: the model behind a key/value cache, by the fastest step this machine and model allow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,44 @@ class Decoder:
 
     def forget(self) -> None:
         """Begin anew with an empty cache."""
-        self.cache.length = 0
+        self.cache.length, self.cache.starts_B = 0, None
+
+    @contextmanager
+    def sparing_cores(self) -> Iterator[None]:
+        """PyTorch on one thread inside: its others, waiting for more to do, would hold the cores the native step needs."""
+        num_threads = torch.get_num_threads()
+        if self.engine == "native":
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Let row i go on with what row `rows_B[i]` has read."""
+        for part in (self.cache.keys, self.cache.values):  # in place: the step knows where they lie
+            filled = part[:, :, :, : self.cache.length]
+            filled.copy_(filled.index_select(1, rows_B))
+        if self.cache.starts_B is not None:
+            self.cache.starts_B.copy_(self.cache.starts_B[rows_B])
+
+    @torch.no_grad()
+    def read_texts(self, texts: Sequence[Sequence[int]], copies: int = 1) -> Tensor:
+        """Next-token logits_BV after texts of ids of any lengths, each into `copies` rows of a cache that is emptied."""
+        longest = max(map(len, texts))
+        ids_NT = torch.zeros(len(texts), longest, dtype=torch.long)
+        for row, text in enumerate(texts):  # aligned at their ends: the next token of all goes to one position
+            ids_NT[row, longest - len(text) :] = torch.tensor(text)
+        device = self.model.device
+        once = self.model.new_cache(len(texts), longest)
+        once.starts_B = torch.tensor([longest - len(text) for text in texts], device=device)
+        x_NTD = self.model.hidden(ids_NT.to(device), once)
+        self.forget()
+        self.cache.keys[:, :, :, :longest] = once.keys.repeat_interleave(copies, 1)
+        self.cache.values[:, :, :, :longest] = once.values.repeat_interleave(copies, 1)
+        self.cache.length, self.cache.starts_B = longest, once.starts_B.repeat_interleave(copies)
+        logits_NV = F.linear(x_NTD[:, -1], self.model.vocabulary_VD.to(x_NTD.dtype)).float()
+        return logits_NV.repeat_interleave(copies, 0)
 
     @torch.no_grad()
     def read(self, ids_BT: Tensor, weights: list[Tensor] | None = None) -> Tensor:

@@ -141,9 +141,10 @@ int64_t decode_scratch(const Model *m, int64_t rows) {
                    + 2 * m->intermediate_size) + m->capacity;
 }
 
-/* Read ids (one a row) at `position` into the cache and write logits (rows, V), for `rows` rows from `first`. */
-void decode(const Model *m, const int64_t *ids, int64_t position, int64_t first, int64_t rows, float *logits,
-            float *scratch) {
+/* Read ids (one a row) at `position` into the cache and write logits (rows, V), for `rows` rows from `first`.
+   `starts` is where the text of each row begins in the cache, or null: all at 0. */
+void decode(const Model *m, const int64_t *ids, const int64_t *starts, int64_t position, int64_t first, int64_t rows,
+            float *logits, float *scratch) {
     int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
     float *x = scratch, *normed = x + rows * D, *added = normed + rows * D, *q = added + rows * D;
     float *mixed = q + rows * H * K, *k = mixed + rows * H * K, *v = k + rows * G * K;
@@ -158,6 +159,7 @@ void decode(const Model *m, const int64_t *ids, int64_t position, int64_t first,
         linear(k, normed, layer->k, rows, G * K, D);
         linear(v, normed, layer->v, rows, G * K, D);
         for (int64_t r = 0; r < rows; r++) {
+            int64_t start = starts ? starts[first + r] : 0, length = position + 1 - start;
             int64_t head_size = m->capacity * K, row = ((l * m->batch_size + first + r) * G) * head_size;
             for (int64_t g = 0; g < G; g++) {
                 float *key = k + (r * G + g) * K;
@@ -166,9 +168,9 @@ void decode(const Model *m, const int64_t *ids, int64_t position, int64_t first,
                 memcpy(m->values + row + g * head_size + position * K, v + (r * G + g) * K, K * sizeof(float));
             }
             for (int64_t h = 0; h < H; h++) {
-                int64_t shared = row + h / (H / G) * head_size, own = (r * H + h) * K;
+                int64_t shared = row + h / (H / G) * head_size + start * K, own = (r * H + h) * K;
                 place(q + own, layer->q_norm, cosines, sines, K);
-                attend(mixed + own, q + own, m->keys + shared, m->values + shared, weights, position + 1, K);
+                attend(mixed + own, q + own, m->keys + shared, m->values + shared, weights, length, K);
             }
         }
         linear(added, mixed, layer->o, rows, D, H * K);

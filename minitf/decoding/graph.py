@@ -32,15 +32,21 @@ class FixedCache:
         return self.keys[layer], self.values[layer]
 
 
-def fixed_step(model: Transformer, keys: Tensor, values: Tensor, ids_B: Tensor, position_1: Tensor) -> Tensor:
-    """Logits_BV after ids_B at `position_1`, a tensor of one position; the cache's tensors are written in place."""
+def fixed_step(
+    model: Transformer, keys: Tensor, values: Tensor, ids_B: Tensor, starts_B: Tensor, position_1: Tensor
+) -> Tensor:
+    """Logits_BV after ids_B at `position_1`, a tensor of one position; the cache's tensors are written in place.
+
+    `starts_B` is where the text of each row begins.
+    """
     cache = FixedCache(keys, values, position_1)
-    unseen_1S = torch.arange(keys.shape[3], device=keys.device)[None] > position_1
-    mask_1S = torch.zeros(unseen_1S.shape, device=keys.device, dtype=keys.dtype).masked_fill(unseen_1S, float("-inf"))
+    positions_S = torch.arange(keys.shape[3], device=keys.device)
+    unseen_BS = (positions_S > position_1) | (positions_S < starts_B[:, None])
+    mask_BS = torch.zeros(unseen_BS.shape, device=keys.device, dtype=keys.dtype).masked_fill(unseen_BS, float("-inf"))
     rotary_21K = model.rotary.index_select(1, position_1).to(keys.dtype)
     x_B1D = model.model.embed_tokens(ids_B[:, None])  # type: ignore[operator]
     for layer, block in enumerate(model.model.layers):  # type: ignore[arg-type]
-        x_B1D = block(x_B1D, rotary_21K, mask_1S, cache, layer)
+        x_B1D = block(x_B1D, rotary_21K, mask_BS[:, None], cache, layer)
     x_B1D = model.model.norm(x_B1D)  # type: ignore[operator]
     return F.linear(x_B1D[:, 0], model.vocabulary_VD).float()
 
@@ -54,6 +60,7 @@ class GraphStep:
         self.model = copy.deepcopy(model).requires_grad_(False).to(model.compute_dtype)
         cache.keys.zero_(), cache.values.zero_()  # weight 0 times what uninitialised memory may hold (nan) is nan
         self.ids_B = torch.zeros(cache.keys.shape[1], dtype=torch.long, device=model.device)
+        self.starts_B = torch.zeros_like(self.ids_B)
         self.position_1 = torch.zeros(1, dtype=torch.long, device=model.device)
         self.logits_BV: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -64,7 +71,9 @@ class GraphStep:
             self._capture()
 
     def _run(self) -> Tensor:
-        return self.step(self.model, self.cache.keys, self.cache.values, self.ids_B, self.position_1)
+        return self.step(
+            self.model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1
+        )
 
     @torch.no_grad()
     def _capture(self) -> None:
@@ -84,6 +93,10 @@ class GraphStep:
         """Logits_BV after ids_B at the position `cache.length`, which the caller advances."""
         self.ids_B.copy_(ids_B)
         self.position_1.fill_(self.cache.length)
+        if self.cache.starts_B is not None:
+            self.starts_B.copy_(self.cache.starts_B)
+        else:
+            self.starts_B.zero_()
         if self.graph is None or self.logits_BV is None:
             return self._run()
         self.graph.replay()

@@ -153,14 +153,16 @@ class NativeStep:
     def __call__(self, ids_B: Tensor) -> Tensor:
         """Logits_BV after ids_B at the position `cache.length`, which the caller advances."""
         ids_B = ids_B.contiguous()
+        starts_B = self.cache.starts_B
+        starts = None if starts_B is None else starts_B.data_ptr()
         logits_BV = torch.empty(self.batch_size, self.vocab_size)
 
         def work(share: tuple[int, int, Tensor]) -> None:
             first, rows, scratch = share
             self.library.decode(
-                ctypes.byref(self.model), ctypes.c_void_p(ids_B.data_ptr()), ctypes.c_int64(self.cache.length),
-                ctypes.c_int64(first), ctypes.c_int64(rows), ctypes.c_void_p(logits_BV[first].data_ptr()),
-                ctypes.c_void_p(scratch.data_ptr()),
+                ctypes.byref(self.model), ctypes.c_void_p(ids_B.data_ptr()), ctypes.c_void_p(starts),
+                ctypes.c_int64(self.cache.length), ctypes.c_int64(first), ctypes.c_int64(rows),
+                ctypes.c_void_p(logits_BV[first].data_ptr()), ctypes.c_void_p(scratch.data_ptr()),
             )  # fmt: skip
 
         if self.threads is None:

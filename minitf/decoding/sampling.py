@@ -1,0 +1,58 @@
+"""The next token: drawn from the model's probabilities, sharpened, flattened and cut as asked."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitf.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the model's probabilities; temperature 0 always takes the likeliest."""
+
+    temperature: float = 0.8  # below 1 sharpens, above 1 flattens; 0: greedy
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # only tokens at least this share as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely (CTRL, Keskar et al., 2019)
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
+            "top-k": (self.top_k, self.top_k >= 0, "at least 0"),
+            "top-p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min-p": (self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition-penalty": (self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
+        }
+        for name, (value, good, allowed) in checks.items():
+            if not good:
+                raise RequestError(f"--{name} {value} must be {allowed}")
+
+
+def sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Draw one id for each row; `seen_BV` marks the tokens the repetition penalty applies to."""
+    if seen_BV is not None:
+        punished = torch.where(
+            logits_BV > 0, logits_BV / sampling.repetition_penalty, logits_BV * sampling.repetition_penalty
+        )
+        logits_BV = torch.where(seen_BV, punished, logits_BV)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    # Less the largest, which changes no probability: the division cannot overflow.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        smallest = logits_BV.topk(sampling.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest, -math.inf)
+    probabilities = logits_BV.softmax(-1)
+    if sampling.min_p > 0:
+        likeliest = probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * likeliest, 0.0)
+    if sampling.top_p < 1:
+        sorted_p, order = probabilities.sort(dim=-1, descending=True)
+        before = sorted_p.cumsum(-1) - sorted_p  # probability of all likelier tokens: the first token always stays
+        sorted_p = sorted_p.masked_fill(before >= sampling.top_p * sorted_p.sum(-1, keepdim=True), 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, sorted_p)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

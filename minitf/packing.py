@@ -1,0 +1,302 @@
+"""Pairs as ids on disk -> batches of full contexts, several pairs to a row, none of which sees another.
+
+A pair is `<|source|> prompt <|target|> completion <|endoftext|>`; predicting each id but the first from those before
+it, it takes one position less than it has ids.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minitf.batches import Batch, Tokens, cache_key, evenly_sampled, ids_dtype, num_bytes_of, to_stderr
+from minitf.corpus import DataConfig
+from minitf.errors import RequestError
+from minitf.loss import IGNORED
+from minitf.pairs import Pair, open_pairs
+from minitf.prepared import Progress, keep, open_kept, writing_to
+from minitf.storage import cache_root
+from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+ENCODE_ROWS = 4096
+Lengths = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PairIds:
+    """Pairs behind each other as ids, memory-mapped."""
+
+    ids: Tokens
+    starts: npt.NDArray[np.int64]  # of each pair in `ids`; one more at the end
+    prompt_lengths: Lengths  # ids up to and with <|target|>
+    completion_bytes: Lengths  # UTF-8 bytes of the completion
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def pair(self, index: int) -> tuple[Tokens, int]:
+        """The ids of one pair and how many of them are the prompt's."""
+        return self.ids[self.starts[index] : self.starts[index + 1]], int(self.prompt_lengths[index])
+
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """Train and held-out pairs with the tokenizer that made their ids."""
+
+    tokenizer: Tokenizer
+    train: PairIds
+    val: PairIds
+    description: str  # one line for people
+    directory: Path
+
+
+def prepare_pairs(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    tokenizer_from: Tokenizer | None = None,
+    log: Callable[[str], None] = to_stderr,
+) -> TokenizedPairs:
+    """The pairs of `data` as ids, from the cache or made now; as `batches.prepare` does with text.
+
+    `tokenizer_from` must be one made for pairs.
+    """
+    if tokenizer_from is None and tokenizer.kind == "pretrained":
+        tokenizer_from = Tokenizer.load(str(tokenizer.file)).for_pairs()
+    root = cache_root(data.cache_dir)
+    if tokenizer_from is not None:  # perhaps it is the one these very pairs were prepared with
+        own = open_kept(root / cache_key(data, tokenizer, None), _load)
+        if own is not None and own.tokenizer.to_json() == tokenizer_from.to_json():
+            return own
+
+    def make(temporary: Path) -> dict[str, Any]:
+        started = time.monotonic()
+        pairs = open_pairs(data)
+        log(f"preparing {pairs.description}")
+        made = _write(pairs, tokenizer_from or _make_tokenizer(tokenizer, pairs), temporary, log)
+        skipped = f", {pairs.num_skipped:,} bad rows left out" if pairs.num_skipped else ""
+        counts = f"{made['train_pairs']:,} pairs to train on, {made['val_pairs']:,} held out{skipped}"
+        made["description"] = pairs.description + skipped
+        log(f"prepared in {time.monotonic() - started:.1f} s: {counts}; kept in {directory}")
+        return made
+
+    directory = root / cache_key(data, tokenizer, tokenizer_from)
+    return keep(directory, _load, make, log)
+
+
+def _load(directory: Path, meta: dict[str, Any]) -> TokenizedPairs:
+    def load(part: str) -> PairIds:
+        def mapped(name: str, dtype: str) -> Any:
+            return np.memmap(directory / f"{part}_{name}.bin", dtype=dtype, mode="r")
+
+        lengths, prompts = mapped("lengths", "int32"), mapped("prompts", "int32")
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return PairIds(mapped("ids", meta["dtype"]), starts, prompts, mapped("bytes", "int32"))
+
+    return TokenizedPairs(Tokenizer.load(directory), load("train"), load("val"), meta["description"], directory)
+
+
+def _make_tokenizer(config: TokenizerConfig, pairs: Iterable[Pair]) -> Tokenizer:
+    train = (f"{pair.prompt}\n{pair.completion}" for pair in pairs if not pair.held_out)
+    val = (f"{pair.prompt}\n{pair.completion}" for pair in pairs if pair.held_out)
+    texts = evenly_sampled(train, int(config.train_megabytes * 1e6)) if config.kind == "bpe" else train
+    return train_tokenizer(config, texts, val, for_pairs=True)
+
+
+def _write(
+    pairs: Iterable[Pair], tokenizer: Tokenizer, directory: Path, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the files of a cache directory in one pass over the pairs; returns its meta data."""
+    dtype = ids_dtype(tokenizer)
+    counts = {"train": 0, "val": 0}
+    progress = Progress(log)
+    with writing_to(directory.parent):
+        files = {
+            (part, name): (directory / f"{part}_{name}.bin").open("wb")
+            for part in counts
+            for name in ("ids", "lengths", "prompts", "bytes")
+        }
+    try:
+        for group in _groups(pairs):
+            prompts = tokenizer.encode_batch([pair.prompt for pair in group])
+            completions = tokenizer.encode_batch([pair.completion for pair in group])
+            for part in counts:
+                rows = [row for row, pair in enumerate(group) if pair.held_out == (part == "val")]
+                marked = [[tokenizer.source_id, *prompts[row], tokenizer.target_id] for row in rows]
+                ids = [p + completions[row] + [tokenizer.end_id] for p, row in zip(marked, rows, strict=True)]
+                flat = np.fromiter((id_ for pair_ids in ids for id_ in pair_ids), dtype=dtype)
+                sizes = [num_bytes_of(group[row].completion) for row in rows]
+                columns = {"ids": flat, "lengths": list(map(len, ids)), "prompts": list(map(len, marked)), "bytes": sizes}
+                with writing_to(directory.parent):
+                    for name, values in columns.items():
+                        files[part, name].write(np.asarray(values, dtype=dtype if name == "ids" else np.int32).data)
+                counts[part] += len(rows)
+            progress.add(sum(num_bytes_of(pair.prompt) + num_bytes_of(pair.completion) for pair in group))
+    finally:
+        for file in files.values():
+            file.close()
+    for part, name in (("train", "to train on"), ("val", "held out")):
+        if not counts[part]:
+            raise RequestError(f"no pairs {name}; use more pairs, or another data.val_fraction")
+    with writing_to(directory.parent):
+        tokenizer.save(directory)
+    return {"dtype": dtype.name, "train_pairs": counts["train"], "val_pairs": counts["val"]}
+
+
+def _groups(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Consecutive pairs, as many as are encoded at once."""
+    group: list[Pair] = []
+    num_chars = 0
+    for pair in pairs:
+        group.append(pair)
+        num_chars += len(pair.prompt) + len(pair.completion)
+        if len(group) == ENCODE_ROWS or num_chars > 1 << 21:
+            yield group
+            group, num_chars = [], 0
+    if group:
+        yield group
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packing
+
+
+def pack(lengths: Lengths, capacity: int) -> list[tuple[list[int], int]]:
+    """How to fill rows of `capacity` positions with pairs of these lengths, each at most the capacity.
+
+    Returns (lengths of the pairs in a row, how many rows are filled so). The longest length left is put down first and
+    the longest that still fits beside it again and again (best fit decreasing); the pattern is used as often as there
+    are pairs for it, so the work depends on the number of different lengths, not of pairs.
+    """
+    left = Counter(lengths.tolist())
+    patterns = []
+    while left:
+        pattern: Counter[int] = Counter()
+        room = capacity
+        while fitting := [length for length in left if length <= room and left[length] > pattern[length]]:
+            pattern[max(fitting)] += 1
+            room -= max(fitting)
+        times = min(left[length] // count for length, count in pattern.items())
+        patterns.append((sorted(pattern.elements(), reverse=True), times))
+        left.subtract({length: count * times for length, count in pattern.items()})
+        left = +left
+    return patterns
+
+
+class PairBatches:
+    """Shuffled training batches of packed pairs; the batch of an index depends on the seed and that index alone.
+
+    Every epoch goes through all pairs once; which pairs share a row, and the order of rows, are drawn anew for each.
+    """
+
+    def __init__(self, pairs: PairIds, data: DataConfig, context_length: int, batch_size: int, seed: int) -> None:
+        """Raises RequestError when no pair fits into the context."""
+        self._pairs, self._data = pairs, data
+        self._context_length, self._batch_size = context_length, batch_size
+        self._seed = seed % (1 << 64)
+        self.lengths, self.report = fit(pairs, context_length, data.long_pairs)
+        used = np.flatnonzero(self.lengths)
+        # Pairs of one length are interchangeable: kept side by side, an epoch shuffles them among themselves.
+        self._by_length = used[np.argsort(self.lengths[used], kind="stable")]
+        values, first = np.unique(self.lengths[self._by_length], return_index=True)
+        self._bounds = dict(zip(values.tolist(), zip(first, [*first[1:], len(used)], strict=True), strict=True))
+        patterns = pack(self.lengths[used], context_length)
+        self._patterns = [pattern for pattern, times in patterns for _ in range(times)]
+        self.windows_per_epoch = len(self._patterns)
+        self.fill = float(self.lengths.sum()) / (self.windows_per_epoch * context_length)
+        self._epoch = -1
+        self._rows: list[list[int]] = []
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Positions of one epoch, empty ones included."""
+        return self.windows_per_epoch * self._context_length
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index` >= 0; what is left of a row behind its last pair is a segment of its own, without targets."""
+        rows = []
+        for row in range(self._batch_size):
+            epoch, position = divmod(index * self._batch_size + row, self.windows_per_epoch)
+            rows.append(self._rows_of(epoch)[position])
+        return packed(self._pairs, self.lengths, rows, self._context_length, self._data.prompt_loss_share)
+
+    def _rows_of(self, epoch: int) -> list[list[int]]:
+        """The pairs in each row of `epoch`, in the order in which they are used."""
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self._seed, epoch))
+            dealt = {
+                length: iter(rng.permutation(self._by_length[first:last]).tolist())
+                for length, (first, last) in self._bounds.items()
+            }
+            rows = [[next(dealt[length]) for length in pattern] for pattern in self._patterns]
+            self._rows = [rows[row] for row in rng.permutation(len(rows))]
+            self._epoch = epoch
+        return self._rows
+
+
+def fit(pairs: PairIds, context_length: int, long_pairs: str) -> tuple[Lengths, str]:
+    """The positions each pair takes, 0 for one that is left out, and a line on those that are too long, or ""."""
+    lengths = (np.diff(pairs.starts) - 1).astype(np.int32)
+    too_long = lengths > context_length
+    num_long = int(too_long.sum())
+    if long_pairs == "truncate":
+        # Of a prompt that fills the context alone nothing would be left to learn.
+        lengths = np.where(too_long & (pairs.prompt_lengths <= context_length), context_length, lengths)
+        num_dropped = int((lengths > context_length).sum())
+    else:
+        num_dropped = num_long
+    lengths = np.where(lengths > context_length, 0, lengths).astype(np.int32)
+    if not lengths.any():
+        longest = int(np.diff(pairs.starts).max())
+        raise RequestError(
+            f"none of {len(pairs):,} pairs fits into model.context_length={context_length}: the longest has {longest} "
+            "tokens; set a longer one, or data.long_pairs=truncate"
+        )
+    parts = [f"{num_dropped:,} left out"] if num_dropped else []
+    parts += [f"{num_long - num_dropped:,} cut at the end of the completion"] if num_long > num_dropped else []
+    longest = int(np.diff(pairs.starts).max())
+    many = f"{num_long:,} of {len(pairs):,} pairs are longer than the context of {context_length} tokens (the longest: "
+    return lengths, f"{many}{longest:,}): {', '.join(parts)}" if parts else ""
+
+
+def packed(
+    pairs: PairIds, lengths: Lengths, rows: Sequence[Sequence[int]], context_length: int, prompt_share: float
+) -> Batch:
+    """The pairs of each row behind each other, cut to `lengths` positions; segments count from 1, the rest is 0."""
+    shape = (len(rows), context_length)
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    segments, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for row, members in enumerate(rows):
+        start = 0
+        for number, index in enumerate(members, start=1):
+            ids, prompt_length = pairs.pair(index)
+            end, first = start + int(lengths[index]), start + prompt_length - 1
+            inputs[row, start:end] = ids[: end - start]
+            counted = start if prompt_share else first
+            targets[row, counted:end] = ids[counted - start + 1 : end - start + 1]
+            segments[row, start:end] = number
+            weights[row, start:first], weights[row, first:end] = prompt_share, 1.0
+            start = end
+    tensors = [torch.from_numpy(part) for part in (inputs, targets, segments)]
+    return Batch(tensors[0], tensors[1], tensors[2], torch.from_numpy(weights) if prompt_share else None)
+
+
+def held_out_pairs(
+    pairs: PairIds, lengths: Lengths, indices: Sequence[int], context_length: int, batch_size: int
+) -> Iterator[Batch]:
+    """The pairs of these `indices` (of `lengths` above 0), packed in order, in batches of up to `batch_size` rows."""
+    rows: list[list[int]] = []
+    room = 0
+    for index in indices:
+        if lengths[index] > room:
+            rows.append([])
+            room = context_length
+        rows[-1].append(index)
+        room -= int(lengths[index])
+    for first in range(0, len(rows), batch_size):
+        yield packed(pairs, lengths, rows[first : first + batch_size], context_length, 0.0)

@@ -1,0 +1,237 @@
+"""What a model learns: to continue text, or to turn one text into another.
+
+A task knows its data and everything that depends on what kind it is: the batches to train on, how well the held-out
+part is predicted, what to show of it. The trainer knows only tasks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitf.alignment import AligningHeads, find_aligning_heads
+from minitf.alignment import NUM_PAIRS as NUM_ALIGNED
+from minitf.answer import AnswerOptions, answer
+from minitf.answer_scores import score_answers
+from minitf.attention_maps import ARROW, GENERAL_PROBE, AttentionMaps, attention_maps, pair_maps
+from minitf.batches import Batches, BatchSource, TokenizedText, prepare
+from minitf.corpus import DataConfig, fingerprint
+from minitf.evaluate import HeldOut, evaluate, evaluate_pairs
+from minitf.errors import RequestError
+from minitf.generate import Options, generate_text
+from minitf.decoding.sampling import Sampling
+from minitf.heads import HeadScores
+from minitf.model import Transformer
+from minitf.packing import PairBatches, TokenizedPairs, fit, prepare_pairs
+from minitf.tokenizer import Tokenizer, TokenizerConfig
+
+NUM_PROBES = 3  # held-out pairs looked at where none are named
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model wrote when it was given `prompt`; `reference` is what would have been right, of pairs."""
+
+    prompt: str
+    text: str
+    reference: str | None = None
+
+
+class Task(ABC):
+    """See the module; `tokenizer` and `description` (of the data, one line) are there from the start."""
+
+    tokenizer: Tokenizer
+    description: str
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+        self.fingerprint = fingerprint(data)
+
+    @abstractmethod
+    def batches(self, context_length: int, batch_size: int, seed: int) -> BatchSource:
+        """The training batches."""
+
+    @abstractmethod
+    def notes(self) -> list[str]:
+        """What is to be said of the batches before training: what does not fit."""
+
+    @abstractmethod
+    def held_out(
+        self,
+        loss_of: Callable[..., Tensor],
+        context_length: int,
+        batch_size: int,
+        device: torch.device,
+        max_tokens: int | None,
+    ) -> HeldOut:
+        """How well the held-out part is predicted; `loss_of` takes what a `Batch` begins with."""
+
+    @abstractmethod
+    def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
+        """What the model writes in evaluation mode, and metrics of it, if there are any."""
+
+    @abstractmethod
+    def example_prompt(self) -> str:
+        """Something to try the trained model with."""
+
+    @abstractmethod
+    def window(self, context_length: int) -> Tensor:
+        """Held-out ids_BT on which heads are scored."""
+
+    @abstractmethod
+    def probes(self, wanted: list[str] | None) -> list[str]:
+        """The texts whose attention is logged: `wanted`, or the data's own."""
+
+    @abstractmethod
+    def look(
+        self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
+    ) -> AttentionMaps:
+        """The attention of one probe. Raises RequestError where the model cannot take it."""
+
+    def align(self, model: Transformer) -> AligningHeads | None:
+        """The heads that align source and target; None where there are no such."""
+        return None
+
+
+class TextTask(Task):
+    """Continue text."""
+
+    def __init__(self, data: DataConfig, text: TokenizedText) -> None:
+        super().__init__(data)
+        self.text, self.tokenizer, self.description = text, text.tokenizer, text.description
+
+    def batches(self, context_length: int, batch_size: int, seed: int) -> BatchSource:
+        return Batches(self.text.train, context_length, batch_size, seed)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def held_out(
+        self,
+        loss_of: Callable[..., Tensor],
+        context_length: int,
+        batch_size: int,
+        device: torch.device,
+        max_tokens: int | None,
+    ) -> HeldOut:
+        text = self.text
+        return evaluate(loss_of, text.val, text.val_bytes, context_length, batch_size, device, max_tokens)
+
+    def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
+        prompt = self.example_prompt()
+        options = Options(num_tokens, seed=0, sampling=Sampling(min_p=0.05))
+        return [Sample(prompt, generate_text(model, self.tokenizer, prompt, options)[0])], {}
+
+    def example_prompt(self) -> str:
+        return " ".join(self._beginning().split()[:4])
+
+    def _beginning(self) -> str:
+        return self.tokenizer.decode(self.text.val[:24].tolist())
+
+    def window(self, context_length: int) -> Tensor:
+        return torch.from_numpy(self.text.val[:context_length].astype("int64"))[None]
+
+    def probes(self, wanted: list[str] | None) -> list[str]:
+        return [GENERAL_PROBE, *(self.data.probes or [self._beginning()])] if wanted is None else wanted
+
+    def look(
+        self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
+    ) -> AttentionMaps:
+        return attention_maps(model, self.tokenizer, probe, step=step, scores=scores)
+
+
+class PairsTask(Task):
+    """Turn one text into another."""
+
+    def __init__(self, data: DataConfig, pairs: TokenizedPairs) -> None:
+        super().__init__(data)
+        self.pairs, self.tokenizer, self.description = pairs, pairs.tokenizer, pairs.description
+        self._notes: list[str] = []
+        self._context_length = 0
+
+    def batches(self, context_length: int, batch_size: int, seed: int) -> BatchSource:
+        made = PairBatches(self.pairs.train, self.data, context_length, batch_size, seed)
+        self._notes = [f"packed     {made.windows_per_epoch:,} contexts, {made.fill:.1%} full"]
+        self._lengths, report = fit(self.pairs.val, context_length, self.data.long_pairs)
+        self._notes += [
+            f"{name}{' ' * (11 - len(name))}{line}" for name, line in (("too long", made.report), ("held out", report)) if line
+        ]
+        self._context_length = context_length
+        return made
+
+    def notes(self) -> list[str]:
+        return self._notes
+
+    def held_out(
+        self,
+        loss_of: Callable[..., Tensor],
+        context_length: int,
+        batch_size: int,
+        device: torch.device,
+        max_tokens: int | None,
+    ) -> HeldOut:
+        return evaluate_pairs(
+            loss_of, self.pairs.val, self.data.long_pairs, context_length, batch_size, device, max_tokens
+        )
+
+    def chosen(self, count: int | None) -> list[int]:
+        """Held-out pairs that fit into the context, evenly spread: `count` of them, or all."""
+        used = np.flatnonzero(self._lengths)
+        if count is not None and count < len(used):
+            used = used[np.arange(count) * len(used) // count]
+        return [int(index) for index in used]
+
+    def texts(self, index: int) -> tuple[str, str]:
+        """Source and target of a held-out pair."""
+        ids, prompt_length = self.pairs.val.pair(index)
+        decode = self.tokenizer.decode
+        return decode(ids[1 : prompt_length - 1].tolist()), decode(ids[prompt_length:-1].tolist())
+
+    def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
+        if not num_answers:
+            return [], {}
+        named = [probe.split(ARROW) for probe in self.data.probes if ARROW in probe]
+        pairs = [(source, target) for source, target, *_ in named] + [self.texts(i) for i in self.chosen(num_answers)]
+        sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
+        # Longer than any reference is wrong anyway, and a model that has not yet learned to stop would go on for long.
+        longest = max(map(len, self.tokenizer.encode_batch(references))) + 8
+        answers = answer(model, self.tokenizer, sources, AnswerOptions(max_tokens=longest))
+        scored = slice(len(named), None)  # the named ones need not be held out
+        scores = score_answers(answers[scored], references[scored], sources[scored])
+        return [Sample(*row) for row in zip(sources, answers, references, strict=True)], scores.metrics()
+
+    def example_prompt(self) -> str:
+        if self.data.probes:
+            return self.data.probes[0].split(ARROW)[0]
+        return self.texts(self.chosen(1)[0])[0]
+
+    def window(self, context_length: int) -> Tensor:
+        return torch.from_numpy(self.pairs.val.ids[:context_length].astype("int64"))[None]
+
+    def probes(self, wanted: list[str] | None) -> list[str]:
+        own = self.data.probes or [ARROW.join(self.texts(index)) for index in self.chosen(NUM_PROBES)]
+        return own if wanted is None else wanted
+
+    def look(
+        self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
+    ) -> AttentionMaps:
+        source, arrow, target = probe.partition(ARROW)
+        if not arrow:
+            raise RequestError(f'a probe of a run on pairs is "SOURCE{ARROW}TARGET"')
+        heads = aligning.heads if aligning else []
+        return pair_maps(model, self.tokenizer, source, target, heads, step=step, scores=scores)
+
+    def align(self, model: Transformer) -> AligningHeads | None:
+        return find_aligning_heads(model, self.tokenizer, self.pairs.val, self.chosen(NUM_ALIGNED))
+
+
+def open_task(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None = None) -> Task:
+    """The task that `data` describes, its data prepared; `tokenizer_from` as in `prepare`."""
+    if data.kind == "pairs":
+        own = tokenizer_from.for_pairs() if tokenizer_from else None
+        return PairsTask(data, prepare_pairs(data, tokenizer, own))
+    return TextTask(data, prepare(data, tokenizer, tokenizer_from))
