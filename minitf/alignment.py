@@ -52,7 +52,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Alignment:
-    """`weights_TS[t, s]` is the share of source word s in target word t; rows sum to 1 (or are 0 without any weight)."""
+    """`weights_TS[t, s]` is the share of source word s in target word t; rows sum to 1, or are 0."""
 
     source: list[str]
     target: list[str]
@@ -62,6 +62,17 @@ class Alignment:
         """Words and weights, rounded to 4 decimals."""
         weights = self.weights_TS.double().nan_to_num().round(decimals=4).tolist()
         return {"source": self.source, "target": self.target, "weights": weights}
+
+    def describe(self) -> str:
+        """A line: each target word with the source word it was made from most, those of one run of words together."""
+        links = [(word, self.source[int(row.argmax())]) for word, row in zip(self.target, self.weights_TS, strict=True)]
+        shown: list[tuple[str, str]] = []
+        for new, old in links:
+            if shown and shown[-1][1] == old:
+                shown[-1] = (f"{shown[-1][0]} {new}", old)
+            else:
+                shown.append((new, old))
+        return "   ".join(new if new == old else f"{new} ← {old}" for new, old in shown)
 
 
 @dataclass(frozen=True)
@@ -116,24 +127,10 @@ def find_aligning_heads(
     return AligningHeads(heads, score, chance, scores_LH.view(num_layers, num_heads))
 
 
-@torch.no_grad()
-def align(
-    model: Transformer, tokenizer: Tokenizer, source: str, target: str, heads: Sequence[Head]
-) -> Alignment:
-    """The alignment of one pair, averaged over `heads` (at least one). Raises ValueError when it exceeds the context."""
-    prompt = tokenizer.encode_prompt(source)
-    ids_BT = torch.tensor([[*prompt, *tokenizer.encode(target)]], device=model.device)
-    weights: list[Tensor] = []
-    with evaluating(model):
-        model.hidden(ids_BT, weights=weights)
-    weights_LHTT = torch.stack([layer[0] for layer in weights]).float().cpu()
-    return align_from(weights_LHTT, tokenizer, source, target, heads)
-
-
 def align_from(
     weights_LHTT: Tensor, tokenizer: Tokenizer, source: str, target: str, heads: Sequence[Head]
 ) -> Alignment:
-    """The same from the weights of a forward over the pair's ids, markers included."""
+    """The alignment of a pair, averaged over `heads` (at least one), from the weights of a forward over all its ids."""
     old, new = Units.of(tokenizer, source), Units.of(tokenizer, target)
     by_words = _by_words(weights_LHTT, 0, old, new)
     mean_TS = torch.stack([by_words[layer, head] for layer, head in heads]).mean(0)
@@ -150,9 +147,7 @@ def _by_words(weights_LHTT: Tensor, start: int, source: Units, target: Units) ->
     return averaging @ tokens @ source.members_NT.T
 
 
-def _measure(
-    model: Transformer, tokenizer: Tokenizer, pairs: PairIds, indices: Sequence[int]
-) -> Iterator[_Measured]:
+def _measure(model: Transformer, tokenizer: Tokenizer, pairs: PairIds, indices: Sequence[int]) -> Iterator[_Measured]:
     context = model.config.context_length
     lengths = torch.diff(torch.from_numpy(pairs.starts)).sub(1).clamp(max=context).to(torch.int32).numpy()
     rows: list[list[int]] = []
@@ -167,9 +162,8 @@ def _measure(
         for row, members in enumerate(rows[first : first + 4]):
             start = 0
             for index in members:
-                ids, prompt_length = pairs.pair(index)
-                old = tokenizer.decode(ids[1 : prompt_length - 1].tolist())
-                new = tokenizer.decode(ids[prompt_length:-1].tolist())
+                prompt_length = int(pairs.prompt_lengths[index])
+                old, new = pairs.texts(index, tokenizer)
                 source, target = Units.of(tokenizer, old), Units.of(tokenizer, new)
                 whole = source.members_NT.shape[1] == prompt_length - 2
                 whole &= target.members_NT.shape[1] == int(lengths[index]) - prompt_length

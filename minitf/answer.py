@@ -186,9 +186,7 @@ def _read_done(path: Path, identity: str) -> dict[int, str]:
     return {int(index): str(text) for index, text in rows[1:]}
 
 
-def _with_progress(
-    found: Iterable[tuple[int, list[int]]], done: int, total: int
-) -> Iterator[tuple[int, list[int]]]:
+def _with_progress(found: Iterable[tuple[int, list[int]]], done: int, total: int) -> Iterator[tuple[int, list[int]]]:
     """The same, with a progress bar where there is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -194,7 +194,9 @@ class Attention(nn.Module):
         if mask is None or mask.dtype == torch.bool:
             grouped, causal = k_BHSK.shape[1] != q_BHTK.shape[1], mask is None and T > 1
             seen = None if mask is None else mask.unsqueeze(-3)
-            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, seen, is_causal=causal, enable_gqa=grouped)
+            mixed_BHTK = F.scaled_dot_product_attention(
+                q_BHTK, k_BHSK, v_BHSK, seen, is_causal=causal, enable_gqa=grouped
+            )
         elif weights is None:
             mixed_BHTK = attend(q_BHTK, k_BHSK, v_BHSK, mask)
         else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minitf.alignment import Alignment, align_from
+from minitf.answer import answer
 from minitf.attention import rotate
 from minitf.errors import MinitfError, RequestError
 from minitf.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
@@ -23,6 +24,7 @@ from minitf.tokenizer import join_bytes
 from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:
+    from minitf.checkpoint import Checkpoint
     from minitf.model import Transformer
     from minitf.tokenizer import Tokenizer
 
@@ -227,11 +229,26 @@ def pair_maps(
     ids = [*tokenizer.encode_prompt(source), *tokenizer.encode(target)]
     limit = model.config.context_length
     if len(ids) > limit:
-        raise RequestError(f"source and target are {len(ids)} tokens long, the model reads at most {limit}: shorten them")
+        raise RequestError(
+            f"source and target are {len(ids)} tokens long, the model reads at most {limit}: shorten them"
+        )
     maps = attention_maps_of_ids(model, tokenizer, ids, f"{source}{ARROW}{target}", step, scores=scores)
     if not heads or not target:
         return maps
     return replace(maps, alignment=align_from(maps.weights_LHTS, tokenizer, source, target, heads))
+
+
+def maps_of_checkpoint(checkpoint: "Checkpoint", text: str) -> AttentionMaps:
+    """The maps of `text` by a loaded checkpoint; of one trained on pairs, those of the text and its answer.
+
+    There `text` may be "SOURCE => TARGET", which is looked at instead of the model's own answer.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    if not checkpoint.answers:
+        return attention_maps(model, tokenizer, text, checkpoint.step)
+    source, _, target = text.partition(ARROW)
+    target = target or answer(model, tokenizer, [source])[0]
+    return pair_maps(model, tokenizer, source, target, checkpoint.aligning_heads, checkpoint.step)
 
 
 def head_vectors(model: "Transformer", inputs: list[Tensor]) -> HeadVectors:

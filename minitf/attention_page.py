@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minitf.attention_maps import AttentionMaps, attention_maps
+from minitf.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.checkpoint import load_checkpoint
 from minitf.errors import RequestError, run_command
 from minitf.heads import head_scores
@@ -36,7 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="attention", description="Look inside: which words every attention head looks at, as one HTML page."
     )
-    parser.add_argument("text", nargs="?", help="the text to read; from standard input if absent")
+    parser.add_argument(
+        "text",
+        nargs="?",
+        help="the text to read, from standard input if absent; of a run on pairs a source, which is answered, or "
+        '"SOURCE => TARGET"',
+    )
     parser.add_argument("--run", default="latest", help="run directory, checkpoint directory, or latest (default)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
@@ -49,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.json and not arguments.out.absolute().parent.is_dir():
         raise RequestError(f"--out {arguments.out}: there is no such directory; make it first")
     checkpoint = load_checkpoint(arguments.run)
-    maps = attention_maps(checkpoint.model, checkpoint.tokenizer, text, checkpoint.step)
+    maps = maps_of_checkpoint(checkpoint, text)
+    if maps.alignment is not None:
+        print(maps.alignment.describe(), file=sys.stderr)
     maps = replace(maps, scores=head_scores(checkpoint.model, torch.tensor([maps.ids])))
     if arguments.json:
         json.dump(maps.to_json(), sys.stdout, allow_nan=False)

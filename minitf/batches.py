@@ -71,7 +71,9 @@ def prepare(
         corpus = open_corpus(data)
         log(f"preparing {corpus.description}")
         made = _write(data, corpus, tokenizer_from or _make_tokenizer(data, tokenizer, corpus), temporary, log)
-        train, val = ((temporary / f"{part}.bin").stat().st_size // np.dtype(made["dtype"]).itemsize for part in ("train", "val"))
+        train, val = (
+            (temporary / f"{part}.bin").stat().st_size // np.dtype(made["dtype"]).itemsize for part in ("train", "val")
+        )
         counts = f"{train:,} tokens to train on, {val:,} held out"
         log(f"prepared in {time.monotonic() - started:.1f} s: {counts}; kept in {directory}")
         return made

@@ -43,7 +43,9 @@ class TrainState:
     elapsed_s: float = 0.0  # wall seconds
     best_loss: float = float("inf")  # held-out nats per token of the checkpoint `best`
     last_val: dict[str, float] = field(default_factory=dict)  # newest held-out metrics
-    aligning_heads: list[list[int]] = field(default_factory=list)  # [layer, head] of those that align pairs, by the newest look
+    aligning_heads: list[list[int]] = field(
+        default_factory=list
+    )  # [layer, head] of those that align pairs, by the newest look
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "TrainState":
@@ -68,6 +70,13 @@ class Checkpoint:
     def answers(self) -> bool:
         """Whether it was trained on pairs: given a text it turns it into another."""
         return self.tokenizer.target_id is not None and self.state.get("data", {}).get("kind") == "pairs"
+
+    @property
+    def aligning_heads(self) -> list[tuple[int, int]]:
+        """(layer, head) of those that align source and target, as found when it was saved."""
+        c = self.model.config
+        heads = [(int(layer), int(head)) for layer, head in self.state.get("aligning_heads", [])]
+        return [(layer, head) for layer, head in heads if 0 <= layer < c.num_layers and 0 <= head < c.num_heads]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,9 @@ class DataConfig:
             raise RequestError(f"data.kind={self.kind} is not known; use text or pairs")
         known = [*sources[self.kind], "files", "hub"]
         if self.source not in known:
-            raise RequestError(f"data.source={self.source} is not known for data.kind={self.kind}; one of {', '.join(known)}")
+            raise RequestError(
+                f"data.source={self.source} is not known for data.kind={self.kind}; one of {', '.join(known)}"
+            )
         for name, allowed in (("long_pairs", ("drop", "truncate")), ("bad_rows", ("error", "skip"))):
             if getattr(self, name) not in allowed:
                 raise RequestError(f"data.{name}={getattr(self, name)} must be {' or '.join(allowed)}")

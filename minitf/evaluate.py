@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitf.alignment import NUM_PAIRS, AligningHeads, find_aligning_heads
+from minitf.answer import AnswerOptions, answer
+from minitf.answer_scores import AnswerScores, score_answers
 from minitf.batches import Batch, Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.corpus import DataConfig, read_text
 from minitf.errors import MinitfError, RequestError
 from minitf.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
-from minitf.packing import PairIds, fit, held_out_pairs, prepare_pairs
+from minitf.packing import PairIds, TokenizedPairs, fit, held_out_pairs, prepare_pairs
 from minitf.tokenizer import TokenizerConfig
 
 # Of the same tokens with a head and without: the difference is steady long before either number is.
@@ -195,6 +199,48 @@ def record_heads(report: HeadReport, run_dir: Path, step: int) -> None:
     (directory / f"step_{step:08d}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def evaluate_answers(
+    checkpoint: Checkpoint, pairs: TokenizedPairs, long_pairs: str, beam: int = 1, max_pairs: int | None = None
+) -> tuple[HeldOut, AnswerScores, AligningHeads, float]:
+    """Completion loss, scores of all answers, how well heads align, and the seconds the answers took.
+
+    `max_pairs` takes so many held-out pairs, evenly spread, instead of all that fit into the context.
+    """
+    model, tokenizer, val = checkpoint.model, pairs.tokenizer, pairs.val
+    context = model.config.context_length
+    batch_size = max(1, 4096 // context)
+    with torch.no_grad():
+        whole = evaluate_pairs(model.loss_value, val, long_pairs, context, batch_size, model.device)
+    used = np.flatnonzero(fit(val, context, long_pairs)[0])
+    if max_pairs is not None and max_pairs < len(used):
+        used = used[np.arange(max_pairs) * len(used) // max_pairs]
+    texts = [val.texts(int(index), tokenizer) for index in used]
+    sources, references = [source for source, _ in texts], [target for _, target in texts]
+    started = time.perf_counter()
+    answers = answer(model, tokenizer, sources, AnswerOptions(beam=beam))
+    seconds = time.perf_counter() - started
+    aligning = find_aligning_heads(model, tokenizer, val, used[:: max(1, len(used) // (4 * NUM_PAIRS))].tolist())
+    return whole, score_answers(answers, references, sources), aligning, seconds
+
+
+def _say_answers(checkpoint: Checkpoint, args: argparse.Namespace, source: dict[str, Any]) -> None:
+    """Evaluate a run on pairs and print what came out."""
+    data = DataConfig(**checkpoint.state["data"])
+    pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer)
+    whole, scores, aligning, seconds = evaluate_answers(checkpoint, pairs, data.long_pairs, args.beam, args.max_pairs)
+    if args.json:
+        aligned = {"score": aligning.score, "chance": aligning.chance, "heads": [list(head) for head in aligning.heads]}
+        print(json.dumps(source | asdict(whole) | asdict(scores) | {"answer_s": seconds, "alignment": aligned}))
+        return
+    print(f"held-out loss   {whole.loss:.4f} nats per token of a completion, {whole.num_tokens:,} tokens")
+    print(f"bits per byte   {whole.bits_per_byte:.4f}")
+    print(f"chrF            {scores.chrf:.2f}   copying the source: {scores.copy_chrf:.2f}   {scores.signatures[0]}")
+    print(f"BLEU            {scores.bleu:.2f}   copying the source: {scores.copy_bleu:.2f}   {scores.signatures[1]}")
+    print(f"exact match     {scores.exact_match:.2%} of {scores.num_pairs:,} pairs, answered in {seconds:.1f} s")
+    if aligning.heads:
+        print(f"alignment       {aligning.score:.3f} (chance {aligning.chance:.3f}) by {aligning.describe()}")
+
+
 def _held_out(checkpoint: Checkpoint) -> tuple[Tokens, int]:
     """The held-out part of the text the checkpoint was trained on."""
     try:
@@ -203,6 +249,9 @@ def _held_out(checkpoint: Checkpoint) -> tuple[Tokens, int]:
         raise MinitfError(
             f"{checkpoint.directory} does not say which text it was trained on: give one with --file"
         ) from None
+    if data.kind == "pairs":  # as one stream: what a head is worth shows there too
+        pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer).val
+        return pairs.ids, int(pairs.completion_bytes.sum())
     text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer)
     return text.val, text.val_bytes
 
@@ -237,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
     p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
     p.add_argument("--max-tokens", type=int, help="evaluate on about so many tokens, evenly spread (default: all)")
+    p.add_argument("--max-pairs", type=int, help="answer so many held-out pairs, evenly spread (default: all)")
+    p.add_argument("--beam", type=int, default=1, help="answer pairs with a beam of this width (default: greedy)")
     p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the best there is")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument(
@@ -248,7 +299,13 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise RequestError(f"--max-tokens {args.max_tokens} must be at least 1")
+    if args.max_pairs is not None and args.max_pairs < 1:
+        raise RequestError(f"--max-pairs {args.max_pairs} must be at least 1")
     checkpoint = load_checkpoint(args.run, args.device)
+    if checkpoint.answers and not args.file and not args.heads:
+        print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
+        _say_answers(checkpoint, args, {"checkpoint": str(checkpoint.directory), "step": checkpoint.step})
+        return 0
     tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else _held_out(checkpoint)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
     source = {"checkpoint": str(checkpoint.directory), "step": checkpoint.step}

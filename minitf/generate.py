@@ -5,10 +5,12 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minitf.answer import AnswerOptions, answer, answer_file
 from minitf.checkpoint import load_checkpoint
 from minitf.decoding import ENGINES, Decoder
 from minitf.decoding.sampling import Sampling, sample
@@ -193,13 +195,26 @@ def read_text_argument(text: str | None, what: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="generate.py", description="Continue a text with a model you trained.")
-    p.add_argument("prompt", nargs="?", help="the text to continue; standard input when absent and not a terminal")
+    p = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Continue a text with a model you trained; one trained on pairs turns it into another.",
+    )
+    p.add_argument("prompt", nargs="?", help="the text; standard input when absent and not a terminal")
     p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
-    p.add_argument("--max-tokens", type=int, default=200, help="longest continuation in tokens (default 200)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    p.add_argument(
+        "--max-tokens", type=int, help="longest continuation in tokens (default 200; of an answer: what fits)"
+    )
+    p.add_argument("--temperature", type=float, help="0: always the likeliest token (default 0.8; for answers 0)")
     p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only")
     p.add_argument("--top-p", type=float, default=1.0, help="... from the likeliest that together reach probability p")
+    p.add_argument("--beam", type=int, help="answers: keep so many in sight and take the likeliest whole one")
+    p.add_argument(
+        "--length-penalty",
+        type=float,
+        help="... compared by log probability / length ** penalty (default 1); above 1 favours longer answers",
+    )
+    p.add_argument("--file", type=Path, metavar="IN", help="answers: one for each line of this file ...")
+    p.add_argument("--out", type=Path, metavar="OUT", help="... into this one, line by line; goes on where it stopped")
     p.add_argument(
         "--min-p", type=float, default=0.05, help="... from those at least p times as likely as the likeliest"
     )
@@ -214,7 +229,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def answer(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options, args: argparse.Namespace) -> None:
+def continue_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options, args: argparse.Namespace
+) -> None:
     """Print what was asked for on stdout."""
     if args.explain:
         print(explain(model, tokenizer, prompt, options))
@@ -234,28 +251,74 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.explain and (args.stop or args.num_samples != 1):
         raise RequestError("--explain shows one whole continuation: it takes neither --stop nor --num-samples")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    options = Options(args.max_tokens, args.seed, tuple(args.stop), sampling, args.engine)
-    prompt = None if args.interactive else read_text_argument(args.prompt, "prompt")
+    if (args.file is None) != (args.out is None):
+        raise RequestError("--file IN and --out OUT go together")
+    temperature = 0.8 if args.temperature is None else args.temperature
+    sampling = Sampling(temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    options = Options(
+        200 if args.max_tokens is None else args.max_tokens, args.seed, tuple(args.stop), sampling, args.engine
+    )
+    answering = _answer_options(args)
+    prompt = None if args.interactive or args.file else read_text_argument(args.prompt, "prompt")
     checkpoint = load_checkpoint(args.run, args.device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     context = model.config.context_length
     print(f"{checkpoint.directory}, context {context} tokens", file=sys.stderr)
+    if checkpoint.answers:
+        for name in ("explain", "stop"):
+            if getattr(args, name):
+                raise RequestError(f"--{name}: {checkpoint.directory} answers pairs and stops by itself; leave it out")
+    else:
+        for name in ("beam", "length_penalty", "file"):
+            if getattr(args, name) is not None:
+                option = name.replace("_", "-")
+                raise RequestError(
+                    f"--{option} is for models trained on pairs (data=pairs); {checkpoint.directory} is not"
+                )
+    if args.file:
+        print(answer_file(checkpoint, args.file, args.out, answering), file=sys.stderr)
+        return 0
+
+    def reply(text: str) -> None:
+        if checkpoint.answers:
+            for line in answer(model, tokenizer, [text] * args.num_samples, answering):
+                print(line)
+        else:
+            continue_text(model, tokenizer, text, options, args)
+
     if prompt is not None:
-        if len(tokenizer.encode(prompt)) + args.max_tokens > context:
+        if not checkpoint.answers and len(tokenizer.encode(prompt)) + options.max_tokens > context:
             note = f"the text grows past the context of {context} tokens: the model sees its last half to whole context"
             print(note, file=sys.stderr)
-        answer(model, tokenizer, prompt, options, args)
+        reply(prompt)
         return 0
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             return 0
+        if checkpoint.answers and not line.strip():
+            continue
         try:
-            answer(model, tokenizer, line.rstrip("\n"), options, args)
+            reply(line.rstrip("\n"))
         except RequestError as error:  # a prompt the tokenizer cannot encode ends this answer, not the session
             print(f"minitf: {error}", file=sys.stderr)
+
+
+def _answer_options(args: argparse.Namespace) -> AnswerOptions:
+    """What the command line asks of answers: the likeliest, unless a temperature is given."""
+    if args.num_samples < 1:
+        raise RequestError(f"--num-samples {args.num_samples} must be at least 1")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise RequestError(f"--max-tokens {args.max_tokens} must be at least 1")
+    return AnswerOptions(
+        max_tokens=args.max_tokens or 0,
+        beam=1 if args.beam is None else args.beam,
+        length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+        seed=args.seed,
+        sampling=Sampling(args.temperature or 0.0, args.top_k, args.top_p, args.min_p, args.repetition_penalty),
+        engine=args.engine,
+    )
 
 
 if __name__ == "__main__":

@@ -6,25 +6,40 @@ print(lm.generate("And the LORD said"))
 lm.attention("And the LORD said unto Moses")      # displays itself in a notebook
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitf.attention_maps import AttentionMaps, attention_maps
-from minitf.checkpoint import load_checkpoint
-from minitf.generate import Options, Sampling, generate_text, stream_text
+from minitf.answer import AnswerOptions, answer
+from minitf.attention_maps import AttentionMaps, maps_of_checkpoint
+from minitf.checkpoint import Checkpoint, load_checkpoint
+from minitf.decoding.sampling import Sampling
+from minitf.generate import Options, generate_text, stream_text
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model with its tokenizer, and the checkpoint directory both come from."""
+    """A loaded checkpoint and what can be done with it."""
 
-    model: Transformer
-    tokenizer: Tokenizer
-    directory: Path
-    step: int | None
+    checkpoint: Checkpoint
+
+    @property
+    def model(self) -> Transformer:
+        return self.checkpoint.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.checkpoint.tokenizer
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    @property
+    def step(self) -> int | None:
+        return self.checkpoint.step
 
     def generate(
         self,
@@ -46,16 +61,25 @@ class LanguageModel:
         texts = generate_text(self.model, self.tokenizer, prompt, options, num_samples)
         return texts[0] if num_samples == 1 else texts
 
+    def answer(self, source: str | Sequence[str], *, beam: int = 1, length_penalty: float = 1.0) -> str | list[str]:
+        """What a model trained on pairs turns `source` into; a list for a list."""
+        sources = [source] if isinstance(source, str) else list(source)
+        options = AnswerOptions(beam=beam, length_penalty=length_penalty)
+        answers = answer(self.model, self.tokenizer, sources, options)
+        return answers[0] if isinstance(source, str) else answers
+
     def stream(self, prompt: str, options: Options | None = None) -> Iterator[str]:
         """Pieces of the continuation as they are decided."""
         return stream_text(self.model, self.tokenizer, prompt, options or Options())
 
     def attention(self, text: str) -> AttentionMaps:
-        """What every head looks at in `text`; scores of previous token, first token and entropy are of this text."""
-        return attention_maps(self.model, self.tokenizer, text, step=self.step)
+        """What every head looks at in `text`; scores of previous token, first token and entropy are of this text.
+
+        Of a model trained on pairs: in `text` and its answer, or in "SOURCE => TARGET".
+        """
+        return maps_of_checkpoint(self.checkpoint, text)
 
 
 def load(run: str | Path = "latest", device: str = "auto") -> LanguageModel:
     """The model of a run directory, a checkpoint directory, or `latest`."""
-    checkpoint = load_checkpoint(run, device)
-    return LanguageModel(checkpoint.model, checkpoint.tokenizer, checkpoint.directory, checkpoint.step)
+    return LanguageModel(load_checkpoint(run, device))

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitf.attention import Attention, KeyValueCache, Linear, RMSNorm, causal_mask, joint_linear, packed_mask, rotary_table
+from minitf.attention import (
+    Attention,
+    KeyValueCache,
+    Linear,
+    RMSNorm,
+    causal_mask,
+    joint_linear,
+    packed_mask,
+    rotary_table,
+)
 from minitf.errors import RequestError
 from minitf.loss import chunk_loss, linear_cross_entropy
 
@@ -164,7 +173,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def take_over(self, other: "Transformer") -> None:
-        """The weights of `other`, of the same shape; tokens that it does not know, at the end, keep the weights here."""
+        """The weights of `other`, of the same shape; tokens at the end that it does not know keep theirs."""
         state = other.state_dict()
         for name, parameter in self.state_dict().items():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):

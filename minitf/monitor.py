@@ -30,9 +30,7 @@ SCALARS = {
         "tokens_per_s": "perf/tokens_per_second",
         "mfu": "perf/mfu",
     },
-    "val": {
-        name: f"val/{name}" for name in ("loss", "bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")
-    },
+    "val": {name: f"val/{name}" for name in ("loss", "bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")},
 }
 MAX_CURVE_POINTS = 500
 MAX_SHOWN = 120  # characters of a pair's side in a line
@@ -132,7 +130,11 @@ class Monitor:
     def answers(self, rows: Sequence[tuple[str, str, str]], step: int) -> None:
         """(source, answer, reference) of some pairs: a table for TensorBoard, the first of them here."""
         escaped = ([" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows)
-        table = ["| source | answer | reference |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in escaped)]
+        table = [
+            "| source | answer | reference |",
+            "|---|---|---|",
+            *("| " + " | ".join(row) + " |" for row in escaped),
+        ]
         self.tensorboard.add_text("samples", "\n".join(table), step)
         source, answer, _ = rows[0]
         heading = f"step {step:,}  {self._held_out()}"

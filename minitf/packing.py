@@ -44,6 +44,11 @@ class PairIds:
         """The ids of one pair and how many of them are the prompt's."""
         return self.ids[self.starts[index] : self.starts[index + 1]], int(self.prompt_lengths[index])
 
+    def texts(self, index: int, tokenizer: Tokenizer) -> tuple[str, str]:
+        """Source and target of one pair."""
+        ids, prompt_length = self.pair(index)
+        return tokenizer.decode(ids[1 : prompt_length - 1].tolist()), tokenizer.decode(ids[prompt_length:-1].tolist())
+
 
 @dataclass(frozen=True)
 class TokenizedPairs:
@@ -108,9 +113,7 @@ def _make_tokenizer(config: TokenizerConfig, pairs: Iterable[Pair]) -> Tokenizer
     return train_tokenizer(config, texts, val, for_pairs=True)
 
 
-def _write(
-    pairs: Iterable[Pair], tokenizer: Tokenizer, directory: Path, log: Callable[[str], None]
-) -> dict[str, Any]:
+def _write(pairs: Iterable[Pair], tokenizer: Tokenizer, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Write the files of a cache directory in one pass over the pairs; returns its meta data."""
     dtype = ids_dtype(tokenizer)
     counts = {"train": 0, "val": 0}
@@ -131,7 +134,12 @@ def _write(
                 ids = [p + completions[row] + [tokenizer.end_id] for p, row in zip(marked, rows, strict=True)]
                 flat = np.fromiter((id_ for pair_ids in ids for id_ in pair_ids), dtype=dtype)
                 sizes = [num_bytes_of(group[row].completion) for row in rows]
-                columns = {"ids": flat, "lengths": list(map(len, ids)), "prompts": list(map(len, marked)), "bytes": sizes}
+                columns = {
+                    "ids": flat,
+                    "lengths": list(map(len, ids)),
+                    "prompts": list(map(len, marked)),
+                    "bytes": sizes,
+                }
                 with writing_to(directory.parent):
                     for name, values in columns.items():
                         files[part, name].write(np.asarray(values, dtype=dtype if name == "ids" else np.int32).data)

@@ -50,7 +50,7 @@ class PairCorpus:
 
 
 def open_pairs(config: DataConfig) -> PairCorpus:
-    """The pairs that `config` describes. Raises RequestError or MinitfError, one line each, also while they are read."""
+    """The pairs that `config` describes. Raises RequestError or MinitfError, also while they are read."""
     if config.source == "kjv_to_web":
         return _verses(config)
     if config.source in EXERCISES:
@@ -84,13 +84,13 @@ def _exercise(config: DataConfig) -> PairCorpus:
 # What a row means
 
 
-class BadRow(Exception):
+class BadRowError(Exception):
     """A row that is no pair, and why."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How a row is read: `meaning` says it in words, `read` gives the prompt and the completion or raises BadRow."""
+    """How a row is read: `meaning` says it in words, `read` gives the prompt and the completion or raises BadRowError."""
 
     meaning: str
     read: Callable[[Mapping[str, Any]], tuple[str, str]]
@@ -125,11 +125,11 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if value is None:
-        raise BadRow(f"{name} is missing")
+        raise BadRowError(f"{name} is missing")
     if not isinstance(value, str):
-        raise BadRow(f"{name} holds {type(value).__name__}, not text")
+        raise BadRowError(f"{name} holds {type(value).__name__}, not text")
     if not value.strip():
-        raise BadRow(f"{name} is empty")
+        raise BadRowError(f"{name} is empty")
     return value.strip()
 
 
@@ -149,7 +149,7 @@ def _translation(languages: list[str]) -> Columns:
     def read(row: Mapping[str, Any]) -> tuple[str, str]:
         both = row.get("translation")
         if not isinstance(both, Mapping):
-            raise BadRow("translation is missing")
+            raise BadRowError("translation is missing")
         return _text(both, first), _text(both, second)
 
     return Columns(f"translation, {first} -> {second}", read)
@@ -161,12 +161,12 @@ def _chat(name: str) -> Columns:
     def read(row: Mapping[str, Any]) -> tuple[str, str]:
         turns = row.get(name)
         if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise BadRow(f"{name} is not a list of turns")
+            raise BadRowError(f"{name} is not a list of turns")
         texts = [_text(turn, "content" if "content" in turn else "value") for turn in turns]
         roles = [str(turn.get("role", turn.get("from"))) for turn in turns]
         answers = [index for index, role in enumerate(roles) if role in ("assistant", "gpt", "model", "bot")]
         if not answers or answers[-1] == 0:
-            raise BadRow(f"{name} has no question with an answer by the assistant")
+            raise BadRowError(f"{name} has no question with an answer by the assistant")
         return "\n".join(texts[: answers[-1]]), texts[answers[-1]]
 
     return Columns(f"{name}, earlier turns -> last answer", read)
@@ -183,7 +183,7 @@ def _files(config: DataConfig) -> PairCorpus:
     number, first = next(_rows(paths[0]), (0, None))
     if first is None:
         raise RequestError(f"{paths[0]}: no rows; name a file with pairs")
-    if isinstance(first, BadRow):
+    if isinstance(first, BadRowError):
         raise RequestError(f"{paths[0]}, row {number}: {first}")
     meaning = choose_columns(config, list(first), first, str(paths[0])).meaning
 
@@ -192,7 +192,7 @@ def _files(config: DataConfig) -> PairCorpus:
         for path in paths:
             columns: Columns | None = None
             for number, row in _rows(path):
-                if columns is None and not isinstance(row, BadRow):
+                if columns is None and not isinstance(row, BadRowError):
                     columns = choose_columns(config, list(row), row, str(path))
                 pair = _checked(config, corpus, columns, row, f"{path}, row {number}")
                 if pair is None:
@@ -207,21 +207,21 @@ def _files(config: DataConfig) -> PairCorpus:
 
 
 def _checked(
-    config: DataConfig, corpus: PairCorpus, columns: Columns | None, row: Mapping[str, Any] | BadRow, where: str
+    config: DataConfig, corpus: PairCorpus, columns: Columns | None, row: Mapping[str, Any] | BadRowError, where: str
 ) -> tuple[str, str] | None:
     """The row's pair; None where it is none and such rows are skipped."""
     try:
-        if isinstance(row, BadRow) or columns is None:
-            raise row if isinstance(row, BadRow) else BadRow("nothing in it")
+        if isinstance(row, BadRowError) or columns is None:
+            raise row if isinstance(row, BadRowError) else BadRowError("nothing in it")
         return columns.read(row)
-    except BadRow as reason:
+    except BadRowError as reason:
         if config.bad_rows == "skip":
             corpus.num_skipped += 1
             return None
         raise RequestError(f"{where}: {reason}; mend it, or leave such rows out with data.bad_rows=skip") from None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRowError]]:
     """Rows of one file with their numbers, from 1 (in CSV and TSV the line, the header being the first)."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -231,7 +231,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
     return _json(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
+def _lines(path: Path) -> Iterator[tuple[int, str | BadRowError]]:
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_LINE):
@@ -241,10 +241,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                yield number, BadRow(f"invalid UTF-8 at byte {error.start} of the line")
+                yield number, BadRowError(f"invalid UTF-8 at byte {error.start} of the line")
 
 
-def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRowError]]:
     """JSON lines, or one JSON array of objects."""
     with path.open("rb") as file:
         start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -253,29 +253,31 @@ def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{path}: not JSON: {error}") from None
-        yield from ((n, row if isinstance(row, dict) else BadRow("no object")) for n, row in enumerate(rows, start=1))
+        yield from (
+            (n, row if isinstance(row, dict) else BadRowError("no object")) for n, row in enumerate(rows, start=1)
+        )
         return
     for number, line in _lines(path):
-        if isinstance(line, BadRow):
+        if isinstance(line, BadRowError):
             yield number, line
         elif line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield number, BadRow(f"not JSON ({error})")
+                yield number, BadRowError(f"not JSON ({error})")
                 continue
-            yield number, row if isinstance(row, dict) else BadRow("no JSON object")
+            yield number, row if isinstance(row, dict) else BadRowError("no JSON object")
 
 
-def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRowError]]:
     def lines() -> Iterator[str]:
         for number, line in _lines(path):
-            if isinstance(line, BadRow):
+            if isinstance(line, BadRowError):
                 damaged[number] = line
                 line = "\n"  # keeps its place, and is an empty row
             yield line
 
-    damaged: dict[int, BadRow] = {}
+    damaged: dict[int, BadRowError] = {}
     csv.field_size_limit(LONGEST_LINE)
     # In TSV a quotation mark is a character like any other.
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
@@ -286,14 +288,14 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] 
             if reader.line_num in damaged:
                 yield reader.line_num, damaged[reader.line_num]
             elif len(values) > len(names):
-                yield reader.line_num, BadRow(f"{len(values)} columns, the header has {len(names)}")
+                yield reader.line_num, BadRowError(f"{len(values)} columns, the header has {len(names)}")
             elif values:
                 yield reader.line_num, dict(zip(names, values, strict=False))
     except csv.Error as error:
         raise RequestError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRowError]]:
     import pyarrow
     from pyarrow import parquet
 

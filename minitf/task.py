@@ -6,24 +6,23 @@ part is predicted, what to show of it. The trainer knows only tasks.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minitf.alignment import AligningHeads, find_aligning_heads
 from minitf.alignment import NUM_PAIRS as NUM_ALIGNED
+from minitf.alignment import AligningHeads, find_aligning_heads
 from minitf.answer import AnswerOptions, answer
 from minitf.answer_scores import score_answers
 from minitf.attention_maps import ARROW, GENERAL_PROBE, AttentionMaps, attention_maps, pair_maps
 from minitf.batches import Batches, BatchSource, TokenizedText, prepare
 from minitf.corpus import DataConfig, fingerprint
-from minitf.evaluate import HeldOut, evaluate, evaluate_pairs
-from minitf.errors import RequestError
-from minitf.generate import Options, generate_text
 from minitf.decoding.sampling import Sampling
+from minitf.errors import RequestError
+from minitf.evaluate import HeldOut, evaluate, evaluate_pairs
+from minitf.generate import Options, generate_text
 from minitf.heads import HeadScores
 from minitf.model import Transformer
 from minitf.packing import PairBatches, TokenizedPairs, fit, prepare_pairs
@@ -158,7 +157,9 @@ class PairsTask(Task):
         self._notes = [f"packed     {made.windows_per_epoch:,} contexts, {made.fill:.1%} full"]
         self._lengths, report = fit(self.pairs.val, context_length, self.data.long_pairs)
         self._notes += [
-            f"{name}{' ' * (11 - len(name))}{line}" for name, line in (("too long", made.report), ("held out", report)) if line
+            f"{name}{' ' * (11 - len(name))}{line}"
+            for name, line in (("too long", made.report), ("held out", report))
+            if line
         ]
         self._context_length = context_length
         return made
@@ -187,9 +188,7 @@ class PairsTask(Task):
 
     def texts(self, index: int) -> tuple[str, str]:
         """Source and target of a held-out pair."""
-        ids, prompt_length = self.pairs.val.pair(index)
-        decode = self.tokenizer.decode
-        return decode(ids[1 : prompt_length - 1].tolist()), decode(ids[prompt_length:-1].tolist())
+        return self.pairs.val.texts(index, self.tokenizer)
 
     def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
         if not num_answers:

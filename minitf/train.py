@@ -65,7 +65,7 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
 
 
 def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
-    """The task, its data prepared, and the model to train, new or from a checkpoint; with the latter's shape in the config."""
+    """The task with its data, and the model to train, new or from a checkpoint, whose shape goes into the config."""
     import torch
 
     from minitf.checkpoint import load_checkpoint

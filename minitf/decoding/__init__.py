@@ -53,7 +53,7 @@ class Decoder:
 
     @contextmanager
     def sparing_cores(self) -> Iterator[None]:
-        """PyTorch on one thread inside: its others, waiting for more to do, would hold the cores the native step needs."""
+        """PyTorch on one thread inside: its others, waiting for work, would hold the cores the native step needs."""
         num_threads = torch.get_num_threads()
         if self.engine == "native":
             torch.set_num_threads(1)
@@ -72,7 +72,7 @@ class Decoder:
 
     @torch.no_grad()
     def read_texts(self, texts: Sequence[Sequence[int]], copies: int = 1) -> Tensor:
-        """Next-token logits_BV after texts of ids of any lengths, each into `copies` rows of a cache that is emptied."""
+        """Next-token logits_BV after texts of ids of any lengths, each read into `copies` rows of an emptied cache."""
         longest = max(map(len, texts))
         ids_NT = torch.zeros(len(texts), longest, dtype=torch.long)
         for row, text in enumerate(texts):  # aligned at their ends: the next token of all goes to one position

@@ -71,9 +71,7 @@ class GraphStep:
             self._capture()
 
     def _run(self) -> Tensor:
-        return self.step(
-            self.model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1
-        )
+        return self.step(self.model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1)
 
     @torch.no_grad()
     def _capture(self) -> None:

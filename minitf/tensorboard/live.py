@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from minitf.attention_maps import AttentionMaps, attention_maps_of_ids
+from minitf.attention_maps import ARROW, AttentionMaps, attention_maps_of_ids, maps_of_checkpoint, pair_maps
 from minitf.checkpoint import Checkpoint, load_checkpoint
+from minitf.decoding.sampling import Sampling
 from minitf.errors import MinitfError
-from minitf.generate import Sampling, encode_prompt, generate
+from minitf.generate import encode_prompt, generate
 from minitf.heads import Head, head_scores, heads_off
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import RefusedError
@@ -106,6 +107,8 @@ class Live:
 
     def _run(self, question: Question) -> dict[str, Any]:
         checkpoint = self._checkpoint(question)
+        if checkpoint.answers:
+            return self._answer(checkpoint, question)
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
         prompt = encode_prompt(tokenizer, question.text)
         most = min(MAX_TOKENS, model.config.context_length)
@@ -118,12 +121,29 @@ class Live:
             ids = prompt + [int(next(steps).ids_B[0]) for _ in range(question.new_tokens)]
             scores = head_scores(model, torch.tensor([ids]))
             maps = attention_maps_of_ids(model, tokenizer, ids, question.text, checkpoint.step, 10, scores)
-        if not maps.weights_LHTS.isfinite().all():
-            raise RefusedError(422, "the model's numbers are not finite: its training diverged, take an earlier step")
-        reply = maps.to_viewer(exact=True) | {"prompt_length": len(prompt), "full": tokenizer.decode(ids)}
+        reply = _checked(maps).to_viewer(exact=True) | {"prompt_length": len(prompt), "full": tokenizer.decode(ids)}
         if question.heads_off:
             reply["before"] = _before(attention_maps_of_ids(model, tokenizer, ids, question.text, top_k=10))
         return reply
+
+    @staticmethod
+    def _answer(checkpoint: Checkpoint, question: Question) -> dict[str, Any]:
+        """A model trained on pairs answers the text, and what is shown is text and answer."""
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer
+        with heads_off(model, question.heads_off):
+            maps = maps_of_checkpoint(checkpoint, question.text)
+        source, _, target = maps.text.partition(ARROW)
+        reply = _checked(maps).to_viewer(exact=True)
+        reply |= {"text": question.text, "prompt_length": len(tokenizer.encode_prompt(source)), "full": maps.text}
+        if question.heads_off:
+            reply["before"] = _before(pair_maps(model, tokenizer, source, target, []))
+        return reply
+
+
+def _checked(maps: AttentionMaps) -> AttentionMaps:
+    if not maps.weights_LHTS.isfinite().all():
+        raise RefusedError(422, "the model's numbers are not finite: its training diverged, take an earlier step")
+    return maps
 
 
 def _before(whole: AttentionMaps) -> dict[str, Any]:

@@ -12,8 +12,9 @@ export function promptPanel({ t, ask }) {
   const temperature = make("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0.8 });
   const read = () => ask({ text: text.value, new_tokens: 0, seed: Math.floor(Math.random() * 1e6) });
   const more = (count) => ask({ text: text.value, add: count });
-  const row = make("div", { class: "prompt-row" }, button("prompt_run", "primary", read), button("prompt_next", "", () => more(1)), button("prompt_more", "", () => more(10)),
-    button("prompt_reset", "", () => ask({ new_tokens: 0 })), make("label", {}, t("prompt_temperature"), " ", temperature));
+  const onward = [button("prompt_next", "", () => more(1)), button("prompt_more", "", () => more(10)),
+    button("prompt_reset", "", () => ask({ new_tokens: 0 })), make("label", {}, t("prompt_temperature"), " ", temperature)];
+  const row = make("div", { class: "prompt-row" }, button("prompt_run", "primary", read), ...onward);
   const [status, off] = [make("p", { class: "status", role: "status" }), make("div", { class: "off-heads" })];
   const full = make("p", { class: "full" });
   const element = make("section", { class: "prompt" }, text, row, off, full, status);
@@ -22,7 +23,9 @@ export function promptPanel({ t, ask }) {
   });
   temperature.addEventListener("change", () => ask({ temperature: Number(temperature.value) }));
 
-  function update(live, message) {
+  /** `pair`: the model answers the text, and there is nothing to go on with. */
+  function update(live, message, pair) {
+    for (const one of onward) one.hidden = pair;
     if (document.activeElement !== text && text.value !== live.text) text.value = live.text;
     const generated = live.map?.prompt_length < live.map?.tokens.length;
     full.replaceChildren(...(generated ? [make("span", {}, live.map.full)] : []));
@@ -32,7 +35,7 @@ export function promptPanel({ t, ask }) {
       chip.addEventListener("click", () => ask({ off: live.off.filter(([l, h]) => l !== layer || h !== head) }));
       return chip;
     }), button("all_on", "link", () => ask({ off: [] }))] : []));
-    status.textContent = message || t("prompt_hint");
+    status.textContent = message || t(pair ? "prompt_pair" : "prompt_hint");
     status.classList.toggle("problem", Boolean(message));
   }
   return { element, update, focus: () => text.focus() };

@@ -6,6 +6,7 @@
 
 import { clamp, choices, make, rich } from "./dom.js";
 import { MAX_HEADS, headLook, paletteOf, readMap } from "./maps.js";
+import { alignmentView } from "./alignment.js";
 import { compareView } from "./compare.js";
 import { expectedView } from "./expected.js";
 import { growthView } from "./growth.js";
@@ -20,14 +21,14 @@ import { LANGUAGES, translator } from "./texts.js";
 import { timeline } from "./timeline.js";
 import { walkView } from "./walk.js";
 
-const VIEWS = { lines: linesView, matrix: matrixView, walk: walkView, expected: expectedView, growth: growthView, compare: compareView };
+const VIEWS = { alignment: alignmentView, lines: linesView, matrix: matrixView, walk: walkView, expected: expectedView, growth: growthView, compare: compareView };
 const OWN = "\u0000own"; // the choice of typing a sentence
 
 /** `theme` is { now(): "light" | "dark", onChange(listener), toggle? }. */
 export async function mountViewer(root, source, theme) {
   const state = {
     language: preferredLanguage(), run: null, sentence: null, look: null, heads: null, query: null, key: null, point: null,
-    hideFirst: false, measure: "weight", view: "lines", temperature: 1, walkKey: null, score: "", live: null, other: null,
+    hideFirst: false, measure: "weight", view: null, temperature: 1, walkKey: null, score: "", live: null, other: null,
   };
   const known = { runs: [], run: null, map: null, second: null, otherRun: null, error: "" };
   const [runCache, mapCache] = [new Map(), new Map()];
@@ -103,6 +104,8 @@ export async function mountViewer(root, source, theme) {
     state.query = state.query === null ? tellingQuery(map, state.heads[0]) : Math.min(state.query, map.size - 1); // Infinity: the last
     if (state.key !== null && state.key > state.query) state.key = null;
     state.point = null;
+    state.view ??= map.alignment ? "alignment" : "lines"; // source and target first, where the text is a pair
+    if (state.view === "alignment" && !map.alignment) state.view = "lines";
   }
 
   // -- the live model -----------------------------------------------------------------------------------------------
@@ -259,8 +262,9 @@ export async function mountViewer(root, source, theme) {
     ui.measure.update(state.measure);
     ui.measure.element.hidden = known.map !== null && !known.map.hasNorms;
     ui.tabs.update(state.view);
+    ui.tabs.element.firstChild.hidden = !known.map?.alignment;
     ui.promptBox.hidden = !state.live;
-    if (state.live) ui.prompt.update(state.live, known.error);
+    if (state.live) ui.prompt.update(state.live, known.error, Boolean(known.map?.alignment));
     ui.line.update(known.run.curves, looks().length ? looks() : [[null]], clamp(state.look, looks().length));
   }
 
