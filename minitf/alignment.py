@@ -42,7 +42,9 @@ class Units:
         words = [match.span() for match in WORD.finditer(text)]
         members_NT = torch.zeros(len(words), len(spans))
         number = 0
-        for token, (_, end) in enumerate(spans):
+        for token, (start, end) in enumerate(spans):
+            if text[start:end].isspace():
+                continue
             while number + 1 < len(words) and words[number + 1][0] < end:
                 number += 1
             if words and words[number][0] < end:

@@ -223,9 +223,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; to a GPU the copy goes on while it still computes."""
-        if device.type == "cuda":
-            return Batch(*(part if part is None else part.pin_memory().to(device, non_blocking=True) for part in self))
-        return self if device.type == "cpu" else Batch(*(part if part is None else part.to(device) for part in self))
+        if device.type == "cpu":
+            return self
+
+        def moved(part: torch.Tensor) -> torch.Tensor:
+            return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
+
+        rest = (None if part is None else moved(part) for part in self[2:])
+        return Batch(moved(self.inputs_BT), moved(self.targets_BT), *rest)
 
 
 class BatchSource(Protocol):

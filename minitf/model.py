@@ -233,14 +233,15 @@ class Transformer(nn.Module):
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.context_length}")
         explicit = self.explicit_attention or weights is not None or (start > 0 and T > 1)
+        mask: Tensor | None = None
         if cache is not None and cache.starts_B is not None:
             positions_S = torch.arange(start + T, device=self.device)
             segments_BS = (positions_S >= cache.starts_B[:, None]).int()
             mask = packed_mask(segments_BS[:, start:], segments_BS, self.compute_dtype if explicit else torch.bool)
         elif segments_BT is not None:
             mask = packed_mask(segments_BT, segments_BT, self.compute_dtype if explicit else torch.bool)
-        else:
-            mask = causal_mask(T, start + T, self.device, self.compute_dtype) if explicit else None
+        elif explicit:
+            mask = causal_mask(T, start + T, self.device, self.compute_dtype)
         rotary_2TK = self.rotary[:, start : start + T].to(self.compute_dtype)
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
         for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]

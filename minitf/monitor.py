@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from minitf.alignment import AligningHeads
 from minitf.hardware import Hardware, describe_processor
 from minitf.tensorboard.summary import attention_summary, picture_summary
 from minitf.viewer import viewer_page
@@ -31,6 +32,7 @@ SCALARS = {
         "mfu": "perf/mfu",
     },
     "val": {name: f"val/{name}" for name in ("loss", "bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")},
+    "alignment": {"score": "alignment/score", "chance": "alignment/chance"},
 }
 MAX_CURVE_POINTS = 500
 MAX_SHOWN = 120  # characters of a pair's side in a line
@@ -111,9 +113,11 @@ class Monitor:
             left_s = (self.num_steps - row["step"]) * row["train_s"] / row["step"]
             self.say(f"step {row['step']:,}/{self.num_steps:,}  {numbers}  {left_s:.0f} s left")
 
-    def row(self, split: str, row: dict[str, Any]) -> None:
-        """A row of other numbers for metrics.jsonl."""
-        self._record(split, row)
+    def alignment(self, aligning: AligningHeads, step: int) -> None:
+        """How well the heads that align source and target do so."""
+        heads = [list(head) for head in aligning.heads]
+        row = {"score": round(aligning.score, 4), "chance": round(aligning.chance, 4), "heads": heads}
+        self._record("alignment", {"step": step, **row})
 
     def val_row(self, row: dict[str, Any]) -> None:
         """Held-out numbers of one evaluation."""
@@ -208,7 +212,7 @@ class Monitor:
     def _record(self, split: str, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"step": row["step"], "split": split, **row}) + "\n")
         self.metrics.flush()
-        self.scalars({tag: row[key] for key, tag in SCALARS.get(split, {}).items() if key in row}, row["step"])
+        self.scalars({tag: row[key] for key, tag in SCALARS[split].items() if key in row}, row["step"])
 
     def _add(self, summary: Any, step: int) -> None:
         self.tensorboard._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]

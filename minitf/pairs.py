@@ -90,7 +90,7 @@ class BadRowError(Exception):
 
 @dataclass(frozen=True)
 class Columns:
-    """How a row is read: `meaning` says it in words, `read` gives the prompt and the completion or raises BadRowError."""
+    """How a row is read: `meaning` in words; `read` gives the prompt and the completion or raises BadRowError."""
 
     meaning: str
     read: Callable[[Mapping[str, Any]], tuple[str, str]]
@@ -280,8 +280,8 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] 
     damaged: dict[int, BadRowError] = {}
     csv.field_size_limit(LONGEST_LINE)
     # In TSV a quotation mark is a character like any other.
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=False)
+    plain = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {}
+    reader = csv.reader(lines(), delimiter=delimiter, **plain)  # type: ignore[arg-type]
     try:
         names = next(reader, [])
         for values in reader:

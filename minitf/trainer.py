@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from minitf.alignment import AligningHeads
 from minitf.attention_maps import AttentionConfig
 from minitf.attention_picture import alignment_picture, attention_picture
 from minitf.batches import BatchSource
@@ -28,7 +29,8 @@ from minitf.training_step import TrainingStep
 
 DEFAULT_MINUTES = 3.0
 # Rows logged, evaluations and looks at attention in a run, unless set in steps.
-TRAIN_ROWS, EVALUATIONS, LOOKS = 200, 8, 10
+TRAIN_ROWS, EVALUATIONS, LOOKS, ALIGNMENTS = 200, 8, 10, 40
+ALIGNED = 0.8  # an alignment score from which on it is there
 NUM_SHOWN = 16  # answers in TensorBoard's table of samples
 
 
@@ -75,6 +77,7 @@ class Schedule:
     evaluate: int
     save: int
     look: int
+    align: int
 
     @classmethod
     def of(cls, config: TrainerConfig, num_steps: int) -> "Schedule":
@@ -87,6 +90,7 @@ class Schedule:
             evaluate=evaluate,
             save=config.save_every or evaluate,
             look=config.attention_every or every(LOOKS),
+            align=every(ALIGNMENTS),
         )
 
 
@@ -115,6 +119,7 @@ class Trainer:
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None
         self.scores: HeadScores | None = None
+        self.aligned = task.data.kind != "pairs"  # nothing (more) to look for between the looks
         self.interrupted = False
         self.is_best = False  # whether the weights at hand are the best so far, and unsaved
         self.evaluated_step = -1
@@ -174,6 +179,8 @@ class Trainer:
                 self.train_one_step()
                 if state.step % self.schedule.log == 0 or state.step == state.num_steps:
                     self.log()
+                if not self.aligned and self.config.attention_every >= 0 and state.step % self.schedule.align == 0:
+                    self._align_meanwhile()
         self.monitor.stop()
 
     def train_one_step(self) -> None:
@@ -305,12 +312,7 @@ class Trainer:
                 for head, score in enumerate(score_H)
             }
             self.monitor.scalars(values, state.step)
-        aligning = task.align(model)
-        if aligning is not None and aligning.heads:
-            state.aligning_heads = [list(head) for head in aligning.heads]
-            scored = {"alignment/score": aligning.score, "alignment/chance": aligning.chance}
-            self.monitor.scalars(scored, state.step)
-            self.monitor.row("alignment", {"step": state.step, "score": aligning.score, "heads": state.aligning_heads})
+        aligning = self.align()
         for probe in task.probes(self.attention.probes):
             try:
                 maps = task.look(model, probe, state.step, self.scores, aligning)
@@ -321,6 +323,22 @@ class Trainer:
             if maps.alignment is not None:
                 picture = alignment_picture(maps.alignment, state.step)
                 self.monitor.picture(f"alignment/{probe}", picture, state.step)
+        self._settle()
+
+    def align(self) -> AligningHeads | None:
+        """Find and log the heads that align source and target, if there are any."""
+        aligning = self.task.align(self.model)
+        if aligning is None or not aligning.heads:
+            return None
+        self.state.aligning_heads = [list(head) for head in aligning.heads]
+        self.monitor.alignment(aligning, self.state.step)
+        self.aligned = aligning.score > ALIGNED
+        return aligning
+
+    def _align_meanwhile(self) -> None:
+        """Between the looks, as long as no alignment is there: one wants to see when it comes."""
+        self._settle()
+        self.align()
         self._settle()
 
     def _say_once(self, line: str) -> None:
@@ -350,11 +368,11 @@ class Trainer:
         """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""
         batch = self.batches.batch(self.state.step * self.config.grad_accumulation).to(self.hardware.device)
         rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
-        inputs_BT, targets_BT, segments_BT, _ = (None if part is None else part[rows] for part in batch)
+        segments_BT = None if batch.segments_BT is None else batch.segments_BT[rows]
         self.model.eval()
         with torch.no_grad():  # asking for the weights leads past the compiled blocks, which know no evaluation
-            x_BTD = self.model.hidden(inputs_BT, weights=[], segments_BT=segments_BT)
-            loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, targets_BT)
+            x_BTD = self.model.hidden(batch.inputs_BT[rows], weights=[], segments_BT=segments_BT)
+            loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, batch.targets_BT[rows])
         self.model.train()
         self._check_finite(float(loss))
 

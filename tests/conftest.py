@@ -115,3 +115,24 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Pa
     probes = 'attention.probes=["The cat sat on the mat.","Sir, go = on"]'
     assert train_here(*tiny, *changes, probes, f"run_dir={run}") == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def copying_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on pairs that has learned to copy a few letters; not to be changed."""
+    root = tmp_path_factory.mktemp("copying")
+    choose = random.Random(0)
+    texts = sorted({"".join(choose.choices("abcd", k=choose.randint(1, 8))) for _ in range(3000)})
+    choose.shuffle(texts)
+    file = root / "copies.jsonl"
+    file.write_text("".join(f'{{"prompt": "{text}", "completion": "{text}"}}\n' for text in texts), encoding="utf-8")
+    run = root / "runs" / "copying" / "one"
+    arguments = [
+        "data=pairs", f"data.files=[{file}]", "tokenizer=char",
+        *(f"model.{key}={value}" for key, value in SHAPE.items()),
+        "trainer.batch_size=32", "trainer.max_steps=300", "trainer.eval_every=100", "trainer.attention_every=100",
+        "trainer.eval_answers=32", "trainer.device=cpu", "trainer.precision=fp32", "trainer.compile=false",
+        f"run_dir={run}",
+    ]  # fmt: skip
+    assert train_here(*arguments) == 0
+    return run

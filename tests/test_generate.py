@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from minitf.decoding.sampling import Sampling, sample
 from minitf.errors import RequestError, run_command
-from minitf.generate import Options, Sampling, explain, generate, generate_text, main, sample, stream_text
+from minitf.generate import Options, explain, generate, generate_text, main, stream_text
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 

@@ -10,8 +10,9 @@ import torch
 from conftest import randomise
 
 from minitf.checkpoint import load_checkpoint, save_checkpoint
+from minitf.decoding.sampling import Sampling
 from minitf.errors import MinitfError
-from minitf.generate import Sampling, generate
+from minitf.generate import generate
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 

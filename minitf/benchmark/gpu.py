@@ -112,7 +112,8 @@ def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_token
 
     import torch
 
-    from minitf.generate import Sampling, generate
+    from minitf.decoding.sampling import Sampling
+    from minitf.generate import generate
     from minitf.hardware import choose_hardware
     from minitf.model import ModelConfig, Transformer
 

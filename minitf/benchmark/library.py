@@ -214,7 +214,8 @@ def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int,
     from itertools import islice
 
     import minitf
-    from minitf.generate import Sampling, generate
+    from minitf.decoding.sampling import Sampling
+    from minitf.generate import generate
 
     lm = minitf.load(checkpoint)
 
