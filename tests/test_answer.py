@@ -1,5 +1,6 @@
 """Sources to answers: the same alone and in a batch, by every engine; beams against all there is; files to the line."""
 
+import io
 import itertools
 import json
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train_here
 
 from minitf import answer as answer_module
 from minitf.answer import AnswerOptions, answer, answer_file, answer_ids
@@ -15,6 +17,8 @@ from minitf.decoding import Decoder
 from minitf.decoding.beam import beam_search
 from minitf.decoding.sampling import Sampling
 from minitf.errors import RequestError
+from minitf.evaluate import main as evaluate_main
+from minitf.generate import main as generate_main
 from minitf.model import Transformer
 
 Make = Callable[..., Transformer]
@@ -164,3 +168,80 @@ def test_a_file_goes_on_where_it_stopped(
     answer_file(checkpoint, source, target, AnswerOptions())
     assert asked[-1] == 28
     assert target.read_text() == whole
+
+
+# The commands
+
+
+def test_generate_answers_and_stops(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--run", str(copying_run)]
+    assert generate_main(["dab", *run]) == 0
+    assert capsys.readouterr().out == "dab\n"
+    assert generate_main(["dab", *run, "--beam", "3", "--length-penalty", "0.5"]) == 0
+    assert capsys.readouterr().out == "dab\n"
+    assert generate_main(["dab", *run, "--num-samples", "2", "--temperature", "0.01", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == "dab\ndab\n"
+
+
+def test_generate_talks_and_takes_files(
+    copying_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nxyz\ncc\n"))
+    assert generate_main(["--interactive", "--run", str(copying_run)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "ab\ncc\n"
+    assert "'x' (U+0078) at character 0 of the text is not in the vocabulary" in captured.err
+    (tmp_path / "in.txt").write_text("bad\nabba\n")
+    arguments = ["--file", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out.txt")]
+    assert generate_main([*arguments, "--run", str(copying_run)]) == 0
+    assert (tmp_path / "out.txt").read_text() == "bad\nabba\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pairs", "message"),
+    [
+        (["x", "--beam", "2"], False, "--beam is for models trained on pairs"),
+        (["--file", "a", "--out", "b"], False, "--file is for models trained on pairs"),
+        (["ab", "--explain"], True, "--explain: .* answers pairs and stops by itself"),
+        (["--file", "a"], True, "--file IN and --out OUT go together"),
+        (["--file", "not there", "--out", "b"], True, "--file not there: no such file"),
+    ],
+)
+def test_generate_refuses_what_does_not_fit(
+    copying_run: Path, trained_run: Path, arguments: list[str], pairs: bool, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        generate_main([*arguments, "--run", str(copying_run if pairs else trained_run)])
+
+
+def test_evaluate_scores_all_held_out_answers(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_main(["--run", str(copying_run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    held_out = len((copying_run.parents[2] / "copies.jsonl").read_text().splitlines()) // 10
+    assert found["num_pairs"] == held_out
+    assert found["exact_match"] > 0.95
+    assert found["copy_chrf"] == pytest.approx(100)
+    assert found["alignment"]["score"] > 0.9
+    assert evaluate_main(["--run", str(copying_run), "--max-pairs", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "version:" in printed
+    assert "of 20 pairs" in printed
+
+
+def test_pairs_are_learned_from_a_run_on_text(trained_run: Path, workdir: Path) -> None:
+    (workdir / "pairs.jsonl").write_text('{"source": "The cat", "target": "sat"}\n' * 40, encoding="utf-8")
+    arguments = ["data=pairs", "data.files=[pairs.jsonl]", f"init_from={trained_run}", "trainer.batch_size=2"]
+    small = ["trainer.max_steps=3", "trainer.eval_answers=2", "trainer.compile=false", "run_dir=run"]
+    assert train_here(*arguments, *small) == 0
+    before, after = load_checkpoint(trained_run), load_checkpoint("run")
+    assert after.answers
+    assert not before.answers
+    assert after.tokenizer.vocab_size == before.tokenizer.vocab_size + 2
+    assert after.model.config == before.model.config
+    known = before.tokenizer.vocab_size
+    old, new = (c.model.model.embed_tokens.weight.detach() for c in (before, after))  # type: ignore[union-attr]
+    assert (old - new[:known]).abs().max() < 0.1
+    # It goes on, and from it another run begins.
+    assert train_here("resume=run", "trainer.max_steps=5") == 0
+    assert train_here(*arguments[:2], "init_from=run", *small[:3], "run_dir=next") == 0
+    assert load_checkpoint("next").tokenizer.vocab_size == after.tokenizer.vocab_size

@@ -22,6 +22,7 @@ OTHERS = (
 )  # fmt: skip
 # What makes any training tiny; settings of these in the README are checked for being valid, and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
+ANSWERS = re.compile(r"--beam|--file|Thou shalt")  # commands of the README about a run on pairs
 PLACEHOLDER = re.compile(r"\bRUN\b|\bruns/(?!tiny/)[\w.…*-]+/[\w.…-]+")
 
 
@@ -64,9 +65,21 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def pairs_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """The same on pairs."""
+    root = tmp_path_factory.mktemp("readme_pairs")
+    (root / "pairs.jsonl").write_text('{"prompt": "The cat", "completion": "sat"}\n' * 40, encoding="utf-8")
+    own = [word for word in tiny if not word.startswith("data")]
+    changes = ["model.context_length=128", "trainer.max_steps=2", f"run_dir={root / 'run'}"]
+    assert train_here("data=pairs", f"data.files=[{root / 'pairs.jsonl'}]", *own, *changes) == 0
+    return root / "run"
+
+
 @pytest.fixture
-def place(workdir: Path, run: Path) -> Path:
-    """A checkout of sorts: the scripts, and a trained run that `latest` means."""
+def place(workdir: Path, pairs_run: Path, run: Path) -> Path:
+    """A checkout of sorts: the scripts, a run on pairs, and a newer one on text that `latest` means."""
+    shutil.copytree(pairs_run, workdir / "runs/tiny/pairs", symlinks=True)
     shutil.copytree(run, workdir / "runs/tiny/one", symlinks=True)
     (workdir / "scripts").symlink_to(ROOT / "scripts")
     return workdir
@@ -75,6 +88,9 @@ def place(workdir: Path, run: Path) -> Path:
 def adapt(text: str, place: Path) -> str:
     """The same with the tiny run for the README's, and with the text files it names in place."""
     text = PLACEHOLDER.sub(lambda found: found[0] if found[0] == "runs" else "runs/tiny/one", text)
+    text = text.replace("init_from=runs/reader", "init_from=runs/tiny/one")
+    if ANSWERS.search(text):
+        text += " --run runs/tiny/pairs"
     for name in re.findall(r"[\w./-]+\.(?:txt|md)\b", text):
         if not (place / name).exists() and not name.startswith(("/", "..")):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
