@@ -78,7 +78,9 @@ def test_a_notebook_shows_the_page_in_a_sandbox() -> None:
 def checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(num_layers=2, hidden_size=16, num_heads=2, context_length=12), 8).eval()
-    loaded = SimpleNamespace(model=model, tokenizer=WordTokenizer(), step=5, directory=tmp_path / "step_00000005")
+    loaded = SimpleNamespace(
+        model=model, tokenizer=WordTokenizer(), step=5, answers=False, directory=tmp_path / "step_00000005"
+    )
     monkeypatch.setattr(page_module, "load_checkpoint", lambda run: loaded)
     monkeypatch.chdir(tmp_path)
     return loaded

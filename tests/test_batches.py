@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitf import batches, books, corpus
+from minitf import batches, books, corpus, prepared
 from minitf.batches import IGNORED, Batches, TokenizedText, held_out_batches, prepare
 from minitf.corpus import DataConfig
 from minitf.errors import MinitfError, RequestError
@@ -118,14 +118,14 @@ def test_the_second_start_only_opens_files(tmp_path: Path) -> None:
 def test_settings_that_change_the_ids_change_the_directory(tmp_path: Path) -> None:
     data = text_config(tmp_path, sample_text(3000))
     keys = [
-        batches._key(data, BYTE, None),
-        batches._key(data, TokenizerConfig(vocab_size=300), None),
-        batches._key(data, TokenizerConfig(vocab_size=301), None),
-        batches._key(text_config(tmp_path, sample_text(3001)), BYTE, None),
-        batches._key(text_config(tmp_path, sample_text(3000), val_fraction=0.2), BYTE, None),
+        batches.cache_key(data, BYTE, None),
+        batches.cache_key(data, TokenizerConfig(vocab_size=300), None),
+        batches.cache_key(data, TokenizerConfig(vocab_size=301), None),
+        batches.cache_key(text_config(tmp_path, sample_text(3001)), BYTE, None),
+        batches.cache_key(text_config(tmp_path, sample_text(3000), val_fraction=0.2), BYTE, None),
     ]
     assert len(set(keys)) == len(keys)
-    assert keys[0] == batches._key(
+    assert keys[0] == batches.cache_key(
         text_config(tmp_path, sample_text(3000)), TokenizerConfig(kind="byte", vocab_size=9), None
     )
 
@@ -148,7 +148,7 @@ def test_two_processes_at_once_end_with_one_directory(tmp_path: Path) -> None:
 
 def test_the_second_of_two_uses_what_the_first_made(tmp_path: Path) -> None:
     found = prepare(text_config(tmp_path, sample_text(2000)), BYTE, log=quiet)
-    copy = batches._temporary_name(found.directory)
+    copy = prepared._temporary_name(found.directory)
     shutil.copytree(found.directory, copy)
     before = found.directory.stat().st_ino
     assert batches._publish(copy, found.directory).directory.stat().st_ino == before
@@ -196,7 +196,7 @@ def test_leavings_of_killed_runs_are_removed_once_old_and_nothing_else(tmp_path:
     for name in names.values():
         (cache / name).mkdir(parents=True)
         (cache / name / "train.bin").touch()
-    past = time.time() - 2 * batches.STALE_S
+    past = time.time() - 2 * prepared.STALE_S
     for name in (names["old"], names["foreign"]):
         os.utime(cache / name / "train.bin", (past, past))
         os.utime(cache / name, (past, past))
@@ -218,7 +218,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     rows = [{"text": "some text" * 10_000, "end": True}]
     tokenizer = prepare(text_config(tmp_path, sample_text(2000)), BYTE, log=quiet).tokenizer
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(MinitfError, match="No space left"):
-        batches._write_ids(rows, False, tokenizer, full, np.dtype("uint16"), batches._Progress(quiet))  # type: ignore[arg-type]
+        batches._write_ids(rows, False, tokenizer, full, np.dtype("uint16"), prepared.Progress(quiet))  # type: ignore[arg-type]
 
 
 def test_text_without_a_held_out_part_is_one_line(tmp_path: Path) -> None:
@@ -230,11 +230,11 @@ def test_text_without_a_held_out_part_is_one_line(tmp_path: Path) -> None:
 
 def test_bpe_is_trained_on_a_sample_from_everywhere() -> None:
     texts = [f"{i:03}" + "x" * 97 for i in range(1000)]
-    sample = batches._sample(texts, 20_000)
+    sample = batches.evenly_sampled(texts, 20_000)
     assert 100 <= len(sample) <= 200
     indices = [int(text[:3]) for text in sample]
     assert len({b - a for a, b in itertools.pairwise(indices)}) == 1
-    assert batches._sample(texts, 10**9) == texts
+    assert batches.evenly_sampled(texts, 10**9) == texts
     assert list(batches._first(texts, 20_000)) == texts[:200]
 
 
@@ -272,7 +272,7 @@ def test_targets_are_inputs_shifted_and_windows_come_from_the_text(
     tokens = np.arange(num_tokens, dtype=np.uint16)
     train = Batches(tokens, length, batch_size, seed=0)
     for index in range(50):
-        inputs_BT, targets_BT = train.batch(index)
+        inputs_BT, targets_BT, *_ = train.batch(index)
         assert inputs_BT.shape == targets_BT.shape == (batch_size, length)
         assert inputs_BT.dtype == targets_BT.dtype == torch.int64
         assert inputs_BT.is_contiguous()
@@ -313,7 +313,7 @@ def test_a_batch_depends_on_nothing_but_seed_and_index() -> None:
     in_order = [one.batch(index) for index in range(100)]
     other = Batches(tokens, 32, 6, seed=1)
     for index in random.Random(0).sample(range(100), 100):
-        assert all(torch.equal(a, b) for a, b in zip(other.batch(index), in_order[index], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(other.batch(index)[:2], in_order[index][:2], strict=True))
     assert not torch.equal(Batches(tokens, 32, 6, seed=2).batch(0)[0], in_order[0][0])
     assert Batches(tokens, 32, 6, seed=-1).batch(0)[0].shape == (6, 32)
 
@@ -321,7 +321,7 @@ def test_a_batch_depends_on_nothing_but_seed_and_index() -> None:
 def test_text_shorter_than_a_context_is_refused() -> None:
     with pytest.raises(RequestError, match=r"has 128 tokens.*need 129.*model\.context_length"):
         Batches(np.zeros(128, dtype=np.uint16), 128, 4, seed=0)
-    inputs_BT, targets_BT = Batches(np.arange(129, dtype=np.uint16), 128, 2, seed=0).batch(0)
+    inputs_BT, targets_BT, *_ = Batches(np.arange(129, dtype=np.uint16), 128, 2, seed=0).batch(0)
     assert inputs_BT[0].tolist() == list(range(128))
     assert targets_BT[1, -1] == 128
 
@@ -333,7 +333,7 @@ def test_text_shorter_than_a_context_is_refused() -> None:
 def test_held_out_covers_every_target_once(num_tokens: int) -> None:
     tokens = np.arange(num_tokens, dtype=np.uint16)
     targets: list[int] = []
-    for inputs_BT, targets_BT in held_out_batches(tokens, 16, batch_size=5):
+    for inputs_BT, targets_BT, *_ in held_out_batches(tokens, 16, batch_size=5):
         assert inputs_BT.shape == targets_BT.shape
         assert inputs_BT.shape[0] <= 5
         counted = targets_BT != IGNORED
@@ -345,17 +345,17 @@ def test_held_out_covers_every_target_once(num_tokens: int) -> None:
 def test_held_out_cap_takes_evenly_spread_windows() -> None:
     tokens = np.arange(16 * 100 + 1, dtype=np.uint16)
     found = list(held_out_batches(tokens, 16, batch_size=4, max_tokens=16 * 10 + 3))
-    starts = torch.cat([inputs_BT[:, 0] for inputs_BT, _ in found]).tolist()
+    starts = torch.cat([inputs_BT[:, 0] for inputs_BT, *_ in found]).tolist()
     assert starts == [i * 160 for i in range(10)]
     assert len(list(held_out_batches(tokens, 16, 4, max_tokens=10**9))) == 25
-    assert sum(len(inputs_BT) for inputs_BT, _ in held_out_batches(tokens, 16, 4, max_tokens=1)) == 1
+    assert sum(len(inputs_BT) for inputs_BT, *_ in held_out_batches(tokens, 16, 4, max_tokens=1)) == 1
     with pytest.raises(RequestError, match="too few"):
         list(held_out_batches(tokens[:1], 16, 4))
 
 
 def test_prepared_text_feeds_batches(tmp_path: Path) -> None:
     found: TokenizedText = prepare(text_config(tmp_path, sample_text(5000)), BYTE, log=quiet)
-    inputs_BT, targets_BT = Batches(found.train, 32, 4, seed=0).batch(0)
+    inputs_BT, targets_BT, *_ = Batches(found.train, 32, 4, seed=0).batch(0)
     text = bytes(found.train.tolist())
     for inputs_T, targets_T in zip(inputs_BT.tolist(), targets_BT.tolist(), strict=True):
         assert bytes([*inputs_T, targets_T[-1]]) in text
