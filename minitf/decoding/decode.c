@@ -34,29 +34,6 @@ static float sum(Vector v) {
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
-/* Two vectors' lanes, chosen by number, those of b counted from 16. */
-#if defined(__clang__)
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
-#endif
-
-/* Lane i of the result is the sum of v[i]: sixteen sums at once, in 15 additions instead of 16 times 7. */
-static Vector sums_of_16(Vector *v) {
-    for (int i = 0; i < 8; i++)
-        v[i] = PICK(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-               + PICK(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; i++)
-        v[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-               + PICK(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int i = 0; i < 2; i++)
-        v[i] = PICK(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-               + PICK(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return PICK(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-           + PICK(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
 /* y[r][n] = sum_d x[r][d] weight[n][d] for R rows and N outputs at once: each loaded value is used R or N times. */
 #define TILE(R, N)                                                                                        \
     static void tile_##R##_##N(float *y, int64_t y_stride, const float *x, const float *w, int64_t D) {   \
@@ -69,11 +46,6 @@ static Vector sums_of_16(Vector *v) {
                 for (int r = 0; r < R; r++)                                                               \
                     sums[r][n] += *(const Vector *)(x + r * D + d) * *(const Vector *)(w + n * D + d);    \
             }                                                                                             \
-        if (R * N == 16 && d == D) {                                                                      \
-            Vector totals = sums_of_16(&sums[0][0]);                                                      \
-            for (int r = 0; r < R; r++) memcpy(y + r * y_stride, (float *)&totals + r * N, N * sizeof *y); \
-            return;                                                                                       \
-        }                                                                                                 \
         for (int r = 0; r < R; r++)                                                                       \
             for (int n = 0; n < N; n++) {                                                                 \
                 float total = sum(sums[r][n]);                                                            \
