@@ -34,7 +34,7 @@ class Config:
     seed: int = 0  # of all that is random: first weights, order of the text, dropout
     run_dir: str | None = None  # the run's directory, instead of runs/NAME/DATE_TIME
     resume: str | None = None  # go on with this run (or latest) in its own directory, with its own config
-    init_from: str | None = None  # start from the weights, shape and tokenizer of this run or checkpoint
+    init_from: str | None = None  # start from the weights, shape, tokenizer of a run, checkpoint, hub model OWNER/NAME
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     model: ModelConfig = MISSING

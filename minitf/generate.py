@@ -91,8 +91,11 @@ def generate(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids; an empty prompt becomes the end-of-text token, after which a document begins."""
-    return tokenizer.encode(prompt) or [tokenizer.end_id]
+    """The prompt's ids; an empty prompt becomes the end-of-text token, after which a document begins.
+
+    A pretrained model's start token goes before them.
+    """
+    return [*tokenizer.start_ids, *tokenizer.encode(prompt)] or [tokenizer.end_id]
 
 
 def _held_back(text: str, stop: tuple[str, ...]) -> int:

@@ -63,9 +63,9 @@ def settings(section: str) -> Iterator[Setting]:
         line = lines[(node.end_lineno or node.lineno) - 1]
         comment = line[node.end_col_offset or 0 :].partition("#")[2].strip()
         value = ast.unparse(node.value) if node.value else ""
-        default = {"None": "null", "True": "true", "False": "false", "field(default_factory=list)": "[]"}.get(
-            value, value
-        )
+        written = {"None": "null", "True": "true", "False": "false"}
+        written |= {"field(default_factory=list)": "[]", "field(default_factory=dict)": "{}"}
+        default = written.get(value, value)
         if default.startswith("field(default_factory=lambda: "):
             default = default.removeprefix("field(default_factory=lambda: ").removesuffix(")")
         key = f"{section}.{node.target.id}" if section else node.target.id

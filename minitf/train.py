@@ -76,11 +76,15 @@ def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", 
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
-        shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
+        context = min(config.model.context_length, loaded.model.config.context_length)
+        shape = replace(
+            loaded.model.config, attention=config.model.attention, dropout=config.model.dropout, context_length=context
+        )
         own = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
         config = replace(config, model=shape, tokenizer=own)
     torch.manual_seed(config.seed)
-    model = Transformer(config.model, task.tokenizer.vocab_size)
+    # A pretrained model may have room for more tokens than its tokenizer has.
+    model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
     return config, task, model
@@ -235,6 +239,13 @@ def resume(run: str, overrides: Sequence[str]) -> None:
     train(config, run_dir, checkpoint)
 
 
+def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":
+    """With `init_from` the context is that of the model, unless a shorter one is asked for."""
+    if not config.init_from or any(override.startswith("model.context_length=") for override in overrides):
+        return config
+    return replace(config, model=replace(config.model, context_length=1 << 30))
+
+
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info",
     "--hydra-help", "--version", "-sc", "--shell-completion",
@@ -252,6 +263,7 @@ def _sweep(args: list[str]) -> int:
 
     def one_run(composed: Any) -> None:
         config = to_config(composed, HydraConfig.get().runtime.choices)
+        config = _whole_context(config, HydraConfig.get().overrides.task)
         sweep_dir = Path(HydraConfig.get().sweep.dir)
         label = re.sub(r"[^\w.+-]+", "_", f"{HydraConfig.get().job.num}_{HydraConfig.get().job.override_dirname}")
         run_dir = sweep_dir / label.rstrip("_")[:100]
@@ -295,10 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if resumed and resumed[-1] not in ("", "null"):
         resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")])
     else:
-        config = compose_config(args)
+        config = _whole_context(compose_config(args), args)
         if config.init_from:
             for arg in args:
-                if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout)=)", arg):
+                if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout|context_length)=)", arg):
                     raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
         train(config, _new_run_dir(config))
     return 0
