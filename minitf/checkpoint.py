@@ -1,6 +1,7 @@
 """Checkpoints: a training state <-> a directory that is a Hugging Face model.
 
     model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json   the model
+    README.md                                                                                   what it is, for people
     trainer_state.json trainer_state.safetensors                                                all that resuming needs
 
 No pickle anywhere. A checkpoint is written beside its place, flushed and renamed, so a name either holds a whole
@@ -93,11 +94,12 @@ def save_checkpoint(
     *,
     is_best: bool,
     keep: int,
+    card: str = "",
 ) -> Path:
     """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
 
-    `state` is JSON-able and holds "step". Raises OSError (no space, read-only) with nothing lost: what was saved
-    before stays, and the half-written directory is removed.
+    `state` is JSON-able and holds "step"; `card` becomes the README.md. Raises OSError (no space, read-only) with
+    nothing lost: what was saved before stays, and the half-written directory is removed.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
@@ -118,6 +120,8 @@ def save_checkpoint(
         tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
         save_file(tensors, partial / "trainer_state.safetensors")
         digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        if card:  # without a digest: people are to write in it
+            (partial / "README.md").write_text(card, encoding="utf-8")
         content = {**state, "sha256": digests}
         _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
         for file in partial.iterdir():

@@ -149,7 +149,8 @@ def flat(config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {"data": config.data.source, "seed": config.seed}
     for section in ("tokenizer", "model", "optim", "trainer"):
         result |= {f"{section}.{name!s}": value for name, value in container[section].items()}
-    result = {name: value for name, value in result.items() if not name.endswith(("_every", "_tokens", "_checkpoints"))}
+    left_out = ("_every", "_tokens", "_checkpoints", "dry_run")
+    result = {name: value for name, value in result.items() if not name.endswith(left_out)}
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in result.items() if v is not None}
 
 

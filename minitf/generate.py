@@ -199,11 +199,10 @@ def read_text_argument(text: str | None, what: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="generate.py",
         description="Continue a text with a model you trained; one trained on pairs turns it into another.",
     )
     p.add_argument("prompt", nargs="?", help="the text; standard input when absent and not a terminal")
-    p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
+    p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
     p.add_argument(
         "--max-tokens", type=int, help="longest continuation in tokens (default 200; of an answer: what fits)"
     )

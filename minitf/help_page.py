@@ -33,6 +33,8 @@ Train a small transformer and watch its attention.
     python -m minitf.train experiment=quick                       half a minute, to see that all works
     python -m minitf.train trainer.max_minutes=15 model=small     longer, larger
     python -m minitf.train -m optim.learning_rate=1e-3,3e-3       a sweep: one run for each value
+    python -m minitf.train trainer.dry_run=true                   what it would take; nothing is trained or written
+    python -m minitf.train init_from=HuggingFaceTB/SmolLM2-135M   go on from a pretrained model of the hub
     python -m minitf.train resume=latest                          go on with the newest run
     python -m minitf.train resume=RUN trainer.max_steps=20000     ... further than it was meant to go
 

@@ -44,10 +44,10 @@ def scaled_frequencies(frequencies: Tensor, theta: float, scaling: Mapping[str, 
 
 def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Llama 3.1: long waves are stretched by `factor`, short ones are left alone, those between take a mixture."""
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
+    turns: Tensor = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the original frequency
-    return frequencies * (kept + (1 - kept) / float(scaling["factor"]))
+    kept: Tensor = ((turns - low) / (high - low)).clamp(0, 1)  # share of the original frequency
+    return frequencies * torch.lerp(1 / torch.tensor(float(scaling["factor"])), torch.tensor(1.0), kept)
 
 
 def _yarn(frequencies: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:

@@ -286,7 +286,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _chars_of_bytes() -> dict[str, int]:
+def chars_of_bytes() -> dict[str, int]:
     """GPT-2's printable stand-in of each byte: itself where printable in Latin-1, else the next one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(NUM_BYTES) if byte not in printable]
@@ -321,7 +321,7 @@ def join_bytes(pieces: Sequence[str]) -> list[str]:
 
 
 _PART = re.compile(r"⟨[0-9a-f]{2}⟩|.", re.DOTALL)
-_BYTE_OF_CHAR = _chars_of_bytes()
+_BYTE_OF_CHAR = chars_of_bytes()
 _VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "⏎", ord("\t"): "⇥"}
 
 

@@ -40,6 +40,11 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
     model.activation_checkpointing = config.trainer.activation_checkpointing
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
+    if config.trainer.dry_run:
+        from minitf.dry_run import dry_run
+
+        print(dry_run(config, task, model, batches, hardware, state))
+        return
     with _own(run_dir), _naming(run_dir), Monitor(run_dir, state.step) as monitor:
         save_config(config, run_dir / "config.yaml")
         trainer = Trainer(
@@ -168,7 +173,9 @@ def _conclude(trainer: "Trainer") -> None:
         say(f"attention  {run_dir}/attention.html (open it in a browser)")
     root = _runs_root(trainer.run_dir)
     place = "" if root == "runs" else f" --run {root}"
-    say(f"next       python scripts/generate.py {shlex.quote(trainer.task.example_prompt())}{place}")
+    # An installed wheel has no scripts/.
+    generate = "scripts/generate.py" if Path("scripts/generate.py").is_file() else "-m minitf.generate"
+    say(f"next       python {generate} {shlex.quote(trainer.task.example_prompt())}{place}")
     say(f"           tensorboard --logdir {root}")
     say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
 
