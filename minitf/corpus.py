@@ -37,7 +37,7 @@ class DataConfig:
     source: str = "kjv"  # text: kjv, web (embedded), files, hub; pairs: kjv_to_web, an exercise, files, hub
     files: list[str] = field(
         default_factory=list
-    )  # files, globs, folders for source=files; by extension text or tables
+    )  # for source=files: files, globs, folders; text or tables by extension
     hub_path: str | None = None  # dataset on the Hugging Face hub, or a folder, or json, csv, parquet with data.files
     hub_name: str | None = None  # configuration of that dataset, e.g. wikitext-2-raw-v1
     hub_split: str = "train"  # split to train on
