@@ -22,7 +22,7 @@ OTHERS = (
 )  # fmt: skip
 # What makes any training tiny; settings of these in the README are checked for being valid, and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
-ANSWERS = re.compile(r"--beam|--file|Thou shalt")  # commands of the README about a run on pairs
+ANSWERS = re.compile(r"--beam|generate.*--file|Thou shalt")  # commands of the README about a run on pairs
 PLACEHOLDER = re.compile(r"\bRUN\b|\bHuggingFaceTB/[\w.-]+|\bruns/(?!tiny/)[\w.…*-]+/[\w.…-]+")
 
 
