@@ -15,7 +15,7 @@ from hub_stand_in import HubStandIn
 
 from minitf.checkpoint import load_checkpoint, save_checkpoint
 from minitf.errors import MinitfError, RequestError
-from minitf.generate import Sampling, encode_prompt, generate
+from minitf.generate import Options, Sampling, encode_prompt, generate, generate_text
 from minitf.hugging_face import is_hub_name
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
@@ -238,6 +238,19 @@ def test_without_a_word_the_context_is_the_models_own(pretrained: Path, workdir:
     assert train_here(*own, f"init_from={pretrained}", "trainer.max_steps=1", "run_dir=runs/on/one") == 0
     assert load_checkpoint("runs/on/one").model.config.context_length == 128
     assert train_here(*own, f"init_from={pretrained}", "model.num_layers=1") == 2
+
+
+def test_no_more_room_is_made_than_tokens_are_asked_for(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(pretrained)
+    made = []
+    new_cache = Transformer.new_cache
+    monkeypatch.setattr(Transformer, "new_cache", lambda *a: made.append(a[2]) or new_cache(*a))
+    options = Options(max_tokens=5, sampling=Sampling(temperature=0))
+    short = generate_text(checkpoint.model, checkpoint.tokenizer, "The", options)[0]
+    assert max(made) < 10
+    longer = Options(max_tokens=200, sampling=Sampling(temperature=0))  # more than the context of 128
+    assert generate_text(checkpoint.model, checkpoint.tokenizer, "The", longer)[0].startswith(short)
+    assert max(made) == 128
 
 
 # The hub
