@@ -112,7 +112,7 @@ def test_another_column_is_another_text(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b'"a"\n', "line 1 is no JSON object"),
-        ("a.csv", b'text\n"a\n', "line 2"),
+        ("a.csv", b'text\n"a\n', "unexpected end"),
         ("a.csv", b"text\n\xff\xfe\n", "not UTF-8"),
         ("a.parquet", b"no", "not a parquet file"),
         ("a.jsonl.gz", b"no", "damaged"),
