@@ -1,6 +1,7 @@
 """Checkpoints: a training state <-> a directory that is a Hugging Face model.
 
     model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json   the model
+    README.md                                                                                   what it is, for people
     trainer_state.json trainer_state.safetensors                                                all that resuming needs
 
 No pickle anywhere. A checkpoint is written beside its place, flushed and renamed, so a name either holds a whole
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import choose_device
-from minitf.model import ModelConfig, Transformer
+from minitf.hugging_face import fetch_model, from_hugging_face, is_hub_name, load_tensors, load_weights, to_hugging_face
+from minitf.model import Transformer
 from minitf.storage import flush
 from minitf.tokenizer import Tokenizer
 
@@ -80,66 +82,6 @@ class Checkpoint:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# config.json
-
-
-def to_hugging_face(config: ModelConfig, vocab_size: int, end_id: int) -> dict[str, Any]:
-    """The `config.json` of this architecture: Qwen3's, or Llama's without QK-norm."""
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": end_id,
-        "eos_token_id": end_id,
-        "pad_token_id": end_id,
-        "torch_dtype": "float32",
-        "minitf": {"dropout": config.dropout},
-    }
-
-
-def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
-    """The model config and vocabulary size of a `config.json`; KeyError, TypeError or ValueError where it is none."""
-    if config["model_type"] not in ("qwen3", "llama"):
-        raise ValueError(f"model_type {config['model_type']!r} is neither qwen3 nor llama")
-    # transformers 5 writes rope_parameters; before it rope_theta and rope_scaling stood beside each other.
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"its rotary positions are scaled ({rope_type}), which is not supported")
-    fixed = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for name, value in fixed.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
-    model = ModelConfig(
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=int(config["hidden_size"]),
-        num_heads=int(config["num_attention_heads"]),
-        num_kv_heads=int(config["num_key_value_heads"]),
-        head_dim=int(config.get("head_dim") or 0),
-        intermediate_size=int(config["intermediate_size"]),
-        context_length=int(config["max_position_embeddings"]),
-        rope_theta=float(rope["rope_theta"]),
-        qk_norm=config["model_type"] == "qwen3",
-        tie_embeddings=bool(config["tie_word_embeddings"]),
-        dropout=float(config.get("minitf", {}).get("dropout", 0.0)),
-    )
-    return model, int(config["vocab_size"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # write
 
 
@@ -152,11 +94,12 @@ def save_checkpoint(
     *,
     is_best: bool,
     keep: int,
+    card: str = "",
 ) -> Path:
     """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
 
-    `state` is JSON-able and holds "step". Raises OSError (no space, read-only) with nothing lost: what was saved
-    before stays, and the half-written directory is removed.
+    `state` is JSON-able and holds "step"; `card` becomes the README.md. Raises OSError (no space, read-only) with
+    nothing lost: what was saved before stays, and the half-written directory is removed.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
@@ -168,14 +111,17 @@ def save_checkpoint(
         # Tied tensors and views are cloned: a file holds each parameter once, whole.
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id)
+        start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
+        config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
         _write_json(partial / "config.json", config)
-        ids = {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
+        ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
         _write_json(partial / "generation_config.json", ids)
         tokenizer.save(partial)
         tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
         save_file(tensors, partial / "trainer_state.safetensors")
         digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        if card:  # without a digest: people are to write in it
+            (partial / "README.md").write_text(card, encoding="utf-8")
         content = {**state, "sha256": digests}
         _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
         for file in partial.iterdir():
@@ -266,6 +212,8 @@ def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
             return (path / "checkpoints" / name).resolve()
     if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
         return find_checkpoint(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
+    if is_hub_name(str(run)):
+        return fetch_model(str(run))
     if not path.exists():
         raise RequestError(f"{run} does not exist: give a run directory, a checkpoint directory, or latest")
     if (path / "config.yaml").is_file():
@@ -290,26 +238,19 @@ def load_checkpoint(run: str | Path, device: str = "auto", prefer: str = "best")
         config, vocab_size = from_hugging_face(_read_json(directory / "config.json"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {error}") from None
-    weights = load_tensors(directory / "model.safetensors")
+    weights = load_weights(directory, config.tie_embeddings)
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > vocab_size:
+        raise MinitfError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size:,} tokens and its model only {vocab_size:,}"
+        )
     model = Transformer(config, vocab_size)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise MinitfError(f"{directory / 'model.safetensors'} does not fit its config.json: {reason}") from None
-    return Checkpoint(
-        model.to(choose_device(device)).eval(), Tokenizer.load(directory), directory, state.get("step"), state
-    )
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file on the CPU; MinitfError if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise MinitfError(f"{path} is missing: this checkpoint is damaged") from None
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise MinitfError(f"{path} is damaged: {error}") from None
+        raise MinitfError(f"{directory / 'model.safetensors'} does not fit its config.json: {reason[:300]}") from None
+    return Checkpoint(model.to(choose_device(device)).eval(), tokenizer, directory, state.get("step"), state)
 
 
 def load_optimizer_state(directory: Path) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class Config:
     seed: int = 0  # of all that is random: first weights, order of the text, dropout
     run_dir: str | None = None  # the run's directory, instead of runs/NAME/DATE_TIME
     resume: str | None = None  # go on with this run (or latest) in its own directory, with its own config
-    init_from: str | None = None  # start from the weights, shape and tokenizer of this run or checkpoint
+    init_from: str | None = None  # start from the weights, shape, tokenizer of a run, checkpoint, hub model OWNER/NAME
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     model: ModelConfig = MISSING
@@ -149,7 +149,8 @@ def flat(config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {"data": config.data.source, "seed": config.seed}
     for section in ("tokenizer", "model", "optim", "trainer"):
         result |= {f"{section}.{name!s}": value for name, value in container[section].items()}
-    result = {name: value for name, value in result.items() if not name.endswith(("_every", "_tokens", "_checkpoints"))}
+    left_out = ("_every", "_tokens", "_checkpoints", "dry_run")
+    result = {name: value for name, value in result.items() if not name.endswith(left_out)}
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in result.items() if v is not None}
 
 

@@ -40,6 +40,11 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
     model.activation_checkpointing = config.trainer.activation_checkpointing
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
+    if config.trainer.dry_run:
+        from minitf.dry_run import dry_run
+
+        print(dry_run(config, task, model, batches, hardware, state))
+        return
     with _own(run_dir), _naming(run_dir), Monitor(run_dir, state.step) as monitor:
         save_config(config, run_dir / "config.yaml")
         trainer = Trainer(
@@ -76,11 +81,15 @@ def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", 
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
-        shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
+        context = min(config.model.context_length, loaded.model.config.context_length)
+        shape = replace(
+            loaded.model.config, attention=config.model.attention, dropout=config.model.dropout, context_length=context
+        )
         own = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
         config = replace(config, model=shape, tokenizer=own)
     torch.manual_seed(config.seed)
-    model = Transformer(config.model, task.tokenizer.vocab_size)
+    # A pretrained model may have room for more tokens than its tokenizer has.
+    model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
     return config, task, model
@@ -164,7 +173,9 @@ def _conclude(trainer: "Trainer") -> None:
         say(f"attention  {run_dir}/attention.html (open it in a browser)")
     root = _runs_root(trainer.run_dir)
     place = "" if root == "runs" else f" --run {root}"
-    say(f"next       python scripts/generate.py {shlex.quote(trainer.task.example_prompt())}{place}")
+    # An installed wheel has no scripts/.
+    generate = "scripts/generate.py" if Path("scripts/generate.py").is_file() else "-m minitf.generate"
+    say(f"next       python {generate} {shlex.quote(trainer.task.example_prompt())}{place}")
     say(f"           tensorboard --logdir {root}")
     say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
 
@@ -235,6 +246,13 @@ def resume(run: str, overrides: Sequence[str]) -> None:
     train(config, run_dir, checkpoint)
 
 
+def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":
+    """With `init_from` the context is that of the model, unless a shorter one is asked for."""
+    if not config.init_from or any(override.startswith("model.context_length=") for override in overrides):
+        return config
+    return replace(config, model=replace(config.model, context_length=1 << 30))
+
+
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info",
     "--hydra-help", "--version", "-sc", "--shell-completion",
@@ -252,6 +270,7 @@ def _sweep(args: list[str]) -> int:
 
     def one_run(composed: Any) -> None:
         config = to_config(composed, HydraConfig.get().runtime.choices)
+        config = _whole_context(config, HydraConfig.get().overrides.task)
         sweep_dir = Path(HydraConfig.get().sweep.dir)
         label = re.sub(r"[^\w.+-]+", "_", f"{HydraConfig.get().job.num}_{HydraConfig.get().job.override_dirname}")
         run_dir = sweep_dir / label.rstrip("_")[:100]
@@ -295,10 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if resumed and resumed[-1] not in ("", "null"):
         resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")])
     else:
-        config = compose_config(args)
+        config = _whole_context(compose_config(args), args)
         if config.init_from:
             for arg in args:
-                if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout)=)", arg):
+                if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout|context_length)=)", arg):
                     raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
         train(config, _new_run_dir(config))
     return 0

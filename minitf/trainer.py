@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minitf.alignment import AligningHeads
-from minitf.attention_maps import AttentionConfig
+from minitf.attention_maps import ARROW, AttentionConfig
 from minitf.attention_picture import alignment_picture, attention_picture
 from minitf.batches import BatchSource
 from minitf.checkpoint import TrainState, load_optimizer_state, save_checkpoint
@@ -22,6 +22,7 @@ from minitf.hardware import Hardware
 from minitf.heads import HeadScores, head_scores
 from minitf.loss import linear_cross_entropy
 from minitf.model import Transformer
+from minitf.model_card import model_card
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
 from minitf.task import Sample, Task
@@ -52,6 +53,7 @@ class TrainerConfig:
     sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
     eval_answers: int = 128  # held-out pairs answered and scored at each evaluation of a run on pairs; 0: none
     keep_checkpoints: int = 2  # newest checkpoints kept, beside the best
+    dry_run: bool = False  # only say what the run would be and take, by timing three steps; nothing is written
 
     def __post_init__(self) -> None:
         self.compile = self.compile.lower()
@@ -118,6 +120,7 @@ class Trainer:
         self.training_step = TrainingStep(model, self.optimizer, batches, hardware, config.grad_accumulation)
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None
+        self.last_sample: tuple[str, str] | None = None
         self.scores: HeadScores | None = None
         self.aligned = task.data.kind != "pairs"  # nothing (more) to look for between the looks
         self.interrupted = False
@@ -293,6 +296,8 @@ class Trainer:
         return made
 
     def _show(self, samples: list[Sample]) -> None:
+        if samples:
+            self.last_sample = samples[0].prompt + (ARROW if samples[0].reference is not None else ""), samples[0].text
         answers = [(s.prompt, s.text, s.reference) for s in samples[:NUM_SHOWN] if s.reference is not None]
         if answers:
             self.monitor.answers(answers, self.state.step)
@@ -360,9 +365,20 @@ class Trainer:
             state,
             is_best=self.is_best,
             keep=self.config.keep_checkpoints,
+            card=self._card(),
         )
         self.is_best = False
         self._settle()
+
+    def _card(self) -> str:
+        """The checkpoint's README.md."""
+        settings = {
+            "model": asdict(self.model.config), "optim": asdict(self.optimizer.config), "trainer": asdict(self.config)
+        }  # fmt: skip
+        return model_card(
+            self.run_dir.resolve().parent.name, self.model, self.task.data, self.task.description, self.state,
+            settings, self.last_sample,
+        )  # fmt: skip
 
     def _check_weights(self) -> None:
         """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""

@@ -18,12 +18,12 @@ OURS = re.compile(r"\bpython3? (-m minitf\.|scripts/)")
 # Commands of others that the README may name. They are not run here: they install, wait, or run these very tests.
 OTHERS = (
     "pip install ", "tensorboard --logdir ", "git clone ", "cd ", "python -m venv ", "python3 -m venv ", "source ",
-    "pytest", "ruff ", "mypy", ".ci/run", "pre-commit ",
+    "pytest", "hf upload ", "ruff ", "mypy", ".ci/run", "pre-commit ",
 )  # fmt: skip
 # What makes any training tiny; settings of these in the README are checked for being valid, and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
-ANSWERS = re.compile(r"--beam|--file|Thou shalt")  # commands of the README about a run on pairs
-PLACEHOLDER = re.compile(r"\bRUN\b|\bruns/(?!tiny/)[\w.…*-]+/[\w.…-]+")
+ANSWERS = re.compile(r"--beam|generate.*--file|Thou shalt")  # commands of the README about a run on pairs
+PLACEHOLDER = re.compile(r"\bRUN\b|\bHuggingFaceTB/[\w.-]+|\bruns/(?!tiny/)[\w.…*-]+/[\w.…-]+")
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -211,11 +211,11 @@ def test_the_conclusion_is_commands_that_can_be_typed(
     (workdir / "q.txt").write_text('It\'s "so", cost $HOME `5`\n' * 80)
     assert train_here(*tiny, "data.files=[q.txt]", "name=quotes") == 0
     said = capsys.readouterr().err
-    (line,) = (line for line in said.splitlines() if "scripts/generate.py" in line)
+    (line,) = (line for line in said.splitlines() if "minitf.generate" in line)
     words = shlex.split(line.partition("next")[2])
-    assert words[:2] == ["python", "scripts/generate.py"]
-    assert len(words) == 3
-    assert words[2] in (workdir / "q.txt").read_text()
+    assert words[:3] == ["python", "-m", "minitf.generate"]  # there is no scripts/ here
+    assert len(words) == 4
+    assert words[3] in (workdir / "q.txt").read_text()
     (resume,) = re.findall(r"python -m minitf.train (resume=\S+ \S+)", said)
     assert train_here(*resume.split()) == 0
     (run,) = (workdir / "runs/quotes").iterdir()
