@@ -18,7 +18,7 @@ def cut_events(run_dir: Path, last_step: int) -> None:
     for path in sorted(run_dir.glob(PATTERN)):
         content = path.read_bytes()
         kept, num_rows = bytearray(), 0
-        for record in _records(content):
+        for record in records(content):
             try:
                 event = Event.FromString(record[12:-4])
             except Exception:  # the parser's own class: from here on the file says nothing
@@ -36,7 +36,7 @@ def cut_events(run_dir: Path, last_step: int) -> None:
             os.replace(partial, path)
 
 
-def _records(content: bytes) -> Iterator[bytes]:
+def records(content: bytes) -> Iterator[bytes]:
     start = 0
     while start + 16 <= len(content):
         (length,) = struct.unpack_from("<Q", content, start)

@@ -10,7 +10,7 @@ from torch import Tensor
 def capture() -> dict[str, Tensor]:
     """The states of PyTorch's generators (CPU and, where used, CUDA), Python's and NumPy's."""
     _, (*words, position), gauss = random.getstate()
-    kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
+    _kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "random_state": torch.get_rng_state(),
         "random_python": torch.tensor([*words, position]),

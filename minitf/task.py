@@ -122,6 +122,8 @@ class TextTask(Task):
 
     def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
         prompt = self.example_prompt()
+        if not num_tokens:
+            return [], {}
         options = Options(num_tokens, seed=0, sampling=Sampling(min_p=0.05))
         return [Sample(prompt, generate_text(model, self.tokenizer, prompt, options)[0])], {}
 
