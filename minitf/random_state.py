@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def seed(number: int) -> None:
+    """Start all of them from one number."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % (1 << 32))
+
+
 def capture() -> dict[str, Tensor]:
     """The states of PyTorch's generators (CPU and, where used, CUDA), Python's and NumPy's."""
     _, (*words, position), gauss = random.getstate()

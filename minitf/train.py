@@ -88,8 +88,7 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
 def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices") -> "Prepared":
     """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config;
     and the hardware, with the precision that was chosen on it before."""
-    import torch
-
+    from minitf import random_state
     from minitf.checkpoint import load_checkpoint
     from minitf.hardware import choose_device, choose_hardware
     from minitf.model import Transformer
@@ -107,7 +106,7 @@ def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices")
         shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
         own = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
         config = replace(config, model=shape, tokenizer=own)
-    torch.manual_seed(config.seed)
+    random_state.seed(config.seed)
     model = Transformer(config.model, task.tokenizer.vocab_size)
     if loaded:
         model.take_over(loaded.model)

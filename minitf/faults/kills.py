@@ -5,6 +5,7 @@ The process that kills imports everything once and forks a child for each life, 
 """
 
 import argparse
+import importlib
 import json
 import mmap
 import os
@@ -26,8 +27,8 @@ TIMES = {"tokens_per_s", "mfu", "train_s", "warmup_s", "elapsed_s"}  # of the ma
 SETTINGS = [
     "data=text", "data.files=[text.txt]", "data.cache_dir=cache", "tokenizer=byte", "model.num_layers=2",
     "model.hidden_size=32", "model.num_heads=2", "model.context_length=32", "model.dropout=0.1", "trainer.batch_size=4",
-    "trainer.max_steps=60", "trainer.log_every=2", "trainer.eval_every=12", "trainer.save_every=5",
-    "trainer.attention_every=20", "trainer.sample_tokens=8", "trainer.device=cpu", "trainer.precision=fp32",
+    "trainer.max_steps=300", "trainer.log_every=5", "trainer.eval_every=30", "trainer.save_every=10",
+    "trainer.attention_every=100", "trainer.sample_tokens=8", "trainer.device=cpu", "trainer.precision=fp32",
     "trainer.compile=false", "trainer.eval_tokens=20000",
 ]  # fmt: skip
 
@@ -37,16 +38,17 @@ class Lives:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.phase = mmap.mmap(-1, 1)
+        self.phase = mmap.mmap(-1, 2)  # of the training, and of the thread that saves
         words = random.Random(0)
         sentences = (f"The {words.choice(['cat', 'dog', 'owl'])} sat on the {words.choice(['mat', 'roof'])}.\n"
                      for _ in range(800))  # fmt: skip
         (directory / "text.txt").write_text("".join(sentences), encoding="utf-8")
         _import_everything()
+        self.longest_s = 2.0  # of a life left alone
 
     def start(self, arguments: Sequence[str]) -> int:
         """The process of a new life; its output goes to the file `log`."""
-        self.phase[0] = 0
+        self.phase[0] = self.phase[1] = 0
         pid = os.fork()
         if pid == 0:
             try:
@@ -71,22 +73,25 @@ class Lives:
             (Trainer, "train_one_step", "step"), (Trainer, "evaluate", "evaluation"), (Trainer, "look", "look"),
             (Trainer, "save", "save"), (saving, "save_checkpoint", "save"),
         ):  # fmt: skip
-            setattr(owner, name, self._telling(getattr(owner, name), PHASES.index(phase)))
+            place = int(owner is saving)
+            setattr(owner, name, self._telling(getattr(owner, name), place, PHASES.index(phase)))
         return run_command(lambda: train(list(arguments)))
 
-    def _telling(self, function: Callable[..., Any], phase: int) -> Callable[..., Any]:
+    def _telling(self, function: Callable[..., Any], place: int, phase: int) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            self.phase[0] = phase
+            self.phase[place] = phase
             try:
                 return function(*arguments, **named)
             finally:
-                self.phase[0] = PHASES.index("end")
+                self.phase[place] = 0 if place else PHASES.index("end")
 
         return call
 
     def whole(self, name: str) -> Path:
         """A run left alone."""
+        started = time.monotonic()
         _, status = os.waitpid(self.start([*SETTINGS, f"run_dir=runs/{name}/one"]), 0)
+        self.longest_s = time.monotonic() - started
         if status:
             raise MinitfError(f"the undisturbed run failed: see {self.directory / 'log'}")
         return self.directory / f"runs/{name}/one"
@@ -101,7 +106,7 @@ def kill_until_done(lives: Lives, name: str, chance: random.Random, most: int) -
         # Other runs lie beside it: `latest` must be this one.
         pid = lives.start(["resume=latest"] if begun else [*SETTINGS, f"run_dir=runs/{name}/one"])
         if found.total() < most and _kill(lives, pid, chance):
-            found[PHASES[lives.phase[0]]] += 1
+            found[PHASES[lives.phase[1] or lives.phase[0]]] += 1
             os.waitpid(pid, 0)
             continue
         _, status = os.waitpid(pid, 0)
@@ -117,11 +122,12 @@ def kill_until_done(lives: Lives, name: str, chance: random.Random, most: int) -
 def _kill(lives: Lives, pid: int, chance: random.Random) -> bool:
     """Kill a life at a random moment, half the time one within a certain part of it; False if it ended before."""
     aimed = PHASES.index(chance.choice(PHASES[1:5])) if chance.random() < 0.5 else None
-    delay = chance.uniform(0, 0.02) if aimed else chance.uniform(0, 2.5)
-    skipped = chance.randrange(4)  # of the moments in which that part begins
+    delay = chance.uniform(0, 0.01) if aimed else chance.uniform(0, lives.longest_s)
+    skipped = chance.randrange(3)  # of the moments in which that part begins
+    place = int(aimed == PHASES.index("save"))
     deadline, before = time.monotonic() + 10, 0
     while aimed is not None and time.monotonic() < deadline:
-        now = lives.phase[0]
+        now = lives.phase[place]
         if now == aimed and before != aimed:
             if skipped == 0:
                 break
@@ -179,11 +185,16 @@ def _events(run: Path) -> list[tuple[int, str, str]]:
 
 def _import_everything() -> None:
     """Once, before the first fork; nothing is computed here, so no thread is started that a fork would lose."""
-    import datasets  # noqa: F401
-    import torch._dynamo
-    import torch.utils.tensorboard
-
-    from minitf import config, monitor, train, trainer  # noqa: F401
+    modules = (
+        "datasets",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "minitf.config",
+        "minitf.monitor",
+        "minitf.train",
+    )
+    for module in (*modules, "minitf.trainer"):
+        importlib.import_module(module)
 
 
 def torture(kills: int, seed: int, directory: Path, runs_kills: int = 25) -> int:
