@@ -74,7 +74,7 @@ class ModelConfig:
             raise RequestError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.attention not in ("auto", "explicit", "sdpa"):
             raise RequestError(f"model.attention={self.attention} must be one of auto, explicit, sdpa")
-        if self.rope_theta <= 0:
+        if not 0 < self.rope_theta < float("inf"):
             raise RequestError(f"model.rope_theta={self.rope_theta} must be positive")
 
 

@@ -23,8 +23,8 @@ from minitf.errors import MinitfError, run_command
 SLOW_S = 10.0
 MAX_GROWTH_BYTES = 1 << 30
 INTERESTING: tuple[Any, ...] = (
-    0, -1, 1, 2, 3, 7, 1 << 31, 1 << 62, 10**30, -(10**30), 1e308, float("inf"), float("nan"), True, None, "", "x", [], {},
-    [1], {"a": 1}, "${oc.env:HOME}", "../../etc/passwd", "\ud800", "\0", "999999999999",
+    0, -1, 1, 2, 3, 7, 1 << 31, 1 << 62, 10**30, -(10**30), 1e308, float("inf"), float("nan"), True, None, "", "x", [],
+    {}, [1], {"a": 1}, "${oc.env:HOME}", "../../etc/passwd", "\ud800", "\0", "999999999999",
 )  # fmt: skip
 
 Target = Callable[[bytes], None]

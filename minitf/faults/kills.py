@@ -102,7 +102,7 @@ def kill_until_done(lives: Lives, name: str, chance: random.Random, most: int) -
     run_dir = lives.directory / f"runs/{name}/one"
     found: Counter[str] = Counter()
     while True:
-        begun = (run_dir / "config.yaml").exists()
+        begun, was_finished = (run_dir / "config.yaml").exists(), _finished(run_dir)
         # Other runs lie beside it: `latest` must be this one.
         pid = lives.start(["resume=latest"] if begun else [*SETTINGS, f"run_dir=runs/{name}/one"])
         if found.total() < most and _kill(lives, pid, chance):
@@ -110,13 +110,19 @@ def kill_until_done(lives: Lives, name: str, chance: random.Random, most: int) -
             os.waitpid(pid, 0)
             continue
         _, status = os.waitpid(pid, 0)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+        if os.WIFEXITED(status) and (os.WEXITSTATUS(status) == 0 or (was_finished and os.WEXITSTATUS(status) == 2)):
             return run_dir, found
         if found.total() < most and os.WIFSIGNALED(status):
             continue
         raise MinitfError(
             f"run {name}: a life ended with {status} after {found.total()} kills: see {lives.directory / 'log'}"
         )
+
+
+def _finished(run_dir: Path) -> bool:
+    """Whether the last kill came when all was written: then there is nothing to resume, and minitf says so."""
+    path = run_dir / "choices.json"
+    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
 def _kill(lives: Lives, pid: int, chance: random.Random) -> bool:
