@@ -316,9 +316,9 @@ def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
 
 
 def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
-    """The checkpoint directories that RUN names, the one wanted first; of a run the others follow, should it be damaged.
+    """The checkpoint directories that RUN names, the one wanted first; of a run the others follow, if it is damaged.
 
-    They are the other linked one, those before it, newest first, and those after it, which the run had turned away from.
+    They are the other linked one, those before it, newest first, and those after it, which the run had left.
     """
     if str(run) == "latest":
         run = newest_run()
@@ -337,7 +337,7 @@ def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
 
 
 def _all_checkpoints(checkpoints: Path, prefer: str) -> list[Path]:
-    """In the order in which they are to be tried. Links that lead elsewhere than to a step beside them count for nothing."""
+    """In the order in which they are to be tried. Links that lead elsewhere than to a step beside them do not count."""
     if not checkpoints.is_dir():
         return []
     inside = checkpoints.resolve()
