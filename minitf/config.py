@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,8 +25,12 @@ from minitf.errors import MinitfError, RequestError
 from minitf.help_page import CONF, GROUPS, all_keys, nearest, options
 from minitf.model import ModelConfig
 from minitf.optim import OptimConfig
+from minitf.storage import write_whole
 from minitf.tokenizer import TokenizerConfig
 from minitf.trainer import TrainerConfig
+from minitf.untrusted import check_size
+
+MAX_CONFIG_BYTES = 1 << 20  # a run's own is 2 kB, with long lists of files more
 
 
 @dataclass
@@ -80,7 +85,7 @@ def to_config(composed: DictConfig, choices: Any) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the config as composed, to be read again by `load_config`."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -90,17 +95,42 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         if override.key_or_group in GROUPS:
             raise RequestError(f"{override.input_line}: a resumed run keeps its presets; single keys may change")
     try:
-        saved = OmegaConf.load(path)
+        saved = OmegaConf.create(_read_plain_yaml(path))
         values = OmegaConf.from_dotlist(list(overrides))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved, values))
     except (OmegaConfBaseException, OSError) as error:
         raise RequestError(f"{path}: {_explain(error)}") from None
     except MinitfError:
         raise
-    except Exception as error:  # the YAML parser's own classes
+    except (Exception, RecursionError) as error:  # the YAML parser's own classes
         raise MinitfError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
     assert isinstance(config, Config)
     return config
+
+
+def _read_plain_yaml(path: Path) -> dict[str, Any]:
+    """A run's config.yaml, perhaps a stranger's: plain values only.
+
+    No tags (objects), no anchors and aliases (few lines that unfold to gigabytes), and no interpolations: `${oc.env:X}`
+    would read this user's environment.
+    """
+    check_size(path, MAX_CONFIG_BYTES)
+    text = path.read_text(encoding="utf-8")
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise MinitfError(f"{path} is refused: line {event.start_mark.line + 1} is no plain value")
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        raise MinitfError(f"{path} is damaged: it holds no settings")
+    pending: list[Any] = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and "${" in value:
+            raise MinitfError(f"{path} is refused: {value[:60]!r} asks for what is not in it")
+        pending += (
+            [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        )
+    return content
 
 
 def check_overrides(overrides: Sequence[str]) -> list[Override]:

@@ -3,18 +3,16 @@
 Only safetensors and JSON files are read or fetched: no pickle, no code of a model's own.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from minitf.errors import MinitfError, RequestError
 from minitf.model import ModelConfig
+from minitf.untrusted import read_json, read_tensors
 
 INDEX = "model.safetensors.index.json"
 # What is fetched of a hub model: these names at its top, nothing else.
@@ -144,7 +142,7 @@ def load_weights(directory: Path, tied: bool) -> dict[str, Tensor]:
         raise MinitfError(f"{pickled[0]} is a pickle, which is never opened: take the model's safetensors files")
     weights: dict[str, Tensor] = {}
     for name in names:
-        weights |= load_tensors(directory / name)
+        weights |= read_tensors(directory / name)
     # Left in old files: frequencies that follow from the config, and the scores' matrix beside the one it is tied to.
     left_over = [name for name in weights if name.endswith("rotary_emb.inv_freq")]
     if tied and "model.embed_tokens.weight" in weights:
@@ -159,22 +157,12 @@ def load_weights(directory: Path, tied: bool) -> dict[str, Tensor]:
 def _shards(index: Path) -> list[str]:
     """The files an index names."""
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MinitfError(f"{index} is damaged: {error}") from None
     if any(Path(name).name != name for name in names):
         raise MinitfError(f"{index} names files outside its folder")
     return names
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file on the CPU; MinitfError if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise MinitfError(f"{path} is missing: this checkpoint is damaged") from None
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise MinitfError(f"{path} is damaged: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class ModelConfig:
             raise RequestError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.attention not in ("auto", "explicit", "sdpa"):
             raise RequestError(f"model.attention={self.attention} must be one of auto, explicit, sdpa")
-        if self.rope_theta <= 0:
+        if not 0 < self.rope_theta < float("inf"):
             raise RequestError(f"model.rope_theta={self.rope_theta} must be positive")
         if not 0 < self.rms_norm_eps < 1:
             raise RequestError(f"model.rms_norm_eps={self.rms_norm_eps} must be between 0 and 1")

@@ -124,6 +124,8 @@ class TextTask(Task):
         if num_tokens == 0:
             return [], {}
         prompt = self.example_prompt()
+        if not num_tokens:
+            return [], {}
         options = Options(num_tokens, seed=0, sampling=Sampling(min_p=0.05))
         return [Sample(prompt, generate_text(model, self.tokenizer, prompt, options)[0])], {}
 

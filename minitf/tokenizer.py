@@ -12,7 +12,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from minitf.errors import RequestError
+from minitf.errors import MinitfError, RequestError
+from minitf.untrusted import check_size
 
 END_OF_TEXT = "<|endoftext|>"
 SOURCE, TARGET = "<|source|>", "<|target|>"  # before the text that is turned into another, and before that other
@@ -20,6 +21,8 @@ KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"
 NUM_BYTES = 256
 DEFAULT_VOCAB_SIZE = 4096
 LONGEST_WORD = 1000  # characters
+MAX_FILE_BYTES = 256 << 20  # of a tokenizer.json; the largest in use have some 40 MB
+MAX_UNUSED_IDS = 1 << 16
 
 
 @dataclass
@@ -150,9 +153,14 @@ class Tokenizer:
         if not file.is_file():
             raise RequestError(f"{file}: no tokenizer here; name a tokenizer.json or the directory holding it")
         try:
+            check_size(file, MAX_FILE_BYTES)
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-            return cls(backend, declared_end=_declared_end(file.with_name("tokenizer_config.json")))
-        except OSError:
+            tokenizer = cls(backend, declared_end=_declared_end(file.with_name("tokenizer_config.json")))
+            num_tokens = tokenizer.backend.get_vocab_size(with_added_tokens=True)
+            if tokenizer.vocab_size > 2 * num_tokens + MAX_UNUSED_IDS:  # a model would have a row for each id
+                raise ValueError(f"{num_tokens:,} tokens, but an id of {tokenizer.vocab_size - 1:,}")
+            return tokenizer
+        except (OSError, MinitfError):
             raise
         except BaseException as error:  # the library panics on some damaged files, and its panic is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):

@@ -4,53 +4,64 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitf.errors import MinitfError, RequestError, run_command
+from minitf.errors import RequestError, run_command
+from minitf.run_directory import naming, own, own_new
 
 # torch and all that needs it are imported below, where they are used: --help answers without them.
 if TYPE_CHECKING:
     from minitf.checkpoint import Checkpoint
+    from minitf.choices import Choices
     from minitf.config import Config
+    from minitf.hardware import Hardware
     from minitf.model import Transformer
     from minitf.task import Task
     from minitf.trainer import Trainer
 
+    Prepared = tuple[Config, Task, Transformer, Hardware]
 
-def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) -> None:
-    """Train as `config` says in `run_dir`, from the checkpoint `resumed` if given; leaves all it made in `run_dir`.
 
-    A request that cannot be met (RequestError) is found out before `run_dir` is made.
+def train(config: "Config", run_dir: Path) -> None:
+    """Train as `config` says in `run_dir`, or, where that is being used, beside it with a number behind its name.
+
+    A request that cannot be met (RequestError) is found out before the directory is made.
     """
+    from minitf.choices import Choices
+
+    prepared = _prepare(config, None, Choices())
+    if config.trainer.dry_run:
+        return _say_dry_run(prepared, None)
+    with own_new(run_dir, numbered=not config.run_dir) as owned:
+        _train(prepared, owned, None, Choices())
+
+
+def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices") -> None:
+    """Train in a directory that this process owns, from the checkpoint `resumed` if given; leaves all it made there."""
     from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
-    from minitf.hardware import choose_hardware
     from minitf.monitor import Monitor, record_environment
     from minitf.trainer import Trainer
 
-    hardware = choose_hardware(config.trainer.device, config.trainer.precision)
-    config, task, model = _prepare(config, resumed)
+    config, task, model, hardware = prepared
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
-    if config.trainer.dry_run:
-        from minitf.dry_run import dry_run
-
-        print(dry_run(config, task, model, batches, hardware, state))
-        return
-    with _own(run_dir), _naming(run_dir), Monitor(run_dir, state.step) as monitor:
+    with naming(run_dir):
         save_config(config, run_dir / "config.yaml")
+    with naming(run_dir), Monitor(run_dir, state.step) as monitor:
         trainer = Trainer(
             config.trainer, config.optim, config.attention, model, task, batches, hardware, run_dir, monitor, state,
+            choices,
         )  # fmt: skip
-        choices = {
+        before = replace(choices)
+        said = {
             "device": hardware.device.type,
             "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
             "attention": "explicit" if model.explicit_attention else "sdpa",
@@ -58,26 +69,56 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
         }
         if resumed:
             trainer.restore(resumed.directory)
-        record_environment(run_dir, hardware, choices)
-        _introduce(trainer, choices)
+        choices.here(hardware.device, hardware.dtype)
+        choices.finished = False
+        choices.save(run_dir)
+        record_environment(run_dir, hardware, said)
+        _introduce(trainer, said)
+        if changed := choices.differences(before):
+            monitor.say(f"resumed    with {', '.join(changed)}: the same text in the same order, other rounding")
         trainer.run()
         if config.trainer.attention_every >= 0:
             monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
         if state.last_val:
             final = {f"final/{name}": float(value) for name, value in state.last_val.items()}
             monitor.hyperparameters(flat(config), final, state.step)
+        choices.finished = not trainer.interrupted
+        choices.save(run_dir)
         _conclude(trainer)
 
 
-def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
-    """The task with its data, and the model to train, new or from a checkpoint, whose shape goes into the config."""
-    import torch
+def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
+    """Print what the run would take, without a trace of it."""
+    from minitf.checkpoint import TrainState
+    from minitf.dry_run import dry_run
 
+    config, task, model, hardware = prepared
+    model = model.to(hardware.device)
+    model.compute_dtype = hardware.dtype
+    model.activation_checkpointing = config.trainer.activation_checkpointing
+    batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
+    print(
+        dry_run(
+            config, task, model, batches, hardware, TrainState.from_json(resumed.state) if resumed else TrainState()
+        )
+    )
+
+
+def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices") -> "Prepared":
+    """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config;
+    and the hardware, with the precision that was chosen on it before."""
+    from minitf import random_state
     from minitf.checkpoint import load_checkpoint
+    from minitf.hardware import choose_device, choose_hardware
     from minitf.model import Transformer
     from minitf.task import open_task
     from minitf.tokenizer import TokenizerConfig
 
+    precision = config.trainer.precision
+    decided = precision == "auto" and choices.device == choose_device(config.trainer.device).type
+    hardware = choose_hardware(config.trainer.device, choices.precision if decided else precision)
+    if decided:
+        hardware = replace(hardware, reason="as the run began")
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
@@ -87,45 +128,12 @@ def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", 
         )
         own = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
         config = replace(config, model=shape, tokenizer=own)
-    torch.manual_seed(config.seed)
+    random_state.seed(config.seed)
     # A pretrained model may have room for more tokens than its tokenizer has.
     model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
-    return config, task, model
-
-
-@contextmanager
-def _own(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir` and keep other processes out of it; the lock goes with the process, however it ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a")
-    except OSError as error:
-        raise MinitfError(f"cannot write in {run_dir}: {error.strerror}; choose another with run_dir=DIR") from None
-    with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no flock; two runs in one directory are then the user's to avoid
-        except OSError:
-            raise MinitfError(
-                f"{run_dir} is in use by another process: wait for it, or choose another run_dir"
-            ) from None
-        yield
-
-
-@contextmanager
-def _naming(run_dir: Path) -> Iterator[None]:
-    """An OSError that does not say where it happened (a write to an open file) gets the run's directory."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(run_dir)) from error
+    return config, task, model, hardware
 
 
 def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
@@ -190,7 +198,7 @@ def _clock(seconds: float) -> str:
 
 
 def _new_run_dir(config: "Config") -> Path:
-    """runs/NAME/DATE_TIME, with a number behind it where that is taken."""
+    """runs/NAME/DATE_TIME, unless `run_dir` says where."""
     if config.run_dir:
         run_dir = Path(config.run_dir)
         if (run_dir / "checkpoints").exists():
@@ -198,16 +206,12 @@ def _new_run_dir(config: "Config") -> Path:
         return run_dir
     from minitf.checkpoint import RUNS
 
-    base = RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    candidates = [base, *(base.with_name(f"{base.name}_{n}") for n in range(2, 100))]
-    return next(path for path in candidates if not path.exists())
+    return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def resume(run: str, overrides: Sequence[str]) -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
-    from minitf.checkpoint import find_checkpoint, find_run, load_checkpoint
-    from minitf.config import load_config
-    from minitf.corpus import fingerprint
+    from minitf.checkpoint import find_run
 
     for override in overrides:
         fixed = (
@@ -219,31 +223,52 @@ def resume(run: str, overrides: Sequence[str]) -> None:
                 f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
             )
     run_dir = find_run(run)
+    with own(run_dir):  # before anything is read: another process may be about to write it
+        _resume(run, run_dir, overrides)
+
+
+def _resume(run: str, run_dir: Path, overrides: Sequence[str]) -> None:
+    from minitf.checkpoint import load_checkpoint
+    from minitf.choices import Choices
+    from minitf.config import load_config
+    from minitf.corpus import fingerprint
+
     ends = [override for override in overrides if override.startswith(("trainer.max_steps", "trainer.max_minutes"))]
     if len(ends) == 1:  # the other limit was that of the run as it was meant: it must not end this one
         other = "max_minutes" if "max_steps" in ends[0] else "max_steps"
         overrides = [f"trainer.{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    checkpoint = load_checkpoint(find_checkpoint(run, prefer="latest"), device="cpu")
+    choices = Choices.load(run_dir)
+    place = Path(run) if Path(run).absolute().parent.name == "checkpoints" else run_dir
+    try:
+        checkpoint = load_checkpoint(place, device="cpu", prefer="latest")
+    except RequestError:
+        if place != run_dir or any((run_dir / "checkpoints").glob("step_*")):
+            raise
+        # It died before it saved anything: there is nothing to lose, and what it had decided still holds.
+        print(f"minitf: {run_dir} has no checkpoint yet: starting it again from the first step", file=sys.stderr)
+        choices = replace(choices, compile="", num_steps=0, corrected_at=0) if ends else choices
+        return _train(_prepare(config, None, choices), run_dir, None, choices)
+    step = checkpoint.step or 0
     if checkpoint.state.get("text_fingerprint") != fingerprint(config.data):
         raise RequestError(
             f"the text of {run_dir} has changed since: train on it as it is now with init_from={run_dir}"
         )
     if ends:
         most = config.trainer.max_steps
-        if most is not None and most <= (checkpoint.step or 0):
-            raise RequestError(
-                f"{run_dir} is already at step {checkpoint.step:,}: trainer.max_steps={most} must be larger"
-            )
+        if most is not None and most <= step:
+            raise RequestError(f"{run_dir} is already at step {step:,}: trainer.max_steps={most} must be larger")
         minutes = config.trainer.max_minutes
         if minutes is not None and minutes * 60 <= checkpoint.state.get("train_s", 0):
             raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={minutes}: it must be larger")
         checkpoint.state.update(num_steps=0, num_steps_final=False)  # decided anew
-    elif checkpoint.state.get("step") == checkpoint.state.get("num_steps"):
-        raise RequestError(
-            f"{run_dir} is complete at step {checkpoint.step:,}: go further with a larger trainer.max_steps=N"
-        )
-    train(config, run_dir, checkpoint)
+        choices = replace(choices, compile="", num_steps=0, corrected_at=0)
+    elif step == checkpoint.state.get("num_steps") and choices.finished:
+        raise RequestError(f"{run_dir} is complete at step {step:,}: go further with a larger trainer.max_steps=N")
+    prepared = _prepare(config, checkpoint, choices)
+    if config.trainer.dry_run:
+        return _say_dry_run(prepared, checkpoint)
+    return _train(prepared, run_dir, checkpoint, choices)
 
 
 def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":

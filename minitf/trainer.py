@@ -12,11 +12,13 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from minitf import random_state
 from minitf.alignment import AligningHeads
 from minitf.attention_maps import ARROW, AttentionConfig
 from minitf.attention_picture import alignment_picture, attention_picture
 from minitf.batches import BatchSource
-from minitf.checkpoint import TrainState, load_optimizer_state, save_checkpoint
+from minitf.checkpoint import TrainState, load_optimizer_state
+from minitf.choices import Choices
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import Hardware
 from minitf.heads import HeadScores, head_scores
@@ -25,6 +27,7 @@ from minitf.model import Transformer
 from minitf.model_card import model_card
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
+from minitf.saving import Saver
 from minitf.task import Sample, Task
 from minitf.training_step import TrainingStep
 
@@ -111,18 +114,19 @@ class Trainer:
         run_dir: Path,
         monitor: Monitor,
         state: TrainState,
+        choices: Choices,
     ) -> None:
         self.config, self.attention = config, attention
         self.model, self.task, self.hardware = model, task, hardware
-        self.run_dir, self.monitor, self.state = run_dir, monitor, state
+        self.run_dir, self.monitor, self.state, self.choices = run_dir, monitor, state, choices
         self.batches = batches
         self.optimizer = Optimizer(model, optim, hardware.dtype)
         self.training_step = TrainingStep(model, self.optimizer, batches, hardware, config.grad_accumulation)
         self.schedule = Schedule.of(config, 1)
-        self.last_checkpoint: Path | None = None
+        self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
         self.last_sample: tuple[str, str] | None = None
+        self.saver = Saver(run_dir / "checkpoints", before=monitor.flush)
         self.scores: HeadScores | None = None
-        self.aligned = task.data.kind != "pairs"  # nothing (more) to look for between the looks
         self.interrupted = False
         self.is_best = False  # whether the weights at hand are the best so far, and unsaved
         self.evaluated_step = -1
@@ -134,14 +138,23 @@ class Trainer:
         self.started = time.perf_counter() - state.elapsed_s
 
     def warm_up(self) -> str:
-        """Decide on compilation and on the number of steps, without moving a weight; returns the choice in words."""
+        """Decide on compilation and on the number of steps, without moving a weight; returns the choice in words.
+
+        What the run has decided before, also in a life that ended before its first checkpoint, stays decided.
+        """
         started = time.perf_counter()
+        config, choices, state = self.config, self.choices, self.state
+        decided = choices.compile if config.compile == "auto" else ""
         step_s, choice = self.training_step.warm_up(
-            self.config.compile, lambda step_s: (self._num_steps(step_s) - self.state.step) * step_s
+            decided or config.compile, lambda step_s: (self._num_steps(step_s) - state.step) * step_s
         )
-        self.state.warmup_s += time.perf_counter() - started
-        if self.state.num_steps == 0:
-            self.state.num_steps = self._num_steps(step_s)
+        if decided and choice.startswith("off, as set"):
+            choice = "off, as the run began"
+        choices.compile = "true" if choice.startswith("on") else "false"
+        state.warmup_s += time.perf_counter() - started
+        state.num_steps = state.num_steps or choices.num_steps or self._num_steps(step_s)
+        if state.step == 0 or not choices.num_steps:
+            choices.num_steps = state.num_steps
         return choice
 
     @property
@@ -182,8 +195,9 @@ class Trainer:
                 self.train_one_step()
                 if state.step % self.schedule.log == 0 or state.step == state.num_steps:
                     self.log()
-                if not self.aligned and self.config.attention_every >= 0 and state.step % self.schedule.align == 0:
+                if not state.aligned and self.config.attention_every >= 0 and state.step % self.schedule.align == 0:
                     self._align_meanwhile()
+        self.saver.finish()
         self.monitor.stop()
 
     def train_one_step(self) -> None:
@@ -211,9 +225,8 @@ class Trainer:
         if math.isfinite(loss):
             return
         rate = self.optimizer.factor * self.optimizer.config.learning_rate
-        saved = (
-            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
-        )
+        last = self.saver.finish() or self.last_checkpoint
+        saved = f"the last good checkpoint is {last}" if last else "nothing was saved yet"
         raise MinitfError(
             f"the loss became {loss} at step {self.state.step:,}, learning rate {rate:.2g}; {saved}; "
             "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
@@ -222,6 +235,7 @@ class Trainer:
     def log(self) -> None:
         """One row of training numbers: the mean loss of the steps since the last row, their speed, and totals."""
         self._settle()
+        self.saver.check()
         state = self.state
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()
         self._check_finite(sum(losses))
@@ -252,10 +266,19 @@ class Trainer:
         """
         config, state = self.config, self.state
         minutes = config.max_minutes or (DEFAULT_MINUTES if config.max_steps is None else None)
-        if minutes is None or state.num_steps_final or state.train_s < 0.1 * 60 * minutes:
+        if minutes is None or state.num_steps_final:
             return
+        choices = self.choices
+        if choices.corrected_at >= state.step:  # a life of this run that came further has decided when, and to what
+            if choices.corrected_at > state.step:
+                return
+        elif state.train_s < 0.1 * 60 * minutes:
+            return
+        else:
+            choices.corrected_at, choices.corrected_num_steps = state.step, self._num_steps(state.train_s / state.step)
+            choices.save(self.run_dir)
         state.num_steps_final = True
-        state.num_steps = self._num_steps(state.train_s / state.step)
+        state.num_steps = choices.corrected_num_steps
         self.schedule = Schedule.of(config, state.num_steps)
         self.monitor.set_num_steps(state.num_steps)
 
@@ -337,11 +360,13 @@ class Trainer:
             return None
         self.state.aligning_heads = [list(head) for head in aligning.heads]
         self.monitor.alignment(aligning, self.state.step)
-        self.aligned = aligning.score > ALIGNED
+        self.state.aligned = aligning.score > ALIGNED
         return aligning
 
     def _align_meanwhile(self) -> None:
         """Between the looks, as long as no alignment is there: one wants to see when it comes."""
+        if self.task.data.kind != "pairs":
+            return
         self._settle()
         self.align()
         self._settle()
@@ -352,16 +377,15 @@ class Trainer:
             self.monitor.say(line)
 
     def save(self) -> None:
-        """Write a checkpoint; raises OSError or MinitfError with what was saved before unharmed."""
+        """Have a checkpoint written; raises OSError or MinitfError, also of the one before, which harms none."""
         self._settle()
         if self.evaluated_step != self.state.step:
             self._check_weights()
         state = {**asdict(self.state), "data": asdict(self.task.data), "text_fingerprint": self.task.fingerprint}
-        self.last_checkpoint = save_checkpoint(
-            self.run_dir / "checkpoints",
+        self.saver.save(
             self.model,
             self.task.tokenizer,
-            {**self.optimizer.state_dict(), "random_state": torch.get_rng_state(), "pending": self._pending_tensor()},
+            {**self.optimizer.state_dict(), **random_state.capture(), "pending": self._pending_tensor()},
             state,
             is_best=self.is_best,
             keep=self.config.keep_checkpoints,
@@ -399,9 +423,14 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Take over optimiser and random state from a checkpoint; the model and `TrainState` are the caller's."""
         tensors = load_optimizer_state(checkpoint)
-        torch.set_rng_state(tensors.pop("random_state").to(torch.uint8))
-        self.pending = [(loss, norm) for loss, norm in tensors.pop("pending")]
-        self.optimizer.load_state_dict(tensors)
+        try:
+            random_state.restore(tensors)
+            device = self.hardware.device
+            self.pending = [(loss.to(device), norm.to(device)) for loss, norm in tensors.pop("pending")]
+            self.optimizer.load_state_dict(tensors)
+        except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MinitfError(f"{checkpoint / 'trainer_state.safetensors'} does not fit its run: {reason}") from None
         self.last_checkpoint = checkpoint
 
     @contextmanager
@@ -422,6 +451,10 @@ class Trainer:
             before = {}
         try:
             yield
+        except KeyboardInterrupt:
+            self.saver.wait(timeout_s=0.5)  # at once means at once; what is half written then is no checkpoint
+            raise
         finally:
+            self.saver.wait()
             for kind, handler in before.items():
                 signal.signal(kind, handler)

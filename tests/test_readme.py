@@ -160,6 +160,7 @@ def test_every_command_of_ours_runs(command: str, place: Path, tiny: list[str]) 
         train(words[words.index("minitf.train") + 1 :], tiny, place)
         return
     command = command.replace("scripts/benchmark.py", "scripts/benchmark.py --help")  # it trains for minutes
+    command = command.replace("--kills 200", "--kills 2").replace("--minutes 10", "--minutes 0.01 --inputs 20")
     command = re.sub(r"(scripts/generate\.py|-m minitf\.generate)", r"\1 --max-tokens 4", command)
     command = re.sub(r"--max-tokens (?!4\b)\d+", "--max-tokens 3", command)
     shell(command, place)

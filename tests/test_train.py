@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -396,14 +397,35 @@ def test_what_cannot_change_in_a_resumed_run_is_refused(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_damaged_checkpoint_is_not_resumed(
+def test_a_damaged_checkpoint_is_reported_and_passed_over_for_the_one_before(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = [*tiny, "optim.schedule=constant"]
+    assert train_here(*constant, "run_dir=whole", "trainer.max_steps=9") == 0
+    assert train_here(*constant, "run_dir=run") == 0
+    shutil.copytree("run", "copy", symlinks=True)
+    capsys.readouterr()
+    for run, step in (("copy", 6), ("run", 6), ("run", 3)):
+        file = Path(f"{run}/checkpoints/step_0000000{step}/trainer_state.safetensors")
+        file.write_bytes(file.read_bytes()[:-100])
+    assert train_here("resume=copy", "trainer.max_steps=9") == 0
+    reports = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minitf: ")]
+    assert len(reports) == 1
+    assert "step_00000006/trainer_state.safetensors is damaged" in reports[0]
+    assert "passed over for step_00000003" in reports[0]
+    assert_same_run("copy", "whole")
+    assert train_here("resume=run", "trainer.max_steps=9") == 1  # none is left
+    assert_one_line(capsys.readouterr().err, "step_00000003/trainer_state.safetensors is damaged")
+
+
+def test_a_damaged_one_named_itself_is_not_resumed(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_here(*tiny, "run_dir=run") == 0
-    file = Path("run/checkpoints/latest/trainer_state.safetensors")
+    file = Path("run/checkpoints/latest/model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    assert train_here("resume=run", "trainer.max_steps=9") == 1
-    assert_one_line(capsys.readouterr().err, "trainer_state.safetensors")
+    assert train_here("resume=run/checkpoints/latest", "trainer.max_steps=9") == 1
+    assert_one_line(capsys.readouterr().err, "model.safetensors is damaged")
     assert train_here("resume=nowhere") == 2
     assert_one_line(capsys.readouterr().err, "nowhere is not a run")
 
