@@ -34,8 +34,9 @@ def train(config: "Config", run_dir: Path) -> None:
     from minitf.choices import Choices
 
     prepared = _prepare(config, None, Choices())
-    if config.trainer.dry_run:
-        return _say_dry_run(prepared, None)
+    if prepared[0].trainer.dry_run:
+        _say_dry_run(prepared, None)
+        return
     with own_new(run_dir, numbered=not config.run_dir) as owned:
         _train(prepared, owned, None, Choices())
 
@@ -267,8 +268,9 @@ def _resume(run: str, run_dir: Path, overrides: Sequence[str]) -> None:
         raise RequestError(f"{run_dir} is complete at step {step:,}: go further with a larger trainer.max_steps=N")
     prepared = _prepare(config, checkpoint, choices)
     if config.trainer.dry_run:
-        return _say_dry_run(prepared, checkpoint)
-    return _train(prepared, run_dir, checkpoint, choices)
+        _say_dry_run(prepared, checkpoint)
+    else:
+        _train(prepared, run_dir, checkpoint, choices)
 
 
 def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":
