@@ -249,7 +249,8 @@ def _resume(run: str, run_dir: Path, overrides: Sequence[str]) -> None:
         # It died before it saved anything: there is nothing to lose, and what it had decided still holds.
         print(f"minitf: {run_dir} has no checkpoint yet: starting it again from the first step", file=sys.stderr)
         choices = replace(choices, compile="", num_steps=0, corrected_at=0) if ends else choices
-        return _train(_prepare(config, None, choices), run_dir, None, choices)
+        _train(_prepare(config, None, choices), run_dir, None, choices)
+        return
     step = checkpoint.step or 0
     if checkpoint.state.get("text_fingerprint") != fingerprint(config.data):
         raise RequestError(
