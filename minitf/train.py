@@ -168,10 +168,11 @@ def _conclude(trainer: "Trainer") -> None:
             f"perplexity {val['perplexity']:.1f}, over {val['num_tokens']:,} tokens"
         )
     if "chrf" in val:
+        # BLEU counts runs of four words: answers of a word or two have none.
+        bleu = f"BLEU {val['bleu']:.1f} ({val['copy_bleu']:.1f}), " if val["bleu"] else ""
         say(
-            f"answers    chrF {val['chrf']:.1f} (copying the source: {val['copy_chrf']:.1f}), BLEU {val['bleu']:.1f} "
-            f"({val['copy_bleu']:.1f}), exact {val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; "
-            "all of them: python scripts/evaluate.py"
+            f"answers    chrF {val['chrf']:.1f} (copying the source: {val['copy_chrf']:.1f}), {bleu}exact "
+            f"{val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; all of them: python scripts/evaluate.py"
         )
     say(
         f"trained    {state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {_clock(state.train_s)} "
