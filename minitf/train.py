@@ -172,7 +172,7 @@ def _conclude(trainer: "Trainer") -> None:
         bleu = f"BLEU {val['bleu']:.1f} ({val['copy_bleu']:.1f}), " if val["bleu"] else ""
         say(
             f"answers    chrF {val['chrf']:.1f} (copying the source: {val['copy_chrf']:.1f}), {bleu}exact "
-            f"{val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; all of them: python scripts/evaluate.py"
+            f"{val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; all: python scripts/evaluate.py"
         )
     say(
         f"trained    {state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {_clock(state.train_s)} "
