@@ -131,7 +131,8 @@ class Targets:
 
     def generation(self, data: bytes) -> None:
         """Arguments of a generation, and a prompt."""
-        from minitf.generate import Options, Sampling, generate_text
+        from minitf.decoding.sampling import Sampling
+        from minitf.generate import Options, generate_text
 
         chance = random.Random(data)
         values = [*INTERESTING[:15], 0.5, 0.9, 1.5, 3]
@@ -287,7 +288,7 @@ def with_hypothesis(watch: Watch, num_inputs: int, minutes: float) -> None:
 
 def with_atheris(watch: Watch, num_inputs: int, minutes: float) -> None:
     """Mutations guided by the coverage of minitf's own code; ends the process with the summary."""
-    import atheris  # type: ignore[import-not-found,unused-ignore]
+    import atheris
 
     end = time.monotonic() + minutes * 60
 
