@@ -40,7 +40,7 @@ class Targets:
         self.directory = directory
         text = "The cat sat on the mat, and it was tired. 世界 \n" * 20
         self.tokenizers = [
-            train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), [text]),
+            train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=280), [text]),
             train_tokenizer(TokenizerConfig(kind="byte"), []),
         ]
         shape = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, context_length=16, intermediate_size=8)
