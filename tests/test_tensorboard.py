@@ -253,6 +253,21 @@ def check_exact(reply: Any, lm: minitf.LanguageModel) -> None:
         assert [p for _, p in served] == pytest.approx([p for _, p in expected], abs=1e-5)
 
 
+def test_a_source_is_answered_and_aligned(tmp_path: Path, copying_run: Path) -> None:
+    shutil.copytree(copying_run, tmp_path / "runs/copying", symlinks=True)
+    plugin = plugin_over(tmp_path / "runs", ["copying"])
+    asked = {"run": "copying", "step": 300}
+    reply = ask(plugin, {**asked, "text": "cabd"}).json
+    assert reply["full"] == "cabd => cabd"
+    assert reply["prompt_length"] == 6
+    assert reply["alignment"]["source"] == reply["alignment"]["target"] == list("cabd")
+    assert [row.index(max(row)) for row in reply["alignment"]["weights"]] == [0, 1, 2, 3]
+    given = ask(plugin, {**asked, "text": "cabd => dbac", "heads_off": [[1, 0], [1, 1], [1, 2], [1, 3]]}).json
+    assert given["alignment"]["target"] == list("dbac")
+    assert given["before"]["next_tokens"] != given["next_tokens"]
+    assert ask(plugin, {**asked, "text": "xyz"}).status_code == 422
+
+
 def test_generation_goes_on_step_by_step(plugin: AttentionPlugin) -> None:
     replies = [ask(plugin, {"text": "The", "new_tokens": n, "seed": 3}).json for n in range(5)]
     tokens = [reply["tokens"] for reply in replies]
