@@ -7,7 +7,8 @@ from pathlib import Path
 
 from minitf.errors import MinitfError, RequestError
 
-LINKS = {"latest", "best"}  # of checkpoints/, the only links in a run
+# The only links in a run, in checkpoints/; the latter two are there for a moment, and stay if a kill falls into it.
+LINKS = {"latest", "best", ".latest.new", ".best.new"}
 
 
 @contextmanager

@@ -423,3 +423,12 @@ def test_hostile_input_is_a_result_or_one_line(tmp_path: Path, name: str) -> Non
     with_hypothesis(watch, 60, minutes=0.05)
     assert not watch.found
     assert watch.num_inputs > 5
+
+
+@pytest.mark.parametrize("link", ["best", "latest"])
+def test_a_kill_between_the_two_halves_of_a_link_harms_nothing(workdir: Path, trained_run: Path, link: str) -> None:
+    shutil.copytree(trained_run, "run", symlinks=True)
+    Path("run/checkpoints", f".{link}.new").symlink_to("step_00000040")
+    assert train_here("resume=run", "trainer.max_steps=42") == 0
+    assert not Path("run/checkpoints/.latest.new").is_symlink()
+    assert Path("run/checkpoints/latest").resolve().name == "step_00000042"
