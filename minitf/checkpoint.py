@@ -152,10 +152,11 @@ def save_checkpoint(
     *,
     is_best: bool,
     keep: int,
+    shards: Path | None = None,
 ) -> Path:
     """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
 
-    `state` is JSON-able and holds "step". Raises OSError (no space, read-only) with nothing lost: what was saved
+    `state` is JSON-able and holds "step". `shards` is a directory beside it that is moved into it. Raises OSError (no space, read-only) with nothing lost: what was saved
     before stays, and the half-written directory is removed.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,10 @@ def save_checkpoint(
         tokenizer.save(partial)
         tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
         save_file(tensors, partial / "trainer_state.safetensors")
-        digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        if shards:
+            os.replace(shards, partial / "shards")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        digests = {file.relative_to(partial).as_posix(): _sha256(file) for file in files}
         content = {**state, "sha256": digests}
         _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
         for file in partial.iterdir():

@@ -5,11 +5,11 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from minitf.errors import MinitfError, RequestError, run_command
 
@@ -17,33 +17,52 @@ from minitf.errors import MinitfError, RequestError, run_command
 if TYPE_CHECKING:
     from minitf.checkpoint import Checkpoint
     from minitf.config import Config
+    from minitf.distributed import Group
     from minitf.model import Transformer
     from minitf.task import Task
     from minitf.trainer import Trainer
 
 
-def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) -> None:
+def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None, group: "Group | None" = None) -> None:
     """Train as `config` says in `run_dir`, from the checkpoint `resumed` if given; leaves all it made in `run_dir`.
 
-    A request that cannot be met (RequestError) is found out before `run_dir` is made.
+    A request that cannot be met (RequestError) is found out before `run_dir` is made. Of a `group` of processes the
+    first one keeps `run_dir`; the others only compute.
     """
     from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
+    from minitf.distributed import ALONE, set_threads
     from minitf.hardware import choose_hardware
-    from minitf.monitor import Monitor, record_environment
+    from minitf.monitor import Monitor, Mute, record_environment
+    from minitf.parallel import Parallel, choose_strategy
     from minitf.trainer import Trainer
 
-    hardware = choose_hardware(config.trainer.device, config.trainer.precision)
-    config, task, model = _prepare(config, resumed)
+    group = group or ALONE
+    if config.trainer.batch_size % group.size:
+        raise RequestError(
+            f"trainer.batch_size={config.trainer.batch_size} is that of all processes together: "
+            f"it must be a multiple of their number, {group.size}"
+        )
+    strategy, num_threads = choose_strategy(config.trainer.strategy, group), set_threads(group)
+    hardware = choose_hardware(config.trainer.device, config.trainer.precision, group)
+    with group.in_turn():
+        config, task, model = _prepare(config, resumed)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
+    parallel = Parallel(model, group, strategy)
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
-    with _own(run_dir), _naming(run_dir), Monitor(run_dir, state.step) as monitor:
-        save_config(config, run_dir / "config.yaml")
+    first = group.is_first
+    with (
+        _own(run_dir) if first else nullcontext(),
+        _naming(run_dir),
+        Monitor(run_dir, state.step) if first else cast(Monitor, Mute()) as monitor,
+    ):
+        if first:
+            save_config(config, run_dir / "config.yaml")
         trainer = Trainer(
-            config.trainer, config.optim, config.attention, model, task, batches, hardware, run_dir, monitor, state,
+            config.trainer, config.optim, config.attention, parallel, task, batches, hardware, run_dir, monitor, state,
         )  # fmt: skip
         choices = {
             "device": hardware.device.type,
@@ -51,17 +70,36 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None) 
             "attention": "explicit" if model.explicit_attention else "sdpa",
             "compile": trainer.warm_up(),
         }
+        if group.size > 1:
+            kind = "processes" if hardware.device.type == "cpu" else f"processes on {hardware.device.type}"
+            choices["processes"] = (
+                f"{group.size} {kind} by {strategy}, {config.trainer.batch_size // group.size} of the batch's {config.trainer.batch_size} "
+                f"sequences each, {num_threads} CPU thread{'s' * (num_threads > 1)} each"
+            )
         if resumed:
             trainer.restore(resumed.directory)
-        record_environment(run_dir, hardware, choices)
+            _say_what_changed(trainer, resumed)
+        if first:
+            record_environment(run_dir, hardware, choices)
         _introduce(trainer, choices)
         trainer.run()
-        if config.trainer.attention_every >= 0:
+        if first and config.trainer.attention_every >= 0:
             monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
         if state.last_val:
             final = {f"final/{name}": float(value) for name, value in state.last_val.items()}
             monitor.hyperparameters(flat(config), final, state.step)
         _conclude(trainer)
+
+
+def _say_what_changed(trainer: "Trainer", resumed: "Checkpoint") -> None:
+    """Sums in another order, or of another machine, round differently: say so where a run goes on elsewhere."""
+    now = trainer.group.size, trainer.hardware.device.type
+    before = resumed.state.get("num_processes", now[0]), resumed.state.get("device", now[1])
+    if now != before:
+        trainer.monitor.say(
+            f"resumed    on {now[0]} x {now[1]} what was trained on {before[0]} x {before[1]}: the same text in the same "
+            "order, but the arithmetic may differ in the last digits"
+        )
 
 
 def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
@@ -130,6 +168,8 @@ def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
     say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
     say(f"chosen     {choices['device']}; {choices['precision']}; {choices['attention']} attention")
     say(f"compile    {choices['compile']}")
+    if "processes" in choices:
+        say(f"processes  {choices['processes']}")
     epochs = state.num_steps * trainer.tokens_per_step / trainer.batches.tokens_per_epoch
     say(f"training   {state.num_steps:,} steps of {trainer.tokens_per_step:,} tokens, {epochs:.1f} times the text")
     say(f"run        {trainer.run_dir}   watch it: tensorboard --logdir {_runs_root(trainer.run_dir)}")
@@ -192,7 +232,7 @@ def _new_run_dir(config: "Config") -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def resume(run: str, overrides: Sequence[str]) -> None:
+def resume(run: str, overrides: Sequence[str], group: "Group") -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
     from minitf.checkpoint import find_checkpoint, find_run, load_checkpoint
     from minitf.config import load_config
@@ -207,13 +247,15 @@ def resume(run: str, overrides: Sequence[str]) -> None:
             raise RequestError(
                 f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
             )
-    run_dir = find_run(run)
+    run_dir = Path(group.agree(str(find_run(run) if group.is_first else "")))
+    group.remember("run_dir", str(run_dir.absolute()))
     ends = [override for override in overrides if override.startswith(("trainer.max_steps", "trainer.max_minutes"))]
     if len(ends) == 1:  # the other limit was that of the run as it was meant: it must not end this one
         other = "max_minutes" if "max_steps" in ends[0] else "max_steps"
         overrides = [f"trainer.{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    checkpoint = load_checkpoint(find_checkpoint(run, prefer="latest"), device="cpu")
+    found = group.agree(str(find_checkpoint(run, prefer="latest") if group.is_first else ""))
+    checkpoint = load_checkpoint(found, device="cpu")
     if checkpoint.state.get("text_fingerprint") != fingerprint(config.data):
         raise RequestError(
             f"the text of {run_dir} has changed since: train on it as it is now with init_from={run_dir}"
@@ -232,7 +274,28 @@ def resume(run: str, overrides: Sequence[str]) -> None:
         raise RequestError(
             f"{run_dir} is complete at step {checkpoint.step:,}: go further with a larger trainer.max_steps=N"
         )
-    train(config, run_dir, checkpoint)
+    train(config, run_dir, checkpoint, group)
+
+
+def start(args: Sequence[str], group: "Group") -> None:
+    """Train as the command line says; where torchrun has started anew, from the last checkpoint of the run it was."""
+    from minitf.config import compose_config
+
+    resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
+    overrides = [arg for arg in args if not arg.startswith("resume=")]
+    known = group.remembered("run_dir")
+    if known and (Path(known) / "checkpoints/latest").exists():
+        return resume(known, overrides if resumed else [], group)
+    if resumed and resumed[-1] not in ("", "null"):
+        return resume(resumed[-1], overrides, group)
+    config = compose_config(args)
+    if config.init_from:
+        for arg in args:
+            if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout)=)", arg):
+                raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
+    run_dir = known or group.agree(str(_new_run_dir(config) if group.is_first else ""))
+    group.remember("run_dir", str(Path(run_dir).absolute()))
+    return train(config, Path(run_dir), group=group)
 
 
 HYDRA_FLAGS = (
@@ -281,28 +344,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     # against 188 ms on two quiet cores, and beside other programs the same or less. OpenMP reads it when torch is
     # first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-    from minitf.config import check_sweep, compose_config
+    from minitf.config import check_sweep
+    from minitf.distributed import joined
 
-    if any(arg.startswith("-") for arg in args):
+    with joined() as group:
+        flags = [arg for arg in args if arg.startswith("-")]
+        if not flags:
+            start(args, group)
+            return 0
         for arg in args:
-            if arg.startswith("-") and arg.split("=")[0] not in HYDRA_FLAGS:
+            if arg in flags and arg.split("=")[0] not in HYDRA_FLAGS:
                 raise RequestError(f"{arg}: no such flag; settings are key=value, see --help")
             if arg.startswith(("resume=", "run_dir=")):
-                raise RequestError(f"{arg} does not go with {' '.join(a for a in args if a.startswith('-'))}")
+                raise RequestError(f"{arg} does not go with {' '.join(flags)}")
+        if group.size > 1:
+            raise RequestError(f"{' '.join(flags)} does not go with torchrun: a sweep's runs are trained by one process each")
         check_sweep([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
         return _sweep(args)
-    resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
-    if resumed and resumed[-1] not in ("", "null"):
-        resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")])
-    else:
-        config = compose_config(args)
-        if config.init_from:
-            for arg in args:
-                if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout)=)", arg):
-                    raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
-        train(config, _new_run_dir(config))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    from minitf.train import main as command  # by its own name, under which other processes find what a sweep runs
+
+    raise SystemExit(run_command(command))

@@ -1,6 +1,7 @@
 """The training loop: step, log, evaluate, look, save."""
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from minitf.loss import linear_cross_entropy
 from minitf.model import Transformer
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
+from minitf.parallel import STRATEGIES, Parallel
+from minitf.sharded import read_shards, write_shards
 from minitf.task import Sample, Task
 from minitf.training_step import TrainingStep
 
@@ -38,7 +41,8 @@ NUM_SHOWN = 16  # answers in TensorBoard's table of samples
 class TrainerConfig:
     max_steps: int | None = None  # end after so many optimiser steps
     max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
-    batch_size: int = 16  # sequences in a batch
+    batch_size: int = 16  # sequences in a batch, of all processes together
+    strategy: str = "auto"  # of the processes torchrun starts: ddp (each has the model) | fsdp (a shard) | auto | single
     grad_accumulation: int = 1  # batches whose gradients make one step
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
@@ -57,6 +61,8 @@ class TrainerConfig:
         self.compile = self.compile.lower()
         if self.compile not in ("auto", "true", "false"):
             raise RequestError(f"trainer.compile={self.compile} must be auto, true or false")
+        if self.strategy not in STRATEGIES:
+            raise RequestError(f"trainer.strategy={self.strategy} must be one of {', '.join(STRATEGIES)}")
         if self.max_minutes is not None and not 0 < self.max_minutes < 1e6:
             raise RequestError(f"trainer.max_minutes={self.max_minutes} must be above 0")
         if self.max_steps is not None and self.max_steps < 1:
@@ -102,7 +108,7 @@ class Trainer:
         config: TrainerConfig,
         optim: OptimConfig,
         attention: AttentionConfig,
-        model: Transformer,
+        parallel: Parallel,
         task: Task,
         batches: BatchSource,
         hardware: Hardware,
@@ -110,12 +116,14 @@ class Trainer:
         monitor: Monitor,
         state: TrainState,
     ) -> None:
+        model = parallel.model
         self.config, self.attention = config, attention
-        self.model, self.task, self.hardware = model, task, hardware
+        self.parallel, self.model, self.group = parallel, model, parallel.group
+        self.task, self.hardware = task, hardware
         self.run_dir, self.monitor, self.state = run_dir, monitor, state
         self.batches = batches
-        self.optimizer = Optimizer(model, optim, hardware.dtype)
-        self.training_step = TrainingStep(model, self.optimizer, batches, hardware, config.grad_accumulation)
+        self.optimizer = Optimizer(model, optim, hardware.dtype, self.group)
+        self.training_step = TrainingStep(parallel, self.optimizer, batches, hardware, config.grad_accumulation)
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None
         self.scores: HeadScores | None = None
@@ -125,6 +133,7 @@ class Trainer:
         self.evaluated_step = -1
         self.said: set[str] = set()
         self.flops_per_token = model.flops_per_token()
+        self.peak_flops = hardware.peak_flops * self.group.size
         self.pending: list[tuple[Tensor, Tensor]] = []  # losses and gradient norms since the last row
         self.row_start = (state.tokens, state.train_s)
         self.clock: float | None = None  # when the training clock was started
@@ -172,9 +181,11 @@ class Trainer:
                     (fresh and (state.step % self.schedule.look == 0 or last)) or state.step == 0
                 ):
                     self.look()
-                if fresh and (state.step % self.schedule.save == 0 or last or self.is_best or self.interrupted):
+                stop = self.group.any(self.interrupted)  # whichever process it was that the signal came to
+                if fresh and (state.step % self.schedule.save == 0 or last or self.is_best or stop):
                     self.save()
-                if last or self.interrupted:
+                if last or stop:
+                    self.interrupted = stop
                     break
                 self.train_one_step()
                 if state.step % self.schedule.log == 0 or state.step == state.num_steps:
@@ -220,6 +231,7 @@ class Trainer:
         """One row of training numbers: the mean loss of the steps since the last row, their speed, and totals."""
         self._settle()
         state = self.state
+        state.train_s = self.group.agree(state.train_s)  # the number of steps may depend on it
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()
         self._check_finite(sum(losses))
         tokens, seconds = state.tokens - self.row_start[0], state.train_s - self.row_start[1]
@@ -232,7 +244,7 @@ class Trainer:
                 "grad_norm": float(self.pending[-1][1]),
                 "tokens": state.tokens,
                 "tokens_per_s": round(tokens_per_s, 1),
-                "mfu": round(tokens_per_s * self.flops_per_token / self.hardware.peak_flops, 4),
+                "mfu": round(tokens_per_s * self.flops_per_token / self.peak_flops, 4),
                 "train_s": round(state.train_s, 3),
                 "warmup_s": round(state.warmup_s, 3),
                 "elapsed_s": round(state.elapsed_s, 3),
@@ -268,7 +280,9 @@ class Trainer:
         model.train(same_network)
         with torch.set_grad_enabled(same_network):
             context, device = model.config.context_length, self.hardware.device
-            result = self.task.held_out(model.loss_value, context, config.batch_size, device, config.eval_tokens)
+            loss_of = self.parallel.loss_value
+            result = self.task.held_out(loss_of, context, config.batch_size, device, config.eval_tokens)
+        self.parallel.settle()
         model.train()
         self._check_finite(result.loss)
         self.evaluated_step = self.state.step
@@ -283,7 +297,9 @@ class Trainer:
 
     def _samples(self) -> tuple[list[Sample], dict[str, float]]:
         """What the model writes, and metrics of it."""
-        model, config = self.model, self.config
+        model, config = self.parallel.whole(), self.config
+        if not self.group.is_first:
+            return [], {}
         model.eval()
         # Token by token, casting the float32 weights takes longer than bfloat16 products save.
         model.compute_dtype = torch.float32
@@ -302,7 +318,9 @@ class Trainer:
     def look(self) -> None:
         """Log what every head looks at in the probes, and scores of what it does."""
         self._settle()
-        state, model, task = self.state, self.model, self.task
+        state, model, task = self.state, self.parallel.whole(), self.task
+        if not self.group.is_first:
+            return
         if self.attention.heads:
             self.scores = head_scores(model, task.window(model.config.context_length))
             values = {
@@ -352,21 +370,46 @@ class Trainer:
         if self.evaluated_step != self.state.step:
             self._check_weights()
         state = {**asdict(self.state), "data": asdict(self.task.data), "text_fingerprint": self.task.fingerprint}
-        self.last_checkpoint = save_checkpoint(
-            self.run_dir / "checkpoints",
-            self.model,
-            self.task.tokenizer,
-            {**self.optimizer.state_dict(), "random_state": torch.get_rng_state(), "pending": self._pending_tensor()},
-            state,
-            is_best=self.is_best,
-            keep=self.config.keep_checkpoints,
-        )
+        state |= {"device": self.hardware.device.type, "num_processes": self.group.size}
+        random_state = self.group.gather(torch.get_rng_state())
+        tensors = {"random_state": random_state.squeeze(0), "pending": self._pending_tensor()}
+        model, shards = self.parallel.whole(), None
+        if self.parallel.strategy == "fsdp":
+            shards = self._write_shards()
+        else:
+            tensors |= self.optimizer.state_dict()
+        if self.group.is_first:
+            self.last_checkpoint = save_checkpoint(
+                self.run_dir / "checkpoints",
+                model,
+                self.task.tokenizer,
+                tensors,
+                state,
+                is_best=self.is_best,
+                keep=self.config.keep_checkpoints,
+                shards=shards,
+            )
         self.is_best = False
         self._settle()
+
+    def _write_shards(self) -> Path:
+        """The optimiser's state in a directory beside the checkpoints, each process its part."""
+        shards = self.run_dir / "checkpoints" / f".shards_{self.state.step:08d}"
+        if self.group.is_first:
+            for stale in shards.parent.glob(".shards_*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        self.group.barrier()
+        write_shards(shards, self.optimizer.state_dict())
+        self.group.barrier()
+        return shards
 
     def _check_weights(self) -> None:
         """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""
         batch = self.batches.batch(self.state.step * self.config.grad_accumulation).to(self.hardware.device)
+        if self.parallel.strategy == "fsdp":  # the weights come together on the compiled path alone
+            loss = self.parallel.loss_value(*batch[:3])
+            self.parallel.settle()
+            return self._check_finite(float(loss))
         rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
         segments_BT = None if batch.segments_BT is None else batch.segments_BT[rows]
         self.model.eval()
@@ -374,7 +417,7 @@ class Trainer:
             x_BTD = self.model.hidden(batch.inputs_BT[rows], weights=[], segments_BT=segments_BT)
             loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, batch.targets_BT[rows])
         self.model.train()
-        self._check_finite(float(loss))
+        return self._check_finite(float(loss))
 
     def _pending_tensor(self) -> Tensor:
         """Losses and gradient norms of the steps since the last row, (N, 2): they belong into the next one."""
@@ -383,8 +426,14 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Take over optimiser and random state from a checkpoint; the model and `TrainState` are the caller's."""
         tensors = load_optimizer_state(checkpoint)
-        torch.set_rng_state(tensors.pop("random_state").to(torch.uint8))
+        random_states = tensors.pop("random_state").to(torch.uint8)
+        random_states = random_states.reshape(-1, random_states.shape[-1])  # a row for each process
+        torch.set_rng_state(random_states[self.group.rank % len(random_states)])
+        if self.group.rank >= len(random_states):
+            torch.manual_seed(torch.initial_seed() + self.group.rank)
         self.pending = [(loss, norm) for loss, norm in tensors.pop("pending")]
+        if (shards := checkpoint / "shards").is_dir():
+            tensors |= read_shards(shards, self.optimizer.empty)
         self.optimizer.load_state_dict(tensors)
         self.last_checkpoint = checkpoint
 
