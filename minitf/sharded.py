@@ -3,6 +3,7 @@
 torch.distributed.checkpoint writes and reads the files, as safetensors: its own format has a pickle in it.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -84,7 +85,9 @@ def read_shards(directory: Path, template: Callable[[str, torch.Size, torch.dtyp
             for name, item in known.items()
             if isinstance(item, TensorStorageMetadata)
         }
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of each process planning for itself, as is meant
+            dcp.load(state, storage_reader=reader, no_dist=True)
     except MinitfError:
         raise
     except Exception as error:  # safetensors', json's and DCP's own classes

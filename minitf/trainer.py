@@ -428,7 +428,8 @@ class Trainer:
         tensors = load_optimizer_state(checkpoint)
         random_states = tensors.pop("random_state").to(torch.uint8)
         random_states = random_states.reshape(-1, random_states.shape[-1])  # a row for each process
-        torch.set_rng_state(random_states[self.group.rank % len(random_states)])
+        # A clone, because torch reads a state from the beginning of the memory that a row is only a view of.
+        torch.set_rng_state(random_states[self.group.rank % len(random_states)].clone())
         if self.group.rank >= len(random_states):
             torch.manual_seed(torch.initial_seed() + self.group.rank)
         self.pending = [(loss, norm) for loss, norm in tensors.pop("pending")]
