@@ -156,8 +156,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
 
-    `state` is JSON-able and holds "step". `shards` is a directory beside it that is moved into it. Raises OSError (no space, read-only) with nothing lost: what was saved
-    before stays, and the half-written directory is removed.
+    `state` is JSON-able and holds "step". `shards` is a directory beside the checkpoints that is moved into this one.
+    Raises OSError (no space, read-only) with nothing lost: what was saved before stays, and the half-written directory
+    is removed.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"

@@ -229,8 +229,8 @@ def _fail(group: Group, error: Exception) -> None:
         raise type(error)(f"{error} (process {group.rank} of {group.size})") from None
     if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
         raise MinitfError(
-            f"process {group.rank} of {group.size} lost another one: it was ended from outside, or its machine is gone; "
-            "go on with resume=latest"
+            f"process {group.rank} of {group.size} lost another one: it was ended from outside, or its machine is "
+            "gone; go on with resume=latest"
         ) from None
     raise error
 

@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -50,7 +50,7 @@ class Parallel:
     def __init__(self, model: Transformer, group: Group = ALONE, strategy: str = "single") -> None:
         """`model` is the same in all processes; its `compute_dtype` is set."""
         self.model, self.group, self.strategy = model, group, strategy
-        self.loss: Callable[..., Tensor] = model.loss
+        self.ddp: nn.Module | None = None
         self.copy: Transformer | None = None  # fsdp: the whole model, in the first process
         if strategy == "ddp":
             from torch.nn.parallel import DistributedDataParallel
@@ -61,10 +61,13 @@ class Parallel:
             known = inspect.signature(DistributedDataParallel).parameters
             option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
-            self.loss = self.ddp = DistributedDataParallel(_Loss(model), **options)
+            self.ddp = DistributedDataParallel(_Loss(model), **options)
         elif strategy == "fsdp":
             shard(model, group)
-            self.loss = model.loss
+
+    def loss(self, *batch: Tensor | None) -> Tensor:
+        """`model.loss` of this process's part of a batch."""
+        return (self.model.loss if self.ddp is None else self.ddp)(*batch)  # type: ignore[no-any-return, arg-type]
 
     def part(self, batch: Batch) -> tuple[Batch, float]:
         """This process's rows of a batch, and what their mean loss counts in the mean over the processes."""
@@ -87,8 +90,8 @@ class Parallel:
     @contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one batch: gradients travel only with the `last` of a step."""
-        if self.strategy == "ddp" and not last:
-            with self.ddp.no_sync():
+        if self.ddp is not None and not last:
+            with self.ddp.no_sync():  # type: ignore[operator]
                 yield
             return
         if self.strategy == "fsdp":

@@ -72,9 +72,10 @@ def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None, 
         }
         if group.size > 1:
             kind = "processes" if hardware.device.type == "cpu" else f"processes on {hardware.device.type}"
+            total, share = config.trainer.batch_size, config.trainer.batch_size // group.size
             choices["processes"] = (
-                f"{group.size} {kind} by {strategy}, {config.trainer.batch_size // group.size} of the batch's {config.trainer.batch_size} "
-                f"sequences each, {num_threads} CPU thread{'s' * (num_threads > 1)} each"
+                f"{group.size} {kind} by {strategy}, {share} of the batch's {total} sequences each, "
+                f"{num_threads} CPU thread{'s' * (num_threads > 1)} each"
             )
         if resumed:
             trainer.restore(resumed.directory)
@@ -97,8 +98,8 @@ def _say_what_changed(trainer: "Trainer", resumed: "Checkpoint") -> None:
     before = resumed.state.get("num_processes", now[0]), resumed.state.get("device", now[1])
     if now != before:
         trainer.monitor.say(
-            f"resumed    on {now[0]} x {now[1]} what was trained on {before[0]} x {before[1]}: the same text in the same "
-            "order, but the arithmetic may differ in the last digits"
+            f"resumed    on {now[0]} x {now[1]} what was trained on {before[0]} x {before[1]}: the same text in the "
+            "same order, but the arithmetic may differ in the last digits"
         )
 
 
@@ -322,14 +323,20 @@ def _sweep(args: list[str]) -> int:
 
     def job(composed: Any) -> None:
         # One value that diverges is a result of a sweep, not its end.
-        statuses.append(run_command(lambda: one_run(composed)))
+        if status := run_command(lambda: one_run(composed)):
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            failed.write_text(str(status), encoding="utf-8")
 
-    statuses: list[int] = []
+    # A launcher may run jobs in other processes, or on other machines that share this directory: a file brings word.
+    failed = Path("runs").absolute() / f".failed_{os.getpid()}"
+    failed.unlink(missing_ok=True)
     register_schema()
     # Hydra's parser takes flags only before overrides.
     sys.argv[1:] = sorted(args, key=lambda arg: "=" in arg and not arg.startswith("-"))
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    return max(statuses, default=0)
+    status = int(failed.read_text(encoding="utf-8")) if failed.exists() else 0
+    failed.unlink(missing_ok=True)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -358,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arg.startswith(("resume=", "run_dir=")):
                 raise RequestError(f"{arg} does not go with {' '.join(flags)}")
         if group.size > 1:
-            raise RequestError(f"{' '.join(flags)} does not go with torchrun: a sweep's runs are trained by one process each")
+            raise RequestError(
+                f"{' '.join(flags)} does not go with torchrun: a sweep's runs are trained by one process each"
+            )
         check_sweep([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
         return _sweep(args)
 

@@ -22,7 +22,6 @@ from minitf.errors import MinitfError, RequestError
 from minitf.hardware import Hardware
 from minitf.heads import HeadScores, head_scores
 from minitf.loss import linear_cross_entropy
-from minitf.model import Transformer
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
 from minitf.parallel import STRATEGIES, Parallel
@@ -42,7 +41,9 @@ class TrainerConfig:
     max_steps: int | None = None  # end after so many optimiser steps
     max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
     batch_size: int = 16  # sequences in a batch, of all processes together
-    strategy: str = "auto"  # of the processes torchrun starts: ddp (each has the model) | fsdp (a shard) | auto | single
+    strategy: str = (
+        "auto"  # of the processes torchrun starts: ddp (each has the model) | fsdp (a shard) | auto | single
+    )
     grad_accumulation: int = 1  # batches whose gradients make one step
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32

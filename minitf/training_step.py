@@ -10,7 +10,7 @@ from torch import Tensor
 from minitf.batches import BatchSource
 from minitf.hardware import Hardware, compiled, compiler_missing
 from minitf.loss import chunk_loss
-from minitf.model import Transformer, final_norm, train_block
+from minitf.model import final_norm, train_block
 from minitf.optim import Optimizer
 from minitf.parallel import Parallel
 

@@ -28,7 +28,9 @@ from minitf.parallel import choose_strategy
 TOLERANCE = 2e-5
 
 
-def torchrun(num: int, *arguments: str, options: tuple[str, ...] = (), program: str = "") -> subprocess.CompletedProcess[str]:
+def torchrun(
+    num: int, *arguments: str, options: tuple[str, ...] = (), program: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Train with `num` processes; `program` is Python that runs in each of them before, to break things."""
     return subprocess.run(
         command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=60
@@ -115,7 +117,9 @@ def test_several_processes_train_what_one_trains(workdir: Path, small: list[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_compiled_blocks_and_recomputed_activations_give_the_same(workdir: Path, small: list[str], strategy: str) -> None:
+def test_compiled_blocks_and_recomputed_activations_give_the_same(
+    workdir: Path, small: list[str], strategy: str
+) -> None:
     small = [*small, "trainer.activation_checkpointing=true", "trainer.max_steps=3"]
     assert train_here(*small, "run_dir=one") == 0
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}", "trainer.compile=true")
@@ -147,7 +151,7 @@ def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str
     assert len(list((checkpoint / "shards").iterdir())) == 2
     for file in checkpoint.rglob("*"):  # nothing but JSON and safetensors
         assert file.is_dir() or file.suffix in (".json", ".safetensors"), file
-        assert file.is_dir() or not file.read_bytes()[:2] == b"\x80\x02"
+        assert file.is_dir() or file.read_bytes()[:2] != b"\x80\x02"
     assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == 6
     for name, num, strategy in (("by_one", 1, "fsdp"), ("by_four", 4, "fsdp"), ("by_copies", 2, "ddp")):
         subprocess.run(["cp", "-r", "half", name], check=True)

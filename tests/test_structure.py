@@ -12,10 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minitf"
 # From the bottom of the house up; a module may import only what stands before it.
 ORDER = [
-    "errors", "storage", "hardware", "loss", "books", "exercises", "corpus", "pairs", "tokenizer", "prepared",
-    "batches", "packing", "attention", "model", "optim", "checkpoint", "decoding", "answer", "generate", "heads",
-    "alignment", "viewer", "attention_maps", "attention_picture", "attention_page", "language_model", "tensorboard",
-    "answer_scores", "evaluate", "monitor", "training_step", "task", "trainer", "help_page", "config", "train",
+    "errors", "storage", "distributed", "sharded", "hardware", "loss", "books", "exercises", "corpus", "pairs",
+    "tokenizer", "prepared", "batches", "packing", "attention", "model", "optim", "checkpoint", "decoding", "answer",
+    "generate", "heads", "alignment", "viewer", "attention_maps", "attention_picture", "attention_page",
+    "language_model", "tensorboard", "answer_scores", "evaluate", "monitor", "parallel", "training_step", "task",
+    "trainer", "help_page", "config", "train",
 ]  # fmt: skip
 # Beside the house: the command that measures it. It may import anything; nothing imports it.
 BESIDE = {"benchmark"}
