@@ -204,7 +204,9 @@ def joined() -> Iterator[Group]:
         dist.init_process_group(backend, timeout=PATIENCE)
     store = None
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
     group = Group(numbers["RANK"], numbers["WORLD_SIZE"], *local, store)
     try:
         yield group

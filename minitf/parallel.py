@@ -17,6 +17,7 @@ from minitf.distributed import ALONE, Group
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
 from minitf.model import Block, Transformer
+from minitf.sharded import whole as full
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
 
@@ -67,7 +68,7 @@ class Parallel:
 
     def loss(self, *batch: Tensor | None) -> Tensor:
         """`model.loss` of this process's part of a batch."""
-        return (self.model.loss if self.ddp is None else self.ddp)(*batch)  # type: ignore[no-any-return, arg-type]
+        return (self.model.loss if self.ddp is None else self.ddp)(*batch)  # type: ignore[arg-type]
 
     def part(self, batch: Batch) -> tuple[Batch, float]:
         """This process's rows of a batch, and what their mean loss counts in the mean over the processes."""
@@ -103,7 +104,7 @@ class Parallel:
         if self.strategy == "fsdp":
             for module in self.model.modules():
                 if hasattr(module, "reshard"):
-                    module.reshard()
+                    module.reshard()  # type: ignore[operator]
 
     def whole(self) -> Transformer:
         """The model with all its weights, to look at and to save; of use in the first process alone.
@@ -118,7 +119,7 @@ class Parallel:
         targets = dict(self.copy.named_parameters())
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                value = parameter.full_tensor()  # type: ignore[operator]
+                value = full(parameter)
                 if self.group.is_first:
                     targets[name].copy_(value)
         return self.copy

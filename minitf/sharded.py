@@ -62,10 +62,10 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 def write_shards(directory: Path, state: dict[str, Tensor]) -> None:
     """Write tensors, sharded or the same in all processes, to `directory`, each process its part."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+    save(state, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
 
 
 def read_shards(directory: Path, template: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
@@ -73,9 +73,9 @@ def read_shards(directory: Path, template: Callable[[str, torch.Size, torch.dtyp
 
     `template(name, shape, dtype)` makes the tensor to read into: a sharded one gets its part. MinitfError if damaged.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(directory))
     try:
@@ -87,7 +87,7 @@ def read_shards(directory: Path, template: Callable[[str, torch.Size, torch.dtyp
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of each process planning for itself, as is meant
-            dcp.load(state, storage_reader=reader, no_dist=True)
+            load(state, storage_reader=reader, no_dist=True)
     except MinitfError:
         raise
     except Exception as error:  # safetensors', json's and DCP's own classes
