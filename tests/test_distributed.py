@@ -213,7 +213,7 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(workdir: Path, small:
     done = torchrun(2, *small, "run_dir=run", program=fail)
     assert done.returncode == 1
     assert our_lines(done.stderr) == ["minitf: the disk of this machine is on fire (process 1 of 2)"]
-    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
+    assert "minitf/trainer.py" not in done.stderr  # torchrun's own traceback is not ours to keep back
 
 
 @pytest.mark.slow
