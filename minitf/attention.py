@@ -11,11 +11,15 @@ Axes in names, as everywhere: B batch, T query position, S key position, D hidde
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minitf.rope_scaling import scaled_frequencies
 
 
 class Linear(nn.Linear):
@@ -37,8 +41,8 @@ def joint_linear(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
 class RMSNorm(nn.RMSNorm):
     """`y = x / rms(x) * weight` over the last axis (Zhang & Sennrich, 2019), in the dtype of x."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size, eps=1e-6)
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__(size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -89,14 +93,16 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor) -> Tens
     return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
 
 
-def rotary_table(head_dim: int, num_positions: int, theta: float) -> Tensor:
+def rotary_table(head_dim: int, num_positions: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
     """Cosines and sines of the rotation of each pair of channels at each position, shape (2, num_positions, head_dim).
 
-    Channel pair i turns by `position * theta^(-2i / head_dim)` radians (RoFormer, equation 15).
+    Channel pair i turns by `position * theta^(-2i / head_dim)` radians (RoFormer, equation 15), which the `scaling` of
+    a pretrained model may change.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequencies, factor = scaled_frequencies(frequencies, theta, scaling or {})
     angles_TK = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies).repeat(1, 2)
-    return torch.stack([angles_TK.cos(), angles_TK.sin()])
+    return torch.stack([angles_TK.cos(), angles_TK.sin()]) * factor
 
 
 def rotate(x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
@@ -157,15 +163,17 @@ class KeyValueCache:
 class Attention(nn.Module):
     """Multi-head causal self-attention; parameter names are those of Qwen3 and Llama in Hugging Face transformers."""
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.q_proj = Linear(hidden_size, num_heads * head_dim)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim)
         self.o_proj = Linear(num_heads * head_dim, hidden_size)
-        self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
 
     def forward(
         self,

@@ -180,6 +180,7 @@ def attention_maps(
     limit = model.config.context_length
     if not ids:
         raise RequestError("the text is empty: give at least one word")
+    ids = [*tokenizer.start_ids, *ids]
     if len(ids) > limit:
         raise RequestError(f"the text is {len(ids)} tokens long, the model reads at most {limit}: shorten it")
     return attention_maps_of_ids(model, tokenizer, ids, text, step, top_k, scores)

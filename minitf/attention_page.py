@@ -34,7 +34,7 @@ def attention_page(maps: Sequence[AttentionMaps], title: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command `attention`: look at what every head of a run's model does with a text."""
     parser = argparse.ArgumentParser(
-        prog="attention", description="Look inside: which words every attention head looks at, as one HTML page."
+        description="Look inside: which words every attention head looks at, as one HTML page."
     )
     parser.add_argument(
         "text",
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         help="the text to read, from standard input if absent; of a run on pairs a source, which is answered, or "
         '"SOURCE => TARGET"',
     )
-    parser.add_argument("--run", default="latest", help="run directory, checkpoint directory, or latest (default)")
+    parser.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest")
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
         "--out", type=Path, default=Path("attention.html"), metavar="FILE.html", help="default: %(default)s"

@@ -21,7 +21,7 @@ from minitf.errors import RequestError
 from minitf.loss import IGNORED
 from minitf.prepared import Progress, keep, open_kept, writing_to
 from minitf.storage import cache_root
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig, train_tokenizer
 
 FORMAT_VERSION = 1  # raise it when the same text and settings give other files than before
 ENCODE_CHARS = 1 << 21  # text encoded at once, in parallel by rows; bounds the memory of `prepare`
@@ -87,6 +87,8 @@ def cache_key(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Toke
     identity: dict[str, Any] = {"format": FORMAT_VERSION, "text": fingerprint(data)}
     if tokenizer_from is not None:
         identity["tokenizer"] = tokenizer_from.to_json()
+        if tokenizer_from.end_token != END_OF_TEXT:  # its tokenizer.json does not say which it is
+            identity["end"] = tokenizer_from.end_token
     else:
         identity["tokenizer"] = [tokenizer.kind]
         if tokenizer.kind == "bpe":

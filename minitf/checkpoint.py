@@ -1,7 +1,9 @@
 """Checkpoints: a training state <-> a directory that is a Hugging Face model.
 
     model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json   the model
+    README.md                                                                                   what it is, for people
     trainer_state.json trainer_state.safetensors                                                all that resuming needs
+    shards/                                                  of it what several processes hold only together (fsdp)
 
 No pickle anywhere. A checkpoint is written beside its place, flushed and renamed, so a name either holds a whole
 checkpoint or does not exist; `trainer_state.json` carries the SHA-256 of every other file and of itself.
@@ -12,22 +14,27 @@ import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import safetensors
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import choose_device
+from minitf.hugging_face import fetch_model, from_hugging_face, is_hub_name, load_weights, to_hugging_face
 from minitf.model import ModelConfig, Transformer
 from minitf.storage import flush
 from minitf.tokenizer import Tokenizer
+from minitf.untrusted import read_json, read_tensors, write_tensors
 
 RUNS = Path("runs")
-STEP_NAME = re.compile(r"step_(\d{8,})")
+STEP_NAME = re.compile(r"step_(\d{8,15})")
+LINKS = ("latest", "best")
+MAX_ROTATIONS = 1 << 27  # positions times the width of a head, whose table is made with a model: 1 GB
 
 
 @dataclass
@@ -43,6 +50,7 @@ class TrainState:
     elapsed_s: float = 0.0  # wall seconds
     best_loss: float = float("inf")  # held-out nats per token of the checkpoint `best`
     last_val: dict[str, float] = field(default_factory=dict)  # newest held-out metrics
+    aligned: bool = False  # whether the newest look found heads that align pairs well
     aligning_heads: list[list[int]] = field(
         default_factory=list
     )  # [layer, head] of those that align pairs, by the newest look
@@ -50,10 +58,15 @@ class TrainState:
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "TrainState":
         """The part of a checkpoint's `trainer_state.json` that is a TrainState."""
-        try:
-            return cls(**{item.name: state[item.name] for item in fields(cls)})
-        except KeyError as error:
-            raise MinitfError(f"the checkpoint has no {error} in trainer_state.json: it cannot be resumed") from None
+        for item in fields(cls):
+            if item.name not in state:
+                raise MinitfError(f"the checkpoint has no {item.name!r} in trainer_state.json: it cannot be resumed")
+            value, kind = state[item.name], type(getattr(cls(), item.name))
+            if type(value) is not kind or (kind is int and not 0 <= value < 1 << 53):
+                raise MinitfError(
+                    f"the checkpoint's trainer_state.json has {item.name}={str(value)[:50]!r}: not resumed"
+                )
+        return cls(**{item.name: state[item.name] for item in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -80,118 +93,76 @@ class Checkpoint:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# config.json
-
-
-def to_hugging_face(config: ModelConfig, vocab_size: int, end_id: int) -> dict[str, Any]:
-    """The `config.json` of this architecture: Qwen3's, or Llama's without QK-norm."""
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": end_id,
-        "eos_token_id": end_id,
-        "pad_token_id": end_id,
-        "torch_dtype": "float32",
-        "minitf": {"dropout": config.dropout},
-    }
-
-
-def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
-    """The model config and vocabulary size of a `config.json`; KeyError, TypeError or ValueError where it is none."""
-    if config["model_type"] not in ("qwen3", "llama"):
-        raise ValueError(f"model_type {config['model_type']!r} is neither qwen3 nor llama")
-    # transformers 5 writes rope_parameters; before it rope_theta and rope_scaling stood beside each other.
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"its rotary positions are scaled ({rope_type}), which is not supported")
-    fixed = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for name, value in fixed.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
-    model = ModelConfig(
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=int(config["hidden_size"]),
-        num_heads=int(config["num_attention_heads"]),
-        num_kv_heads=int(config["num_key_value_heads"]),
-        head_dim=int(config.get("head_dim") or 0),
-        intermediate_size=int(config["intermediate_size"]),
-        context_length=int(config["max_position_embeddings"]),
-        rope_theta=float(rope["rope_theta"]),
-        qk_norm=config["model_type"] == "qwen3",
-        tie_embeddings=bool(config["tie_word_embeddings"]),
-        dropout=float(config.get("minitf", {}).get("dropout", 0.0)),
-    )
-    return model, int(config["vocab_size"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # write
+
+
+class SavedModel(Protocol):
+    """What a checkpoint takes of a model."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
 def save_checkpoint(
     checkpoints: Path,
-    model: Transformer,
+    model: SavedModel,
     tokenizer: Tokenizer,
-    optimizer_state: dict[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
     state: dict[str, Any],
     *,
     is_best: bool,
     keep: int,
+    card: str = "",
     shards: Path | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
 
-    `state` is JSON-able and holds "step". `shards` is a directory beside the checkpoints that is moved into this one.
-    Raises OSError (no space, read-only) with nothing lost: what was saved before stays, and the half-written directory
-    is removed.
+    `state` is JSON-able and holds "step"; `card` becomes the README.md; `shards` is a directory beside the checkpoints
+    that is moved into this one; `before` is called when all is on disk but not yet to be seen. Raises OSError (no
+    space, read-only) with nothing lost: what was saved before stays, and the half-written directory is removed.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
     partial = checkpoints / f".{final.name}.partial"
-    for stale in checkpoints.glob(".step_*.partial"):  # of a run that was killed while saving
-        shutil.rmtree(stale, ignore_errors=True)
+    for stale in (*checkpoints.glob(".step_*.partial"), *checkpoints.glob(".shards_*")):
+        if stale != shards:  # of a run that was killed while saving
+            shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir()
-        # Tied tensors and views are cloned: a file holds each parameter once, whole.
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id)
+        digests = {"model.safetensors": write_tensors(partial / "model.safetensors", weights)}
+        start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
+        config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
         _write_json(partial / "config.json", config)
-        ids = {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
+        ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
         _write_json(partial / "generation_config.json", ids)
         tokenizer.save(partial)
         tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
-        save_file(tensors, partial / "trainer_state.safetensors")
+        digests["trainer_state.safetensors"] = write_tensors(partial / "trainer_state.safetensors", tensors)
         if shards:
             os.replace(shards, partial / "shards")
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        digests = {file.relative_to(partial).as_posix(): _sha256(file) for file in files}
+        written = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*"))}
+        digests |= {name: _sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
+        if card:  # without a digest: people are to write in it
+            (partial / "README.md").write_text(card, encoding="utf-8")
         content = {**state, "sha256": digests}
         _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
-        for file in partial.iterdir():
-            flush(file)
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        # What is about to replace older checkpoints is read back first: a write may have lost something silently.
+        for name, digest in digests.items():
+            _check_digest(partial / name, digest)
+        _read_state(partial)
+        before()
         replaced = checkpoints / f".{final.name}.replaced.partial"
         if final.exists():  # moved aside rather than removed: at no moment is there neither
             os.replace(final, replaced)
         os.replace(partial, final)
         shutil.rmtree(replaced, ignore_errors=True)
-    except safetensors.SafetensorError as error:  # its own wrapping of a failed write
-        raise MinitfError(f"cannot write the checkpoint {final}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     flush(checkpoints)
@@ -203,6 +174,18 @@ def save_checkpoint(
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    """`trainer_state.json`, whole as it was written, or a MinitfError."""
+    path = directory / "trainer_state.json"
+    state = read_json(path)
+    if state.pop("own_sha256", None) != _own_sha256(state):
+        raise MinitfError(f"{path} is damaged: its content is not what was saved")
+    digests = state.get("sha256")
+    if not isinstance(digests, dict) or not {"model.safetensors", "config.json", "tokenizer.json"} <= digests.keys():
+        raise MinitfError(f"{path} is damaged: it does not say what belongs to it")
+    return state
 
 
 def _sha256(path: Path) -> str:
@@ -223,11 +206,20 @@ def _point(link: Path, target: str) -> None:
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
-    kept = {os.path.realpath(checkpoints / link) for link in ("latest", "best")}
-    steps = sorted((p for p in checkpoints.iterdir() if STEP_NAME.fullmatch(p.name)), key=lambda p: p.name)
+    """Remove the oldest checkpoints beyond `keep`. Called when `latest` was just written, so one good one stays."""
+    kept = {os.path.realpath(checkpoints / link) for link in LINKS}
+    steps = sorted((p for p in checkpoints.iterdir() if STEP_NAME.fullmatch(p.name)), key=_step)
     for directory in steps[: -keep or None]:
-        if os.path.realpath(directory) not in kept:
-            shutil.rmtree(directory, ignore_errors=True)
+        if os.path.realpath(directory) not in kept and not directory.is_symlink():
+            # Renamed first: a run that dies while it removes leaves no checkpoint without some of its files.
+            removed = directory.with_name(f".{directory.name}.removed.partial")
+            os.replace(directory, removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def _step(directory: Path) -> int:
+    match = STEP_NAME.fullmatch(directory.name)
+    return int(match[1]) if match else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,31 +238,53 @@ def _modified(path: Path) -> float:
     return path.stat().st_mtime
 
 
+def last_started(runs: Path = RUNS) -> Path:
+    """The run directory under `runs` that was worked in last, also one that died before its first checkpoint."""
+    found = [path.parent for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/config.yaml")]
+    if not found:
+        raise RequestError(f"no run under {runs.absolute()}: train one with python -m minitf.train")
+    return max(found, key=_worked_in)
+
+
+def _worked_in(run: Path) -> float:
+    paths = [run / "config.yaml", run / "metrics.jsonl", run / "checkpoints/latest"]
+    return max(_modified(path) for path in paths if path.exists())
+
+
 def find_run(run: str | Path) -> Path:
     """The run directory that RUN (a run directory, one of its checkpoints, or `latest`) names."""
     if str(run) == "latest":
-        return newest_run()
+        return last_started()
     path = Path(run)
     for directory in (path, *path.absolute().parents[:2]):
         if (directory / "config.yaml").is_file():
             return directory
-    if links := list(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
-        return max(links, key=_modified).parent.parent
+    if configs := list(path.glob("*/config.yaml")):  # runs/NAME: the newest of that name
+        return max((config.parent for config in configs), key=_worked_in)
     raise RequestError(f"{run} is not a run: no config.yaml in it; a run is a directory such as {RUNS}/NAME/DATE_TIME")
 
 
 def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
     """The checkpoint directory that RUN names; of a run the one called `prefer` (best or latest)."""
+    return find_checkpoints(run, prefer)[0]
+
+
+def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
+    """The checkpoint directories that RUN names, the one wanted first; of a run the others follow, if it is damaged.
+
+    They are the other linked one, those before it, newest first, and those after it, which the run had left.
+    """
     if str(run) == "latest":
         run = newest_run()
     path = Path(run)
     if (path / "config.json").is_file():
-        return path.resolve()
-    for name in (prefer, "latest", "best"):
-        if (path / "checkpoints" / name / "config.json").is_file():
-            return (path / "checkpoints" / name).resolve()
+        return [path.resolve()]
+    if found := _all_checkpoints(path / "checkpoints", prefer):
+        return found
     if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
-        return find_checkpoint(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
+        return find_checkpoints(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
+    if is_hub_name(str(run)):
+        return [fetch_model(str(run))]
     if not path.exists():
         raise RequestError(f"{run} does not exist: give a run directory, a checkpoint directory, or latest")
     if (path / "config.yaml").is_file():
@@ -278,64 +292,127 @@ def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
     raise RequestError(f"{run} is neither a run nor a checkpoint: it has no config.json and no checkpoints/")
 
 
+def _all_checkpoints(checkpoints: Path, prefer: str) -> list[Path]:
+    """In the order in which they are to be tried. Links that lead elsewhere than to a step beside them do not count."""
+    if not checkpoints.is_dir():
+        return []
+    inside = checkpoints.resolve()
+    steps = sorted((p for p in inside.iterdir() if STEP_NAME.fullmatch(p.name) and p.is_dir()), key=_step, reverse=True)
+    steps = [path for path in steps if not path.is_symlink()]
+    linked = {}
+    for name in LINKS:
+        target = (inside / name).resolve()
+        if target.is_dir() and target.parent == inside:
+            linked[name] = target
+    first = [linked[name] for name in (prefer, *LINKS) if name in linked]
+    newest = _step(first[0]) if prefer == "latest" and first else None
+    if newest is not None:  # to resume from: the one before, rather than the best, which may be long ago
+        first = first[:1]
+        steps.sort(key=lambda path: (_step(path) > (newest or 0), -_step(path)))
+    return list(dict.fromkeys([*first, *steps]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # read
 
 
-def load_checkpoint(run: str | Path, device: str = "auto", prefer: str = "best") -> Checkpoint:
-    """Load the model and tokenizer that RUN names; a damaged checkpoint is a MinitfError that names the file."""
-    directory = find_checkpoint(run, prefer)
-    state = _read_json(directory / "trainer_state.json") if (directory / "trainer_state.json").exists() else {}
-    own_digest = state.pop("own_sha256", None)
-    if own_digest and own_digest != _own_sha256(state):
-        raise MinitfError(f"{directory / 'trainer_state.json'} is damaged: its content is not what was saved")
+def load_checkpoint(
+    run: str | Path, device: str = "auto", prefer: str = "best", log: Callable[[str], None] | None = None
+) -> Checkpoint:
+    """Load the model and tokenizer that RUN names.
+
+    A damaged checkpoint of a run is reported to `log` (default: a line on stderr) and passed over for the one before;
+    one that was named itself, or the last of them, is a MinitfError that names the file.
+    """
+    candidates = find_checkpoints(run, prefer)
+    is_of_run = candidates[0] != Path(run).resolve()
+    for directory, following in zip(candidates, [*candidates[1:], None], strict=True):
+        try:
+            return _load(directory, device, is_of_run)
+        except RequestError as error:
+            if following is None or error.args[0].startswith("device "):
+                raise
+            reason: MinitfError | OSError = error
+        except (MinitfError, OSError) as error:
+            if following is None:
+                raise
+            reason = error
+        (log or _to_stderr)(f"{reason}; passed over for {following.name}")
+    raise AssertionError("a loop over at least one candidate returns or raises")
+
+
+def _to_stderr(line: str) -> None:
+    print(f"minitf: {line}", file=sys.stderr, flush=True)
+
+
+def _load(directory: Path, device: str, is_of_run: bool) -> Checkpoint:
+    """One checkpoint; that of a run has its digests, a foreign model need not."""
+    state = _read_state(directory) if is_of_run or (directory / "trainer_state.json").exists() else {}
     for name, digest in state.get("sha256", {}).items():
+        if directory.resolve() not in (directory / name).resolve().parents:
+            raise MinitfError(
+                f"{directory / 'trainer_state.json'} is refused: {name[:50]!r} leads out of the checkpoint"
+            )
         _check_digest(directory / name, digest)
     try:
-        config, vocab_size = from_hugging_face(_read_json(directory / "config.json"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {error}") from None
-    weights = load_tensors(directory / "model.safetensors")
+        config, vocab_size = from_hugging_face(read_json(directory / "config.json"))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RequestError) as error:
+        raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {_short(error)}") from None
+    weights = load_weights(directory, config.tie_embeddings)
+    _check_shapes(directory, config, vocab_size, weights)
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > vocab_size:
+        raise MinitfError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size:,} tokens and its model only {vocab_size:,}"
+        )
     model = Transformer(config, vocab_size)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise MinitfError(f"{directory / 'model.safetensors'} does not fit its config.json: {reason}") from None
-    return Checkpoint(
-        model.to(choose_device(device)).eval(), Tokenizer.load(directory), directory, state.get("step"), state
-    )
+        raise MinitfError(f"{directory / 'model.safetensors'} does not fit its config.json: {_short(error)}") from None
+    return Checkpoint(model.to(choose_device(device)).eval(), tokenizer, directory, state.get("step"), state)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file on the CPU; MinitfError if it is missing or damaged."""
+def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int, weights: Mapping[str, Tensor]) -> None:
+    """MinitfError unless `weights` are those of the model, found out before anything of its size is made.
+
+    Layers are counted by name and widths compared first: a model of a billion layers is not even drawn up.
+    """
+    wrong = f"{directory / 'model.safetensors'} does not fit its config.json:"
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.") and name.count(".") > 2}
+    if len(layers) != config.num_layers:
+        raise MinitfError(f"{wrong} it has {len(layers)} layers instead of {config.num_layers}")
+    if config.context_length * config.head_dim > MAX_ROTATIONS:
+        raise MinitfError(f"{directory / 'config.json'}: a context of {config.context_length:,} positions is too long")
+    largest = max((value.numel() for value in weights.values()), default=0)
+    widths = (vocab_size * config.hidden_size, config.hidden_size * config.intermediate_size)
+    attention = config.hidden_size * config.head_dim * config.num_heads
+    if not all(0 < size <= largest for size in (*widths, attention)):
+        raise MinitfError(f"{wrong} its largest matrix has {largest:,} entries, fewer than the model's")
+    if not all(value.is_floating_point() for value in weights.values()):
+        raise MinitfError(f"{wrong} its entries are not real numbers")
     try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise MinitfError(f"{path} is missing: this checkpoint is damaged") from None
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise MinitfError(f"{path} is damaged: {error}") from None
+        with torch.device("meta"):
+            expected = {name: value.shape for name, value in Transformer(config, vocab_size).named_parameters()}
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:
+        raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {_short(error)}") from None
+    for name, shape in expected.items():
+        if name not in weights or weights[name].shape != shape:
+            found = tuple(weights[name].shape) if name in weights else "missing"
+            raise MinitfError(f"{wrong} {name} is {found} instead of {tuple(shape)}")
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def load_optimizer_state(directory: Path) -> dict[str, Tensor]:
     """What `save_checkpoint` was given as `optimizer_state`, with its `random_state` and `pending`."""
-    tensors = load_tensors(directory / "trainer_state.safetensors")
+    tensors = read_tensors(directory / "trainer_state.safetensors")
     for name in ("random_state", "pending"):
         if name not in tensors:
             raise MinitfError(f"{directory / 'trainer_state.safetensors'} has no {name}: it cannot be resumed")
     return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MinitfError(f"{path} is missing: this checkpoint is damaged") from None
-    except (ValueError, RecursionError) as error:
-        raise MinitfError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise MinitfError(f"{path} is damaged: not a JSON object")
-    return content
 
 
 def _check_digest(path: Path, digest: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,8 +25,12 @@ from minitf.errors import MinitfError, RequestError
 from minitf.help_page import CONF, GROUPS, all_keys, nearest, options
 from minitf.model import ModelConfig
 from minitf.optim import OptimConfig
+from minitf.storage import write_whole
 from minitf.tokenizer import TokenizerConfig
 from minitf.trainer import TrainerConfig
+from minitf.untrusted import check_size
+
+MAX_CONFIG_BYTES = 1 << 20  # a run's own is 2 kB, with long lists of files more
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Config:
     seed: int = 0  # of all that is random: first weights, order of the text, dropout
     run_dir: str | None = None  # the run's directory, instead of runs/NAME/DATE_TIME
     resume: str | None = None  # go on with this run (or latest) in its own directory, with its own config
-    init_from: str | None = None  # start from the weights, shape and tokenizer of this run or checkpoint
+    init_from: str | None = None  # start from the weights, shape, tokenizer of a run, checkpoint, hub model OWNER/NAME
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     model: ModelConfig = MISSING
@@ -80,7 +85,7 @@ def to_config(composed: DictConfig, choices: Any) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the config as composed, to be read again by `load_config`."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -90,17 +95,42 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         if override.key_or_group in GROUPS:
             raise RequestError(f"{override.input_line}: a resumed run keeps its presets; single keys may change")
     try:
-        saved = OmegaConf.load(path)
+        saved = OmegaConf.create(_read_plain_yaml(path))
         values = OmegaConf.from_dotlist(list(overrides))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved, values))
     except (OmegaConfBaseException, OSError) as error:
         raise RequestError(f"{path}: {_explain(error)}") from None
     except MinitfError:
         raise
-    except Exception as error:  # the YAML parser's own classes
+    except (Exception, RecursionError) as error:  # the YAML parser's own classes
         raise MinitfError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
     assert isinstance(config, Config)
     return config
+
+
+def _read_plain_yaml(path: Path) -> dict[str, Any]:
+    """A run's config.yaml, perhaps a stranger's: plain values only.
+
+    No tags (objects), no anchors and aliases (few lines that unfold to gigabytes), and no interpolations: `${oc.env:X}`
+    would read this user's environment.
+    """
+    check_size(path, MAX_CONFIG_BYTES)
+    text = path.read_text(encoding="utf-8")
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise MinitfError(f"{path} is refused: line {event.start_mark.line + 1} is no plain value")
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        raise MinitfError(f"{path} is damaged: it holds no settings")
+    pending: list[Any] = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and "${" in value:
+            raise MinitfError(f"{path} is refused: {value[:60]!r} asks for what is not in it")
+        pending += (
+            [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        )
+    return content
 
 
 def check_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -149,7 +179,8 @@ def flat(config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {"data": config.data.source, "seed": config.seed}
     for section in ("tokenizer", "model", "optim", "trainer"):
         result |= {f"{section}.{name!s}": value for name, value in container[section].items()}
-    result = {name: value for name, value in result.items() if not name.endswith(("_every", "_tokens", "_checkpoints"))}
+    left_out = ("_every", "_tokens", "_checkpoints", "dry_run")
+    result = {name: value for name, value in result.items() if not name.endswith(left_out)}
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in result.items() if v is not None}
 
 

@@ -8,6 +8,7 @@ import codecs
 import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from minitf import formats
 from minitf.books import BOOKS, book_chapters
 from minitf.errors import MinitfError, RequestError
 from minitf.exercises import EXERCISES, MOST_PAIRS
@@ -23,7 +25,7 @@ from minitf.exercises import EXERCISES, MOST_PAIRS
 FORMAT_VERSION = 2  # raise it when the same source and settings give other rows than before
 PIECE_CHARS = 1 << 17  # the longest text of a row
 READ_BYTES = 1 << 20
-TEXT_SUFFIXES = (".txt", ".md")
+TEXT_SUFFIXES = (*formats.PLAIN, *formats.TABLES)
 PAIR_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -33,7 +35,9 @@ class DataConfig:
 
     kind: str = "text"  # text: predict the next token everywhere; pairs: turn one text into another
     source: str = "kjv"  # text: kjv, web (embedded), files, hub; pairs: kjv_to_web, an exercise, files, hub
-    files: list[str] = field(default_factory=list)  # files, globs, folders (*.txt, *.md inside) for source=files
+    files: list[str] = field(
+        default_factory=list
+    )  # for source=files: files, globs, folders; text or tables by extension
     hub_path: str | None = None  # dataset on the Hugging Face hub, or a folder, or json, csv, parquet with data.files
     hub_name: str | None = None  # configuration of that dataset, e.g. wikitext-2-raw-v1
     hub_split: str = "train"  # split to train on
@@ -139,7 +143,10 @@ def fingerprint(config: DataConfig) -> str:
         identity |= {"column": config.text_column, "rows_are_documents": config.rows_are_documents}
     if config.source != "hub" or config.files:
         suffixes = PAIR_SUFFIXES if config.kind == "pairs" else TEXT_SUFFIXES
-        identity["files"] = [(path.name, _sha256(path)) for path in find_files(config.files, suffixes)]
+        files = find_files(config.files, suffixes)
+        identity["files"] = [(path.name, _sha256(path)) for path in files]
+        if config.kind == "text" and any(formats.kind_of(path) in formats.TABLES for path in files):
+            identity["column"] = config.text_column
     elif config.hub_path and Path(config.hub_path).is_dir():
         folder = sorted(path for path in Path(config.hub_path).rglob("*") if path.is_file())
         identity["files"] = [(path.name, _sha256(path)) for path in folder]
@@ -187,7 +194,10 @@ def _open_book(config: DataConfig) -> Corpus:
 
 
 def _open_files(config: DataConfig) -> Corpus:
-    paths = [path for path in find_files(config.files) if path.stat().st_size > 0][: config.max_documents]
+    paths = [path for path in find_files(config.files) if path.stat().st_size > 0]
+    if any(formats.kind_of(path) in formats.TABLES for path in paths):
+        return _open_tables(config, paths)
+    paths = paths[: config.max_documents]
     if not paths:
         raise RequestError(f"data.files={config.files}: the files are empty; name files with text")
     if len(paths) > 1:
@@ -205,13 +215,53 @@ def _open_files(config: DataConfig) -> Corpus:
     return Corpus(train, val, description, separated=False)
 
 
+def _open_tables(config: DataConfig, paths: list[Path]) -> Corpus:
+    """Tables, whose rows are documents, and perhaps other files, each of which is one."""
+    names = tuple(str(path) for path in paths)
+    count = sum(1 for _ in _read_documents(names, config.text_column, config.max_documents))
+    if count < 2:
+        raise RequestError(f"data.files={config.files}: {count} documents are too few: one to train on, one held out")
+    share = max(config.val_fraction, 1 / count)
+    train, val = (
+        _stream(
+            _documents_of_tables, names=names, column=config.text_column, most=config.max_documents, share=share,
+            held_out=held_out,
+        )
+        for held_out in (False, True)
+    )  # fmt: skip
+    description = f"{count:,} documents of {len(paths):,} files, {every(config.val_fraction)} held out"
+    return Corpus(train, val, description, separated=True)
+
+
+def _read_documents(names: tuple[str, ...], column: str, most: int | None) -> Iterator[Iterable[str]]:
+    """The chunks of each document, at most so many."""
+    found = (
+        document
+        for path in map(Path, names)
+        for document in (
+            ([text] for text in formats.documents(path, column))
+            if formats.kind_of(path) in formats.TABLES
+            else [read_text(path)]
+        )
+    )
+    return itertools.islice(found, most)
+
+
+def _documents_of_tables(
+    names: tuple[str, ...], column: str, most: int | None, share: float, held_out: bool
+) -> Iterator[Row]:
+    for index, chunks in enumerate(_read_documents(names, column, most)):
+        if is_held_out(index, share) == held_out:
+            yield from _rows(chunks)
+
+
 def find_files(entries: list[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
     """The files that files, globs and folders (their files with `suffixes`) name, in that order, each once."""
     found: dict[Path, None] = {}
     for entry in entries:
         path = Path(entry).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if formats.kind_of(p) in suffixes and p.is_file())
             if not inside:
                 raise RequestError(
                     f"data.files: no {' or '.join(suffixes)} file in {entry}; name the files, e.g. '{entry}/*.log'"
@@ -262,9 +312,14 @@ def read_text(path: Path) -> Iterator[str]:
     """The text of a UTF-8 file in chunks of at most a million characters, newlines as they are, without a BOM."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     offset = 0
-    with path.open("rb") as file:
+    with formats.open_bytes(path) as file:
         while True:
-            data = file.read(READ_BYTES)
+            try:
+                data = file.read(READ_BYTES)
+            except (EOFError, OSError) as error:
+                if path.suffix.lower() not in formats.COMPRESSED:
+                    raise
+                raise RequestError(f"{path}: damaged: {error}") from None
             if (nul := data.find(b"\0")) >= 0:
                 raise RequestError(f"{path}: not a text file (NUL at byte {offset + nul}); data.files takes UTF-8 text")
             try:

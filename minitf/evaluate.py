@@ -29,6 +29,8 @@ from minitf.tokenizer import TokenizerConfig
 
 # Of the same tokens with a head and without: the difference is steady long before either number is.
 HEADS_TOKENS = 20_000
+# A pretrained model's whole context of 8,192 or 40,960 would take minutes a window on a processor.
+LONGEST_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def evaluate_checkpoint(
 ) -> HeldOut:
     """Evaluate a loaded model in float32 on `tokens`, ids of a text of `num_bytes` bytes."""
     model = checkpoint.model
-    context = model.config.context_length
+    context = min(model.config.context_length, LONGEST_WINDOW)
     batch_size = max(1, 4096 // context)
     return evaluate(model.loss_value, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
@@ -281,9 +283,9 @@ def _record(report: HeadReport, checkpoint: Checkpoint) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command `scripts/evaluate.py`."""
     p = argparse.ArgumentParser(
-        prog="evaluate.py", description="Held-out loss, perplexity and bits per byte of a run, and what each head does."
+        description="Held-out loss, perplexity and bits per byte of a run, and what each head does."
     )
-    p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
+    p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
     p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
     p.add_argument("--max-tokens", type=int, help="evaluate on about so many tokens, evenly spread (default: all)")
     p.add_argument("--max-pairs", type=int, help="answer so many held-out pairs, evenly spread (default: all)")

@@ -55,21 +55,24 @@ def generate(
     seed: int | None = None,
     with_weights: bool = False,
     engine: str = "auto",
+    most: int | None = None,
 ) -> Iterator[NextToken]:
     """Continue `prompt_T` without end, `num_samples` times as one batch, each token computed once over a cache.
 
     When the context is full the model reads the last half of it again as a fresh beginning, which is what it was
     trained on, and goes on from there: every token is chosen from at least half a context of text.
-    `engine` is that of `Decoder`.
+    `engine` is that of `Decoder`. No more than `most` tokens will be asked for: room is made for those alone, which
+    counts where a pretrained model could look back on 40,960.
     """
     context = model.config.context_length
+    capacity = context if most is None else min(context, len(prompt_T) + most)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     ids_BT = torch.tensor([prompt_T], device=model.device).expand(num_samples, -1)
     seen_BV = None
     if sampling.repetition_penalty != 1:
         seen_BV = torch.zeros(num_samples, model.vocab_size, dtype=torch.bool, device=model.device)
         seen_BV.scatter_(1, ids_BT, True)
-    decoder, unread = Decoder(model, num_samples, context, engine), ids_BT[:, -context:]
+    decoder, unread = Decoder(model, num_samples, capacity, engine), ids_BT[:, -context:]
     seen, shared = [unread], True
     while True:
         if decoder.cache.length + unread.shape[1] > context:
@@ -91,8 +94,11 @@ def generate(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids; an empty prompt becomes the end-of-text token, after which a document begins."""
-    return tokenizer.encode(prompt) or [tokenizer.end_id]
+    """The prompt's ids; an empty prompt becomes the end-of-text token, after which a document begins.
+
+    A pretrained model's start token goes before them.
+    """
+    return [*tokenizer.start_ids, *tokenizer.encode(prompt)] or [tokenizer.end_id]
 
 
 def _held_back(text: str, stop: tuple[str, ...]) -> int:
@@ -105,7 +111,8 @@ def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, options: 
     """Pieces of the continuation as they are decided: whole characters, ending before a stop string."""
     stream = tokenizer.decode_stream()
     waiting = ""
-    steps = generate(model, encode_prompt(tokenizer, prompt), 1, options.sampling, options.seed, engine=options.engine)
+    ids, sampling = encode_prompt(tokenizer, prompt), options.sampling
+    steps = generate(model, ids, 1, sampling, options.seed, engine=options.engine, most=options.max_tokens)
     for count, step in enumerate(steps, start=1):
         token = int(step.ids_B[0])
         ended = token == tokenizer.end_id or count == options.max_tokens
@@ -132,9 +139,8 @@ def generate_text(
         raise RequestError(f"--num-samples {num_samples} must be at least 1")
     rows: list[list[int]] = [[] for _ in range(num_samples)]
     texts: list[str | None] = [None] * num_samples
-    steps = generate(
-        model, encode_prompt(tokenizer, prompt), num_samples, options.sampling, options.seed, engine=options.engine
-    )
+    ids, sampling = encode_prompt(tokenizer, prompt), options.sampling
+    steps = generate(model, ids, num_samples, sampling, options.seed, engine=options.engine, most=options.max_tokens)
     for count, step in enumerate(steps, start=1):
         for row, token in enumerate(step.ids_B.tolist()):
             if texts[row] is not None:
@@ -159,7 +165,7 @@ def explain(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Opti
     """
     ids = encode_prompt(tokenizer, prompt)
     rows = []
-    for step in generate(model, ids, 1, options.sampling, options.seed, with_weights=True):
+    for step in generate(model, ids, 1, options.sampling, options.seed, with_weights=True, most=options.max_tokens):
         assert step.weights_LBHS is not None
         shares_S = step.weights_LBHS[:, 0].float().mean(dim=(0, 1))
         first = len(ids) - len(shares_S)  # after sliding, the cache starts later in the text
@@ -196,11 +202,10 @@ def read_text_argument(text: str | None, what: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="generate.py",
         description="Continue a text with a model you trained; one trained on pairs turns it into another.",
     )
     p.add_argument("prompt", nargs="?", help="the text; standard input when absent and not a terminal")
-    p.add_argument("--run", default="latest", help="a run directory, a checkpoint directory, or latest (default)")
+    p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
     p.add_argument(
         "--max-tokens", type=int, help="longest continuation in tokens (default 200; of an answer: what fits)"
     )

@@ -33,6 +33,8 @@ Train a small transformer and watch its attention.
     python -m minitf.train experiment=quick                       half a minute, to see that all works
     python -m minitf.train trainer.max_minutes=15 model=small     longer, larger
     python -m minitf.train -m optim.learning_rate=1e-3,3e-3       a sweep: one run for each value
+    python -m minitf.train trainer.dry_run=true                   what it would take; nothing is trained or written
+    python -m minitf.train init_from=HuggingFaceTB/SmolLM2-135M   go on from a pretrained model of the hub
     python -m minitf.train resume=latest                          go on with the newest run
     python -m minitf.train resume=RUN trainer.max_steps=20000     ... further than it was meant to go
 
@@ -63,9 +65,9 @@ def settings(section: str) -> Iterator[Setting]:
         line = lines[(node.end_lineno or node.lineno) - 1]
         comment = line[node.end_col_offset or 0 :].partition("#")[2].strip()
         value = ast.unparse(node.value) if node.value else ""
-        default = {"None": "null", "True": "true", "False": "false", "field(default_factory=list)": "[]"}.get(
-            value, value
-        )
+        written = {"None": "null", "True": "true", "False": "false"}
+        written |= {"field(default_factory=list)": "[]", "field(default_factory=dict)": "{}"}
+        default = written.get(value, value)
         if default.startswith("field(default_factory=lambda: "):
             default = default.removeprefix("field(default_factory=lambda: ").removesuffix(")")
         key = f"{section}.{node.target.id}" if section else node.target.id

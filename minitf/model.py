@@ -9,8 +9,9 @@ Axes in tensor names, here and everywhere:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from minitf.attention import (
 )
 from minitf.errors import RequestError
 from minitf.loss import chunk_loss, linear_cross_entropy
+from minitf.rope_scaling import check_scaling
 
 # On a CPU the fused kernel's backward pass is slow in bfloat16 (at 512 positions 113 ms against 27 ms for the three
 # explicit steps); beyond this length the size of the scores turns the balance.
@@ -45,6 +47,8 @@ class ModelConfig:
     intermediate_size: int = 0  # width of the feed-forward layer; 0: 8/3 hidden_size, rounded up to a multiple of 64
     context_length: int = 128  # tokens the model can look back on
     rope_theta: float = 10000.0  # base of the rotary position frequencies
+    rope_scaling: dict[str, Any] = field(default_factory=dict)  # of a stretched context, as in config.json; {}: none
+    rms_norm_eps: float = 1e-6  # added to the mean square in every normalisation
     qk_norm: bool = True  # normalise queries and keys (the Qwen3 architecture); false: the Llama one
     tie_embeddings: bool = True  # one matrix embeds the input tokens and scores the output tokens
     dropout: float = 0.0  # share of each block's output dropped in training, 0 to below 1
@@ -75,8 +79,11 @@ class ModelConfig:
             raise RequestError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.attention not in ("auto", "explicit", "sdpa"):
             raise RequestError(f"model.attention={self.attention} must be one of auto, explicit, sdpa")
-        if self.rope_theta <= 0:
+        if not 0 < self.rope_theta < float("inf"):
             raise RequestError(f"model.rope_theta={self.rope_theta} must be positive")
+        if not 0 < self.rms_norm_eps < 1:
+            raise RequestError(f"model.rms_norm_eps={self.rms_norm_eps} must be between 0 and 1")
+        check_scaling(self.rope_scaling)
 
 
 class FeedForward(nn.Module):
@@ -98,11 +105,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size)
-        self.self_attn = Attention(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.qk_norm
-        )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        c = config
+        self.self_attn = Attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -151,9 +157,9 @@ class Transformer(nn.Module):
         self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
         self.model.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.model.norm = RMSNorm(config.hidden_size)
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
-        rotary = rotary_table(config.head_dim, config.context_length, config.rope_theta)
+        rotary = rotary_table(config.head_dim, config.context_length, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotary", rotary, persistent=False)
         self.rotary: Tensor
         self.initialise()

@@ -18,7 +18,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from minitf.alignment import AligningHeads
+from minitf.event_files import cut_events
 from minitf.hardware import Hardware, describe_processor
+from minitf.storage import write_whole
 from minitf.tensorboard.summary import attention_summary, picture_summary
 from minitf.viewer import viewer_page
 
@@ -47,6 +49,7 @@ class Monitor:
 
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         last_step = start_step or -1  # a fresh run takes nothing over from one that failed in its place
+        cut_events(run_dir, last_step)
         self.metrics_path = run_dir / "metrics.jsonl"
         self.metrics = open_rows(self.metrics_path, last_step)
         self.maps_path = run_dir / "attention.jsonl"
@@ -165,7 +168,7 @@ class Monitor:
         self.metrics.flush()
         with self.maps_path.open(encoding="utf-8") as rows:
             page = viewer_page([json.loads(row) for row in rows], title, self._loss_curves())
-        path.write_text(page, encoding="utf-8")
+        write_whole(path, page)
         return path
 
     def _loss_curves(self) -> dict[str, list[tuple[int, float]]]:
@@ -195,6 +198,12 @@ class Monitor:
         if self.progress:
             self.progress.stop()
             self.progress = None
+
+    def flush(self) -> None:
+        """Have all rows and events on disk: a checkpoint that is about to be seen counts on what came before it."""
+        self.tensorboard.flush()
+        for file in (self.metrics, self.maps):
+            os.fsync(file.fileno())  # each row was handed to the system when it was written
 
     def close(self) -> None:
         """Write everything out."""
@@ -238,14 +247,9 @@ def open_rows(path: Path, last_step: int) -> TextIO:
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line cut short when the run was killed
-    temporary = path.with_suffix(".partial")
-    try:
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
@@ -269,7 +273,7 @@ def record_environment(run_dir: Path, hardware: Hardware, choices: Mapping[str, 
         "packages": versions,
         "git_commit": _git_commit(),
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    write_whole(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _git_commit() -> str | None:

@@ -34,6 +34,15 @@ def choose_strategy(name: str, group: Group) -> str:
     return "ddp" if name == "auto" else name
 
 
+def check_batch_size(batch_size: int, group: Group) -> None:
+    """RequestError where the batch of all cannot be divided."""
+    if batch_size % group.size:
+        raise RequestError(
+            f"trainer.batch_size={batch_size} is that of all processes together: "
+            f"it must be a multiple of their number, {group.size}"
+        )
+
+
 class _Loss(nn.Module):
     """The loss as the forward pass of a module, which is what DistributedDataParallel wraps."""
 
@@ -65,6 +74,17 @@ class Parallel:
             self.ddp = DistributedDataParallel(_Loss(model), **options)
         elif strategy == "fsdp":
             shard(model, group)
+
+    def describe(self, batch_size: int) -> str:
+        """Who does what, in words; nothing for a process on its own."""
+        if self.group.size == 1:
+            return ""
+        device, threads = self.model.device.type, torch.get_num_threads()
+        kind = "processes" if device == "cpu" else f"processes on {device}"
+        return (
+            f"{self.group.size} {kind} by {self.strategy}, {batch_size // self.group.size} of the batch's {batch_size} "
+            f"sequences each, {threads} CPU thread{'s' * (threads > 1)} each"
+        )
 
     def loss(self, *batch: Tensor | None) -> Tensor:
         """`model.loss` of this process's part of a batch."""

@@ -61,11 +61,19 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def write_shards(directory: Path, state: dict[str, Tensor]) -> None:
-    """Write tensors, sharded or the same in all processes, to `directory`, each process its part."""
+    """Write tensors, sharded or the same in all processes, to `directory`, each process its part.
+
+    MinitfError in all of them if one cannot.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    save(state, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+    try:
+        save(state, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+    except CheckpointException as error:  # of any process, raised in all
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise MinitfError(f"process {rank} cannot write {directory}: {' '.join(str(reason).split())[:200]}") from None
 
 
 def read_shards(directory: Path, template: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:

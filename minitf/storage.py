@@ -1,6 +1,7 @@
 """Where prepared things are kept between runs, and how a file is made to last."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -19,3 +20,19 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place, flushed and renamed: `path` holds the old text or the new, never a part.
+
+    Links are not followed: one at `path` is replaced, and what it names stays as it is.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

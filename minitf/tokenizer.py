@@ -12,7 +12,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from minitf.errors import RequestError
+from minitf.errors import MinitfError, RequestError
+from minitf.untrusted import check_size
 
 END_OF_TEXT = "<|endoftext|>"
 SOURCE, TARGET = "<|source|>", "<|target|>"  # before the text that is turned into another, and before that other
@@ -20,6 +21,8 @@ KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"
 NUM_BYTES = 256
 DEFAULT_VOCAB_SIZE = 4096
 LONGEST_WORD = 1000  # characters
+MAX_FILE_BYTES = 256 << 20  # of a tokenizer.json; the largest in use have some 40 MB
+MAX_UNUSED_IDS = 1 << 16
 
 
 @dataclass
@@ -47,12 +50,14 @@ class TokenizerConfig:
 class Tokenizer:
     """str <-> ids, with a special token for the end of a text and, of pairs, two that mark source and target."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, for_pairs: bool = False) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, for_pairs: bool = False, declared_end: str = "") -> None:
         """Take over `backend`, to which `<|endoftext|>` is added if it has no known end-of-text token.
 
         With `for_pairs` it gets `<|source|>` and `<|target|>` too, if it has not got them; ids that exist stay.
+        `declared_end` is the end-of-text token its maker names, if any.
         """
-        known = (token for token in KNOWN_ENDS if backend.token_to_id(token) is not None)
+        ends = (declared_end, *KNOWN_ENDS)
+        known = (token for token in ends if token and backend.token_to_id(token) is not None)
         self.end_token = next(known, END_OF_TEXT)
         markers = [SOURCE, TARGET] if for_pairs or backend.token_to_id(TARGET) is not None else []
         backend.add_special_tokens(
@@ -65,6 +70,8 @@ class Tokenizer:
         tokens = backend.get_vocab(with_added_tokens=True)
         self.end_id = tokens[self.end_token]
         self.source_id, self.target_id = tokens.get(SOURCE), tokens.get(TARGET)  # None: not made for pairs
+        # What a pretrained model expects before every text, such as Llama's <s>.
+        self.start_ids: list[int] = backend.encode("").ids
         self.vocab_size = max(tokens.values()) + 1
         # Without a pre-tokenizer and merges the tokenizer is an alphabet, and BPE drops what it does not know.
         self._alphabet: frozenset[str] | None = None
@@ -84,7 +91,9 @@ class Tokenizer:
 
     def for_pairs(self) -> "Tokenizer":
         """This tokenizer with the marks of source and target; the ids it has stay what they are."""
-        return self if self.target_id is not None else Tokenizer(tokenizers.Tokenizer.from_str(self.to_json()), True)
+        if self.target_id is not None:
+            return self
+        return Tokenizer(tokenizers.Tokenizer.from_str(self.to_json()), True, self.end_token)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a pair up to where its completion begins. Raises RequestError when it cannot be encoded."""
@@ -118,9 +127,10 @@ class Tokenizer:
     def save(self, directory: Path | str, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them."""
         directory = Path(directory)
+        start = self.backend.id_to_token(self.start_ids[0]) if self.start_ids else None
         settings: dict[str, str | bool | int] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.end_token,
+            "bos_token": start or self.end_token,
             "eos_token": self.end_token,
             "pad_token": self.end_token,
             "clean_up_tokenization_spaces": False,
@@ -143,8 +153,14 @@ class Tokenizer:
         if not file.is_file():
             raise RequestError(f"{file}: no tokenizer here; name a tokenizer.json or the directory holding it")
         try:
-            return cls(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")))
-        except OSError:
+            check_size(file, MAX_FILE_BYTES)
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            tokenizer = cls(backend, declared_end=_declared_end(file.with_name("tokenizer_config.json")))
+            num_tokens = tokenizer.backend.get_vocab_size(with_added_tokens=True)
+            if tokenizer.vocab_size > 2 * num_tokens + MAX_UNUSED_IDS:  # a model would have a row for each id
+                raise ValueError(f"{num_tokens:,} tokens, but an id of {tokenizer.vocab_size - 1:,}")
+            return tokenizer
+        except (OSError, MinitfError):
             raise
         except BaseException as error:  # the library panics on some damaged files, and its panic is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -252,6 +268,16 @@ def _train_bpe(config: TokenizerConfig, texts: Iterable[str], for_pairs: bool) -
     return Tokenizer(backend, for_pairs)
 
 
+def _declared_end(file: Path) -> str:
+    """The `eos_token` of a tokenizer_config.json, where there is one."""
+    try:
+        end = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    end = end.get("content") if isinstance(end, dict) else end
+    return end if isinstance(end, str) else ""
+
+
 def _without_endless_words(texts: Iterable[str]) -> Iterator[str]:
     """The texts, cut up where nothing breaks them: the trainer's time grows with the square of a word's length."""
     for text in texts:
@@ -268,7 +294,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _chars_of_bytes() -> dict[str, int]:
+def chars_of_bytes() -> dict[str, int]:
     """GPT-2's printable stand-in of each byte: itself where printable in Latin-1, else the next one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(NUM_BYTES) if byte not in printable]
@@ -303,7 +329,7 @@ def join_bytes(pieces: Sequence[str]) -> list[str]:
 
 
 _PART = re.compile(r"⟨[0-9a-f]{2}⟩|.", re.DOTALL)
-_BYTE_OF_CHAR = _chars_of_bytes()
+_BYTE_OF_CHAR = chars_of_bytes()
 _VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "⏎", ord("\t"): "⇥"}
 
 

@@ -4,109 +4,141 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from minitf.errors import MinitfError, RequestError, run_command
+from minitf.errors import RequestError, run_command
+from minitf.run_directory import naming, own, own_new
 
 # torch and all that needs it are imported below, where they are used: --help answers without them.
 if TYPE_CHECKING:
     from minitf.checkpoint import Checkpoint
+    from minitf.choices import Choices
     from minitf.config import Config
     from minitf.distributed import Group
+    from minitf.hardware import Hardware
     from minitf.model import Transformer
+    from minitf.parallel import Parallel
     from minitf.task import Task
     from minitf.trainer import Trainer
 
+    Prepared = tuple[Config, Task, Parallel, Hardware]
 
-def train(config: "Config", run_dir: Path, resumed: "Checkpoint | None" = None, group: "Group | None" = None) -> None:
-    """Train as `config` says in `run_dir`, from the checkpoint `resumed` if given; leaves all it made in `run_dir`.
 
-    A request that cannot be met (RequestError) is found out before `run_dir` is made. Of a `group` of processes the
-    first one keeps `run_dir`; the others only compute.
+def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None:
+    """Train as `config` says in `run_dir`, or, where that is being used, beside it with a number behind its name.
+
+    A request that cannot be met (RequestError) is found out before the directory is made. Of a `group` of processes
+    the first one keeps the directory; the others only compute.
     """
-    from minitf.checkpoint import TrainState
-    from minitf.config import flat, save_config
-    from minitf.distributed import ALONE, set_threads
-    from minitf.hardware import choose_hardware
-    from minitf.monitor import Monitor, Mute, record_environment
-    from minitf.parallel import Parallel, choose_strategy
-    from minitf.trainer import Trainer
+    from minitf.choices import Choices
+    from minitf.distributed import ALONE
 
     group = group or ALONE
-    if config.trainer.batch_size % group.size:
-        raise RequestError(
-            f"trainer.batch_size={config.trainer.batch_size} is that of all processes together: "
-            f"it must be a multiple of their number, {group.size}"
-        )
-    strategy, num_threads = choose_strategy(config.trainer.strategy, group), set_threads(group)
-    hardware = choose_hardware(config.trainer.device, config.trainer.precision, group)
-    with group.in_turn():
-        config, task, model = _prepare(config, resumed)
-    model = model.to(hardware.device)
-    model.compute_dtype = hardware.dtype
-    model.activation_checkpointing = config.trainer.activation_checkpointing
-    parallel = Parallel(model, group, strategy)
+    prepared = _prepare(config, None, Choices(), group)
+    if prepared[0].trainer.dry_run:
+        _say_dry_run(prepared, None)
+        return
+    with own_new(run_dir, numbered=not config.run_dir) if group.is_first else nullcontext(run_dir) as owned:
+        _train(prepared, Path(group.agree(str(owned))), None, Choices())
+
+
+def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices") -> None:
+    """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
+    from minitf.checkpoint import TrainState
+    from minitf.config import flat, save_config
+    from minitf.monitor import Monitor, Mute, record_environment
+    from minitf.trainer import Trainer
+
+    config, task, parallel, hardware = prepared
+    model, group, first = parallel.model, parallel.group, parallel.group.is_first
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
-    first = group.is_first
-    with (
-        _own(run_dir) if first else nullcontext(),
-        _naming(run_dir),
-        Monitor(run_dir, state.step) if first else cast(Monitor, Mute()) as monitor,
-    ):
+    with naming(run_dir):
         if first:
             save_config(config, run_dir / "config.yaml")
+    with naming(run_dir), Monitor(run_dir, state.step) if first else cast(Monitor, Mute()) as monitor:
         trainer = Trainer(
             config.trainer, config.optim, config.attention, parallel, task, batches, hardware, run_dir, monitor, state,
+            choices,
         )  # fmt: skip
-        choices = {
+        before = replace(choices)
+        said = {
             "device": hardware.device.type,
             "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
             "attention": "explicit" if model.explicit_attention else "sdpa",
             "compile": trainer.warm_up(),
+            "processes": parallel.describe(config.trainer.batch_size),
         }
-        if group.size > 1:
-            kind = "processes" if hardware.device.type == "cpu" else f"processes on {hardware.device.type}"
-            total, share = config.trainer.batch_size, config.trainer.batch_size // group.size
-            choices["processes"] = (
-                f"{group.size} {kind} by {strategy}, {share} of the batch's {total} sequences each, "
-                f"{num_threads} CPU thread{'s' * (num_threads > 1)} each"
-            )
         if resumed:
             trainer.restore(resumed.directory)
-            _say_what_changed(trainer, resumed)
+        choices.here(hardware.device, hardware.dtype, group.size)
+        choices.finished = False
         if first:
-            record_environment(run_dir, hardware, choices)
-        _introduce(trainer, choices)
+            choices.save(run_dir)
+            record_environment(run_dir, hardware, {what: words for what, words in said.items() if words})
+        group.remember("run_dir", str(run_dir.absolute()))
+        _introduce(trainer, said)
+        if changed := choices.differences(before):
+            monitor.say(f"resumed    with {', '.join(changed)}: the same text in the same order, other rounding")
         trainer.run()
         if first and config.trainer.attention_every >= 0:
             monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
         if state.last_val:
             final = {f"final/{name}": float(value) for name, value in state.last_val.items()}
             monitor.hyperparameters(flat(config), final, state.step)
+        choices.finished = not trainer.interrupted
+        if first:
+            choices.save(run_dir)
         _conclude(trainer)
 
 
-def _say_what_changed(trainer: "Trainer", resumed: "Checkpoint") -> None:
-    """Sums in another order, or of another machine, round differently: say so where a run goes on elsewhere."""
-    now = trainer.group.size, trainer.hardware.device.type
-    before = resumed.state.get("num_processes", now[0]), resumed.state.get("device", now[1])
-    if now != before:
-        trainer.monitor.say(
-            f"resumed    on {now[0]} x {now[1]} what was trained on {before[0]} x {before[1]}: the same text in the "
-            "same order, but the arithmetic may differ in the last digits"
-        )
+def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
+    """Print what the run would take, without a trace of it."""
+    from minitf.checkpoint import TrainState
+    from minitf.dry_run import dry_run
+
+    config, task, parallel, hardware = prepared
+    batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
+    state = TrainState.from_json(resumed.state) if resumed else TrainState()
+    report = dry_run(config, task, parallel, batches, hardware, state)
+    if parallel.group.is_first:
+        print(report)
 
 
-def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
-    """The task with its data, and the model to train, new or from a checkpoint, whose shape goes into the config."""
-    import torch
+def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices", group: "Group") -> "Prepared":
+    """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config,
+    in the hands of the group; and the hardware, with the precision that was chosen on it before."""
+    from minitf import random_state
+    from minitf.distributed import set_threads
+    from minitf.hardware import choose_device, choose_hardware
+    from minitf.parallel import Parallel, check_batch_size, choose_strategy
 
+    check_batch_size(config.trainer.batch_size, group)
+    strategy = choose_strategy(config.trainer.strategy, group)
+    set_threads(group)
+    precision = config.trainer.precision
+    decided = precision == "auto" and choices.device == choose_device(config.trainer.device).type
+    hardware = choose_hardware(config.trainer.device, choices.precision if decided else precision, group)
+    if decided:
+        hardware = replace(hardware, reason="as the run began")
+    with group.in_turn():
+        config, task, model = _open(config, resumed)
+    model = model.to(hardware.device)
+    model.compute_dtype = hardware.dtype
+    model.activation_checkpointing = config.trainer.activation_checkpointing
+    parallel = Parallel(model, group, strategy)
+    if group.rank:  # the first weights are those of all; what is dropped in other rows is not
+        random_state.seed(config.seed + group.rank)
+    return config, task, parallel, hardware
+
+
+def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
+    from minitf import random_state
     from minitf.checkpoint import load_checkpoint
     from minitf.model import Transformer
     from minitf.task import open_task
@@ -115,47 +147,18 @@ def _prepare(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", 
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
-        shape = replace(loaded.model.config, attention=config.model.attention, dropout=config.model.dropout)
+        context = min(config.model.context_length, loaded.model.config.context_length)
+        shape = replace(
+            loaded.model.config, attention=config.model.attention, dropout=config.model.dropout, context_length=context
+        )
         own = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
         config = replace(config, model=shape, tokenizer=own)
-    torch.manual_seed(config.seed)
-    model = Transformer(config.model, task.tokenizer.vocab_size)
+    random_state.seed(config.seed)
+    # A pretrained model may have room for more tokens than its tokenizer has.
+    model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
     return config, task, model
-
-
-@contextmanager
-def _own(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir` and keep other processes out of it; the lock goes with the process, however it ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a")
-    except OSError as error:
-        raise MinitfError(f"cannot write in {run_dir}: {error.strerror}; choose another with run_dir=DIR") from None
-    with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no flock; two runs in one directory are then the user's to avoid
-        except OSError:
-            raise MinitfError(
-                f"{run_dir} is in use by another process: wait for it, or choose another run_dir"
-            ) from None
-        yield
-
-
-@contextmanager
-def _naming(run_dir: Path) -> Iterator[None]:
-    """An OSError that does not say where it happened (a write to an open file) gets the run's directory."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(run_dir)) from error
 
 
 def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
@@ -169,7 +172,7 @@ def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
     say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
     say(f"chosen     {choices['device']}; {choices['precision']}; {choices['attention']} attention")
     say(f"compile    {choices['compile']}")
-    if "processes" in choices:
+    if choices["processes"]:
         say(f"processes  {choices['processes']}")
     epochs = state.num_steps * trainer.tokens_per_step / trainer.batches.tokens_per_epoch
     say(f"training   {state.num_steps:,} steps of {trainer.tokens_per_step:,} tokens, {epochs:.1f} times the text")
@@ -191,10 +194,11 @@ def _conclude(trainer: "Trainer") -> None:
             f"perplexity {val['perplexity']:.1f}, over {val['num_tokens']:,} tokens"
         )
     if "chrf" in val:
+        # BLEU counts runs of four words: answers of a word or two have none.
+        bleu = f"BLEU {val['bleu']:.1f} ({val['copy_bleu']:.1f}), " if val["bleu"] else ""
         say(
-            f"answers    chrF {val['chrf']:.1f} (copying the source: {val['copy_chrf']:.1f}), BLEU {val['bleu']:.1f} "
-            f"({val['copy_bleu']:.1f}), exact {val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; "
-            "all of them: python scripts/evaluate.py"
+            f"answers    chrF {val['chrf']:.1f} (copying the source: {val['copy_chrf']:.1f}), {bleu}exact "
+            f"{val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; all: python scripts/evaluate.py"
         )
     say(
         f"trained    {state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {_clock(state.train_s)} "
@@ -205,7 +209,9 @@ def _conclude(trainer: "Trainer") -> None:
         say(f"attention  {run_dir}/attention.html (open it in a browser)")
     root = _runs_root(trainer.run_dir)
     place = "" if root == "runs" else f" --run {root}"
-    say(f"next       python scripts/generate.py {shlex.quote(trainer.task.example_prompt())}{place}")
+    # An installed wheel has no scripts/.
+    generate = "scripts/generate.py" if Path("scripts/generate.py").is_file() else "-m minitf.generate"
+    say(f"next       python {generate} {shlex.quote(trainer.task.example_prompt())}{place}")
     say(f"           tensorboard --logdir {root}")
     say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
 
@@ -220,7 +226,7 @@ def _clock(seconds: float) -> str:
 
 
 def _new_run_dir(config: "Config") -> Path:
-    """runs/NAME/DATE_TIME, with a number behind it where that is taken."""
+    """runs/NAME/DATE_TIME, unless `run_dir` says where."""
     if config.run_dir:
         run_dir = Path(config.run_dir)
         if (run_dir / "checkpoints").exists():
@@ -228,16 +234,12 @@ def _new_run_dir(config: "Config") -> Path:
         return run_dir
     from minitf.checkpoint import RUNS
 
-    base = RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    candidates = [base, *(base.with_name(f"{base.name}_{n}") for n in range(2, 100))]
-    return next(path for path in candidates if not path.exists())
+    return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def resume(run: str, overrides: Sequence[str], group: "Group") -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
-    from minitf.checkpoint import find_checkpoint, find_run, load_checkpoint
-    from minitf.config import load_config
-    from minitf.corpus import fingerprint
+    from minitf.checkpoint import find_run
 
     for override in overrides:
         fixed = (
@@ -249,54 +251,90 @@ def resume(run: str, overrides: Sequence[str], group: "Group") -> None:
                 f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
             )
     run_dir = Path(group.agree(str(find_run(run) if group.is_first else "")))
-    group.remember("run_dir", str(run_dir.absolute()))
+    # Before anything is read: another process may be about to write it.
+    with own(run_dir) if group.is_first else nullcontext():
+        _resume(run, run_dir, overrides, group)
+
+
+def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: "Group") -> None:
+    from minitf.choices import Choices
+    from minitf.config import load_config
+    from minitf.corpus import fingerprint
+
     ends = [override for override in overrides if override.startswith(("trainer.max_steps", "trainer.max_minutes"))]
     if len(ends) == 1:  # the other limit was that of the run as it was meant: it must not end this one
         other = "max_minutes" if "max_steps" in ends[0] else "max_steps"
         overrides = [f"trainer.{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    found = group.agree(str(find_checkpoint(run, prefer="latest") if group.is_first else ""))
-    checkpoint = load_checkpoint(found, device="cpu")
+    choices = Choices(**group.agree(asdict(Choices.load(run_dir)) if group.is_first else {}))
+    checkpoint = _newest(run, run_dir, group)
+    if checkpoint is None:
+        choices = replace(choices, compile="", num_steps=0, corrected_at=0) if ends else choices
+        _train(_prepare(config, None, choices, group), run_dir, None, choices)
+        return
+    step = checkpoint.step or 0
     if checkpoint.state.get("text_fingerprint") != fingerprint(config.data):
         raise RequestError(
             f"the text of {run_dir} has changed since: train on it as it is now with init_from={run_dir}"
         )
     if ends:
         most = config.trainer.max_steps
-        if most is not None and most <= (checkpoint.step or 0):
-            raise RequestError(
-                f"{run_dir} is already at step {checkpoint.step:,}: trainer.max_steps={most} must be larger"
-            )
+        if most is not None and most <= step:
+            raise RequestError(f"{run_dir} is already at step {step:,}: trainer.max_steps={most} must be larger")
         minutes = config.trainer.max_minutes
         if minutes is not None and minutes * 60 <= checkpoint.state.get("train_s", 0):
             raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={minutes}: it must be larger")
         checkpoint.state.update(num_steps=0, num_steps_final=False)  # decided anew
-    elif checkpoint.state.get("step") == checkpoint.state.get("num_steps"):
-        raise RequestError(
-            f"{run_dir} is complete at step {checkpoint.step:,}: go further with a larger trainer.max_steps=N"
-        )
-    train(config, run_dir, checkpoint, group)
+        choices = replace(choices, compile="", num_steps=0, corrected_at=0)
+    elif step == checkpoint.state.get("num_steps") and choices.finished:
+        raise RequestError(f"{run_dir} is complete at step {step:,}: go further with a larger trainer.max_steps=N")
+    prepared = _prepare(config, checkpoint, choices, group)
+    if config.trainer.dry_run:
+        _say_dry_run(prepared, checkpoint)
+    else:
+        _train(prepared, run_dir, checkpoint, choices)
+
+
+def _newest(run: str, run_dir: Path, group: "Group") -> "Checkpoint | None":
+    """The checkpoint to go on from, as the first process chooses; None where the run died before it saved anything."""
+    from minitf.checkpoint import load_checkpoint
+
+    place = Path(run) if Path(run).absolute().parent.name == "checkpoints" else run_dir
+    checkpoint = None
+    if group.is_first:
+        try:
+            checkpoint = load_checkpoint(place, device="cpu", prefer="latest")
+        except RequestError:
+            if place != run_dir or any((run_dir / "checkpoints").glob("step_*")):
+                raise
+            # There is nothing to lose, and what it had decided still holds.
+            print(f"minitf: {run_dir} has no checkpoint yet: starting it again from the first step", file=sys.stderr)
+    found = group.agree(str(checkpoint.directory) if checkpoint else None)
+    return checkpoint or (load_checkpoint(found, device="cpu") if found else None)
 
 
 def start(args: Sequence[str], group: "Group") -> None:
-    """Train as the command line says; where torchrun has started anew, from the last checkpoint of the run it was."""
+    """Train as the command line says; where torchrun has started anew, go on with the run it was."""
     from minitf.config import compose_config
 
+    if known := group.remembered("run_dir"):  # its config.yaml holds all that the command line says
+        return resume(known, [], group)
     resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
-    overrides = [arg for arg in args if not arg.startswith("resume=")]
-    known = group.remembered("run_dir")
-    if known and (Path(known) / "checkpoints/latest").exists():
-        return resume(known, overrides if resumed else [], group)
     if resumed and resumed[-1] not in ("", "null"):
-        return resume(resumed[-1], overrides, group)
-    config = compose_config(args)
+        return resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")], group)
+    config = _whole_context(compose_config(args), args)
     if config.init_from:
         for arg in args:
-            if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout)=)", arg):
+            if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout|context_length)=)", arg):
                 raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
-    run_dir = known or group.agree(str(_new_run_dir(config) if group.is_first else ""))
-    group.remember("run_dir", str(Path(run_dir).absolute()))
-    return train(config, Path(run_dir), group=group)
+    return train(config, _new_run_dir(config), group)
+
+
+def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":
+    """With `init_from` the context is that of the model, unless a shorter one is asked for."""
+    if not config.init_from or any(override.startswith("model.context_length=") for override in overrides):
+        return config
+    return replace(config, model=replace(config.model, context_length=1 << 30))
 
 
 HYDRA_FLAGS = (
@@ -316,6 +354,7 @@ def _sweep(args: list[str]) -> int:
 
     def one_run(composed: Any) -> None:
         config = to_config(composed, HydraConfig.get().runtime.choices)
+        config = _whole_context(config, HydraConfig.get().overrides.task)
         sweep_dir = Path(HydraConfig.get().sweep.dir)
         label = re.sub(r"[^\w.+-]+", "_", f"{HydraConfig.get().job.num}_{HydraConfig.get().job.override_dirname}")
         run_dir = sweep_dir / label.rstrip("_")[:100]

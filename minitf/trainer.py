@@ -13,18 +13,23 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from minitf import random_state
 from minitf.alignment import AligningHeads
-from minitf.attention_maps import AttentionConfig
+from minitf.attention_maps import ARROW, AttentionConfig
 from minitf.attention_picture import alignment_picture, attention_picture
 from minitf.batches import BatchSource
-from minitf.checkpoint import TrainState, load_optimizer_state, save_checkpoint
+from minitf.checkpoint import TrainState, load_optimizer_state
+from minitf.choices import Choices
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import Hardware
 from minitf.heads import HeadScores, head_scores
 from minitf.loss import linear_cross_entropy
+from minitf.model import Transformer
+from minitf.model_card import model_card
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
 from minitf.parallel import STRATEGIES, Parallel
+from minitf.saving import Saver
 from minitf.sharded import read_shards, write_shards
 from minitf.task import Sample, Task
 from minitf.training_step import TrainingStep
@@ -34,6 +39,8 @@ DEFAULT_MINUTES = 3.0
 TRAIN_ROWS, EVALUATIONS, LOOKS, ALIGNMENTS = 200, 8, 10, 40
 ALIGNED = 0.8  # an alignment score from which on it is there
 NUM_SHOWN = 16  # answers in TensorBoard's table of samples
+# What a scheduler sends to every process torchrun hands on to its own once more: so soon it is the same request.
+SAME_SIGNAL_S = 5.0
 
 
 @dataclass
@@ -57,6 +64,7 @@ class TrainerConfig:
     sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
     eval_answers: int = 128  # held-out pairs answered and scored at each evaluation of a run on pairs; 0: none
     keep_checkpoints: int = 2  # newest checkpoints kept, beside the best
+    dry_run: bool = False  # only say what the run would be and take, by timing three steps; nothing is written
 
     def __post_init__(self) -> None:
         self.compile = self.compile.lower()
@@ -116,19 +124,21 @@ class Trainer:
         run_dir: Path,
         monitor: Monitor,
         state: TrainState,
+        choices: Choices,
     ) -> None:
         model = parallel.model
         self.config, self.attention = config, attention
         self.parallel, self.model, self.group = parallel, model, parallel.group
         self.task, self.hardware = task, hardware
-        self.run_dir, self.monitor, self.state = run_dir, monitor, state
+        self.run_dir, self.monitor, self.state, self.choices = run_dir, monitor, state, choices
         self.batches = batches
         self.optimizer = Optimizer(model, optim, hardware.dtype, self.group)
         self.training_step = TrainingStep(parallel, self.optimizer, batches, hardware, config.grad_accumulation)
         self.schedule = Schedule.of(config, 1)
-        self.last_checkpoint: Path | None = None
+        self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
+        self.last_sample: tuple[str, str] | None = None
+        self.saver = Saver(run_dir / "checkpoints", before=monitor.flush)
         self.scores: HeadScores | None = None
-        self.aligned = task.data.kind != "pairs"  # nothing (more) to look for between the looks
         self.interrupted = False
         self.is_best = False  # whether the weights at hand are the best so far, and unsaved
         self.evaluated_step = -1
@@ -141,14 +151,23 @@ class Trainer:
         self.started = time.perf_counter() - state.elapsed_s
 
     def warm_up(self) -> str:
-        """Decide on compilation and on the number of steps, without moving a weight; returns the choice in words."""
+        """Decide on compilation and on the number of steps, without moving a weight; returns the choice in words.
+
+        What the run has decided before, also in a life that ended before its first checkpoint, stays decided.
+        """
         started = time.perf_counter()
+        config, choices, state = self.config, self.choices, self.state
+        decided = choices.compile if config.compile == "auto" else ""
         step_s, choice = self.training_step.warm_up(
-            self.config.compile, lambda step_s: (self._num_steps(step_s) - self.state.step) * step_s
+            decided or config.compile, lambda step_s: (self._num_steps(step_s) - state.step) * step_s
         )
-        self.state.warmup_s += time.perf_counter() - started
-        if self.state.num_steps == 0:
-            self.state.num_steps = self._num_steps(step_s)
+        if decided and choice.startswith("off, as set"):
+            choice = "off, as the run began"
+        choices.compile = "true" if choice.startswith("on") else "false"
+        state.warmup_s += time.perf_counter() - started
+        state.num_steps = state.num_steps or choices.num_steps or self._num_steps(step_s)
+        if state.step == 0 or not choices.num_steps:
+            choices.num_steps = state.num_steps
         return choice
 
     @property
@@ -182,7 +201,8 @@ class Trainer:
                     (fresh and (state.step % self.schedule.look == 0 or last)) or state.step == 0
                 ):
                     self.look()
-                stop = self.group.any(self.interrupted)  # whichever process it was that the signal came to
+                # Whichever process the signal came to; asked once, for it may come at any moment.
+                stop = self.group.any(self.interrupted)
                 if fresh and (state.step % self.schedule.save == 0 or last or self.is_best or stop):
                     self.save()
                 if last or stop:
@@ -191,8 +211,9 @@ class Trainer:
                 self.train_one_step()
                 if state.step % self.schedule.log == 0 or state.step == state.num_steps:
                     self.log()
-                if not self.aligned and self.config.attention_every >= 0 and state.step % self.schedule.align == 0:
+                if not state.aligned and self.config.attention_every >= 0 and state.step % self.schedule.align == 0:
                     self._align_meanwhile()
+        self.saver.finish()
         self.monitor.stop()
 
     def train_one_step(self) -> None:
@@ -220,9 +241,8 @@ class Trainer:
         if math.isfinite(loss):
             return
         rate = self.optimizer.factor * self.optimizer.config.learning_rate
-        saved = (
-            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
-        )
+        last = self.saver.finish() or self.last_checkpoint
+        saved = f"the last good checkpoint is {last}" if last else "nothing was saved yet"
         raise MinitfError(
             f"the loss became {loss} at step {self.state.step:,}, learning rate {rate:.2g}; {saved}; "
             "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
@@ -231,6 +251,7 @@ class Trainer:
     def log(self) -> None:
         """One row of training numbers: the mean loss of the steps since the last row, their speed, and totals."""
         self._settle()
+        self.saver.check()
         state = self.state
         state.train_s = self.group.agree(state.train_s)  # the number of steps may depend on it
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()
@@ -262,10 +283,20 @@ class Trainer:
         """
         config, state = self.config, self.state
         minutes = config.max_minutes or (DEFAULT_MINUTES if config.max_steps is None else None)
-        if minutes is None or state.num_steps_final or state.train_s < 0.1 * 60 * minutes:
+        if minutes is None or state.num_steps_final:
             return
+        choices = self.choices
+        if choices.corrected_at >= state.step:  # a life of this run that came further has decided when, and to what
+            if choices.corrected_at > state.step:
+                return
+        elif state.train_s < 0.1 * 60 * minutes:
+            return
+        else:
+            choices.corrected_at, choices.corrected_num_steps = state.step, self._num_steps(state.train_s / state.step)
+            if self.group.is_first:
+                choices.save(self.run_dir)
         state.num_steps_final = True
-        state.num_steps = self._num_steps(state.train_s / state.step)
+        state.num_steps = choices.corrected_num_steps
         self.schedule = Schedule.of(config, state.num_steps)
         self.monitor.set_num_steps(state.num_steps)
 
@@ -310,6 +341,8 @@ class Trainer:
         return made
 
     def _show(self, samples: list[Sample]) -> None:
+        if samples:
+            self.last_sample = samples[0].prompt + (ARROW if samples[0].reference is not None else ""), samples[0].text
         answers = [(s.prompt, s.text, s.reference) for s in samples[:NUM_SHOWN] if s.reference is not None]
         if answers:
             self.monitor.answers(answers, self.state.step)
@@ -319,9 +352,14 @@ class Trainer:
     def look(self) -> None:
         """Log what every head looks at in the probes, and scores of what it does."""
         self._settle()
-        state, model, task = self.state, self.parallel.whole(), self.task
-        if not self.group.is_first:
-            return
+        model = self.parallel.whole()
+        if self.group.is_first:
+            self._look(model)
+        self._agree_on_alignment()
+        self._settle()
+
+    def _look(self, model: Transformer) -> None:
+        state, task = self.state, self.task
         if self.attention.heads:
             self.scores = head_scores(model, task.window(model.config.context_length))
             values = {
@@ -331,7 +369,7 @@ class Trainer:
                 for head, score in enumerate(score_H)
             }
             self.monitor.scalars(values, state.step)
-        aligning = self.align()
+        aligning = self.align(model)
         for probe in task.probes(self.attention.probes):
             try:
                 maps = task.look(model, probe, state.step, self.scores, aligning)
@@ -342,23 +380,32 @@ class Trainer:
             if maps.alignment is not None:
                 picture = alignment_picture(maps.alignment, state.step)
                 self.monitor.picture(f"alignment/{probe}", picture, state.step)
-        self._settle()
 
-    def align(self) -> AligningHeads | None:
+    def align(self, model: Transformer) -> AligningHeads | None:
         """Find and log the heads that align source and target, if there are any."""
-        aligning = self.task.align(self.model)
+        aligning = self.task.align(model)
         if aligning is None or not aligning.heads:
             return None
         self.state.aligning_heads = [list(head) for head in aligning.heads]
         self.monitor.alignment(aligning, self.state.step)
-        self.aligned = aligning.score > ALIGNED
+        self.state.aligned = aligning.score > ALIGNED
         return aligning
 
     def _align_meanwhile(self) -> None:
         """Between the looks, as long as no alignment is there: one wants to see when it comes."""
+        if self.task.data.kind != "pairs":
+            return
         self._settle()
-        self.align()
+        model = self.parallel.whole()
+        if self.group.is_first:
+            self.align(model)
+        self._agree_on_alignment()
         self._settle()
+
+    def _agree_on_alignment(self) -> None:
+        """Whether a look between the looks is due depends on what the first process has found."""
+        if self.task.data.kind == "pairs":
+            self.state.aligned = self.group.agree(self.state.aligned)
 
     def _say_once(self, line: str) -> None:
         if line not in self.said:
@@ -366,49 +413,55 @@ class Trainer:
             self.monitor.say(line)
 
     def save(self) -> None:
-        """Write a checkpoint; raises OSError or MinitfError with what was saved before unharmed."""
+        """Have a checkpoint written; raises OSError or MinitfError, also of the one before, which harms none."""
         self._settle()
         if self.evaluated_step != self.state.step:
             self._check_weights()
         state = {**asdict(self.state), "data": asdict(self.task.data), "text_fingerprint": self.task.fingerprint}
-        state |= {"device": self.hardware.device.type, "num_processes": self.group.size}
-        random_state = self.group.gather(torch.get_rng_state())
-        tensors = {"random_state": random_state.squeeze(0), "pending": self._pending_tensor()}
+        tensors = {name: self.group.gather(value).squeeze(0) for name, value in random_state.capture().items()}
+        tensors["pending"] = self._pending_tensor()
         model, shards = self.parallel.whole(), None
         if self.parallel.strategy == "fsdp":
             shards = self._write_shards()
         else:
             tensors |= self.optimizer.state_dict()
         if self.group.is_first:
-            self.last_checkpoint = save_checkpoint(
-                self.run_dir / "checkpoints",
-                model,
-                self.task.tokenizer,
-                tensors,
-                state,
-                is_best=self.is_best,
-                keep=self.config.keep_checkpoints,
-                shards=shards,
-            )
+            self.saver.save(
+                model, self.task.tokenizer, tensors, state,
+                is_best=self.is_best, keep=self.config.keep_checkpoints, card=self._card(), shards=shards,
+            )  # fmt: skip
+        else:
+            self.last_checkpoint = self.run_dir / f"checkpoints/step_{self.state.step:08d}"
         self.is_best = False
         self._settle()
 
     def _write_shards(self) -> Path:
         """The optimiser's state in a directory beside the checkpoints, each process its part."""
-        shards = self.run_dir / "checkpoints" / f".shards_{self.state.step:08d}"
+        shards = self.run_dir / f"checkpoints/.shards_{self.state.step:08d}"
         if self.group.is_first:
-            for stale in shards.parent.glob(".shards_*"):
-                shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(shards, ignore_errors=True)  # of a life that was killed while saving
         self.group.barrier()
         write_shards(shards, self.optimizer.state_dict())
         self.group.barrier()
         return shards
 
+    def _card(self) -> str:
+        """The checkpoint's README.md."""
+        settings = {
+            "model": asdict(self.model.config), "optim": asdict(self.optimizer.config), "trainer": asdict(self.config)
+        }  # fmt: skip
+        return model_card(
+            self.run_dir.resolve().parent.name, self.model, self.task.data, self.task.description, self.state,
+            settings, self.last_sample,
+        )  # fmt: skip
+
     def _check_weights(self) -> None:
         """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""
         batch = self.batches.batch(self.state.step * self.config.grad_accumulation).to(self.hardware.device)
         if self.parallel.strategy == "fsdp":  # the weights come together on the compiled path alone
+            before = random_state.capture()  # what dropout draws here is not to be missing later
             loss = self.parallel.loss_value(*batch[:3])
+            random_state.restore(before)
             self.parallel.settle()
             return self._check_finite(float(loss))
         rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
@@ -427,28 +480,50 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Take over optimiser and random state from a checkpoint; the model and `TrainState` are the caller's."""
         tensors = load_optimizer_state(checkpoint)
-        random_states = tensors.pop("random_state").to(torch.uint8)
-        random_states = random_states.reshape(-1, random_states.shape[-1])  # a row for each process
-        # A clone, because torch reads a state from the beginning of the memory that a row is only a view of.
-        torch.set_rng_state(random_states[self.group.rank % len(random_states)].clone())
-        if self.group.rank >= len(random_states):
-            torch.manual_seed(torch.initial_seed() + self.group.rank)
-        self.pending = [(loss, norm) for loss, norm in tensors.pop("pending")]
-        if (shards := checkpoint / "shards").is_dir():
-            tensors |= read_shards(shards, self.optimizer.empty)
-        self.optimizer.load_state_dict(tensors)
+        try:
+            self._restore_random_state(tensors)
+            device = self.hardware.device
+            self.pending = [(loss.to(device), norm.to(device)) for loss, norm in tensors.pop("pending")]
+            if (shards := checkpoint / "shards").is_dir():
+                tensors |= read_shards(shards, self.optimizer.empty)
+            self.optimizer.load_state_dict(tensors)
+        except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MinitfError(f"{checkpoint / 'trainer_state.safetensors'} does not fit its run: {reason}") from None
         self.last_checkpoint = checkpoint
+
+    def _restore_random_state(self, tensors: dict[str, Tensor]) -> None:
+        """Each of several processes has left a row; those there were none of then begin with others."""
+        rank, num_saved = self.group.rank, 1
+        for name in [name for name in tensors if name.startswith("random_")]:
+            rows = tensors[name]
+            if rows.dim() > 1 and len(rows):
+                num_saved = len(rows)
+                # A clone: torch reads a state from the beginning of the memory that a row is only a view of.
+                tensors[name] = rows[rank % num_saved].clone()
+        random_state.restore(tensors)
+        if rank >= num_saved:
+            random_state.seed(torch.initial_seed() + rank)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            self.monitor.say(f"{signal.Signals(number).name}: finishing the step and saving; once more to stop at once")
+            nonlocal asked_at
+            first, now = not self.interrupted, time.monotonic()
+            if first:
+                self.interrupted, asked_at = True, now
+                name = signal.Signals(number).name
+                self.monitor.say(f"{name}: finishing the step and saving; once more to stop at once")
+            if self.group.size > 1 and now - asked_at < SAME_SIGNAL_S:
+                return
             for kind, handler in before.items():
                 signal.signal(kind, handler)
+            if not first:
+                signal.raise_signal(number)
 
+        asked_at = 0.0
         before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
             for kind in before:
@@ -457,6 +532,10 @@ class Trainer:
             before = {}
         try:
             yield
+        except KeyboardInterrupt:
+            self.saver.wait(timeout_s=0.5)  # at once means at once; what is half written then is no checkpoint
+            raise
         finally:
+            self.saver.wait()
             for kind, handler in before.items():
                 signal.signal(kind, handler)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minitf import random_state
 from minitf.batches import BatchSource
 from minitf.hardware import Hardware, compiled, compiler_missing
 from minitf.loss import chunk_loss
@@ -66,12 +67,12 @@ class TrainingStep:
         `compilation` is auto, true or false; `seconds_left(step_s)` is what the run would take at that speed. Returns
         the seconds of a step, and what was chosen and why, in words.
         """
-        random_state = torch.get_rng_state()
+        before = random_state.capture()
         self.run(0, 0.0)  # the first step also sets up libraries and memory: it is no measure
         choice = "off, as set" if compilation == "false" else self._compile(compilation == "true", seconds_left)
         step_s = self.measure(8)
         self.optimizer.reset()
-        torch.set_rng_state(random_state)
+        random_state.restore(before)
         return step_s, choice
 
     def _compile(self, forced: bool, seconds_left: Callable[[float], float]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from minitf.model import ModelConfig, Transformer
 
 class WordTokenizer:
     """Words of a sentence <-> ids, as far as `attention_maps` needs it."""
+
+    start_ids: ClassVar[list[int]] = []
 
     def __init__(self, words: str = "the cat sat on mat dog it was") -> None:
         self.words = words.split()

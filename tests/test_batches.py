@@ -151,7 +151,8 @@ def test_the_second_of_two_uses_what_the_first_made(tmp_path: Path) -> None:
     copy = prepared._temporary_name(found.directory)
     shutil.copytree(found.directory, copy)
     before = found.directory.stat().st_ino
-    assert batches._publish(copy, found.directory).directory.stat().st_ino == before
+    published = prepared._publish(copy, found.directory, batches._load)
+    assert published.directory.stat().st_ino == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "junk", "tokenizer", "meta", "empty"])

@@ -273,21 +273,17 @@ def test_speeds_of_different_texts_are_not_compared(
             generation.decode(request_here, report, "checkpoint", [1], 1, peer=True)
 
 
-def test_every_weight_has_a_name_in_llama_cpp(make_model: Callable[..., Transformer]) -> None:
-    names = {llama_cpp.gguf_name(name) for name, _ in make_model(tie_embeddings=False).named_parameters()}
-    outside = {"token_embd.weight", "output_norm.weight", "output.weight"}
-    assert names == outside | {f"blk.{i}.{part}.weight" for i in (0, 1) for part in llama_cpp.TENSORS.values()}
-
-
 def test_a_checkpoint_converted_for_llama_cpp_holds_the_same_weights(trained_run: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     from safetensors.numpy import load_file
+
+    from minitf.export import gguf_name
 
     checkpoint = trained_run / "checkpoints/latest"
     llama_cpp.convert(str(checkpoint), str(tmp_path / "model.gguf"))
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     converted = {tensor.name: tensor.data for tensor in reader.tensors}
-    weights = {llama_cpp.gguf_name(name): value for name, value in load_file(checkpoint / "model.safetensors").items()}
+    weights = {gguf_name(name): value for name, value in load_file(checkpoint / "model.safetensors").items()}
     assert set(converted) == set(weights)
     for name, value in weights.items():
         np.testing.assert_array_equal(converted[name].reshape(value.shape), value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minitf import checkpoint as checkpoint_module
@@ -129,7 +130,7 @@ def test_a_failure_at_any_write_loses_nothing(
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("save_file", "_write_json", "_sha256", "flush"):
+        for name in ("write_tensors", "_write_json", "_sha256", "flush"):
             patch.setattr(checkpoint_module, name, failing(getattr(checkpoint_module, name)))
         patch.setattr(Tokenizer, "save", failing(Tokenizer.save))
         if again == "the next step":  # replacing a checkpoint of the same step is two operations of the file system
@@ -266,7 +267,7 @@ def test_weights_of_another_model_are_refused(save: Save, make_model: MakeModel,
     directory = save(1)
     (directory / "trainer_state.json").unlink()
     other: dict[str, Tensor] = make_model(tokenizer.vocab_size, num_layers=3).state_dict()
-    checkpoint_module.save_file(other, directory / "model.safetensors")
+    save_file(other, directory / "model.safetensors")
     with pytest.raises(MinitfError, match=r"model\.safetensors does not fit its config\.json"):
         load_checkpoint(directory)
 

@@ -17,6 +17,7 @@ from minitf.optim import OptimConfig
 
 REQUIRED = {
     "data=text": ["data.files=[book.txt]"],
+    "data=pairs": ["data.files=[pairs.jsonl]"],
     "data=hub": ["data.hub_path=owner/name"],
     "tokenizer=pretrained": ["tokenizer.file=tokenizer.json"],
 }

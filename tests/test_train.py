@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,11 +212,11 @@ def test_the_conclusion_is_commands_that_can_be_typed(
     (workdir / "q.txt").write_text('It\'s "so", cost $HOME `5`\n' * 80)
     assert train_here(*tiny, "data.files=[q.txt]", "name=quotes") == 0
     said = capsys.readouterr().err
-    (line,) = (line for line in said.splitlines() if "scripts/generate.py" in line)
+    (line,) = (line for line in said.splitlines() if "minitf.generate" in line)
     words = shlex.split(line.partition("next")[2])
-    assert words[:2] == ["python", "scripts/generate.py"]
-    assert len(words) == 3
-    assert words[2] in (workdir / "q.txt").read_text()
+    assert words[:3] == ["python", "-m", "minitf.generate"]  # there is no scripts/ here
+    assert len(words) == 4
+    assert words[3] in (workdir / "q.txt").read_text()
     (resume,) = re.findall(r"python -m minitf.train (resume=\S+ \S+)", said)
     assert train_here(*resume.split()) == 0
     (run,) = (workdir / "runs/quotes").iterdir()
@@ -396,14 +397,35 @@ def test_what_cannot_change_in_a_resumed_run_is_refused(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_damaged_checkpoint_is_not_resumed(
+def test_a_damaged_checkpoint_is_reported_and_passed_over_for_the_one_before(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = [*tiny, "optim.schedule=constant"]
+    assert train_here(*constant, "run_dir=whole", "trainer.max_steps=9") == 0
+    assert train_here(*constant, "run_dir=run") == 0
+    shutil.copytree("run", "copy", symlinks=True)
+    capsys.readouterr()
+    for run, step in (("copy", 6), ("run", 6), ("run", 3)):
+        file = Path(f"{run}/checkpoints/step_0000000{step}/trainer_state.safetensors")
+        file.write_bytes(file.read_bytes()[:-100])
+    assert train_here("resume=copy", "trainer.max_steps=9") == 0
+    reports = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minitf: ")]
+    assert len(reports) == 1
+    assert "step_00000006/trainer_state.safetensors is damaged" in reports[0]
+    assert "passed over for step_00000003" in reports[0]
+    assert_same_run("copy", "whole")
+    assert train_here("resume=run", "trainer.max_steps=9") == 1  # none is left
+    assert_one_line(capsys.readouterr().err, "step_00000003/trainer_state.safetensors is damaged")
+
+
+def test_a_damaged_one_named_itself_is_not_resumed(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_here(*tiny, "run_dir=run") == 0
-    file = Path("run/checkpoints/latest/trainer_state.safetensors")
+    file = Path("run/checkpoints/latest/model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    assert train_here("resume=run", "trainer.max_steps=9") == 1
-    assert_one_line(capsys.readouterr().err, "trainer_state.safetensors")
+    assert train_here("resume=run/checkpoints/latest", "trainer.max_steps=9") == 1
+    assert_one_line(capsys.readouterr().err, "model.safetensors is damaged")
     assert train_here("resume=nowhere") == 2
     assert_one_line(capsys.readouterr().err, "nowhere is not a run")
 

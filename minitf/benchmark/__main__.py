@@ -56,7 +56,6 @@ BENCHMARKS = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="benchmark.py",
         description="Measure minitf on this machine beside what it is compared to, which is found if it is installed "
         "or pointed to, and skipped with a line if not. Each comparison runs both sides in turn and reports the "
         "median of the ratios with its spread.",
@@ -147,5 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def command() -> int:
+    """`minitf-benchmark`"""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    raise SystemExit(command())

@@ -1,61 +1,24 @@
 """llama.cpp's side: the same checkpoint in its own format, decoded by its server inside a Python process."""
 
-import json
 import re
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-# Names of a block's matrices and norms, Hugging Face's -> llama.cpp's; `.weight` follows both.
-TENSORS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-
 
 def convert(checkpoint: str, path: str) -> dict[str, Any]:
-    """Write a checkpoint (Qwen3's architecture) as GGUF in float32, with names in place of its tokens' texts."""
-    import gguf
-    from safetensors.numpy import load_file
+    """Write a checkpoint as GGUF in float32, with names in place of its tokens' texts.
 
-    config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")  # it is given ids and asked for ids: any tokenizer serves
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
-    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
-    writer.add_token_merges(["t 0"])
-    for name, tensor in load_file(Path(checkpoint) / "model.safetensors").items():
-        writer.add_tensor(gguf_name(name), tensor.astype("float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    It is given ids and asked for ids, which `decode` reads from the text: any tokenizer serves.
+    """
+    from minitf.checkpoint import load_checkpoint
+    from minitf.export import Vocabulary, write_gguf
+
+    model = load_checkpoint(checkpoint, device="cpu").model
+    names = Vocabulary("gpt-2", tokens=[f"t{i}" for i in range(model.vocab_size)], merges=["t 0"])
+    write_gguf(Path(path), model.config, dict(model.named_parameters()), names)
     return {}
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a parameter."""
-    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem = name.removesuffix(".weight")
-    if stem in outside:
-        return f"{outside[stem]}.weight"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{TENSORS[part]}.weight"
 
 
 def decode(file: str, prompt: list[int], num_tokens: int, repeats: int) -> dict[str, Any]:

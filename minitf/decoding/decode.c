@@ -19,6 +19,7 @@ typedef struct {
 typedef struct {
     int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
     int64_t batch_size, capacity, num_positions;
+    float norm_eps;
     const float *embedding, *final_norm, *vocabulary, *rotary; /* rotary: (2, num_positions, K) */
     float *keys, *values;                                      /* (layers, B, G, capacity, K) */
     const Layer *layers;
@@ -34,29 +35,6 @@ static float sum(Vector v) {
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
-/* Two vectors' lanes, chosen by number, those of b counted from 16. */
-#if defined(__clang__)
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
-#endif
-
-/* Lane i of the result is the sum of v[i]: sixteen sums at once, in 15 additions instead of 16 times 7. */
-static Vector sums_of_16(Vector *v) {
-    for (int i = 0; i < 8; i++)
-        v[i] = PICK(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-               + PICK(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; i++)
-        v[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-               + PICK(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int i = 0; i < 2; i++)
-        v[i] = PICK(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-               + PICK(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return PICK(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-           + PICK(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
 /* y[r][n] = sum_d x[r][d] weight[n][d] for R rows and N outputs at once: each loaded value is used R or N times. */
 #define TILE(R, N)                                                                                        \
     static void tile_##R##_##N(float *y, int64_t y_stride, const float *x, const float *w, int64_t D) {   \
@@ -69,11 +47,6 @@ static Vector sums_of_16(Vector *v) {
                 for (int r = 0; r < R; r++)                                                               \
                     sums[r][n] += *(const Vector *)(x + r * D + d) * *(const Vector *)(w + n * D + d);    \
             }                                                                                             \
-        if (R * N == 16 && d == D) {                                                                      \
-            Vector totals = sums_of_16(&sums[0][0]);                                                      \
-            for (int r = 0; r < R; r++) memcpy(y + r * y_stride, (float *)&totals + r * N, N * sizeof *y); \
-            return;                                                                                       \
-        }                                                                                                 \
         for (int r = 0; r < R; r++)                                                                       \
             for (int n = 0; n < N; n++) {                                                                 \
                 float total = sum(sums[r][n]);                                                            \
@@ -102,16 +75,17 @@ static void linear(float *y, const float *x, const float *weight, int64_t rows, 
 }
 
 /* y = x / rms(x) * weight, size values */
-static void rms_norm(float *y, const float *x, const float *weight, int64_t size) {
+static void rms_norm(float *y, const float *x, const float *weight, int64_t size, float eps) {
     float squares = 0;
     for (int64_t i = 0; i < size; i++) squares += x[i] * x[i];
-    float scale = 1 / sqrtf(squares / size + 1e-6f);
+    float scale = 1 / sqrtf(squares / size + eps);
     for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * weight[i];
 }
 
 /* Normalise one head's query or key, if the model does, and turn it by its position. */
-static void place(float *x, const float *weight, const float *cosines, const float *sines, int64_t K) {
-    if (weight) rms_norm(x, x, weight, K);
+static void place(float *x, const float *weight, const float *cosines, const float *sines, int64_t K,
+                  float eps) {
+    if (weight) rms_norm(x, x, weight, K, eps);
     for (int64_t i = 0; i < K / 2; i++) {
         float first = x[i], second = x[K / 2 + i];
         x[i] = first * cosines[i] - second * sines[i];
@@ -182,7 +156,7 @@ void decode(const Model *m, const int64_t *ids, const int64_t *starts, int64_t p
     for (int64_t r = 0; r < rows; r++) memcpy(x + r * D, m->embedding + ids[first + r] * D, D * sizeof(float));
     for (int64_t l = 0; l < m->num_layers; l++) {
         const Layer *layer = &m->layers[l];
-        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->input_norm, D);
+        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->input_norm, D, m->norm_eps);
         linear(q, normed, layer->q, rows, H * K, D);
         linear(k, normed, layer->k, rows, G * K, D);
         linear(v, normed, layer->v, rows, G * K, D);
@@ -191,25 +165,25 @@ void decode(const Model *m, const int64_t *ids, const int64_t *starts, int64_t p
             int64_t head_size = m->capacity * K, row = ((l * m->batch_size + first + r) * G) * head_size;
             for (int64_t g = 0; g < G; g++) {
                 float *key = k + (r * G + g) * K;
-                place(key, layer->k_norm, cosines, sines, K);
+                place(key, layer->k_norm, cosines, sines, K, m->norm_eps);
                 memcpy(m->keys + row + g * head_size + position * K, key, K * sizeof(float));
                 memcpy(m->values + row + g * head_size + position * K, v + (r * G + g) * K, K * sizeof(float));
             }
             for (int64_t h = 0; h < H; h++) {
                 int64_t shared = row + h / (H / G) * head_size + start * K, own = (r * H + h) * K;
-                place(q + own, layer->q_norm, cosines, sines, K);
+                place(q + own, layer->q_norm, cosines, sines, K, m->norm_eps);
                 attend(mixed + own, q + own, m->keys + shared, m->values + shared, weights, length, K);
             }
         }
         linear(added, mixed, layer->o, rows, D, H * K);
         for (int64_t i = 0; i < rows * D; i++) x[i] += added[i];
-        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->post_norm, D);
+        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->post_norm, D, m->norm_eps);
         linear(gate, normed, layer->gate, rows, F, D);
         linear(up, normed, layer->up, rows, F, D);
         for (int64_t i = 0; i < rows * F; i++) gate[i] *= up[i] / (1 + exponential(-gate[i]));
         linear(added, gate, layer->down, rows, D, F);
         for (int64_t i = 0; i < rows * D; i++) x[i] += added[i];
     }
-    for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, m->final_norm, D);
+    for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, m->final_norm, D, m->norm_eps);
     linear(logits, normed, m->vocabulary, rows, m->vocab_size, D);
 }

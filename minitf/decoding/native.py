@@ -52,6 +52,7 @@ class _Model(ctypes.Structure):
                 *("vocab_size", "batch_size", "capacity", "num_positions"),
             )
         ],
+        ("norm_eps", ctypes.c_float),
         *[(name, ctypes.c_void_p) for name in ("embedding", "final_norm", "vocabulary", "rotary", "keys", "values")],
         ("layers", ctypes.POINTER(_Layer)),
     ]
@@ -119,7 +120,7 @@ class NativeStep:
         self.batch_size = cache.keys.shape[1]
         self.model = _Model(
             c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size,
-            model.vocab_size, self.batch_size, cache.capacity, model.rotary.shape[1],
+            model.vocab_size, self.batch_size, cache.capacity, model.rotary.shape[1], c.rms_norm_eps,
             self._pointer(model.model.embed_tokens.weight), self._pointer(model.model.norm.weight),  # type: ignore
             self._pointer(model.vocabulary_VD), self._pointer(model.rotary),
             cache.keys.data_ptr(), cache.values.data_ptr(), self.layers,

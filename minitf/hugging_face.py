@@ -1,0 +1,211 @@
+"""Models of the Hugging Face world: their config.json, their weights, and how they come from the hub.
+
+Only safetensors and JSON files are read or fetched: no pickle, no code of a model's own.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitf.errors import MinitfError, RequestError
+from minitf.model import ModelConfig
+from minitf.untrusted import read_json, read_tensors
+
+INDEX = "model.safetensors.index.json"
+# What is fetched of a hub model: these names at its top, nothing else.
+FETCHED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "model.safetensors", INDEX, "model-*-of-*.safetensors",
+)  # fmt: skip
+HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+# What transformers takes for granted where a config.json does not say it.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "max_position_embeddings": 2048,
+    },
+    "qwen3": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768,
+    },
+}  # fmt: skip
+
+
+def to_hugging_face(config: ModelConfig, vocab_size: int, end_id: int, start_id: int) -> dict[str, Any]:
+    """The `config.json` of this architecture: Qwen3's, or Llama's without QK-norm."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context_length,
+        "rope_theta": config.rope_theta,
+        **({"rope_scaling": dict(config.rope_scaling)} if config.rope_scaling else {}),
+        "rms_norm_eps": config.rms_norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": start_id,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+        "torch_dtype": "float32",
+        "minitf": {"dropout": config.dropout},
+    }
+
+
+def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
+    """The model config and vocabulary size of a `config.json`; KeyError, TypeError or ValueError where it is none.
+
+    A ValueError names what the model has and minitf has not.
+    """
+    kind = config["model_type"]
+    if kind not in DEFAULTS:
+        raise ValueError(f"model_type {kind!r} is not supported: only qwen3 and llama are")
+    config = {**DEFAULTS[kind], **{name: value for name, value in config.items() if value is not None}}
+    _refuse_what_is_not_here(config)
+    try:
+        model = ModelConfig(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            num_heads=int(config["num_attention_heads"]),
+            num_kv_heads=int(config.get("num_key_value_heads", 0)),
+            head_dim=int(config.get("head_dim", 0)),
+            intermediate_size=int(config["intermediate_size"]),
+            context_length=int(config["max_position_embeddings"]),
+            **_rope(config),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            qk_norm=kind == "qwen3",
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            dropout=float(config.get("minitf", {}).get("dropout", 0.0)),
+        )
+    except RequestError as error:  # its words are those of a setting; here it is the file that is wrong
+        raise ValueError(str(error)) from None
+    return model, int(config["vocab_size"])
+
+
+def _refuse_what_is_not_here(config: dict[str, Any]) -> None:
+    fixed = {
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
+        "rope_interleaved": False,
+    }  # fmt: skip
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
+    if method := config.get("quantization_config"):
+        words = method.get("quant_method") if isinstance(method, dict) else method
+        raise ValueError(f"its weights are quantised ({words}), which is not supported: take the original")
+    windows = {str(layer) for layer in config.get("layer_types") or ()} - {"full_attention"}
+    if config.get("use_sliding_window") or windows:
+        raise ValueError(f"sliding windows are not supported ({', '.join(sorted(windows)) or 'use_sliding_window'})")
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of either way to write them."""
+    # transformers 5 writes rope_parameters; before it rope_theta and rope_scaling stood beside each other.
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
+    old = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old)
+    if float(rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is not supported")
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind in ("llama3", "yarn"):
+        own = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        rope.setdefault("original_max_position_embeddings", own)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {"rope_type": kind, **{k: v for k, v in rope.items() if v is not None}},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights
+
+
+def load_weights(directory: Path, tied: bool) -> dict[str, Tensor]:
+    """All parameters of a model's folder in float32, from one file or from the shards of an index."""
+    names = ["model.safetensors"]
+    if (directory / INDEX).is_file() and not (directory / names[0]).is_file():
+        names = _shards(directory / INDEX)
+    elif not (directory / names[0]).is_file() and (pickled := sorted(directory.glob("pytorch_model*.bin"))):
+        raise MinitfError(f"{pickled[0]} is a pickle, which is never opened: take the model's safetensors files")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        weights |= read_tensors(directory / name)
+    # Left in old files: frequencies that follow from the config, and the scores' matrix beside the one it is tied to.
+    left_over = [name for name in weights if name.endswith("rotary_emb.inv_freq")]
+    if tied and "model.embed_tokens.weight" in weights:
+        left_over += [name for name in weights if name == "lm_head.weight"]
+    for name in left_over:
+        del weights[name]
+    if strange := [str(tensor.dtype) for tensor in weights.values() if not tensor.is_floating_point()]:
+        raise MinitfError(f"{directory}: weights of {strange[0]} are not supported: take the original, unquantised")
+    return {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+
+
+def _shards(index: Path) -> list[str]:
+    """The files an index names."""
+    try:
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise MinitfError(f"{index} is damaged: {error}") from None
+    if any(Path(name).name != name for name in names):
+        raise MinitfError(f"{index} names files outside its folder")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can only mean a model of the hub, OWNER/NAME or OWNER/NAME@REVISION, and nothing here."""
+    found = HUB_NAME.fullmatch(name)
+    owner = name.split("/")[0]
+    return found is not None and owner != "runs" and not Path(name).exists() and not Path(owner).is_dir()
+
+
+def fetch_model(name: str) -> Path:
+    """The folder of the hub's model OWNER/NAME or OWNER/NAME@REVISION, downloaded or from the cache.
+
+    `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` mean what they mean everywhere.
+    """
+    from huggingface_hub import snapshot_download
+
+    found = HUB_NAME.fullmatch(name)
+    assert found is not None
+    try:
+        folder = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=list(FETCHED)))
+    except Exception as error:  # of the library, of its HTTP client, of the system: different from version to version
+        raise _hub_error(name, error) from error
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{name} on the hub has no config.json: it is not a transformers model")
+    return folder
+
+
+def _hub_error(name: str, error: Exception) -> MinitfError:
+    """What went wrong, in one line."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return RequestError(f"{name} is gated: ask for access on its page, then log in with: hf auth login")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return RequestError(f"{name} is neither here nor on the hub: check the name, or log in with: hf auth login")
+    if isinstance(error, hub.RevisionNotFoundError):
+        return RequestError(f"{name}: the model has no such revision")
+    if isinstance(error, hub.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return MinitfError(f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it")
+    reason = " ".join(str(error.__cause__ or error).split())[:160]
+    return MinitfError(f"{name}: cannot fetch it from {constants.ENDPOINT}: {type(error).__name__}: {reason}")

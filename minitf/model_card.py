@@ -1,0 +1,108 @@
+"""The README.md of a checkpoint: what the model is, what it was trained on, how good it is, as the hub shows it."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from minitf.checkpoint import TrainState
+from minitf.corpus import DataConfig
+from minitf.model import Transformer
+
+
+def model_card(
+    name: str,
+    model: Transformer,
+    data: DataConfig,
+    description: str,
+    state: TrainState,
+    settings: Mapping[str, Mapping[str, Any]],
+    sample: tuple[str, str] | None = None,
+) -> str:
+    """A model card in Markdown with YAML in front, as of `state`.
+
+    `description` is that of the text; `settings` are further sections of the config, name -> key -> value; `sample` is
+    a prompt and what the model wrote after it.
+    """
+    c = model.config
+    architecture = "Qwen3" if c.qk_norm else "Llama"
+    parts = [
+        _front_matter(name, data, state),
+        f"# {name}\n",
+        f"A small language model of {model.num_parameters() / 1e6:.2f}M parameters in the {architecture} architecture: "
+        f"{c.num_layers} layers of {c.hidden_size}, {c.num_heads} heads, a context of {c.context_length} tokens, "
+        f"a vocabulary of {model.vocab_size:,}. Trained with minitf.\n",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n',
+        "It continues text; it was not trained to follow instructions, and it has no chat template.\n",
+        f"## Data\n\n{description}.\n",
+        _figures(state),
+        *([_sample(*sample)] if sample else []),
+        "## Config\n\n```yaml\n" + _yaml({"data": _data(data), **settings}) + "```\n",
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(name: str, data: DataConfig, state: TrainState) -> str:
+    """What the hub and its tools read: JSON's strings and lists are YAML's too."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [minitf]"]
+    on_hub = data.source == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.hub_path or "")
+    if on_hub:
+        lines.append(f"datasets: {json.dumps([data.hub_path])}")
+    if val := state.last_val:
+        dataset = str(data.hub_path) if on_hub else data.source
+        metrics = [
+            {"type": kind, "name": words, "value": round(float(val[kind]), 4)}
+            for kind, words in (("bits_per_byte", "held-out bits per byte"), ("perplexity", "perplexity per token"))
+            if kind in val
+        ]
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": dataset, "name": f"held-out part of {dataset}"},
+            "metrics": metrics,
+        }
+        lines.append(f"model-index: {json.dumps([{'name': name, 'results': [result]}])}")
+    return "\n".join(["---", *lines, "---"]) + "\n"
+
+
+def _figures(state: TrainState) -> str:
+    rows = [
+        ("steps", f"{state.step:,} of {state.num_steps:,}"),
+        ("tokens trained on", f"{state.tokens:,}"),
+        ("training time", f"{state.train_s / 60:.1f} min"),
+    ]
+    if val := state.last_val:
+        rows += [
+            ("held-out loss", f"{val['loss']:.4f} nats per token"),
+            ("held-out bits per byte", f"{val['bits_per_byte']:.4f}"),
+            ("held-out perplexity", f"{val['perplexity']:.2f} per token, over {val['num_tokens']:,} tokens"),
+        ]
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return f"## Figures\n\n| what | value |\n|---|---|\n{table}\n"
+
+
+def _sample(prompt: str, continuation: str) -> str:
+    text = prompt + continuation
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"## Sample\n\nAfter the first words of the held-out text, `{prompt.replace('`', '')}`:\n\n" + (
+        f"{fence}text\n{text}\n{fence}\n"
+    )
+
+
+def _data(data: DataConfig) -> dict[str, Any]:
+    """What says which text it was, without what is only of this machine."""
+    kept = {"kind": data.kind, "source": data.source, "val_fraction": data.val_fraction}
+    if data.source == "files":
+        kept["files"] = [re.split(r"[/\\]", name)[-1] for name in data.files]
+    if data.source == "hub":
+        kept |= {key: getattr(data, key) for key in ("hub_path", "hub_name", "hub_split", "hub_revision")}
+    return kept
+
+
+def _yaml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = []
+    for section, values in sections.items():
+        lines.append(f"{section}:")
+        lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"

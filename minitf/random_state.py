@@ -1,0 +1,48 @@
+"""All generators a run may draw from, as tensors: a resumed run draws what the uninterrupted one would have drawn."""
+
+import math
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed(number: int) -> None:
+    """Start all of them from one number."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % (1 << 32))
+
+
+def capture() -> dict[str, Tensor]:
+    """The states of PyTorch's generators (CPU and, where used, CUDA), Python's and NumPy's: 1-D, always as long."""
+    _, (*words, position), gauss = random.getstate()
+    _kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "random_state": torch.get_rng_state(),
+        "random_python": torch.tensor([*words, position]),
+        "random_python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+        "random_numpy": torch.tensor([*map(int, keys), place, has_gauss]),
+        "random_numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_initialized():
+        for index, one in enumerate(torch.cuda.get_rng_state_all()):
+            state[f"random_cuda_{index}"] = one
+    return state
+
+
+def restore(tensors: dict[str, Tensor]) -> None:
+    """Take the states that `capture` returned out of `tensors` and put them in place; those not there stay."""
+    torch.set_rng_state(tensors.pop("random_state").to(torch.uint8).cpu())
+    if (words := tensors.pop("random_python", None)) is not None:
+        gauss = float(tensors.pop("random_python_gauss"))
+        random.setstate((3, tuple(words.tolist()), None if math.isnan(gauss) else gauss))
+    if (words := tensors.pop("random_numpy", None)) is not None:
+        *keys, place, has_gauss = words.tolist()
+        cached = float(tensors.pop("random_numpy_gauss"))
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, cached))
+    for name in sorted(name for name in tensors if name.startswith("random_cuda_")):
+        one, index = tensors.pop(name), int(name.removeprefix("random_cuda_"))
+        if torch.cuda.is_available() and index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(one.to(torch.uint8).cpu(), index)
