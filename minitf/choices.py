@@ -23,6 +23,7 @@ class Choices:
     num_processes: int = 0  # that train together: sums are split among them, ...
     num_threads: int = 0  # ... and in each of them among its threads of the CPU
     torch_version: str = ""
+    decided_at: int = 0  # step from which on this holds: 0, or where the run was told to end elsewhere
     num_steps: int = 0  # of the whole run, as the warm-up's speed had it
     corrected_at: int = 0  # step at which a run by the clock corrected that, 0: not
     corrected_num_steps: int = 0  # to so many

@@ -59,7 +59,9 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     with naming(run_dir):
-        if first:
+        if first:  # in this order: a run that dies in between ends where it was to end before
+            choices.finished = False
+            choices.save(run_dir)
             save_config(config, run_dir / "config.yaml")
     with naming(run_dir), Monitor(run_dir, state.step) if first else cast(Monitor, Mute()) as monitor:
         trainer = Trainer(
@@ -77,7 +79,6 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
         if resumed:
             trainer.restore(resumed.directory)
         choices.here(hardware.device, hardware.dtype, group.size)
-        choices.finished = False
         if first:
             choices.save(run_dir)
             record_environment(run_dir, hardware, {what: words for what, words in said.items() if words})
@@ -284,8 +285,7 @@ def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: "Group") -
         minutes = config.trainer.max_minutes
         if minutes is not None and minutes * 60 <= checkpoint.state.get("train_s", 0):
             raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={minutes}: it must be larger")
-        checkpoint.state.update(num_steps=0, num_steps_final=False)  # decided anew
-        choices = replace(choices, compile="", num_steps=0, corrected_at=0)
+        choices = replace(choices, compile="", num_steps=0, corrected_at=0, decided_at=step)
     elif step == checkpoint.state.get("num_steps") and choices.finished:
         raise RequestError(f"{run_dir} is complete at step {step:,}: go further with a larger trainer.max_steps=N")
     prepared = _prepare(config, checkpoint, choices, group)

@@ -165,9 +165,10 @@ class Trainer:
             choice = "off, as the run began"
         choices.compile = "true" if choice.startswith("on") else "false"
         state.warmup_s += time.perf_counter() - started
+        if state.step <= choices.decided_at:  # saved before it was decided anew, perhaps in a life that soon ended
+            state.num_steps, state.num_steps_final = 0, False
         state.num_steps = state.num_steps or choices.num_steps or self._num_steps(step_s)
-        if state.step == 0 or not choices.num_steps:
-            choices.num_steps = state.num_steps
+        choices.num_steps = choices.num_steps or state.num_steps
         return choice
 
     @property
@@ -509,6 +510,8 @@ class Trainer:
     def _interruptible(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
 
+        asked_at = 0.0
+
         def on_signal(number: int, frame: FrameType | None) -> None:
             nonlocal asked_at
             first, now = not self.interrupted, time.monotonic()
@@ -523,7 +526,6 @@ class Trainer:
             if not first:
                 signal.raise_signal(number)
 
-        asked_at = 0.0
         before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
             for kind in before:
