@@ -80,14 +80,18 @@ def answer_ids(
     for first in range(0, len(order), batch_size):
         members = order[first : first + batch_size]
         batch = [prompts[index] for index in members]
-        most = min(room_for_answer(model, max(batch, key=len)), options.max_tokens or model.config.context_length)
+        wanted = [min(room_for_answer(model, one), options.max_tokens or 1 << 30) for one in batch]
+        most = min(wanted)
         decoder = Decoder(model, len(batch) * options.beam, model.config.context_length, options.engine)
         logits_BV = decoder.read_texts(batch, options.beam)
         if options.beam > 1:
             rows = beam_search(decoder, logits_BV, end_id, options.beam, most, options.length_penalty)
         else:
             rows = _one_by_one(decoder, logits_BV, end_id, most, options.sampling, generator, batch)
-        yield from zip(members, rows, strict=True)
+        for index, row, own in zip(members, rows, wanted, strict=True):
+            if len(row) == most < own:  # the longest prompt of the batch has cut it short
+                row = next(answer_ids(model, end_id, [prompts[index]], options))[1]
+            yield index, row
 
 
 def _one_by_one(

@@ -325,7 +325,7 @@ def load_checkpoint(
     one that was named itself, or the last of them, is a MinitfError that names the file.
     """
     candidates = find_checkpoints(run, prefer)
-    is_of_run = candidates[0] != Path(run).resolve()
+    is_of_run = candidates[0] != Path(run).resolve() and not is_hub_name(str(run))
     for directory, following in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             return _load(directory, device, is_of_run)

@@ -11,9 +11,9 @@ EXERCISES = {
     "copy": "letters, given back",
     "reverse": "letters, given back from the last to the first",
     "sort": "letters, given back in alphabetical order",
-    "addition": "two numbers below 1,000 and their sum",
+    "addition": "two numbers of three digits and their sum",
 }
-MOST_PAIRS = 500_000  # of the million sums there are
+MOST_PAIRS = 500_000  # of the 810,000 sums there are
 LETTERS = (4, 12)  # fewest and most letters of a prompt
 SEED = 0
 
@@ -50,7 +50,7 @@ def _sort(rng: random.Random) -> tuple[str, str]:
 
 
 def _addition(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randrange(1000), rng.randrange(1000)
+    a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
     return f"{a}+{b}", str(a + b)
 
 

@@ -25,7 +25,7 @@ def capture() -> dict[str, Tensor]:
         "random_numpy": torch.tensor([*map(int, keys), place, has_gauss]),
         "random_numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index, one in enumerate(torch.cuda.get_rng_state_all()):
             state[f"random_cuda_{index}"] = one
     return state

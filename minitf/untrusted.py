@@ -9,19 +9,17 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import safetensors
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from minitf.errors import MinitfError
 
+if TYPE_CHECKING:  # torch is imported where it is used: a tokenizer's file is read without it
+    from torch import Tensor
+
 MAX_JSON_BYTES = 64 << 20  # of config.json and its like; real ones have a few kB, with digests of shards a few MB
 DTYPES = {
-    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
-    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+    "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8",
+    "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL",
 }  # fmt: skip
 
 
@@ -48,8 +46,11 @@ def check_size(path: Path, max_bytes: int) -> None:
         raise MinitfError(f"{path} is refused: {size:,} bytes are more than the {max_bytes:,} such a file can need")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> "dict[str, Tensor]":
     """All tensors of a safetensors file on the CPU; MinitfError if it is missing, damaged or larger than memory."""
+    import safetensors
+    from safetensors.torch import load_file
+
     try:
         check_size(path, memory_bytes())
         return load_file(path)
@@ -67,7 +68,7 @@ def memory_bytes() -> int:
         return 1 << 40
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
     """Write CPU tensors as a safetensors file and return its SHA-256, of what was meant rather than of what arrived.
 
     Tensor by tensor, without another copy of them all and without the interpreter's lock: the library's writer makes
@@ -79,7 +80,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPES[str(tensors[name].dtype).removeprefix("torch.")],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -90,8 +95,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> Any:
+def _bytes(tensor: "Tensor") -> Any:
     """The memory of a tensor, as it is."""
+    import torch
+
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 

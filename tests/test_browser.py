@@ -237,3 +237,29 @@ def test_the_tab_says_what_is_missing_and_goes_on(page: Any, server: str, logdir
     assert "type a sentence" not in frame.inner_text(".controls .grow select")
     assert json.load(urllib.request.urlopen(f"{server}/runs"))["runs"]
     assert os.path.isdir(logdir)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_pair_shows_which_word_was_made_from_which(page: Any, copying_run: Path, tmp_path: Path, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    open_page(page, tmp_path, (copying_run / "attention.html").read_text(encoding="utf-8"))
+    assert page.locator(".tabs [aria-selected=true]").inner_text() == "Alignment"
+    source, target = (page.locator(".pair-side").nth(side) for side in (0, 1))
+    words = target.locator(".word").all_inner_texts()
+    assert words == source.locator(".word").all_inner_texts()
+    for index, word in enumerate(words):  # a copy: each letter was made from the one in its place
+        target.locator(".word").nth(index).hover()
+        assert page.locator(".alignment .readout").inner_text().startswith(f"“{word}” was made from “{word}”")
+    page.locator(".alignment .plot").focus()
+    page.keyboard.press("ArrowUp")
+    assert target.locator(".word.active").inner_text() == words[-2]
+    # At the first step nothing is aligned yet; the view stays and says what is there.
+    page.locator(".timeline input").evaluate("input => { input.value = 0; input.dispatchEvent(new Event('input')) }")
+    page.wait_for_function("document.querySelector('.timeline').innerText.includes('step 0')")
+    assert page.locator(".alignment, .lines").count() == 1
+
+
+def test_a_text_has_no_alignment_to_show(page: Any, trained_run: Path, tmp_path: Path) -> None:
+    open_page(page, tmp_path, (trained_run / "attention.html").read_text(encoding="utf-8"))
+    assert page.locator(".tabs [data-key=alignment]").is_hidden()
+    assert page.locator(".tabs [aria-selected=true]").inner_text() == "Lines"

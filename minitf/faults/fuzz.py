@@ -40,7 +40,7 @@ class Targets:
         self.directory = directory
         text = "The cat sat on the mat, and it was tired. 世界 \n" * 20
         self.tokenizers = [
-            train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), [text]),
+            train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=280), [text]),
             train_tokenizer(TokenizerConfig(kind="byte"), []),
         ]
         shape = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, context_length=16, intermediate_size=8)
@@ -131,7 +131,8 @@ class Targets:
 
     def generation(self, data: bytes) -> None:
         """Arguments of a generation, and a prompt."""
-        from minitf.generate import Options, Sampling, generate_text
+        from minitf.decoding.sampling import Sampling
+        from minitf.generate import Options, generate_text
 
         chance = random.Random(data)
         values = [*INTERESTING[:15], 0.5, 0.9, 1.5, 3]
@@ -287,7 +288,7 @@ def with_hypothesis(watch: Watch, num_inputs: int, minutes: float) -> None:
 
 def with_atheris(watch: Watch, num_inputs: int, minutes: float) -> None:
     """Mutations guided by the coverage of minitf's own code; ends the process with the summary."""
-    import atheris  # type: ignore[import-not-found,unused-ignore]
+    import atheris
 
     end = time.monotonic() + minutes * 60
 

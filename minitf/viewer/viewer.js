@@ -98,12 +98,10 @@ export async function mountViewer(root, source, theme) {
   }
   /** Keep the selection within the map; on a first map choose what is worth seeing. */
   function fit(map) {
-    if (state.heads === null) state.heads = [mostTelling(map)];
-    state.heads = state.heads.filter(([layer, head]) => layer < map.layers && head < map.heads);
+    state.heads = (state.heads ?? []).filter(([layer, head]) => layer < map.layers && head < map.heads);
     if (!state.heads.length) state.heads = [mostTelling(map)];
     state.query = state.query === null ? tellingQuery(map, state.heads[0]) : Math.min(state.query, map.size - 1); // Infinity: the last
-    if (state.key !== null && state.key > state.query) state.key = null;
-    state.point = null;
+    Object.assign(state, { point: null, key: state.key !== null && state.key > state.query ? null : state.key });
     state.view ??= map.alignment ? "alignment" : "lines"; // source and target first, where the text is a pair
     if (state.view === "alignment" && !map.alignment) state.view = "lines";
   }
@@ -256,8 +254,7 @@ export async function mountViewer(root, source, theme) {
       ui.sentences.replaceChildren(...known.run.sentences.map((one, i) => make("option", { value: i }, one.text.replace(/\s+/g, " "))), ...own);
       ui.listed = list;
     }
-    ui.runs.value = state.run;
-    ui.sentences.value = state.live ? OWN : state.sentence;
+    [ui.runs.value, ui.sentences.value] = [state.run, state.live ? OWN : state.sentence];
     ui.hideFirst.checked = state.hideFirst;
     ui.measure.update(state.measure);
     ui.measure.element.hidden = known.map !== null && !known.map.hasNorms;
