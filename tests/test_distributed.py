@@ -149,8 +149,8 @@ def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str
     assert done.returncode == 0, done.stderr
     checkpoint = Path("half/checkpoints/latest")
     assert len(list((checkpoint / "shards").iterdir())) == 2
-    for file in checkpoint.rglob("*"):  # nothing but JSON and safetensors
-        assert file.is_dir() or file.suffix in (".json", ".safetensors"), file
+    for file in checkpoint.rglob("*"):  # nothing but JSON, safetensors and the card
+        assert file.is_dir() or file.suffix in (".json", ".safetensors", ".md"), file
         assert file.is_dir() or file.read_bytes()[:2] != b"\x80\x02"
     assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == 6
     for name, num, strategy in (("by_one", 1, "fsdp"), ("by_four", 4, "fsdp"), ("by_copies", 2, "ddp")):
