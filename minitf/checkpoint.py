@@ -3,6 +3,7 @@
     model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json   the model
     README.md                                                                                   what it is, for people
     trainer_state.json trainer_state.safetensors                                                all that resuming needs
+    shards/                                                  of it what several processes hold only together (fsdp)
 
 No pickle anywhere. A checkpoint is written beside its place, flushed and renamed, so a name either holds a whole
 checkpoint or does not exist; `trainer_state.json` carries the SHA-256 of every other file and of itself.
@@ -115,19 +116,21 @@ def save_checkpoint(
     is_best: bool,
     keep: int,
     card: str = "",
+    shards: Path | None = None,
     before: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
 
-    `state` is JSON-able and holds "step"; `card` becomes the README.md; `before` is called when all is on disk but not
-    yet to be seen. Raises OSError (no space, read-only) with nothing lost: what was saved before stays, and the
-    half-written directory is removed.
+    `state` is JSON-able and holds "step"; `card` becomes the README.md; `shards` is a directory beside the checkpoints
+    that is moved into this one; `before` is called when all is on disk but not yet to be seen. Raises OSError (no
+    space, read-only) with nothing lost: what was saved before stays, and the half-written directory is removed.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
     partial = checkpoints / f".{final.name}.partial"
-    for stale in checkpoints.glob(".step_*.partial"):  # of a run that was killed while saving
-        shutil.rmtree(stale, ignore_errors=True)
+    for stale in (*checkpoints.glob(".step_*.partial"), *checkpoints.glob(".shards_*")):
+        if stale != shards:  # of a run that was killed while saving
+            shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir()
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
@@ -140,13 +143,16 @@ def save_checkpoint(
         tokenizer.save(partial)
         tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
         digests["trainer_state.safetensors"] = write_tensors(partial / "trainer_state.safetensors", tensors)
-        digests |= {file.name: _sha256(file) for file in sorted(partial.iterdir()) if file.name not in digests}
+        if shards:
+            os.replace(shards, partial / "shards")
+        written = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*"))}
+        digests |= {name: _sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
         if card:  # without a digest: people are to write in it
             (partial / "README.md").write_text(card, encoding="utf-8")
         content = {**state, "sha256": digests}
         _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
-        for file in partial.iterdir():
-            flush(file)
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
         # What is about to replace older checkpoints is read back first: a write may have lost something silently.
         for name, digest in digests.items():
             _check_digest(partial / name, digest)

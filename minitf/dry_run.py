@@ -11,8 +11,8 @@ from minitf.batches import BatchSource, Tokens
 from minitf.checkpoint import RUNS, TrainState
 from minitf.config import Config
 from minitf.hardware import Hardware
-from minitf.model import Transformer
 from minitf.optim import Optimizer
+from minitf.parallel import Parallel
 from minitf.task import PairsTask, Task, TextTask
 from minitf.trainer import DEFAULT_MINUTES, Schedule
 from minitf.training_step import TrainingStep
@@ -21,13 +21,13 @@ NUM_STEPS = 3  # that are timed
 
 
 def dry_run(
-    config: Config, task: Task, model: Transformer, batches: BatchSource, hardware: Hardware, state: TrainState
+    config: Config, task: Task, parallel: Parallel, batches: BatchSource, hardware: Hardware, state: TrainState
 ) -> str:
-    """The report, a line for each thing; warnings are at its end."""
-    trainer = config.trainer
+    """The report, a line for each thing; warnings are at its end. Of several processes all must ask for it."""
+    trainer, model = config.trainer, parallel.model
     train, val = tokens_of(task)
-    optimizer = Optimizer(model, config.optim, hardware.dtype)
-    step = TrainingStep(model, optimizer, batches, hardware, trainer.grad_accumulation)
+    optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
+    step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation)
     step.run(0, 0.0)  # the first one also sets up libraries and memory
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length
@@ -45,6 +45,7 @@ def dry_run(
         ("parameters", f"{parameters:,}, vocabulary {model.vocab_size:,}"),
         ("step", f"{step_s * 1000:,.0f} ms for {tokens_per_step:,} tokens, {tokens_per_step / step_s:,.0f} tokens/s "
                  f"on {hardware.device.type} in {str(hardware.dtype).removeprefix('torch.')}, not compiled"),
+        *([("processes", words)] if (words := parallel.describe(trainer.batch_size)) else []),
         ("training", f"{num_steps:,} steps, {num_tokens:,} tokens"),
         ("tokens", f"{num_tokens / parameters:.2g} per parameter, {len(train) / parameters:.2g} different ones"),
         ("epochs", f"{num_tokens / batches.tokens_per_epoch:.2g}"),

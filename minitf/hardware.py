@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from minitf.distributed import ALONE, Group
 from minitf.errors import RequestError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -84,9 +85,17 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0
     return 2 * size**3 / best
 
 
-def choose_hardware(device_name: str, precision: str) -> Hardware:
-    """Resolve `trainer.device` and `trainer.precision` (auto | bf16 | fp32)."""
+def choose_hardware(device_name: str, precision: str, group: Group = ALONE) -> Hardware:
+    """Resolve `trainer.device` and `trainer.precision` (auto | bf16 | fp32).
+
+    Of several processes each gets the device of its number on its machine; the precision is the first one's choice.
+    """
     device = choose_device(device_name)
+    if group.size > 1:
+        if device.type not in ("cpu", "cuda"):
+            raise RequestError(f"device {device}: several processes train on cpu or cuda; set trainer.device=cpu")
+        if device.type == "cuda":
+            device = choose_device(f"cuda:{group.local_rank}")
     if device.type == "cpu":
         keep_freed_memory()
     if precision != "auto" and precision not in PRECISIONS:
@@ -105,7 +114,7 @@ def choose_hardware(device_name: str, precision: str) -> Hardware:
         bf16 = 0.0
     fp32 = measure_matmul(device, torch.float32)
     torch.set_num_threads(num_threads)
-    dtype = torch.bfloat16 if bf16 > BF16_MIN_SPEEDUP * fp32 else torch.float32
+    dtype = torch.bfloat16 if group.agree(bf16 > BF16_MIN_SPEEDUP * fp32) else torch.float32
     where = "a core" if device.type == "cpu" else "the device"
     reason = f"{where} does {bf16 / 1e9:,.0f} GFLOP/s in bf16 and {fp32 / 1e9:,.0f} in fp32"
     return Hardware(device, dtype, measure_matmul(device, dtype), reason)

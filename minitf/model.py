@@ -10,6 +10,7 @@ Axes in tensor names, here and everywhere:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class Block(nn.Module):
 
 def train_block(block: nn.Module, x_BTD: Tensor, rotary_2TK: Tensor, mask: Tensor | None) -> Tensor:
     """The training path through one block, as a plain function: compiled once, it serves all layers."""
-    return block(x_BTD, rotary_2TK, mask)  # type: ignore[no-any-return]
+    return Block.forward(block, x_BTD, rotary_2TK, mask)  # type: ignore[arg-type]
 
 
 def final_norm(norm: nn.Module, x_BTD: Tensor) -> Tensor:
@@ -149,6 +150,7 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
+        self.through_hooks = False  # whether blocks are called as modules, for the hooks of FSDP
         self.train_block: Callable[..., Tensor] = train_block
         self.final_norm: Callable[..., Tensor] = final_norm
         self.chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
@@ -252,11 +254,12 @@ class Transformer(nn.Module):
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
         for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]
             if cache is None and weights is None:
-                arguments = (block, x_BTD, rotary_2TK, mask)
+                arguments = (x_BTD, rotary_2TK, mask)
+                run = block if self.through_hooks else partial(self.train_block, block)
                 if self.activation_checkpointing and torch.is_grad_enabled():
-                    x_BTD = checkpoint(self.train_block, *arguments, use_reentrant=False)
+                    x_BTD = checkpoint(run, *arguments, use_reentrant=False)
                 else:
-                    x_BTD = self.train_block(*arguments)
+                    x_BTD = run(*arguments)
             else:
                 x_BTD = block(x_BTD, rotary_2TK, mask, cache, index, weights)
         if cache is not None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -225,6 +225,19 @@ class Monitor:
 
     def _add(self, summary: Any, step: int) -> None:
         self.tensorboard._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+
+
+class Mute:
+    """A monitor for the processes beside the first: it says and records nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **named: None
+
+    def __enter__(self) -> "Mute":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def open_rows(path: Path, last_step: int) -> TextIO:

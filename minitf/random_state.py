@@ -15,13 +15,13 @@ def seed(number: int) -> None:
 
 
 def capture() -> dict[str, Tensor]:
-    """The states of PyTorch's generators (CPU and, where used, CUDA), Python's and NumPy's."""
+    """The states of PyTorch's generators (CPU and, where used, CUDA), Python's and NumPy's: 1-D, always as long."""
     _, (*words, position), gauss = random.getstate()
     _kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "random_state": torch.get_rng_state(),
         "random_python": torch.tensor([*words, position]),
-        "random_python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "random_python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "random_numpy": torch.tensor([*map(int, keys), place, has_gauss]),
         "random_numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
@@ -35,8 +35,8 @@ def restore(tensors: dict[str, Tensor]) -> None:
     """Take the states that `capture` returned out of `tensors` and put them in place; those not there stay."""
     torch.set_rng_state(tensors.pop("random_state").to(torch.uint8).cpu())
     if (words := tensors.pop("random_python", None)) is not None:
-        gauss = tensors.pop("random_python_gauss").tolist()
-        random.setstate((3, tuple(words.tolist()), gauss[0] if gauss else None))
+        has_gauss, gauss = tensors.pop("random_python_gauss").tolist()
+        random.setstate((3, tuple(words.tolist()), gauss if has_gauss else None))
     if (words := tensors.pop("random_numpy", None)) is not None:
         *keys, place, has_gauss = words.tolist()
         cached = float(tensors.pop("random_numpy_gauss"))

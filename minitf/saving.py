@@ -44,9 +44,12 @@ class Saver:
 
     def save(
         self, model: SavedModel, tokenizer: Tokenizer, tensors: Mapping[str, Tensor], state: dict[str, Any],
-        *, is_best: bool, keep: int, card: str = "",
+        *, is_best: bool, keep: int, card: str = "", shards: Path | None = None,
     ) -> None:  # fmt: skip
-        """Copy the state and have it written; waits for the checkpoint before, if that is still being written."""
+        """Copy the state and have it written; waits for the checkpoint before, if that is still being written.
+
+        With `shards`, which are on disk already, it waits for this one too: the processes that wrote them are to know.
+        """
         started = time.perf_counter()
         self.finish()
         weights = self._copy("model", dict(model.named_parameters()))
@@ -59,7 +62,7 @@ class Saver:
             try:
                 self._last = save_checkpoint(
                     self.checkpoints, copy, tokenizer, copied, state,
-                    is_best=is_best, keep=keep, card=card, before=self.before,
+                    is_best=is_best, keep=keep, card=card, shards=shards, before=self.before,
                 )  # fmt: skip
             except BaseException as error:
                 self._error = error
@@ -67,6 +70,8 @@ class Saver:
         # A daemon: a second Ctrl-C ends the process at once, and what is half written is no checkpoint.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
+        if shards:
+            self.finish()
         self.stall_s += time.perf_counter() - started
 
     def check(self) -> None:

@@ -121,11 +121,9 @@ class TextTask(Task):
         return evaluate(loss_of, text.val, text.val_bytes, context_length, batch_size, device, max_tokens)
 
     def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
-        if num_tokens == 0:
-            return [], {}
-        prompt = self.example_prompt()
         if not num_tokens:
             return [], {}
+        prompt = self.example_prompt()
         options = Options(num_tokens, seed=0, sampling=Sampling(min_p=0.05))
         return [Sample(prompt, generate_text(model, self.tokenizer, prompt, options)[0])], {}
 

@@ -5,10 +5,11 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from minitf.errors import RequestError, run_command
 from minitf.run_directory import naming, own, own_new
@@ -18,47 +19,53 @@ if TYPE_CHECKING:
     from minitf.checkpoint import Checkpoint
     from minitf.choices import Choices
     from minitf.config import Config
+    from minitf.distributed import Group
     from minitf.hardware import Hardware
     from minitf.model import Transformer
+    from minitf.parallel import Parallel
     from minitf.task import Task
     from minitf.trainer import Trainer
 
-    Prepared = tuple[Config, Task, Transformer, Hardware]
+    Prepared = tuple[Config, Task, Parallel, Hardware]
 
 
-def train(config: "Config", run_dir: Path) -> None:
+def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None:
     """Train as `config` says in `run_dir`, or, where that is being used, beside it with a number behind its name.
 
-    A request that cannot be met (RequestError) is found out before the directory is made.
+    A request that cannot be met (RequestError) is found out before the directory is made. Of a `group` of processes
+    the first one keeps the directory; the others only compute.
     """
     from minitf.choices import Choices
+    from minitf.distributed import ALONE
 
-    prepared = _prepare(config, None, Choices())
+    group = group or ALONE
+    prepared = _prepare(config, None, Choices(), group)
     if prepared[0].trainer.dry_run:
         _say_dry_run(prepared, None)
         return
-    with own_new(run_dir, numbered=not config.run_dir) as owned:
-        _train(prepared, owned, None, Choices())
+    with own_new(run_dir, numbered=not config.run_dir) if group.is_first else nullcontext(run_dir) as owned:
+        _train(prepared, Path(group.agree(str(owned))), None, Choices())
 
 
 def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices") -> None:
-    """Train in a directory that this process owns, from the checkpoint `resumed` if given; leaves all it made there."""
+    """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
     from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
-    from minitf.monitor import Monitor, record_environment
+    from minitf.monitor import Monitor, Mute, record_environment
     from minitf.trainer import Trainer
 
-    config, task, model, hardware = prepared
-    model = model.to(hardware.device)
-    model.compute_dtype = hardware.dtype
-    model.activation_checkpointing = config.trainer.activation_checkpointing
+    config, task, parallel, hardware = prepared
+    model, group, first = parallel.model, parallel.group, parallel.group.is_first
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     with naming(run_dir):
-        save_config(config, run_dir / "config.yaml")
-    with naming(run_dir), Monitor(run_dir, state.step) as monitor:
+        if first:  # in this order: a run that dies in between ends where it was to end before
+            choices.finished = False
+            choices.save(run_dir)
+            save_config(config, run_dir / "config.yaml")
+    with naming(run_dir), Monitor(run_dir, state.step) if first else cast(Monitor, Mute()) as monitor:
         trainer = Trainer(
-            config.trainer, config.optim, config.attention, model, task, batches, hardware, run_dir, monitor, state,
+            config.trainer, config.optim, config.attention, parallel, task, batches, hardware, run_dir, monitor, state,
             choices,
         )  # fmt: skip
         before = replace(choices)
@@ -67,24 +74,27 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
             "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
             "attention": "explicit" if model.explicit_attention else "sdpa",
             "compile": trainer.warm_up(),
+            "processes": parallel.describe(config.trainer.batch_size),
         }
         if resumed:
             trainer.restore(resumed.directory)
-        choices.here(hardware.device, hardware.dtype)
-        choices.finished = False
-        choices.save(run_dir)
-        record_environment(run_dir, hardware, said)
+        choices.here(hardware.device, hardware.dtype, group.size)
+        if first:
+            choices.save(run_dir)
+            record_environment(run_dir, hardware, {what: words for what, words in said.items() if words})
+        group.remember("run_dir", str(run_dir.absolute()))
         _introduce(trainer, said)
         if changed := choices.differences(before):
             monitor.say(f"resumed    with {', '.join(changed)}: the same text in the same order, other rounding")
         trainer.run()
-        if config.trainer.attention_every >= 0:
+        if first and config.trainer.attention_every >= 0:
             monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
         if state.last_val:
             final = {f"final/{name}": float(value) for name, value in state.last_val.items()}
             monitor.hyperparameters(flat(config), final, state.step)
         choices.finished = not trainer.interrupted
-        choices.save(run_dir)
+        if first:
+            choices.save(run_dir)
         _conclude(trainer)
 
 
@@ -93,33 +103,48 @@ def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
     from minitf.checkpoint import TrainState
     from minitf.dry_run import dry_run
 
-    config, task, model, hardware = prepared
+    config, task, parallel, hardware = prepared
+    batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
+    state = TrainState.from_json(resumed.state) if resumed else TrainState()
+    report = dry_run(config, task, parallel, batches, hardware, state)
+    if parallel.group.is_first:
+        print(report)
+
+
+def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices", group: "Group") -> "Prepared":
+    """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config,
+    in the hands of the group; and the hardware, with the precision that was chosen on it before."""
+    from minitf import random_state
+    from minitf.distributed import set_threads
+    from minitf.hardware import choose_device, choose_hardware
+    from minitf.parallel import Parallel, check_batch_size, choose_strategy
+
+    check_batch_size(config.trainer.batch_size, group)
+    strategy = choose_strategy(config.trainer.strategy, group)
+    set_threads(group)
+    precision = config.trainer.precision
+    decided = precision == "auto" and choices.device == choose_device(config.trainer.device).type
+    hardware = choose_hardware(config.trainer.device, choices.precision if decided else precision, group)
+    if decided:
+        hardware = replace(hardware, reason="as the run began")
+    with group.in_turn():
+        config, task, model = _open(config, resumed)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
-    batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
-    print(
-        dry_run(
-            config, task, model, batches, hardware, TrainState.from_json(resumed.state) if resumed else TrainState()
-        )
-    )
+    parallel = Parallel(model, group, strategy)
+    if group.rank:  # the first weights are those of all; what is dropped in other rows is not
+        random_state.seed(config.seed + group.rank)
+    return config, task, parallel, hardware
 
 
-def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices") -> "Prepared":
-    """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config;
-    and the hardware, with the precision that was chosen on it before."""
+def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
     from minitf import random_state
     from minitf.checkpoint import load_checkpoint
-    from minitf.hardware import choose_device, choose_hardware
     from minitf.model import Transformer
     from minitf.task import open_task
     from minitf.tokenizer import TokenizerConfig
 
-    precision = config.trainer.precision
-    decided = precision == "auto" and choices.device == choose_device(config.trainer.device).type
-    hardware = choose_hardware(config.trainer.device, choices.precision if decided else precision)
-    if decided:
-        hardware = replace(hardware, reason="as the run began")
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
@@ -134,7 +159,7 @@ def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices")
     model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
-    return config, task, model, hardware
+    return config, task, model
 
 
 def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
@@ -148,6 +173,8 @@ def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
     say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
     say(f"chosen     {choices['device']}; {choices['precision']}; {choices['attention']} attention")
     say(f"compile    {choices['compile']}")
+    if choices["processes"]:
+        say(f"processes  {choices['processes']}")
     epochs = state.num_steps * trainer.tokens_per_step / trainer.batches.tokens_per_epoch
     say(f"training   {state.num_steps:,} steps of {trainer.tokens_per_step:,} tokens, {epochs:.1f} times the text")
     say(f"run        {trainer.run_dir}   watch it: tensorboard --logdir {_runs_root(trainer.run_dir)}")
@@ -211,7 +238,7 @@ def _new_run_dir(config: "Config") -> Path:
     return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def resume(run: str, overrides: Sequence[str]) -> None:
+def resume(run: str, overrides: Sequence[str], group: "Group") -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
     from minitf.checkpoint import find_run
 
@@ -224,13 +251,13 @@ def resume(run: str, overrides: Sequence[str]) -> None:
             raise RequestError(
                 f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
             )
-    run_dir = find_run(run)
-    with own(run_dir):  # before anything is read: another process may be about to write it
-        _resume(run, run_dir, overrides)
+    run_dir = Path(group.agree(str(find_run(run) if group.is_first else "")))
+    # Before anything is read: another process may be about to write it.
+    with own(run_dir) if group.is_first else nullcontext():
+        _resume(run, run_dir, overrides, group)
 
 
-def _resume(run: str, run_dir: Path, overrides: Sequence[str]) -> None:
-    from minitf.checkpoint import load_checkpoint
+def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: "Group") -> None:
     from minitf.choices import Choices
     from minitf.config import load_config
     from minitf.corpus import fingerprint
@@ -240,17 +267,11 @@ def _resume(run: str, run_dir: Path, overrides: Sequence[str]) -> None:
         other = "max_minutes" if "max_steps" in ends[0] else "max_steps"
         overrides = [f"trainer.{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    choices = Choices.load(run_dir)
-    place = Path(run) if Path(run).absolute().parent.name == "checkpoints" else run_dir
-    try:
-        checkpoint = load_checkpoint(place, device="cpu", prefer="latest")
-    except RequestError:
-        if place != run_dir or any((run_dir / "checkpoints").glob("step_*")):
-            raise
-        # It died before it saved anything: there is nothing to lose, and what it had decided still holds.
-        print(f"minitf: {run_dir} has no checkpoint yet: starting it again from the first step", file=sys.stderr)
+    choices = Choices(**group.agree(asdict(Choices.load(run_dir)) if group.is_first else {}))
+    checkpoint = _newest(run, run_dir, group)
+    if checkpoint is None:
         choices = replace(choices, compile="", num_steps=0, corrected_at=0) if ends else choices
-        _train(_prepare(config, None, choices), run_dir, None, choices)
+        _train(_prepare(config, None, choices, group), run_dir, None, choices)
         return
     step = checkpoint.step or 0
     if checkpoint.state.get("text_fingerprint") != fingerprint(config.data):
@@ -264,15 +285,49 @@ def _resume(run: str, run_dir: Path, overrides: Sequence[str]) -> None:
         minutes = config.trainer.max_minutes
         if minutes is not None and minutes * 60 <= checkpoint.state.get("train_s", 0):
             raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={minutes}: it must be larger")
-        checkpoint.state.update(num_steps=0, num_steps_final=False)  # decided anew
-        choices = replace(choices, compile="", num_steps=0, corrected_at=0)
+        choices = replace(choices, compile="", num_steps=0, corrected_at=0, decided_at=step)
     elif step == checkpoint.state.get("num_steps") and choices.finished:
         raise RequestError(f"{run_dir} is complete at step {step:,}: go further with a larger trainer.max_steps=N")
-    prepared = _prepare(config, checkpoint, choices)
+    prepared = _prepare(config, checkpoint, choices, group)
     if config.trainer.dry_run:
         _say_dry_run(prepared, checkpoint)
     else:
         _train(prepared, run_dir, checkpoint, choices)
+
+
+def _newest(run: str, run_dir: Path, group: "Group") -> "Checkpoint | None":
+    """The checkpoint to go on from, as the first process chooses; None where the run died before it saved anything."""
+    from minitf.checkpoint import load_checkpoint
+
+    place = Path(run) if Path(run).absolute().parent.name == "checkpoints" else run_dir
+    checkpoint = None
+    if group.is_first:
+        try:
+            checkpoint = load_checkpoint(place, device="cpu", prefer="latest")
+        except RequestError:
+            if place != run_dir or any((run_dir / "checkpoints").glob("step_*")):
+                raise
+            # There is nothing to lose, and what it had decided still holds.
+            print(f"minitf: {run_dir} has no checkpoint yet: starting it again from the first step", file=sys.stderr)
+    found = group.agree(str(checkpoint.directory) if checkpoint else None)
+    return checkpoint or (load_checkpoint(found, device="cpu") if found else None)
+
+
+def start(args: Sequence[str], group: "Group") -> None:
+    """Train as the command line says; where torchrun has started anew, go on with the run it was."""
+    from minitf.config import compose_config
+
+    if known := group.remembered("run_dir"):  # its config.yaml holds all that the command line says
+        return resume(known, [], group)
+    resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
+    if resumed and resumed[-1] not in ("", "null"):
+        return resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")], group)
+    config = _whole_context(compose_config(args), args)
+    if config.init_from:
+        for arg in args:
+            if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout|context_length)=)", arg):
+                raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
+    return train(config, _new_run_dir(config), group)
 
 
 def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":
@@ -307,14 +362,20 @@ def _sweep(args: list[str]) -> int:
 
     def job(composed: Any) -> None:
         # One value that diverges is a result of a sweep, not its end.
-        statuses.append(run_command(lambda: one_run(composed)))
+        if status := run_command(lambda: one_run(composed)):
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            failed.write_text(str(status), encoding="utf-8")
 
-    statuses: list[int] = []
+    # A launcher may run jobs in other processes, or on other machines that share this directory: a file brings word.
+    failed = Path("runs").absolute() / f".failed_{os.getpid()}"
+    failed.unlink(missing_ok=True)
     register_schema()
     # Hydra's parser takes flags only before overrides.
     sys.argv[1:] = sorted(args, key=lambda arg: "=" in arg and not arg.startswith("-"))
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    return max(statuses, default=0)
+    status = int(failed.read_text(encoding="utf-8")) if failed.exists() else 0
+    failed.unlink(missing_ok=True)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -329,28 +390,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     # against 188 ms on two quiet cores, and beside other programs the same or less. OpenMP reads it when torch is
     # first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-    from minitf.config import check_sweep, compose_config
+    from minitf.config import check_sweep
+    from minitf.distributed import joined
 
-    if any(arg.startswith("-") for arg in args):
+    with joined() as group:
+        flags = [arg for arg in args if arg.startswith("-")]
+        if not flags:
+            start(args, group)
+            return 0
         for arg in args:
-            if arg.startswith("-") and arg.split("=")[0] not in HYDRA_FLAGS:
+            if arg in flags and arg.split("=")[0] not in HYDRA_FLAGS:
                 raise RequestError(f"{arg}: no such flag; settings are key=value, see --help")
             if arg.startswith(("resume=", "run_dir=")):
-                raise RequestError(f"{arg} does not go with {' '.join(a for a in args if a.startswith('-'))}")
+                raise RequestError(f"{arg} does not go with {' '.join(flags)}")
+        if group.size > 1:
+            raise RequestError(
+                f"{' '.join(flags)} does not go with torchrun: a sweep's runs are trained by one process each"
+            )
         check_sweep([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
         return _sweep(args)
-    resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
-    if resumed and resumed[-1] not in ("", "null"):
-        resume(resumed[-1], [arg for arg in args if not arg.startswith("resume=")])
-    else:
-        config = _whole_context(compose_config(args), args)
-        if config.init_from:
-            for arg in args:
-                if re.match(r"(model|tokenizer)\b(?!\.(attention|dropout|context_length)=)", arg):
-                    raise RequestError(f"{arg}: init_from takes shape and tokenizer along, leave it out")
-        train(config, _new_run_dir(config))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    from minitf.train import main as command  # by its own name, under which other processes find what a sweep runs
+
+    raise SystemExit(run_command(command))

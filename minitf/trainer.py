@@ -1,6 +1,7 @@
 """The training loop: step, log, evaluate, look, save."""
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ from minitf.model import Transformer
 from minitf.model_card import model_card
 from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
+from minitf.parallel import STRATEGIES, Parallel
 from minitf.saving import Saver
+from minitf.sharded import read_shards, write_shards
 from minitf.task import Sample, Task
 from minitf.training_step import TrainingStep
 
@@ -36,13 +39,18 @@ DEFAULT_MINUTES = 3.0
 TRAIN_ROWS, EVALUATIONS, LOOKS, ALIGNMENTS = 200, 8, 10, 40
 ALIGNED = 0.8  # an alignment score from which on it is there
 NUM_SHOWN = 16  # answers in TensorBoard's table of samples
+# What a scheduler sends to every process torchrun hands on to its own once more: so soon it is the same request.
+SAME_SIGNAL_S = 5.0
 
 
 @dataclass
 class TrainerConfig:
     max_steps: int | None = None  # end after so many optimiser steps
     max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
-    batch_size: int = 16  # sequences in a batch
+    batch_size: int = 16  # sequences in a batch, of all processes together
+    strategy: str = (
+        "auto"  # of the processes torchrun starts: ddp (each has the model) | fsdp (a shard) | auto | single
+    )
     grad_accumulation: int = 1  # batches whose gradients make one step
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
@@ -62,6 +70,8 @@ class TrainerConfig:
         self.compile = self.compile.lower()
         if self.compile not in ("auto", "true", "false"):
             raise RequestError(f"trainer.compile={self.compile} must be auto, true or false")
+        if self.strategy not in STRATEGIES:
+            raise RequestError(f"trainer.strategy={self.strategy} must be one of {', '.join(STRATEGIES)}")
         if self.max_minutes is not None and not 0 < self.max_minutes < 1e6:
             raise RequestError(f"trainer.max_minutes={self.max_minutes} must be above 0")
         if self.max_steps is not None and self.max_steps < 1:
@@ -107,7 +117,7 @@ class Trainer:
         config: TrainerConfig,
         optim: OptimConfig,
         attention: AttentionConfig,
-        model: Transformer,
+        parallel: Parallel,
         task: Task,
         batches: BatchSource,
         hardware: Hardware,
@@ -116,12 +126,14 @@ class Trainer:
         state: TrainState,
         choices: Choices,
     ) -> None:
+        model = parallel.model
         self.config, self.attention = config, attention
-        self.model, self.task, self.hardware = model, task, hardware
+        self.parallel, self.model, self.group = parallel, model, parallel.group
+        self.task, self.hardware = task, hardware
         self.run_dir, self.monitor, self.state, self.choices = run_dir, monitor, state, choices
         self.batches = batches
-        self.optimizer = Optimizer(model, optim, hardware.dtype)
-        self.training_step = TrainingStep(model, self.optimizer, batches, hardware, config.grad_accumulation)
+        self.optimizer = Optimizer(model, optim, hardware.dtype, self.group)
+        self.training_step = TrainingStep(parallel, self.optimizer, batches, hardware, config.grad_accumulation)
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
         self.last_sample: tuple[str, str] | None = None
@@ -132,6 +144,7 @@ class Trainer:
         self.evaluated_step = -1
         self.said: set[str] = set()
         self.flops_per_token = model.flops_per_token()
+        self.peak_flops = hardware.peak_flops * self.group.size
         self.pending: list[tuple[Tensor, Tensor]] = []  # losses and gradient norms since the last row
         self.row_start = (state.tokens, state.train_s)
         self.clock: float | None = None  # when the training clock was started
@@ -152,9 +165,10 @@ class Trainer:
             choice = "off, as the run began"
         choices.compile = "true" if choice.startswith("on") else "false"
         state.warmup_s += time.perf_counter() - started
+        if state.step <= choices.decided_at:  # saved before it was decided anew, perhaps in a life that soon ended
+            state.num_steps, state.num_steps_final = 0, False
         state.num_steps = state.num_steps or choices.num_steps or self._num_steps(step_s)
-        if state.step == 0 or not choices.num_steps:
-            choices.num_steps = state.num_steps
+        choices.num_steps = choices.num_steps or state.num_steps
         return choice
 
     @property
@@ -188,9 +202,12 @@ class Trainer:
                     (fresh and (state.step % self.schedule.look == 0 or last)) or state.step == 0
                 ):
                     self.look()
-                if fresh and (state.step % self.schedule.save == 0 or last or self.is_best or self.interrupted):
+                # Whichever process the signal came to; asked once, for it may come at any moment.
+                stop = self.group.any(self.interrupted)
+                if fresh and (state.step % self.schedule.save == 0 or last or self.is_best or stop):
                     self.save()
-                if last or self.interrupted:
+                if last or stop:
+                    self.interrupted = stop
                     break
                 self.train_one_step()
                 if state.step % self.schedule.log == 0 or state.step == state.num_steps:
@@ -237,6 +254,7 @@ class Trainer:
         self._settle()
         self.saver.check()
         state = self.state
+        state.train_s = self.group.agree(state.train_s)  # the number of steps may depend on it
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()
         self._check_finite(sum(losses))
         tokens, seconds = state.tokens - self.row_start[0], state.train_s - self.row_start[1]
@@ -249,7 +267,7 @@ class Trainer:
                 "grad_norm": float(self.pending[-1][1]),
                 "tokens": state.tokens,
                 "tokens_per_s": round(tokens_per_s, 1),
-                "mfu": round(tokens_per_s * self.flops_per_token / self.hardware.peak_flops, 4),
+                "mfu": round(tokens_per_s * self.flops_per_token / self.peak_flops, 4),
                 "train_s": round(state.train_s, 3),
                 "warmup_s": round(state.warmup_s, 3),
                 "elapsed_s": round(state.elapsed_s, 3),
@@ -276,7 +294,8 @@ class Trainer:
             return
         else:
             choices.corrected_at, choices.corrected_num_steps = state.step, self._num_steps(state.train_s / state.step)
-            choices.save(self.run_dir)
+            if self.group.is_first:
+                choices.save(self.run_dir)
         state.num_steps_final = True
         state.num_steps = choices.corrected_num_steps
         self.schedule = Schedule.of(config, state.num_steps)
@@ -294,7 +313,9 @@ class Trainer:
         model.train(same_network)
         with torch.set_grad_enabled(same_network):
             context, device = model.config.context_length, self.hardware.device
-            result = self.task.held_out(model.loss_value, context, config.batch_size, device, config.eval_tokens)
+            loss_of = self.parallel.loss_value
+            result = self.task.held_out(loss_of, context, config.batch_size, device, config.eval_tokens)
+        self.parallel.settle()
         model.train()
         self._check_finite(result.loss)
         self.evaluated_step = self.state.step
@@ -309,7 +330,9 @@ class Trainer:
 
     def _samples(self) -> tuple[list[Sample], dict[str, float]]:
         """What the model writes, and metrics of it."""
-        model, config = self.model, self.config
+        model, config = self.parallel.whole(), self.config
+        if not self.group.is_first:
+            return [], {}
         model.eval()
         # Token by token, casting the float32 weights takes longer than bfloat16 products save.
         model.compute_dtype = torch.float32
@@ -330,7 +353,14 @@ class Trainer:
     def look(self) -> None:
         """Log what every head looks at in the probes, and scores of what it does."""
         self._settle()
-        state, model, task = self.state, self.model, self.task
+        model = self.parallel.whole()
+        if self.group.is_first:
+            self._look(model)
+        self._agree_on_alignment()
+        self._settle()
+
+    def _look(self, model: Transformer) -> None:
+        state, task = self.state, self.task
         if self.attention.heads:
             self.scores = head_scores(model, task.window(model.config.context_length))
             values = {
@@ -340,7 +370,7 @@ class Trainer:
                 for head, score in enumerate(score_H)
             }
             self.monitor.scalars(values, state.step)
-        aligning = self.align()
+        aligning = self.align(model)
         for probe in task.probes(self.attention.probes):
             try:
                 maps = task.look(model, probe, state.step, self.scores, aligning)
@@ -351,11 +381,10 @@ class Trainer:
             if maps.alignment is not None:
                 picture = alignment_picture(maps.alignment, state.step)
                 self.monitor.picture(f"alignment/{probe}", picture, state.step)
-        self._settle()
 
-    def align(self) -> AligningHeads | None:
+    def align(self, model: Transformer) -> AligningHeads | None:
         """Find and log the heads that align source and target, if there are any."""
-        aligning = self.task.align(self.model)
+        aligning = self.task.align(model)
         if aligning is None or not aligning.heads:
             return None
         self.state.aligning_heads = [list(head) for head in aligning.heads]
@@ -368,8 +397,16 @@ class Trainer:
         if self.task.data.kind != "pairs":
             return
         self._settle()
-        self.align()
+        model = self.parallel.whole()
+        if self.group.is_first:
+            self.align(model)
+        self._agree_on_alignment()
         self._settle()
+
+    def _agree_on_alignment(self) -> None:
+        """Whether a look between the looks is due depends on what the first process has found."""
+        if self.task.data.kind == "pairs":
+            self.state.aligned = self.group.agree(self.state.aligned)
 
     def _say_once(self, line: str) -> None:
         if line not in self.said:
@@ -382,17 +419,32 @@ class Trainer:
         if self.evaluated_step != self.state.step:
             self._check_weights()
         state = {**asdict(self.state), "data": asdict(self.task.data), "text_fingerprint": self.task.fingerprint}
-        self.saver.save(
-            self.model,
-            self.task.tokenizer,
-            {**self.optimizer.state_dict(), **random_state.capture(), "pending": self._pending_tensor()},
-            state,
-            is_best=self.is_best,
-            keep=self.config.keep_checkpoints,
-            card=self._card(),
-        )
+        tensors = {name: self.group.gather(value).squeeze(0) for name, value in random_state.capture().items()}
+        tensors["pending"] = self._pending_tensor()
+        model, shards = self.parallel.whole(), None
+        if self.parallel.strategy == "fsdp":
+            shards = self._write_shards()
+        else:
+            tensors |= self.optimizer.state_dict()
+        if self.group.is_first:
+            self.saver.save(
+                model, self.task.tokenizer, tensors, state,
+                is_best=self.is_best, keep=self.config.keep_checkpoints, card=self._card(), shards=shards,
+            )  # fmt: skip
+        else:
+            self.last_checkpoint = self.run_dir / f"checkpoints/step_{self.state.step:08d}"
         self.is_best = False
         self._settle()
+
+    def _write_shards(self) -> Path:
+        """The optimiser's state in a directory beside the checkpoints, each process its part."""
+        shards = self.run_dir / f"checkpoints/.shards_{self.state.step:08d}"
+        if self.group.is_first:
+            shutil.rmtree(shards, ignore_errors=True)  # of a life that was killed while saving
+        self.group.barrier()
+        write_shards(shards, self.optimizer.state_dict())
+        self.group.barrier()
+        return shards
 
     def _card(self) -> str:
         """The checkpoint's README.md."""
@@ -407,6 +459,12 @@ class Trainer:
     def _check_weights(self) -> None:
         """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""
         batch = self.batches.batch(self.state.step * self.config.grad_accumulation).to(self.hardware.device)
+        if self.parallel.strategy == "fsdp":  # the weights come together on the compiled path alone
+            before = random_state.capture()  # what dropout draws here is not to be missing later
+            loss = self.parallel.loss_value(*batch[:3])
+            random_state.restore(before)
+            self.parallel.settle()
+            return self._check_finite(float(loss))
         rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
         segments_BT = None if batch.segments_BT is None else batch.segments_BT[rows]
         self.model.eval()
@@ -414,7 +472,7 @@ class Trainer:
             x_BTD = self.model.hidden(batch.inputs_BT[rows], weights=[], segments_BT=segments_BT)
             loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, batch.targets_BT[rows])
         self.model.train()
-        self._check_finite(float(loss))
+        return self._check_finite(float(loss))
 
     def _pending_tensor(self) -> Tensor:
         """Losses and gradient norms of the steps since the last row, (N, 2): they belong into the next one."""
@@ -424,24 +482,49 @@ class Trainer:
         """Take over optimiser and random state from a checkpoint; the model and `TrainState` are the caller's."""
         tensors = load_optimizer_state(checkpoint)
         try:
-            random_state.restore(tensors)
+            self._restore_random_state(tensors)
             device = self.hardware.device
             self.pending = [(loss.to(device), norm.to(device)) for loss, norm in tensors.pop("pending")]
+            if (shards := checkpoint / "shards").is_dir():
+                tensors |= read_shards(shards, self.optimizer.empty)
             self.optimizer.load_state_dict(tensors)
         except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MinitfError(f"{checkpoint / 'trainer_state.safetensors'} does not fit its run: {reason}") from None
         self.last_checkpoint = checkpoint
 
+    def _restore_random_state(self, tensors: dict[str, Tensor]) -> None:
+        """Each of several processes has left a row; those there were none of then begin with others."""
+        rank, num_saved = self.group.rank, 1
+        for name in [name for name in tensors if name.startswith("random_")]:
+            rows = tensors[name]
+            if rows.dim() > 1 and len(rows):
+                num_saved = len(rows)
+                # A clone: torch reads a state from the beginning of the memory that a row is only a view of.
+                tensors[name] = rows[rank % num_saved].clone()
+        random_state.restore(tensors)
+        if rank >= num_saved:
+            random_state.seed(torch.initial_seed() + rank)
+
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
 
+        asked_at = 0.0
+
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            self.monitor.say(f"{signal.Signals(number).name}: finishing the step and saving; once more to stop at once")
+            nonlocal asked_at
+            first, now = not self.interrupted, time.monotonic()
+            if first:
+                self.interrupted, asked_at = True, now
+                name = signal.Signals(number).name
+                self.monitor.say(f"{name}: finishing the step and saving; once more to stop at once")
+            if self.group.size > 1 and now - asked_at < SAME_SIGNAL_S:
+                return
             for kind, handler in before.items():
                 signal.signal(kind, handler)
+            if not first:
+                signal.raise_signal(number)
 
         before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -11,8 +11,9 @@ from minitf import random_state
 from minitf.batches import BatchSource
 from minitf.hardware import Hardware, compiled, compiler_missing
 from minitf.loss import chunk_loss
-from minitf.model import Transformer, final_norm, train_block
+from minitf.model import final_norm, train_block
 from minitf.optim import Optimizer
+from minitf.parallel import Parallel
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
 # this much training on.
@@ -23,9 +24,15 @@ class TrainingStep:
     """Forward, backward and update on one batch; `grad_accumulation` batches make one step."""
 
     def __init__(
-        self, model: Transformer, optimizer: Optimizer, batches: BatchSource, hardware: Hardware, grad_accumulation: int
+        self,
+        parallel: Parallel,
+        optimizer: Optimizer,
+        batches: BatchSource,
+        hardware: Hardware,
+        grad_accumulation: int,
     ) -> None:
-        self.model, self.optimizer, self.batches, self.hardware = model, optimizer, batches, hardware
+        self.parallel, self.model, self.group = parallel, parallel.model, parallel.group
+        self.optimizer, self.batches, self.hardware = optimizer, batches, hardware
         self.grad_accumulation = grad_accumulation
 
     def run(self, index: int, learning_rate_factor: float) -> tuple[Tensor, Tensor]:
@@ -33,20 +40,25 @@ class TrainingStep:
         device, count = self.hardware.device, self.grad_accumulation
         total = torch.zeros((), device=device)
         for part in range(count):
-            loss = self.model.loss(*self.batches.batch(index * count + part).to(device))
-            (loss / count).backward()  # type: ignore[no-untyped-call]
+            batch, share = self.parallel.part(self.batches.batch(index * count + part))
+            with self.parallel.synchronised(last=part == count - 1):
+                loss = self.parallel.loss(*batch.to(device)) * share
+                (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() / count
         self.optimizer.set_factor(learning_rate_factor)
-        return total, self.optimizer.step()
+        return self.group.mean(total), self.optimizer.step()
 
     def measure(self, most: int, budget_s: float = 1.0) -> float:
-        """Median seconds of a step over `most` steps, or fewer (at least 3) in `budget_s`; no weight moves."""
+        """Median seconds of a step over `most` steps, or fewer (at least 3) in `budget_s`; no weight moves.
+
+        The first process's clock counts for all, so that all take as many steps and come to the same conclusions.
+        """
         times: list[float] = []
         while len(times) < most and (sum(times) < budget_s or len(times) < 3):
             start = time.perf_counter()
             self.run(0, 0.0)
             self.hardware.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(self.group.agree(time.perf_counter() - start))
         return statistics.median(times)
 
     def warm_up(self, compilation: str, seconds_left: Callable[[float], float]) -> tuple[float, str]:
@@ -68,7 +80,7 @@ class TrainingStep:
         left_s = seconds_left(eager_s)
         if not forced and left_s < COMPILE_PAYS_FROM_S:
             return f"off, does not pay in {left_s:.0f} s of training"
-        missing = compiler_missing(self.hardware.device)
+        missing = self.group.agree(compiler_missing(self.hardware.device))
         if missing:
             return f"off, {missing}"
         model = self.model

@@ -18,7 +18,7 @@ OURS = re.compile(r"\bpython3? (-m minitf\.|scripts/)")
 # Commands of others that the README may name. They are not run here: they install, wait, or run these very tests.
 OTHERS = (
     "pip install ", "tensorboard --logdir ", "git clone ", "cd ", "python -m venv ", "python3 -m venv ", "source ",
-    "pytest", "hf upload ", "ruff ", "mypy", ".ci/run", "pre-commit ",
+    "torchrun ", "pytest", "hf upload ", "ruff ", "mypy", ".ci/run", "pre-commit ",
 )  # fmt: skip
 # What makes any training tiny; settings of these in the README are checked for being valid, and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")

@@ -360,6 +360,23 @@ def test_a_complete_run_is_not_resumed_but_can_go_further(
     assert_same_run("run", "whole")
 
 
+@pytest.mark.parametrize("dying", ["warm_up", "run"])
+def test_an_end_farther_away_outlives_a_life_that_saves_nothing(
+    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, dying: str
+) -> None:
+    """The run was told to go on to step 9 and died before its first checkpoint: it need not be told again."""
+    assert train_here(*tiny, "run_dir=run") == 0
+
+    def die(self: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, dying, die)
+        assert train_here("resume=run", "trainer.max_steps=9") == 130
+    assert train_here("resume=run") == 0
+    assert load_checkpoint("run", prefer="latest").step == 9
+
+
 def test_latest_and_an_older_checkpoint_can_be_resumed(workdir: Path, tiny: list[str]) -> None:
     assert train_here(*tiny, "name=first") == 0
     (run,) = Path("runs/first").iterdir()

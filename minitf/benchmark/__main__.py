@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from minitf.benchmark.curves import corpus, curves, logging, precision
+from minitf.benchmark.exchange import distributed
 from minitf.benchmark.generation import generation
 from minitf.benchmark.gpu import gpu
 from minitf.benchmark.machine import environment, machine
@@ -47,6 +48,7 @@ BENCHMARKS = {
     "quality": Benchmark(quality, "held-out numbers of the default run and the _best experiments, over --seeds", 70, 0),
     "curves": Benchmark(curves, "tokens/s and memory against width, depth and context", 8, 0),
     "corpus": Benchmark(corpus, "tokenizing and training against the size of the text (--corpus-mb)", 3, 0),
+    "distributed": Benchmark(distributed, "bytes and milliseconds that two processes spend on each other", 0, 0.5),
     "gpu": Benchmark(gpu, "on CUDA: GPT-2's step beside nanoGPT compiled, decoding against bandwidth", 1, 3),
 }
 
@@ -95,10 +97,10 @@ def request_of(args: argparse.Namespace, work: Path) -> Request:
 
 def listing(request: Request) -> str:
     """What there is, and how long it takes."""
-    lines = [f"{'':13}{'minutes':>7}  (with --repeats {request.repeats}; * runs when no name is given)"]
+    lines = [f"{'':14}{'minutes':>7}  (with --repeats {request.repeats}; * runs when no name is given)"]
     for name, benchmark in BENCHMARKS.items():
         star = "*" if benchmark.usual else " "
-        lines.append(f"{star} {name:<11}{benchmark.minutes(request):>7.1f}  {benchmark.measures}")
+        lines.append(f"{star} {name:<12}{benchmark.minutes(request):>7.1f}  {benchmark.measures}")
     return "\n".join(lines)
 
 

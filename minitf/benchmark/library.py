@@ -102,6 +102,7 @@ def step_parts(
     from minitf.hardware import choose_hardware
     from minitf.model import ModelConfig, Transformer
     from minitf.optim import OptimConfig, Optimizer
+    from minitf.parallel import Parallel
     from minitf.training_step import TrainingStep
 
     hardware = choose_hardware(device, "auto")
@@ -112,7 +113,7 @@ def step_parts(
     tokens = np.random.default_rng(0).integers(vocab_size, size=200 * config.context_length * batch_size)
     batches = Batches(tokens.astype(np.uint32), config.context_length, batch_size, 0)
     optimizer = Optimizer(model, OptimConfig(kind=optim), hardware.dtype)
-    step = TrainingStep(model, optimizer, batches, hardware, 1)
+    step = TrainingStep(Parallel(model), optimizer, batches, hardware, 1)
     _, choice = step.warm_up(compilation, lambda step_s: 1e9)
     hardware.synchronize()
     started = time.perf_counter()
