@@ -6,6 +6,8 @@ is nothing: torch.distributed is not even imported.
 
 import json
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -183,6 +185,27 @@ def started_by_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def _meet(store: Any, rank: int, size: int) -> str:
+    """A name for these processes' part of torchrun's store, which still holds the addresses of those before them.
+
+    Each asks under a name no process had before; the first answers, until all have said that they know.
+    """
+    if rank:
+        name = secrets.token_hex(8)
+        store.set(_key(f"asks/{rank}"), name)
+        prefix: str = store.get(_key(f"answer/{name}")).decode()  # waits for it
+        store.set(f"{prefix}/knows/{rank}", "")
+        return prefix
+    prefix, waiting = _key(secrets.token_hex(8)), set(range(1, size))
+    while waiting:
+        for other in waiting:
+            if store.check([_key(f"asks/{other}")]):
+                store.set(_key(f"answer/{store.get(_key(f'asks/{other}')).decode()}"), prefix)
+        waiting = {other for other in waiting if not store.check([f"{prefix}/knows/{other}"])}
+        time.sleep(0.01)
+    return prefix
+
+
 @contextmanager
 def joined() -> Iterator[Group]:
     """Join the processes torchrun has started, if it has.
@@ -197,16 +220,21 @@ def joined() -> Iterator[Group]:
 
     numbers = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")}
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    store = None
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE
+        )
     if numbers["WORLD_SIZE"] > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(local[0])
-        dist.init_process_group(backend, timeout=PATIENCE)
-    store = None
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-        )
+        if store is None:
+            dist.init_process_group(backend, timeout=PATIENCE)
+        else:
+            rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+            own = dist.PrefixStore(_meet(store, rank, size), store)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, timeout=PATIENCE, store=own, rank=rank, world_size=size)
     group = Group(numbers["RANK"], numbers["WORLD_SIZE"], *local, store)
     try:
         yield group
