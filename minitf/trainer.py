@@ -48,9 +48,7 @@ class TrainerConfig:
     max_steps: int | None = None  # end after so many optimiser steps
     max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
     batch_size: int = 16  # sequences in a batch, of all processes together
-    strategy: str = (
-        "auto"  # of the processes torchrun starts: ddp (each has the model) | fsdp (a shard) | auto | single
-    )
+    strategy: str = "auto"  # of torchrun's processes: auto (ddp) | single | ddp (each has the model) | fsdp (a shard)
     grad_accumulation: int = 1  # batches whose gradients make one step
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32

@@ -90,7 +90,15 @@ def small(tiny: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "num"), [("auto", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "num"),
+    [
+        ("auto", 2),
+        ("fsdp", 2),
+        pytest.param("ddp", 4, marks=pytest.mark.machines),
+        pytest.param("fsdp", 4, marks=pytest.mark.machines),
+    ],
+)
 def test_several_processes_train_what_one_trains(workdir: Path, small: list[str], strategy: str, num: int) -> None:
     """Losses, gradient norms and held-out losses, over accumulated batches, and the checkpoint they lead to."""
     small += ["trainer.grad_accumulation=2", "trainer.attention_every=3", "trainer.sample_tokens=4"]
@@ -115,6 +123,7 @@ def test_several_processes_train_what_one_trains(workdir: Path, small: list[str]
     assert not list(Path("several/checkpoints").glob(".*"))
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_blocks_and_recomputed_activations_give_the_same(
@@ -139,6 +148,7 @@ def test_a_process_on_its_own_is_single_whatever_the_strategy() -> None:
 # Resuming
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str]) -> None:
     """Half a run by two processes, gone on with by one, by four, and by two that hold copies."""
@@ -167,6 +177,7 @@ def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str
         assert (Path(name) / "checkpoints/latest/shards").exists() == (num == 4)
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_one_process_goes_on_with_copies_and_back(workdir: Path, small: list[str]) -> None:
     assert train_here(*small, "run_dir=whole", "trainer.max_steps=9", "optim.schedule=constant") == 0
@@ -182,7 +193,7 @@ def test_one_process_goes_on_with_copies_and_back(workdir: Path, small: list[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.machines)])
 def test_a_killed_process_ends_all_and_a_restarted_job_loses_nothing(
     workdir: Path, small: list[str], strategy: str
 ) -> None:
@@ -227,6 +238,7 @@ def test_a_request_that_does_not_fit_is_refused_once(workdir: Path, small: list[
     assert not Path("run").exists()
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_a_signal_ends_all_after_the_same_step_and_saves(workdir: Path, small: list[str]) -> None:
     """torchrun hands its own SIGTERM on to all; here it comes to one process alone, which is harder."""
@@ -240,6 +252,7 @@ def test_a_signal_ends_all_after_the_same_step_and_saves(workdir: Path, small: l
     assert_same_losses("run", "one")
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_a_run_by_the_clock_takes_as_many_steps_in_all_processes(workdir: Path, small: list[str]) -> None:
     """The number is corrected on the way; processes that disagreed on it would wait for each other for ever."""
@@ -251,6 +264,7 @@ def test_a_run_by_the_clock_takes_as_many_steps_in_all_processes(workdir: Path, 
     assert state["num_steps_final"]
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_torchrun_stopped_by_its_scheduler_leaves_a_checkpoint(workdir: Path, small: list[str]) -> None:
     small = [*small, "trainer.max_steps=100000", "trainer.eval_every=100000", "run_dir=run"]
