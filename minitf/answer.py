@@ -39,6 +39,11 @@ class AnswerOptions:
     engine: str = "auto"  # who decodes, see `Decoder`
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "beam", "seed"):
+            if type(getattr(self, name)) not in (int, type(None)):
+                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a whole number")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
+            raise RequestError(f"--seed {self.seed} must fit into 64 bits")
         if self.max_tokens < 0:
             raise RequestError(f"--max-tokens {self.max_tokens} must be at least 1")
         if not 1 <= self.beam <= 64:

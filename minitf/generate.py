@@ -30,6 +30,9 @@ class Options:
     engine: str = "auto"  # who decodes: native, graph, torch, or auto for the fastest there is
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "seed"):
+            if type(getattr(self, name)) not in (int, type(None)):
+                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a whole number")
         if self.max_tokens < 1:
             raise RequestError(f"--max-tokens {self.max_tokens} must be at least 1")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:

@@ -192,8 +192,9 @@ def test_one_process_goes_on_with_copies_and_back(workdir: Path, small: list[str
 # Failing
 
 
+@pytest.mark.machines
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.machines)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_process_ends_all_and_a_restarted_job_loses_nothing(
     workdir: Path, small: list[str], strategy: str
 ) -> None:
@@ -208,6 +209,7 @@ def test_a_killed_process_ends_all_and_a_restarted_job_loses_nothing(
     assert [line for line in our_lines(done.stderr) if "lost another one" in line] == our_lines(done.stderr)
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_without_a_restart_a_killed_process_ends_all_with_one_line(workdir: Path, small: list[str]) -> None:
     kill = BREAKING.format(at=3, rank=0, do="os.kill(os.getpid(), signal.SIGKILL)")

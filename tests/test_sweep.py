@@ -18,6 +18,7 @@ def needs_joblib() -> None:
         pytest.skip("hydra-joblib-launcher is not installed: pip install -e '.[sweep]'")
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_runs_of_a_sweep_are_side_by_side_with_their_hyperparameters(

@@ -20,12 +20,14 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely (CTRL, Keskar et al., 2019)
 
     def __post_init__(self) -> None:
+        if type(self.top_k) is not int:
+            raise RequestError(f"--top-k {self.top_k} must be a whole number")
         checks = {
-            "temperature": (self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
-            "top-k": (self.top_k, self.top_k >= 0, "at least 0"),
+            "temperature": (self.temperature, self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "at least 0"),
+            "top-k": (self.top_k, 0 <= self.top_k < 1 << 31, "at least 0"),
             "top-p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min-p": (self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition-penalty": (self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
+            "repetition-penalty": (self.repetition_penalty, 1e-9 <= self.repetition_penalty <= 1e9, "above 0"),
         }
         for name, (value, good, allowed) in checks.items():
             if not good:
