@@ -221,6 +221,7 @@ def test_without_a_restart_a_killed_process_ends_all_with_one_line(workdir: Path
     assert [row["step"] for row in rows("run") if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_all_and_is_said_once(workdir: Path, small: list[str]) -> None:
     fail = BREAKING.format(at=2, rank=1, do="raise MinitfError('the disk of this machine is on fire')")
@@ -230,6 +231,7 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(workdir: Path, small:
     assert "minitf/trainer.py" not in done.stderr  # torchrun's own traceback is not ours to keep back
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_a_request_that_does_not_fit_is_refused_once(workdir: Path, small: list[str]) -> None:
     done = torchrun(2, *small, "run_dir=run", "trainer.batch_size=7")

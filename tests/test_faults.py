@@ -405,6 +405,7 @@ def test_the_newest_run_is_gone_on_with_whether_it_saved_or_not(
     assert load_checkpoint("latest").directory.parts[-4] == "a"  # to generate with, a checkpoint is needed
 
 
+@pytest.mark.machines
 @pytest.mark.slow
 def test_four_runs_begun_at_once_in_one_folder_are_four(workdir: Path, tiny: list[str]) -> None:
     code = "from minitf.errors import run_command; from minitf.train import main; raise SystemExit(run_command(main))"
