@@ -1,7 +1,7 @@
 """Turn texts into others with a model trained on pairs: sources -> answers, in batches, each stopping by itself.
 
 Sources of like length share a batch; aligned at their ends in the cache, they cost as much as one length would. An
-answer does not depend on which others were asked for beside it.
+answer does not depend on which others were asked for beside it, unless it is drawn at a temperature.
 """
 
 import hashlib

@@ -152,7 +152,6 @@ class PairsTask(Task):
         super().__init__(data)
         self.pairs, self.tokenizer, self.description = pairs, pairs.tokenizer, pairs.description
         self._notes: list[str] = []
-        self._context_length = 0
 
     def batches(self, context_length: int, batch_size: int, seed: int) -> BatchSource:
         made = PairBatches(self.pairs.train, self.data, context_length, batch_size, seed)
@@ -163,7 +162,6 @@ class PairsTask(Task):
             for name, line in (("too long", made.report), ("held out", report))
             if line
         ]
-        self._context_length = context_length
         return made
 
     def notes(self) -> list[str]:
