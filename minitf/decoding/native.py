@@ -131,7 +131,7 @@ class NativeStep:
             (first, min(most, self.batch_size - first), self._scratch(min(most, self.batch_size - first)))
             for first in range(0, self.batch_size, most)
         ]
-        self.threads = ThreadPoolExecutor(len(self.shares)) if len(self.shares) > 1 else None
+        self.threads = ThreadPoolExecutor(len(self.shares) - 1) if len(self.shares) > 1 else None
 
     def _pointer(self, tensor: Tensor) -> int:
         self.kept.append(tensor.detach().contiguous())
@@ -166,8 +166,8 @@ class NativeStep:
                 ctypes.c_void_p(logits_BV[first].data_ptr()), ctypes.c_void_p(scratch.data_ptr()),
             )  # fmt: skip
 
-        if self.threads is None:
-            work(self.shares[0])
-        else:
-            list(self.threads.map(work, self.shares))
+        others = self.threads.map(work, self.shares[1:]) if self.threads is not None else ()
+        work(self.shares[0])  # here: one thread fewer to wake up at every step
+        for _ in others:
+            pass
         return logits_BV
