@@ -135,13 +135,20 @@ class Targets:
         from minitf.generate import Options, generate_text
 
         chance = random.Random(data)
-        values = [*INTERESTING[:15], 0.5, 0.9, 1.5, 3]
-        pick = [chance.choice(values) for _ in range(7)]
-        numbers = [value if isinstance(value, int | float) else 1 for value in pick]
-        most = numbers[0] if numbers[0] < 20 else 20  # longer ones are only longer
-        sampling = Sampling(numbers[1], numbers[2], numbers[3], numbers[4], numbers[5])  # type: ignore[arg-type]
-        options = Options(most, numbers[6], (data[:3].decode("latin-1"),), sampling)  # type: ignore[arg-type]
-        generate_text(self.model, self.tokenizers[1], data.decode("utf-8", "surrogateescape"), options)
+        # Mostly what is allowed: one bad value refuses them all, and hides what the others do together.
+        allowed: list[list[Any]] = [
+            [1, 2, 5, 20], [None, 0, 1, -1, 1 << 31, (1 << 63) - 1],
+            [0, 0.7, 1e-6, 1e6], [0, 1, 3, 1000], [1e-6, 0.5, 1], [0, 0.05, 1], [1e-9, 1.3, 1e9],
+        ]  # fmt: skip
+        bad = [value for value in INTERESTING if isinstance(value, int | float)] + [0.5, 1.5]
+        picked = [chance.choice(bad if chance.random() < 0.05 else values) for values in allowed]
+        most = picked[0] if picked[0] < 20 else 20  # longer ones are only longer
+        sampling = Sampling(*picked[2:])
+        stop = (data[:3].decode("latin-1"),) if chance.random() < 0.5 else ()
+        options = Options(most, picked[1], stop, sampling)
+        generate_text(
+            self.model, self.tokenizers[1], data.decode("utf-8", chance.choice(["replace", "surrogateescape"])), options
+        )
 
 
 NAMES = ("checkpoint", "tokenizer", "tokenizer_file", "config", "generation")
@@ -276,14 +283,16 @@ def with_hypothesis(watch: Watch, num_inputs: int, minutes: float) -> None:
         st.binary(max_size=300), st.text(max_size=150).map(lambda t: t.encode("utf-8", "surrogatepass"))
     )
 
-    @settings(max_examples=num_inputs, database=None, deadline=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(anything)
-    def one(data: bytes) -> None:
-        if time.monotonic() < end:
-            watch(data)
+    while watch.num_inputs < num_inputs and time.monotonic() < end:  # in rounds: hypothesis itself cannot be stopped
 
-    one()
+        @settings(max_examples=min(1000, num_inputs - watch.num_inputs), database=None, deadline=None,
+                  phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(anything)
+        def one(data: bytes) -> None:
+            if time.monotonic() < end:
+                watch(data)
+
+        one()
 
 
 def with_atheris(watch: Watch, num_inputs: int, minutes: float) -> None:
