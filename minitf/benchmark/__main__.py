@@ -17,6 +17,7 @@ from minitf.benchmark.gpu import gpu
 from minitf.benchmark.machine import environment, machine
 from minitf.benchmark.memory import memory
 from minitf.benchmark.report import Report, Request, write_json
+from minitf.benchmark.saving import saving
 from minitf.benchmark.shakespeare import quality, shakespeare
 from minitf.benchmark.training import step, throughput
 from minitf.errors import MinitfError, RequestError, run_command
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "memory": Benchmark(memory, "peak memory: loss without all logits, activation checkpointing", 0, 1, True),
     "precision": Benchmark(precision, "bf16 against fp32 curves of one seed; the same seed twice", 5, 0),
     "logging": Benchmark(logging, "the loop with maps, head scores and samples, on against off", 4, 7),
+    "saving": Benchmark(saving, "how long checkpoints keep the loop waiting, default run and 124M weights", 0, 8),
     "quality": Benchmark(quality, "held-out numbers of the default run and the _best experiments, over --seeds", 70, 0),
     "curves": Benchmark(curves, "tokens/s and memory against width, depth and context", 8, 0),
     "corpus": Benchmark(corpus, "tokenizing and training against the size of the text (--corpus-mb)", 3, 0),
