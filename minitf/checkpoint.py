@@ -12,11 +12,10 @@ checkpoint or does not exist; `trainer_state.json` carries the SHA-256 of every 
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,48 +24,14 @@ from torch import Tensor
 
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import choose_device
-from minitf.hugging_face import fetch_model, from_hugging_face, is_hub_name, load_weights, to_hugging_face
+from minitf.hugging_face import from_hugging_face, is_hub_name, load_weights, to_hugging_face
 from minitf.model import ModelConfig, Transformer
+from minitf.runs import LINKS, STEP_NAME, find_checkpoints, step_of
 from minitf.storage import flush
 from minitf.tokenizer import Tokenizer
 from minitf.untrusted import read_json, read_tensors, write_tensors
 
-RUNS = Path("runs")
-STEP_NAME = re.compile(r"step_(\d{8,15})")
-LINKS = ("latest", "best")
 MAX_ROTATIONS = 1 << 27  # positions times the width of a head, whose table is made with a model: 1 GB
-
-
-@dataclass
-class TrainState:
-    """All of a training run that changes: with the config, exactly what resuming needs."""
-
-    step: int = 0  # optimiser steps done
-    num_steps: int = 0  # steps of the whole run, which its schedule depends on
-    num_steps_final: bool = False  # whether a run that ends by the clock has corrected them by its real speed
-    tokens: int = 0  # target tokens trained on
-    train_s: float = 0.0  # seconds in training steps
-    warmup_s: float = 0.0  # seconds of compilation and first steps before the training
-    elapsed_s: float = 0.0  # wall seconds
-    best_loss: float = float("inf")  # held-out nats per token of the checkpoint `best`
-    last_val: dict[str, float] = field(default_factory=dict)  # newest held-out metrics
-    aligned: bool = False  # whether the newest look found heads that align pairs well
-    aligning_heads: list[list[int]] = field(
-        default_factory=list
-    )  # [layer, head] of those that align pairs, by the newest look
-
-    @classmethod
-    def from_json(cls, state: dict[str, Any]) -> "TrainState":
-        """The part of a checkpoint's `trainer_state.json` that is a TrainState."""
-        for item in fields(cls):
-            if item.name not in state:
-                raise MinitfError(f"the checkpoint has no {item.name!r} in trainer_state.json: it cannot be resumed")
-            value, kind = state[item.name], type(getattr(cls(), item.name))
-            if type(value) is not kind or (kind is int and not 0 <= value < 1 << 53):
-                raise MinitfError(
-                    f"the checkpoint's trainer_state.json has {item.name}={str(value)[:50]!r}: not resumed"
-                )
-        return cls(**{item.name: state[item.name] for item in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -133,30 +98,9 @@ def save_checkpoint(
             shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir()
-        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-        digests = {"model.safetensors": write_tensors(partial / "model.safetensors", weights)}
-        start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
-        config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
-        _write_json(partial / "config.json", config)
-        ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
-        _write_json(partial / "generation_config.json", ids)
-        tokenizer.save(partial)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
-        digests["trainer_state.safetensors"] = write_tensors(partial / "trainer_state.safetensors", tensors)
         if shards:
             os.replace(shards, partial / "shards")
-        written = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*"))}
-        digests |= {name: _sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
-        if card:  # without a digest: people are to write in it
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        content = {**state, "sha256": digests}
-        _write_json(partial / "trainer_state.json", {**content, "own_sha256": _own_sha256(content)})
-        for path in (*partial.rglob("*"), partial):
-            flush(path)
-        # What is about to replace older checkpoints is read back first: a write may have lost something silently.
-        for name, digest in digests.items():
-            _check_digest(partial / name, digest)
-        _read_state(partial)
+        _write(partial, model, tokenizer, optimizer_state, state, card)
         before()
         replaced = checkpoints / f".{final.name}.replaced.partial"
         if final.exists():  # moved aside rather than removed: at no moment is there neither
@@ -172,6 +116,35 @@ def save_checkpoint(
     return final
 
 
+def _write(
+    directory: Path, model: SavedModel, tokenizer: Tokenizer, optimizer_state: Mapping[str, Tensor],
+    state: dict[str, Any], card: str,
+) -> None:  # fmt: skip
+    """Write all files into `directory`, flush them, and read them back."""
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    digests = {"model.safetensors": write_tensors(directory / "model.safetensors", weights)}
+    start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
+    config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
+    _write_json(directory / "config.json", config)
+    ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
+    _write_json(directory / "generation_config.json", ids)
+    tokenizer.save(directory)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
+    digests["trainer_state.safetensors"] = write_tensors(directory / "trainer_state.safetensors", tensors)
+    written = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
+    digests |= {name: _sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
+    if card:  # without a digest: people are to write in it
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    content = {**state, "sha256": digests}
+    _write_json(directory / "trainer_state.json", {**content, "own_sha256": own_sha256(content)})
+    for path in (*directory.rglob("*"), directory):
+        flush(path)
+    # What is about to replace older checkpoints is read back first: a write may have lost something silently.
+    for name, digest in digests.items():
+        _check_digest(directory / name, digest)
+    _read_state(directory)
+
+
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -180,7 +153,7 @@ def _read_state(directory: Path) -> dict[str, Any]:
     """`trainer_state.json`, whole as it was written, or a MinitfError."""
     path = directory / "trainer_state.json"
     state = read_json(path)
-    if state.pop("own_sha256", None) != _own_sha256(state):
+    if state.pop("own_sha256", None) != own_sha256(state):
         raise MinitfError(f"{path} is damaged: its content is not what was saved")
     digests = state.get("sha256")
     if not isinstance(digests, dict) or not {"model.safetensors", "config.json", "tokenizer.json"} <= digests.keys():
@@ -193,7 +166,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own_sha256(content: dict[str, Any]) -> str:
+def own_sha256(content: dict[str, Any]) -> str:
     """Of all that `trainer_state.json` says, but for this."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -208,108 +181,13 @@ def _point(link: Path, target: str) -> None:
 def _prune(checkpoints: Path, keep: int) -> None:
     """Remove the oldest checkpoints beyond `keep`. Called when `latest` was just written, so one good one stays."""
     kept = {os.path.realpath(checkpoints / link) for link in LINKS}
-    steps = sorted((p for p in checkpoints.iterdir() if STEP_NAME.fullmatch(p.name)), key=_step)
+    steps = sorted((p for p in checkpoints.iterdir() if STEP_NAME.fullmatch(p.name)), key=step_of)
     for directory in steps[: -keep or None]:
         if os.path.realpath(directory) not in kept and not directory.is_symlink():
             # Renamed first: a run that dies while it removes leaves no checkpoint without some of its files.
             removed = directory.with_name(f".{directory.name}.removed.partial")
             os.replace(directory, removed)
             shutil.rmtree(removed, ignore_errors=True)
-
-
-def _step(directory: Path) -> int:
-    match = STEP_NAME.fullmatch(directory.name)
-    return int(match[1]) if match else -1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# find
-
-
-def newest_run(runs: Path = RUNS) -> Path:
-    """The run directory under `runs` that saved a checkpoint last."""
-    links = [path for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/checkpoints/latest")]
-    if not links:
-        raise RequestError(f"no run with a checkpoint under {runs.absolute()}: train one with python -m minitf.train")
-    return max(links, key=_modified).parent.parent
-
-
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def last_started(runs: Path = RUNS) -> Path:
-    """The run directory under `runs` that was worked in last, also one that died before its first checkpoint."""
-    found = [path.parent for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/config.yaml")]
-    if not found:
-        raise RequestError(f"no run under {runs.absolute()}: train one with python -m minitf.train")
-    return max(found, key=_worked_in)
-
-
-def _worked_in(run: Path) -> float:
-    paths = [run / "config.yaml", run / "metrics.jsonl", run / "checkpoints/latest"]
-    return max(_modified(path) for path in paths if path.exists())
-
-
-def find_run(run: str | Path) -> Path:
-    """The run directory that RUN (a run directory, one of its checkpoints, or `latest`) names."""
-    if str(run) == "latest":
-        return last_started()
-    path = Path(run)
-    for directory in (path, *path.absolute().parents[:2]):
-        if (directory / "config.yaml").is_file():
-            return directory
-    if configs := list(path.glob("*/config.yaml")):  # runs/NAME: the newest of that name
-        return max((config.parent for config in configs), key=_worked_in)
-    raise RequestError(f"{run} is not a run: no config.yaml in it; a run is a directory such as {RUNS}/NAME/DATE_TIME")
-
-
-def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
-    """The checkpoint directory that RUN names; of a run the one called `prefer` (best or latest)."""
-    return find_checkpoints(run, prefer)[0]
-
-
-def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
-    """The checkpoint directories that RUN names, the one wanted first; of a run the others follow, if it is damaged.
-
-    They are the other linked one, those before it, newest first, and those after it, which the run had left.
-    """
-    if str(run) == "latest":
-        run = newest_run()
-    path = Path(run)
-    if (path / "config.json").is_file():
-        return [path.resolve()]
-    if found := _all_checkpoints(path / "checkpoints", prefer):
-        return found
-    if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
-        return find_checkpoints(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
-    if is_hub_name(str(run)):
-        return [fetch_model(str(run))]
-    if not path.exists():
-        raise RequestError(f"{run} does not exist: give a run directory, a checkpoint directory, or latest")
-    if (path / "config.yaml").is_file():
-        raise RequestError(f"the run {run} has no checkpoint yet")
-    raise RequestError(f"{run} is neither a run nor a checkpoint: it has no config.json and no checkpoints/")
-
-
-def _all_checkpoints(checkpoints: Path, prefer: str) -> list[Path]:
-    """In the order in which they are to be tried. Links that lead elsewhere than to a step beside them do not count."""
-    if not checkpoints.is_dir():
-        return []
-    inside = checkpoints.resolve()
-    steps = sorted((p for p in inside.iterdir() if STEP_NAME.fullmatch(p.name) and p.is_dir()), key=_step, reverse=True)
-    steps = [path for path in steps if not path.is_symlink()]
-    linked = {}
-    for name in LINKS:
-        target = (inside / name).resolve()
-        if target.is_dir() and target.parent == inside:
-            linked[name] = target
-    first = [linked[name] for name in (prefer, *LINKS) if name in linked]
-    newest = _step(first[0]) if prefer == "latest" and first else None
-    if newest is not None:  # to resume from: the one before, rather than the best, which may be long ago
-        first = first[:1]
-        steps.sort(key=lambda path: (_step(path) > (newest or 0), -_step(path)))
-    return list(dict.fromkeys([*first, *steps]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

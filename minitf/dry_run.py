@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from minitf.batches import BatchSource, Tokens
-from minitf.checkpoint import RUNS, TrainState
 from minitf.config import Config
 from minitf.hardware import Hardware
 from minitf.optim import Optimizer
 from minitf.parallel import Parallel
+from minitf.runs import RUNS
 from minitf.task import PairsTask, Task, TextTask
+from minitf.train_state import TrainState
 from minitf.trainer import DEFAULT_MINUTES, Schedule
 from minitf.training_step import TrainingStep
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minitf.checkpoint import TrainState
 from minitf.corpus import DataConfig
 from minitf.model import Transformer
+from minitf.train_state import TrainState
 
 
 def model_card(

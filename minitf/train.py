@@ -49,9 +49,9 @@ def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None
 
 def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices") -> None:
     """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
-    from minitf.checkpoint import TrainState
     from minitf.config import flat, save_config
     from minitf.monitor import Monitor, Mute, record_environment
+    from minitf.train_state import TrainState
     from minitf.trainer import Trainer
 
     config, task, parallel, hardware = prepared
@@ -100,8 +100,8 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
 
 def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
     """Print what the run would take, without a trace of it."""
-    from minitf.checkpoint import TrainState
     from minitf.dry_run import dry_run
+    from minitf.train_state import TrainState
 
     config, task, parallel, hardware = prepared
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
@@ -233,14 +233,14 @@ def _new_run_dir(config: "Config") -> Path:
         if (run_dir / "checkpoints").exists():
             raise RequestError(f"run_dir={run_dir} holds an earlier run: resume={run_dir} goes on with it")
         return run_dir
-    from minitf.checkpoint import RUNS
+    from minitf.runs import RUNS
 
     return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def resume(run: str, overrides: Sequence[str], group: "Group") -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
-    from minitf.checkpoint import find_run
+    from minitf.runs import find_run
 
     for override in overrides:
         fixed = (

@@ -18,7 +18,7 @@ from minitf.alignment import AligningHeads
 from minitf.attention_maps import ARROW, AttentionConfig
 from minitf.attention_picture import alignment_picture, attention_picture
 from minitf.batches import BatchSource
-from minitf.checkpoint import TrainState, load_optimizer_state
+from minitf.checkpoint import load_optimizer_state
 from minitf.choices import Choices
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import Hardware
@@ -32,6 +32,7 @@ from minitf.parallel import STRATEGIES, Parallel
 from minitf.saving import Saver
 from minitf.sharded import read_shards, write_shards
 from minitf.task import Sample, Task
+from minitf.train_state import TrainState
 from minitf.training_step import TrainingStep
 
 DEFAULT_MINUTES = 3.0

@@ -14,19 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitf import checkpoint as checkpoint_module
-from minitf.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    find_run,
-    load_checkpoint,
-    load_optimizer_state,
-    newest_run,
-    save_checkpoint,
-)
+from minitf.checkpoint import load_checkpoint, load_optimizer_state, save_checkpoint
 from minitf.errors import MinitfError, RequestError
 from minitf.generate import Options, generate_text
 from minitf.model import Transformer
+from minitf.runs import find_checkpoint, find_run, newest_run
 from minitf.tokenizer import Tokenizer
+from minitf.train_state import TrainState
 
 FILES = {
     "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

@@ -23,15 +23,17 @@ from conftest import train_here
 from test_train import assert_one_line, assert_same_run, losses, rows
 
 from minitf import random_state, saving
-from minitf.checkpoint import TrainState, find_checkpoints, find_run, load_checkpoint, save_checkpoint
+from minitf.checkpoint import load_checkpoint, save_checkpoint
 from minitf.config import load_config
 from minitf.errors import MinitfError, RequestError
 from minitf.event_files import PATTERN, cut_events, records
 from minitf.faults.fuzz import NAMES, Targets, Watch, with_hypothesis
 from minitf.model import Transformer
+from minitf.runs import find_checkpoints, find_run
 from minitf.saving import Saver
 from minitf.storage import write_whole
 from minitf.tokenizer import Tokenizer
+from minitf.train_state import TrainState
 from minitf.untrusted import read_json, read_tensors, write_tensors
 
 MakeModel = Callable[..., Transformer]
@@ -344,14 +346,14 @@ def test_a_large_tokenizer_and_one_with_an_id_far_out_are_refused(tokenizer: Tok
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "a/../../x"])
 def test_a_checkpoint_cannot_name_files_outside_itself(make_save: Callable[..., Path], name: str) -> None:
-    from minitf.checkpoint import _own_sha256
+    from minitf.checkpoint import own_sha256
 
     directory = make_save(1)
     path = directory / "trainer_state.json"
     state = json.loads(path.read_text())
     state.pop("own_sha256")
     state["sha256"][name] = "0" * 64
-    path.write_text(json.dumps({**state, "own_sha256": _own_sha256(state)}))
+    path.write_text(json.dumps({**state, "own_sha256": own_sha256(state)}))
     with pytest.raises(MinitfError, match="leads out of the checkpoint"):
         load_checkpoint(directory)
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 
 import minitf
 from minitf import evaluate
-from minitf.checkpoint import find_checkpoint, load_checkpoint
+from minitf.checkpoint import load_checkpoint
 from minitf.decoding.sampling import Sampling
 from minitf.errors import run_command
 from minitf.generate import Options
 from minitf.optim import OptimConfig, schedule_factor
+from minitf.runs import find_checkpoint
 from minitf.trainer import Trainer
 from minitf.training_step import TrainingStep
 

@@ -48,7 +48,8 @@ class Targets:
         self.files = self._checkpoint()
 
     def _checkpoint(self) -> dict[str, bytes]:
-        from minitf.checkpoint import TrainState, save_checkpoint
+        from minitf.checkpoint import save_checkpoint
+        from minitf.train_state import TrainState
 
         place = self.directory / "good"
         tensors = {"random_state": self.model.rotary.flatten(), "pending": self.model.rotary[:, :0]}
@@ -59,7 +60,8 @@ class Targets:
 
     def checkpoint(self, data: bytes) -> None:
         """One file of a checkpoint changed, with digests that fit it, or none: as a stranger would send it."""
-        from minitf.checkpoint import TrainState, load_checkpoint, load_optimizer_state
+        from minitf.checkpoint import load_checkpoint, load_optimizer_state
+        from minitf.train_state import TrainState
 
         chance = random.Random(data)
         place = self.directory / "checkpoint"
@@ -156,12 +158,12 @@ NAMES = ("checkpoint", "tokenizer", "tokenizer_file", "config", "generation")
 
 def _sign(path: Path) -> None:
     """Have trainer_state.json say of itself that it is whole, as a stranger can."""
-    from minitf.checkpoint import _own_sha256
+    from minitf.checkpoint import own_sha256
 
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         state.pop("own_sha256", None)
-        path.write_text(json.dumps({**state, "own_sha256": _own_sha256(state)}), encoding="utf-8")
+        path.write_text(json.dumps({**state, "own_sha256": own_sha256(state)}), encoding="utf-8")
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass
 

@@ -1,0 +1,105 @@
+"""Runs and checkpoints by the names users give them: a directory, `latest`, a model of the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from minitf.errors import RequestError
+from minitf.hugging_face import fetch_model, is_hub_name
+
+RUNS = Path("runs")
+STEP_NAME = re.compile(r"step_(\d{8,15})")
+LINKS = ("latest", "best")
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """The run directory under `runs` that saved a checkpoint last."""
+    links = [path for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/checkpoints/latest")]
+    if not links:
+        raise RequestError(f"no run with a checkpoint under {runs.absolute()}: train one with python -m minitf.train")
+    return max(links, key=_modified).parent.parent
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def last_started(runs: Path = RUNS) -> Path:
+    """The run directory under `runs` that was worked in last, also one that died before its first checkpoint."""
+    found = [path.parent for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/config.yaml")]
+    if not found:
+        raise RequestError(f"no run under {runs.absolute()}: train one with python -m minitf.train")
+    return max(found, key=_worked_in)
+
+
+def _worked_in(run: Path) -> float:
+    paths = [run / "config.yaml", run / "metrics.jsonl", run / "checkpoints/latest"]
+    return max(_modified(path) for path in paths if path.exists())
+
+
+def find_run(run: str | Path) -> Path:
+    """The run directory that RUN (a run directory, one of its checkpoints, or `latest`) names."""
+    if str(run) == "latest":
+        return last_started()
+    path = Path(run)
+    for directory in (path, *path.absolute().parents[:2]):
+        if (directory / "config.yaml").is_file():
+            return directory
+    if configs := list(path.glob("*/config.yaml")):  # runs/NAME: the newest of that name
+        return max((config.parent for config in configs), key=_worked_in)
+    raise RequestError(f"{run} is not a run: no config.yaml in it; a run is a directory such as {RUNS}/NAME/DATE_TIME")
+
+
+def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
+    """The checkpoint directory that RUN names; of a run the one called `prefer` (best or latest)."""
+    return find_checkpoints(run, prefer)[0]
+
+
+def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
+    """The checkpoint directories that RUN names, the one wanted first; of a run the others follow, if it is damaged.
+
+    They are the other linked one, those before it, newest first, and those after it, which the run had left.
+    """
+    if str(run) == "latest":
+        run = newest_run()
+    path = Path(run)
+    if (path / "config.json").is_file():
+        return [path.resolve()]
+    if found := _all_checkpoints(path / "checkpoints", prefer):
+        return found
+    if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
+        return find_checkpoints(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
+    if is_hub_name(str(run)):
+        return [fetch_model(str(run))]
+    if not path.exists():
+        raise RequestError(f"{run} does not exist: give a run directory, a checkpoint directory, or latest")
+    if (path / "config.yaml").is_file():
+        raise RequestError(f"the run {run} has no checkpoint yet")
+    raise RequestError(f"{run} is neither a run nor a checkpoint: it has no config.json and no checkpoints/")
+
+
+def _all_checkpoints(checkpoints: Path, prefer: str) -> list[Path]:
+    """In the order in which they are to be tried. Links that lead elsewhere than to a step beside them do not count."""
+    if not checkpoints.is_dir():
+        return []
+    inside = checkpoints.resolve()
+    steps = sorted(
+        (p for p in inside.iterdir() if STEP_NAME.fullmatch(p.name) and p.is_dir()), key=step_of, reverse=True
+    )
+    steps = [path for path in steps if not path.is_symlink()]
+    linked = {}
+    for name in LINKS:
+        target = (inside / name).resolve()
+        if target.is_dir() and target.parent == inside:
+            linked[name] = target
+    first = [linked[name] for name in (prefer, *LINKS) if name in linked]
+    newest = step_of(first[0]) if prefer == "latest" and first else None
+    if newest is not None:  # to resume from: the one before, rather than the best, which may be long ago
+        first = first[:1]
+        steps.sort(key=lambda path: (step_of(path) > (newest or 0), -step_of(path)))
+    return list(dict.fromkeys([*first, *steps]))
+
+
+def step_of(directory: Path) -> int:
+    """The step a checkpoint's directory is named after; -1 if it is none."""
+    match = STEP_NAME.fullmatch(directory.name)
+    return int(match[1]) if match else -1
