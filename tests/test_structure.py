@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "minitf"
 # From the bottom of the house up; a module may import only what stands before it.
 ORDER = [
     "errors", "storage", "distributed", "sharded", "untrusted", "random_state", "choices", "run_directory", "hardware",
-    "loss", "books", "exercises", "formats", "corpus", "pairs", "tokenizer", "prepared", "batches", "packing",
+    "loss", "books", "exercises", "data_config", "reading", "formats", "hub_data", "corpus", "pairs", "tokenizer",
+    "prepared", "preparation", "batches", "packing",
     "rope_scaling", "attention", "model", "optim", "hugging_face", "checkpoint", "saving", "decoding", "answer",
     "generate", "heads", "alignment", "viewer", "attention_maps", "attention_picture", "attention_page",
     "language_model", "export", "tensorboard", "answer_scores", "evaluate", "event_files", "monitor", "parallel",
