@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoint import Checkpoint
-from minitf.corpus import read_text
 from minitf.decoding import Decoder
 from minitf.decoding.beam import beam_search
 from minitf.decoding.sampling import Sampling, sample
 from minitf.errors import RequestError
+from minitf.formats import read_text
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 

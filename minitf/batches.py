@@ -3,35 +3,22 @@
 `prepare` turns text into ids once and keeps them; the next start with the same text and tokenizer only maps the files.
 """
 
-import hashlib
-import json
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from minitf.corpus import Corpus, DataConfig, Row, fingerprint, open_corpus, read_rows
+from minitf.corpus import Corpus, DataConfig, Row, num_bytes_of, open_corpus
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
-from minitf.prepared import Progress, keep, open_kept, writing_to
-from minitf.storage import cache_root
-from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig, train_tokenizer
-
-FORMAT_VERSION = 1  # raise it when the same text and settings give other files than before
-ENCODE_CHARS = 1 << 21  # text encoded at once, in parallel by rows; bounds the memory of `prepare`
-ENCODE_ROWS = 4096
+from minitf.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
+from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -56,81 +43,65 @@ def prepare(
     """The text of `data` as ids, from the cache or made now.
 
     `tokenizer_from`: use this one (of an earlier run) instead of the one `tokenizer` describes. `log` gets lines for
-    people. Several processes may prepare the same text at once. Raises RequestError or MinitfError, one line each.
+    people. Several processes may prepare the same text at once. Interrupted, it goes on where it was the next time.
+    Raises RequestError or MinitfError, one line each.
     """
-    if tokenizer_from is None and tokenizer.kind == "pretrained":
-        tokenizer_from = Tokenizer.load(str(tokenizer.file))
-    root = cache_root(data.cache_dir)
-    if tokenizer_from is not None:  # perhaps it is the one this very text was prepared with
-        own = open_kept(root / cache_key(data, tokenizer, None), _load)
-        if own is not None and own.tokenizer.to_json() == tokenizer_from.to_json():
-            return own
+    return prepare_once(TextPreparation(data, tokenizer), tokenizer_from, log)
 
-    def make(temporary: Path) -> dict[str, Any]:
-        started = time.monotonic()
-        corpus = open_corpus(data)
-        log(f"preparing {corpus.description}")
-        made = _write(data, corpus, tokenizer_from or _make_tokenizer(data, tokenizer, corpus), temporary, log)
-        train, val = (
-            (temporary / f"{part}.bin").stat().st_size // np.dtype(made["dtype"]).itemsize for part in ("train", "val")
+
+class TextPreparation(Preparation[Row, TokenizedText]):
+    """Text: all ids behind each other, documents ending with a token of their own."""
+
+    files = ("train.bin", "val.bin")
+
+    def open(self) -> Corpus:
+        self._corpus = open_corpus(self.data)
+        return self._corpus
+
+    def make_tokenizer(self, source: Source[Row]) -> Tokenizer:
+        config = self.tokenizer
+        train, val = ((row["text"] for row in rows) for rows in (self._corpus.train, self._corpus.val))
+        if config.kind != "bpe":
+            return train_tokenizer(config, train, val)
+        max_bytes = int(config.train_megabytes * 1e6)
+        # Reading a stream to its end only to choose a sample would download it twice.
+        sample = _first(train, max_bytes) if self.data.streaming else evenly_sampled(train, max_bytes)
+        return train_tokenizer(config, sample)
+
+    def measure(self, item: Row) -> tuple[int, int]:
+        return num_bytes_of(item["text"]), int(item["end"])
+
+    def encode(self, items: list[Row], tokenizer: Tokenizer) -> tuple[Arrays, dict[str, int]]:
+        dtype = ids_dtype(tokenizer)
+        parts: dict[str, list[npt.NDArray[Any]]] = {"train": [], "val": []}
+        counts = {"train_bytes": 0, "val_bytes": 0, "train_tokens": 0, "val_tokens": 0}
+        for ids, row in zip(tokenizer.encode_batch([row["text"] for row in items]), items, strict=True):
+            if self._corpus.separated and row["end"]:
+                ids.append(tokenizer.end_id)
+            part = "val" if row["held_out"] else "train"
+            parts[part].append(np.asarray(ids, dtype=dtype))
+            counts[f"{part}_bytes"] += num_bytes_of(row["text"])
+            counts[f"{part}_tokens"] += len(ids)
+        return {f"{part}.bin": np.concatenate([np.empty(0, dtype), *ids]) for part, ids in parts.items()}, counts
+
+    def conclude(self, source: Source[Row], counts: dict[str, int]) -> tuple[dict[str, Any], str]:
+        for part, name in (("train", "text to train on"), ("val", "held-out text")):
+            if not counts.get(f"{part}_bytes"):
+                raise RequestError(f"{source.description}: no {name}; use more text, or another data.val_fraction")
+        meta = {name: counts[name] for name in ("train_bytes", "val_bytes")}
+        return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out"
+
+    def load(self, directory: Path, meta: dict[str, Any]) -> TokenizedText:
+        train, val = (np.memmap(directory / name, dtype=meta["dtype"], mode="r") for name in self.files)
+        return TokenizedText(
+            tokenizer=Tokenizer.load(directory),
+            train=train,
+            val=val,
+            train_bytes=meta["train_bytes"],
+            val_bytes=meta["val_bytes"],
+            description=meta["description"],
+            directory=directory,
         )
-        counts = f"{train:,} tokens to train on, {val:,} held out"
-        log(f"prepared in {time.monotonic() - started:.1f} s: {counts}; kept in {directory}")
-        return made
-
-    directory = root / cache_key(data, tokenizer, tokenizer_from)
-    return keep(directory, _load, make, log)
-
-
-def cache_key(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None) -> str:
-    """The name of what is prepared from this text with this tokenizer."""
-    identity: dict[str, Any] = {"format": FORMAT_VERSION, "text": fingerprint(data)}
-    if tokenizer_from is not None:
-        identity["tokenizer"] = tokenizer_from.to_json()
-        if tokenizer_from.end_token != END_OF_TEXT:  # its tokenizer.json does not say which it is
-            identity["end"] = tokenizer_from.end_token
-    else:
-        identity["tokenizer"] = [tokenizer.kind]
-        if tokenizer.kind == "bpe":
-            identity["tokenizer"] += [tokenizer.vocab_size, tokenizer.train_megabytes]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _load(directory: Path, meta: dict[str, Any]) -> TokenizedText:
-    train, val = (np.memmap(directory / f"{part}.bin", dtype=meta["dtype"], mode="r") for part in ("train", "val"))
-    return TokenizedText(
-        tokenizer=Tokenizer.load(directory),
-        train=train,
-        val=val,
-        train_bytes=meta["train_bytes"],
-        val_bytes=meta["val_bytes"],
-        description=meta["description"],
-        directory=directory,
-    )
-
-
-def _make_tokenizer(data: DataConfig, config: TokenizerConfig, corpus: Corpus) -> Tokenizer:
-    train, val = ((row["text"] for row in read_rows(data, rows)) for rows in (corpus.train, corpus.val))
-    if config.kind != "bpe":
-        return train_tokenizer(config, train, val)
-    max_bytes = int(config.train_megabytes * 1e6)
-    # Reading a stream to its end only to choose a sample would download it twice.
-    return train_tokenizer(config, _first(train, max_bytes) if data.streaming else evenly_sampled(train, max_bytes))
-
-
-def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Texts evenly spread over all of `texts`, of `max_bytes` together at most, in one pass."""
-    kept: list[str] = []
-    size, stride = 0, 1
-    for index, text in enumerate(texts):
-        if index % stride:
-            continue
-        kept.append(text)
-        size += num_bytes_of(text)
-        while size > max_bytes and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            size = sum(map(num_bytes_of, kept))
-    return kept
 
 
 def _first(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
@@ -140,75 +111,6 @@ def _first(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
         left -= num_bytes_of(text)
         if left <= 0:
             return
-
-
-def num_bytes_of(text: str) -> int:
-    """Bytes of `text` in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
-
-
-def _write(
-    data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, directory: Path, log: Callable[[str], None]
-) -> dict[str, Any]:
-    """Write the files of a cache directory; returns its meta data."""
-    dtype = ids_dtype(tokenizer)
-    meta: dict[str, Any] = {"description": corpus.description, "dtype": dtype.name}
-    progress = Progress(log)
-    for part, rows in (("train", corpus.train), ("val", corpus.val)):
-        with writing_to(directory.parent):
-            file = (directory / f"{part}.bin").open("wb")
-        with file:
-            meta[f"{part}_bytes"] = _write_ids(
-                read_rows(data, rows), corpus.separated, tokenizer, file, dtype, progress
-            )
-        if not meta[f"{part}_bytes"]:
-            name = "text to train on" if part == "train" else "held-out text"
-            raise RequestError(f"{corpus.description}: no {name}; use more text, or another data.val_fraction")
-    with writing_to(directory.parent):
-        tokenizer.save(directory)
-    return meta
-
-
-def ids_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    """The smallest type that holds every id."""
-    return np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-
-
-def _write_ids(
-    rows: Iterable[Row],
-    separated: bool,
-    tokenizer: Tokenizer,
-    file: BinaryIO,
-    dtype: np.dtype[Any],
-    progress: Progress,
-) -> int:
-    """Append the ids of all rows to `file`. Returns the number of UTF-8 bytes of their text."""
-    num_bytes = 0
-    for group in _groups(rows):
-        batch = tokenizer.encode_batch([row["text"] for row in group])
-        for ids, row in zip(batch, group, strict=True):
-            if separated and row["end"]:
-                ids.append(tokenizer.end_id)
-            with writing_to(Path(file.name).parent.parent):
-                file.write(np.asarray(ids, dtype=dtype).data)
-        group_bytes = sum(num_bytes_of(row["text"]) for row in group)
-        num_bytes += group_bytes
-        progress.add(group_bytes)
-    return num_bytes
-
-
-def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Consecutive rows, as many as are encoded at once."""
-    group: list[Row] = []
-    num_chars = 0
-    for row in rows:
-        group.append(row)
-        num_chars += len(row["text"])
-        if num_chars >= ENCODE_CHARS or len(group) >= ENCODE_ROWS:
-            yield group
-            group, num_chars = [], 0
-    if group:
-        yield group
 
 
 class Batch(NamedTuple):

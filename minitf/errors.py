@@ -33,6 +33,6 @@ def run_command(main: Callable[[], int | None]) -> int:
         where = f": {error.filename}" if error.filename else ""
         print(f"minitf: {error.strerror or error}{where}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("minitf: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:  # perhaps with what is kept of the work
+        print(f"minitf: {interruption}" if str(interruption) else "minitf: interrupted", file=sys.stderr)
         return 130

@@ -20,8 +20,9 @@ from minitf.answer import AnswerOptions, answer
 from minitf.answer_scores import AnswerScores, score_answers
 from minitf.batches import Batch, Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
-from minitf.corpus import DataConfig, read_text
+from minitf.corpus import DataConfig
 from minitf.errors import MinitfError, RequestError
+from minitf.formats import read_text
 from minitf.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
 from minitf.packing import PairIds, TokenizedPairs, fit, held_out_pairs, prepare_pairs

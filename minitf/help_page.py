@@ -17,7 +17,7 @@ GROUPS = ("experiment", "data", "tokenizer", "model", "optim")
 # Section of the config -> the module and the dataclass that own it.
 SECTIONS = {
     "": ("config", "Config"),
-    "data": ("corpus", "DataConfig"),
+    "data": ("data_config", "DataConfig"),
     "tokenizer": ("tokenizer", "TokenizerConfig"),
     "model": ("model", "ModelConfig"),
     "optim": ("optim", "OptimConfig"),

@@ -4,9 +4,8 @@ A pair is `<|source|> prompt <|target|> completion <|endoftext|>`; predicting ea
 it, it takes one position less than it has ids.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minitf.batches import Batch, Tokens, cache_key, evenly_sampled, ids_dtype, num_bytes_of, to_stderr
-from minitf.corpus import DataConfig
+from minitf.batches import Batch, Tokens
+from minitf.corpus import DataConfig, num_bytes_of
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
-from minitf.pairs import Pair, open_pairs
-from minitf.prepared import Progress, keep, open_kept, writing_to
-from minitf.storage import cache_root
+from minitf.pairs import Pair, PairCorpus, open_pairs
+from minitf.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
-ENCODE_ROWS = 4096
 Lengths = npt.NDArray[np.int32]
 
 
@@ -71,103 +68,69 @@ def prepare_pairs(
 
     `tokenizer_from` must be one made for pairs.
     """
-    if tokenizer_from is None and tokenizer.kind == "pretrained":
-        tokenizer_from = Tokenizer.load(str(tokenizer.file)).for_pairs()
-    root = cache_root(data.cache_dir)
-    if tokenizer_from is not None:  # perhaps it is the one these very pairs were prepared with
-        own = open_kept(root / cache_key(data, tokenizer, None), _load)
-        if own is not None and own.tokenizer.to_json() == tokenizer_from.to_json():
-            return own
-
-    def make(temporary: Path) -> dict[str, Any]:
-        started = time.monotonic()
-        pairs = open_pairs(data)
-        log(f"preparing {pairs.description}")
-        made = _write(pairs, tokenizer_from or _make_tokenizer(tokenizer, pairs), temporary, log)
-        skipped = f", {pairs.num_skipped:,} bad rows left out" if pairs.num_skipped else ""
-        counts = f"{made['train_pairs']:,} pairs to train on, {made['val_pairs']:,} held out{skipped}"
-        made["description"] = pairs.description + skipped
-        log(f"prepared in {time.monotonic() - started:.1f} s: {counts}; kept in {directory}")
-        return made
-
-    directory = root / cache_key(data, tokenizer, tokenizer_from)
-    return keep(directory, _load, make, log)
+    return prepare_once(PairPreparation(data, tokenizer), tokenizer_from, log)
 
 
-def _load(directory: Path, meta: dict[str, Any]) -> TokenizedPairs:
-    def load(part: str) -> PairIds:
-        def mapped(name: str, dtype: str) -> Any:
-            return np.memmap(directory / f"{part}_{name}.bin", dtype=dtype, mode="r")
+class PairPreparation(Preparation[Pair, TokenizedPairs]):
+    """Pairs: their ids behind each other, and how long each is."""
 
-        lengths, prompts = mapped("lengths", "int32"), mapped("prompts", "int32")
-        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        return PairIds(mapped("ids", meta["dtype"]), starts, prompts, mapped("bytes", "int32"))
+    files = tuple(f"{part}_{name}.bin" for part in ("train", "val") for name in ("ids", "lengths", "prompts", "bytes"))
+    for_pairs = True
 
-    return TokenizedPairs(Tokenizer.load(directory), load("train"), load("val"), meta["description"], directory)
+    def open(self) -> PairCorpus:
+        self._pairs = open_pairs(self.data)
+        return self._pairs
 
+    def make_tokenizer(self, source: Source[Pair]) -> Tokenizer:
+        config, pairs = self.tokenizer, self._pairs
+        train = (f"{pair.prompt}\n{pair.completion}" for pair in pairs if not pair.held_out)
+        val = (f"{pair.prompt}\n{pair.completion}" for pair in pairs if pair.held_out)
+        texts = evenly_sampled(train, int(config.train_megabytes * 1e6)) if config.kind == "bpe" else train
+        return train_tokenizer(config, texts, val, for_pairs=True)
 
-def _make_tokenizer(config: TokenizerConfig, pairs: Iterable[Pair]) -> Tokenizer:
-    train = (f"{pair.prompt}\n{pair.completion}" for pair in pairs if not pair.held_out)
-    val = (f"{pair.prompt}\n{pair.completion}" for pair in pairs if pair.held_out)
-    texts = evenly_sampled(train, int(config.train_megabytes * 1e6)) if config.kind == "bpe" else train
-    return train_tokenizer(config, texts, val, for_pairs=True)
+    def measure(self, item: Pair) -> tuple[int, int]:
+        return num_bytes_of(item.prompt) + num_bytes_of(item.completion), 1
 
+    def encode(self, items: list[Pair], tokenizer: Tokenizer) -> tuple[Arrays, dict[str, int]]:
+        dtype = ids_dtype(tokenizer)
+        prompts = tokenizer.encode_batch([pair.prompt for pair in items])
+        completions = tokenizer.encode_batch([pair.completion for pair in items])
+        arrays: Arrays = {}
+        counts = {}
+        for part in ("train", "val"):
+            rows = [row for row, pair in enumerate(items) if pair.held_out == (part == "val")]
+            marked = [[tokenizer.source_id, *prompts[row], tokenizer.target_id] for row in rows]
+            ids = [p + completions[row] + [tokenizer.end_id] for p, row in zip(marked, rows, strict=True)]
+            arrays[f"{part}_ids.bin"] = np.fromiter((id_ for pair_ids in ids for id_ in pair_ids), dtype=dtype)
+            columns = {
+                "lengths": list(map(len, ids)),
+                "prompts": list(map(len, marked)),
+                "bytes": [num_bytes_of(items[row].completion) for row in rows],
+            }
+            arrays |= {f"{part}_{name}.bin": np.asarray(values, np.int32) for name, values in columns.items()}
+            counts[f"{part}_pairs"] = len(rows)
+        return arrays, counts
 
-def _write(pairs: Iterable[Pair], tokenizer: Tokenizer, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Write the files of a cache directory in one pass over the pairs; returns its meta data."""
-    dtype = ids_dtype(tokenizer)
-    counts = {"train": 0, "val": 0}
-    progress = Progress(log)
-    with writing_to(directory.parent):
-        files = {
-            (part, name): (directory / f"{part}_{name}.bin").open("wb")
-            for part in counts
-            for name in ("ids", "lengths", "prompts", "bytes")
-        }
-    try:
-        for group in _groups(pairs):
-            prompts = tokenizer.encode_batch([pair.prompt for pair in group])
-            completions = tokenizer.encode_batch([pair.completion for pair in group])
-            for part in counts:
-                rows = [row for row, pair in enumerate(group) if pair.held_out == (part == "val")]
-                marked = [[tokenizer.source_id, *prompts[row], tokenizer.target_id] for row in rows]
-                ids = [p + completions[row] + [tokenizer.end_id] for p, row in zip(marked, rows, strict=True)]
-                flat = np.fromiter((id_ for pair_ids in ids for id_ in pair_ids), dtype=dtype)
-                sizes = [num_bytes_of(group[row].completion) for row in rows]
-                columns = {
-                    "ids": flat,
-                    "lengths": list(map(len, ids)),
-                    "prompts": list(map(len, marked)),
-                    "bytes": sizes,
-                }
-                with writing_to(directory.parent):
-                    for name, values in columns.items():
-                        files[part, name].write(np.asarray(values, dtype=dtype if name == "ids" else np.int32).data)
-                counts[part] += len(rows)
-            progress.add(sum(num_bytes_of(pair.prompt) + num_bytes_of(pair.completion) for pair in group))
-    finally:
-        for file in files.values():
-            file.close()
-    for part, name in (("train", "to train on"), ("val", "held out")):
-        if not counts[part]:
-            raise RequestError(f"no pairs {name}; use more pairs, or another data.val_fraction")
-    with writing_to(directory.parent):
-        tokenizer.save(directory)
-    return {"dtype": dtype.name, "train_pairs": counts["train"], "val_pairs": counts["val"]}
+    def conclude(self, source: Source[Pair], counts: dict[str, int]) -> tuple[dict[str, Any], str]:
+        for part, name in (("train", "to train on"), ("val", "held out")):
+            if not counts.get(f"{part}_pairs"):
+                raise RequestError(f"no pairs {name}; use more pairs, or another data.val_fraction")
+        num_skipped = self._pairs.num_skipped
+        skipped = f", {num_skipped:,} bad rows left out" if num_skipped else ""
+        meta = {name: counts[name] for name in ("train_pairs", "val_pairs")}
+        words = f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out{skipped}"
+        return {**meta, "description": source.description + skipped}, words
 
+    def load(self, directory: Path, meta: dict[str, Any]) -> TokenizedPairs:
+        def load(part: str) -> PairIds:
+            def mapped(name: str, dtype: str) -> Any:
+                return np.memmap(directory / f"{part}_{name}.bin", dtype=dtype, mode="r")
 
-def _groups(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Consecutive pairs, as many as are encoded at once."""
-    group: list[Pair] = []
-    num_chars = 0
-    for pair in pairs:
-        group.append(pair)
-        num_chars += len(pair.prompt) + len(pair.completion)
-        if len(group) == ENCODE_ROWS or num_chars > 1 << 21:
-            yield group
-            group, num_chars = [], 0
-    if group:
-        yield group
+            lengths, prompts = mapped("lengths", "int32"), mapped("prompts", "int32")
+            starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            return PairIds(mapped("ids", meta["dtype"]), starts, prompts, mapped("bytes", "int32"))
+
+        return TokenizedPairs(Tokenizer.load(directory), load("train"), load("val"), meta["description"], directory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

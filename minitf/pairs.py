@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minitf import formats
 from minitf.books import aligned_verses
-from minitf.corpus import PAIR_SUFFIXES, DataConfig, every, find_files, hub_error, is_held_out, load_hub
-from minitf.errors import MinitfError, RequestError
+from minitf.corpus import PAIR_SUFFIXES, every, is_held_out, num_bytes_of
+from minitf.data_config import DataConfig
+from minitf.errors import RequestError
 from minitf.exercises import EXERCISES, exercise_pairs
+from minitf.hub_data import HubData
+from minitf.reading import Mark, Reader
 
 # Columns that hold a pair, in the order in which they are looked for.
 COLUMN_NAMES = (
@@ -25,7 +29,6 @@ COLUMN_NAMES = (
 )  # fmt: skip
 INSTRUCTION_INPUTS = ("input", "context")  # what an instruction may be about, put below it
 CHATS = ("messages", "conversations", "conversation")
-LONGEST_LINE = 1 << 26  # bytes
 
 
 class Pair(NamedTuple):
@@ -41,12 +44,23 @@ class PairCorpus:
     """Pairs that can be gone through as often as wanted; `num_skipped` counts the bad rows of the newest time."""
 
     description: str
-    _read: Callable[["PairCorpus"], Iterator[Pair]]
+    _read: Callable[["PairCorpus", Any], Iterator[Pair | Mark]]
+    num_documents: int | None = None  # pairs, where it is known
+    num_bytes: int | None = None  # of all text, known once they were gone through
     num_skipped: int = 0
 
-    def __iter__(self) -> Iterator[Pair]:
+    def source(self, state: Any) -> Iterator[Pair | Mark]:
+        """To be read with `reading.Reader`."""
         self.num_skipped = 0
-        return self._read(self)
+        return self._read(self, state)
+
+    def __iter__(self) -> Iterator[Pair]:
+        num_bytes = num_pairs = 0
+        for pair in Reader(self.source):
+            num_bytes += num_bytes_of(pair.prompt) + num_bytes_of(pair.completion)
+            num_pairs += 1
+            yield pair
+        self.num_bytes, self.num_documents = num_bytes, num_pairs
 
 
 def open_pairs(config: DataConfig) -> PairCorpus:
@@ -61,7 +75,7 @@ def open_pairs(config: DataConfig) -> PairCorpus:
 def _verses(config: DataConfig) -> PairCorpus:
     chapters = aligned_verses()[: config.max_documents]
 
-    def read(_: PairCorpus) -> Iterator[Pair]:
+    def read(*_: Any) -> Iterator[Pair]:
         for index, chapter in enumerate(chapters):
             held_out = is_held_out(index, config.val_fraction)
             for old, new in chapter:
@@ -69,16 +83,16 @@ def _verses(config: DataConfig) -> PairCorpus:
 
     held_out = f"{every(config.val_fraction)} chapter" if config.val_fraction == 0.1 else every(config.val_fraction)
     count = sum(map(len, chapters))
-    return PairCorpus(f"King James into modern English, {count:,} verses, {held_out} held out", read)
+    return PairCorpus(f"King James into modern English, {count:,} verses, {held_out} held out", read, count)
 
 
 def _exercise(config: DataConfig) -> PairCorpus:
-    def read(_: PairCorpus) -> Iterator[Pair]:
+    def read(*_: Any) -> Iterator[Pair]:
         for index, (prompt, completion) in enumerate(exercise_pairs(config.source, config.num_pairs)):
             yield Pair(prompt, completion, is_held_out(index, config.val_fraction))
 
     description = f"{config.source}: {EXERCISES[config.source]}; {config.num_pairs:,} pairs"
-    return PairCorpus(f"{description}, {every(config.val_fraction)} held out", read)
+    return PairCorpus(f"{description}, {every(config.val_fraction)} held out", read, config.num_pairs)
 
 
 # What a row means
@@ -176,10 +190,12 @@ def _chat(name: str) -> Columns:
 
 
 def _files(config: DataConfig) -> PairCorpus:
-    paths = find_files(config.files, PAIR_SUFFIXES)
+    paths = formats.find_files(config.files, PAIR_SUFFIXES)
     for path in paths:
-        if path.suffix.lower() not in PAIR_SUFFIXES:
-            raise RequestError(f"data.files: pairs are read from {', '.join(PAIR_SUFFIXES)}, not from {path}")
+        if formats.kind_of(path) not in PAIR_SUFFIXES:
+            raise RequestError(
+                f"data.files: pairs are read from {', '.join(PAIR_SUFFIXES)}, each also as .gz or .zst, not from {path}"
+            )
     number, first = next(_rows(paths[0]), (0, None))
     if first is None:
         raise RequestError(f"{paths[0]}: no rows; name a file with pairs")
@@ -187,7 +203,7 @@ def _files(config: DataConfig) -> PairCorpus:
         raise RequestError(f"{paths[0]}, row {number}: {first}")
     meaning = choose_columns(config, list(first), first, str(paths[0])).meaning
 
-    def read(corpus: PairCorpus) -> Iterator[Pair]:
+    def read(corpus: PairCorpus, _: Any) -> Iterator[Pair]:
         index = 0
         for path in paths:
             columns: Columns | None = None
@@ -223,36 +239,25 @@ def _checked(
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRowError]]:
     """Rows of one file with their numbers, from 1 (in CSV and TSV the line, the header being the first)."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet(path)
-    if suffix in (".csv", ".tsv"):
-        return _table(path, "," if suffix == ".csv" else "\t")
+    kind = formats.kind_of(path)
+    if kind == ".parquet":
+        return formats.parquet_rows(path)
+    if kind in (".csv", ".tsv"):
+        return _table(path, "," if kind == ".csv" else "\t")
     return _json(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | BadRowError]]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE):
-            number += 1
-            if len(line) == LONGEST_LINE:
-                raise RequestError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB; one pair a line")
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield number, BadRowError(f"invalid UTF-8 at byte {error.start} of the line")
+    for number, line in formats.lines(path):
+        if isinstance(line, UnicodeDecodeError):
+            yield number, BadRowError(f"invalid UTF-8 at byte {line.start} of the line")
+        else:
+            yield number, line
 
 
 def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRowError]]:
     """JSON lines, or one JSON array of objects."""
-    with path.open("rb") as file:
-        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start.startswith(b"["):
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{path}: not JSON: {error}") from None
+    if (rows := formats.json_array(path)) is not None:
         yield from (
             (n, row if isinstance(row, dict) else BadRowError("no object")) for n, row in enumerate(rows, start=1)
         )
@@ -278,7 +283,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] 
             yield line
 
     damaged: dict[int, BadRowError] = {}
-    csv.field_size_limit(LONGEST_LINE)
+    csv.field_size_limit(formats.LONGEST_LINE)
     # In TSV a quotation mark is a character like any other.
     plain = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {}
     reader = csv.reader(lines(), delimiter=delimiter, **plain)  # type: ignore[arg-type]
@@ -295,44 +300,26 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] 
         raise RequestError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRowError]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RequestError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
-
-
 # The Hugging Face hub
 
 
 def _hub(config: DataConfig) -> PairCorpus:
-    splits = [config.hub_split, *([config.hub_val_split] if config.hub_val_split else [])]
-    loaded = [load_hub(config, split) for split in splits]
-    rows = loaded[0][0]
-    first = next(iter(rows), None)
+    data = HubData(config)
+    first = data.first_row()
     if first is None:
         raise RequestError(f"{config.hub_path} has no rows in split {config.hub_split}")
     columns = choose_columns(config, list(first), first, str(config.hub_path))
 
-    def read(corpus: PairCorpus) -> Iterator[Pair]:
-        try:
-            for part, (rows, _) in enumerate(loaded):
-                for index, row in enumerate(rows):
-                    pair = _checked(config, corpus, columns, row, f"{config.hub_path}, {splits[part]}, row {index + 1}")
-                    if pair is not None:
-                        held_out = part == 1 if config.hub_val_split else is_held_out(index, config.val_fraction)
-                        yield Pair(*pair, held_out)
-        except MinitfError:
-            raise
-        except Exception as error:  # whatever the client raises while it reads becomes one line
-            raise hub_error(config, error) from error
+    def read(corpus: PairCorpus, state: Any) -> Iterator[Pair | Mark]:
+        corpus.num_skipped, inner = state or (0, None)
+        for row in data.read(inner):
+            if isinstance(row, Mark):
+                yield Mark([corpus.num_skipped, row.state])
+                continue
+            where = f"{config.hub_path}, {data.names[row.part]}, row {row.index + 1}"
+            if (pair := _checked(config, corpus, columns, row.values, where)) is not None:
+                held_out = row.part == 1 if config.hub_val_split else is_held_out(row.index, config.val_fraction)
+                yield Pair(*pair, held_out)
 
     held_out = f"split {config.hub_val_split}" if config.hub_val_split else every(config.val_fraction)
-    return PairCorpus(f"{config.hub_path} ({columns.meaning}), {held_out} held out", read)
+    return PairCorpus(f"{data.description} ({columns.meaning}), {held_out} held out", read, data.num_documents)

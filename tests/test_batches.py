@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitf import batches, books, corpus, prepared
+from minitf import batches, books, corpus, preparation, prepared
 from minitf.batches import IGNORED, Batches, TokenizedText, held_out_batches, prepare
 from minitf.corpus import DataConfig
 from minitf.errors import MinitfError, RequestError
@@ -43,7 +43,7 @@ def sample_text(num_chars: int, seed: int = 0) -> str:
 
 def test_ids_are_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE_CHARS", 500)
-    monkeypatch.setattr(batches, "ENCODE_CHARS", 1200)
+    monkeypatch.setattr(preparation, "ENCODE_CHARS", 1200)
     text = sample_text(20_000)
     for config in (BYTE, TokenizerConfig(kind="char"), TokenizerConfig(vocab_size=300)):
         found = prepare(text_config(tmp_path, text), config, log=quiet)
@@ -109,7 +109,7 @@ def test_the_second_start_only_opens_files(tmp_path: Path) -> None:
     num_first, *loaded_first, _ = first.stdout.split()
     num_second, *loaded_second, seconds = second.stdout.split()
     assert num_first == num_second
-    assert (loaded_first, loaded_second) == (["True", "True"], ["False", "False"])
+    assert (loaded_first, loaded_second) == (["False", "True"], ["False", "False"])
     assert float(seconds) < 1
     assert "prepared in" in first.stderr
     assert second.stderr == ""
@@ -118,14 +118,14 @@ def test_the_second_start_only_opens_files(tmp_path: Path) -> None:
 def test_settings_that_change_the_ids_change_the_directory(tmp_path: Path) -> None:
     data = text_config(tmp_path, sample_text(3000))
     keys = [
-        batches.cache_key(data, BYTE, None),
-        batches.cache_key(data, TokenizerConfig(vocab_size=300), None),
-        batches.cache_key(data, TokenizerConfig(vocab_size=301), None),
-        batches.cache_key(text_config(tmp_path, sample_text(3001)), BYTE, None),
-        batches.cache_key(text_config(tmp_path, sample_text(3000), val_fraction=0.2), BYTE, None),
+        preparation.cache_key(data, BYTE, None),
+        preparation.cache_key(data, TokenizerConfig(vocab_size=300), None),
+        preparation.cache_key(data, TokenizerConfig(vocab_size=301), None),
+        preparation.cache_key(text_config(tmp_path, sample_text(3001)), BYTE, None),
+        preparation.cache_key(text_config(tmp_path, sample_text(3000), val_fraction=0.2), BYTE, None),
     ]
     assert len(set(keys)) == len(keys)
-    assert keys[0] == batches.cache_key(
+    assert keys[0] == preparation.cache_key(
         text_config(tmp_path, sample_text(3000)), TokenizerConfig(kind="byte", vocab_size=9), None
     )
 
@@ -147,11 +147,12 @@ def test_two_processes_at_once_end_with_one_directory(tmp_path: Path) -> None:
 
 
 def test_the_second_of_two_uses_what_the_first_made(tmp_path: Path) -> None:
-    found = prepare(text_config(tmp_path, sample_text(2000)), BYTE, log=quiet)
+    data = text_config(tmp_path, sample_text(2000))
+    found = prepare(data, BYTE, log=quiet)
     copy = prepared._temporary_name(found.directory)
     shutil.copytree(found.directory, copy)
     before = found.directory.stat().st_ino
-    published = prepared._publish(copy, found.directory, batches._load)
+    published = prepared._publish(copy, found.directory, batches.TextPreparation(data, BYTE).load)
     assert published.directory.stat().st_ino == before
 
 
@@ -216,10 +217,10 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    rows = [{"text": "some text" * 10_000, "end": True}]
-    tokenizer = prepare(text_config(tmp_path, sample_text(2000)), BYTE, log=quiet).tokenizer
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(MinitfError, match="No space left"):
-        batches._write_ids(rows, False, tokenizer, full, np.dtype("uint16"), prepared.Progress(quiet))  # type: ignore[arg-type]
+    partial = prepared.Partial(tmp_path, ("train.bin",))
+    partial.files["train.bin"] = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(MinitfError, match="No space left"):
+        partial.append({"train.bin": b"ids"})
 
 
 def test_text_without_a_held_out_part_is_one_line(tmp_path: Path) -> None:
@@ -231,11 +232,11 @@ def test_text_without_a_held_out_part_is_one_line(tmp_path: Path) -> None:
 
 def test_bpe_is_trained_on_a_sample_from_everywhere() -> None:
     texts = [f"{i:03}" + "x" * 97 for i in range(1000)]
-    sample = batches.evenly_sampled(texts, 20_000)
+    sample = preparation.evenly_sampled(texts, 20_000)
     assert 100 <= len(sample) <= 200
     indices = [int(text[:3]) for text in sample]
     assert len({b - a for a, b in itertools.pairwise(indices)}) == 1
-    assert batches.evenly_sampled(texts, 10**9) == texts
+    assert preparation.evenly_sampled(texts, 10**9) == texts
     assert list(batches._first(texts, 20_000)) == texts[:200]
 
 

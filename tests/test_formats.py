@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitf.corpus import DataConfig, fingerprint, open_corpus, read_rows
+from minitf.corpus import DataConfig, fingerprint, open_corpus
 from minitf.errors import RequestError
 
 TEXTS = ['The cat,\nand "the" mat.', "naïve 世界\r\n", "", "third", *(f"document {i}" for i in range(4, 20))]
@@ -45,7 +45,7 @@ def read(config: DataConfig) -> tuple[list[str], list[str]]:
     corpus = open_corpus(config)
     parts = []
     for rows in (corpus.train, corpus.val):
-        found = list(read_rows(config, rows))
+        found = list(rows)
         assert all(row["end"] for row in found)
         parts.append([row["text"] for row in found])
     return parts[0], parts[1]
@@ -85,7 +85,7 @@ def test_compressed_text_is_text(tmp_path: Path, suffix: str) -> None:
     def whole(path: Path) -> list[str]:
         config = DataConfig(source="files", files=[str(path)])
         corpus = open_corpus(config)
-        return ["".join(row["text"] for row in read_rows(config, rows)) for rows in (corpus.train, corpus.val)]
+        return ["".join(row["text"] for row in rows) for rows in (corpus.train, corpus.val)]
 
     assert whole(packed) == whole(tmp_path / "a.txt")
     packed.write_bytes(packed.read_bytes()[:100])
@@ -114,9 +114,9 @@ def test_another_column_is_another_text(tmp_path: Path) -> None:
         ("a.jsonl", b'"a"\n', "line 1 is no JSON object"),
         ("a.csv", b'text\n"a\n', "unexpected end"),
         ("a.csv", b"text\n\xff\xfe\n", "not UTF-8"),
-        ("a.parquet", b"no", "not a parquet file"),
+        ("a.parquet", b"no", "cannot be read as parquet"),
         ("a.jsonl.gz", b"no", "damaged"),
-        ("a.jsonl", b'{"text": "a"}\n', "1 documents are too few"),
+        ("a.jsonl", b'{"text": "a"}\n', "1 documents with text are too few"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
