@@ -244,7 +244,9 @@ def train_tokenizer(
         for source in (texts, held_out_texts):
             for text in source:
                 alphabet.update(text)
-        backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet))}, merges=[]))
+        # Half a surrogate pair, as JSON may hold, is no character: it is refused when it is to be encoded.
+        characters = [c for c in sorted(alphabet) if not "\ud800" <= c <= "\udfff"]
+        backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
         backend.decoder = decoders.Fuse()
         return Tokenizer(backend, for_pairs)
     return _train_bpe(config, texts, for_pairs)

@@ -6,209 +6,20 @@ Inputs come from hypothesis, and where atheris is installed from its coverage-gu
 """
 
 import argparse
-import json
-import random
 import resource
-import struct
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from minitf.errors import MinitfError, run_command
+from minitf.faults.targets import NAMES, Targets
 
 SLOW_S = 10.0
 MAX_GROWTH_BYTES = 1 << 30
-INTERESTING: tuple[Any, ...] = (
-    0, -1, 1, 2, 3, 7, 1 << 31, 1 << 62, 10**30, -(10**30), 1e308, float("inf"), float("nan"), True, None, "", "x", [],
-    {}, [1], {"a": 1}, "${oc.env:HOME}", "../../etc/passwd", "\ud800", "\0", "999999999999",
-)  # fmt: skip
-
 Target = Callable[[bytes], None]
-
-
-class Targets:
-    """What is tormented; each method takes the input's bytes and works in a directory of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        from minitf.model import ModelConfig, Transformer
-        from minitf.tokenizer import TokenizerConfig, train_tokenizer
-
-        self.directory = directory
-        text = "The cat sat on the mat, and it was tired. 世界 \n" * 20
-        self.tokenizers = [
-            train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=280), [text]),
-            train_tokenizer(TokenizerConfig(kind="byte"), []),
-        ]
-        shape = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, context_length=16, intermediate_size=8)
-        self.model = Transformer(shape, self.tokenizers[1].vocab_size).eval()
-        self.files = self._checkpoint()
-
-    def _checkpoint(self) -> dict[str, bytes]:
-        from minitf.checkpoint import save_checkpoint
-        from minitf.train_state import TrainState
-
-        place = self.directory / "good"
-        tensors = {"random_state": self.model.rotary.flatten(), "pending": self.model.rotary[:, :0]}
-        saved = save_checkpoint(
-            place, self.model, self.tokenizers[1], tensors, vars(TrainState()) | {"data": {}}, is_best=True, keep=1
-        )
-        return {path.name: path.read_bytes() for path in saved.iterdir()}
-
-    def checkpoint(self, data: bytes) -> None:
-        """One file of a checkpoint changed, with digests that fit it, or none: as a stranger would send it."""
-        from minitf.checkpoint import load_checkpoint, load_optimizer_state
-        from minitf.train_state import TrainState
-
-        chance = random.Random(data)
-        place = self.directory / "checkpoint"
-        place.mkdir(exist_ok=True)
-        names = sorted(self.files)
-        victim = names[data[0] % len(names)] if data else names[0]
-        for name, content in self.files.items():
-            (place / name).write_bytes(_changed(content, data[1:], chance) if name == victim else content)
-        if chance.random() < 0.7 and victim != "trainer_state.json":
-            (place / "trainer_state.json").unlink()
-        elif victim == "trainer_state.json":
-            _sign(place / "trainer_state.json")
-        loaded = load_checkpoint(place, device="cpu")
-        if loaded.state:
-            TrainState.from_json(loaded.state)
-            load_optimizer_state(place)
-
-    def tokenizer(self, data: bytes) -> None:
-        """Text that is encoded comes back as it was."""
-        text = data.decode("utf-8", "surrogatepass") if data[:1] < b"\x80" else data.decode("latin-1")
-        for tokenizer in self.tokenizers:
-            ids = tokenizer.encode(text)
-            if tokenizer.decode(ids) != text:
-                raise AssertionError(f"{text!r} became {tokenizer.decode(ids)!r}")
-            stream = tokenizer.decode_stream()
-            streamed = "".join(stream.step(id_) or "" for id_ in ids) + stream.flush()
-            if streamed != text:
-                raise AssertionError(f"{text!r} streamed as {streamed!r}")
-            if len(tokenizer.pieces(ids)) != len(ids):
-                raise AssertionError(f"{text!r}: pieces")
-
-    def tokenizer_file(self, data: bytes) -> None:
-        """A changed tokenizer.json."""
-        from minitf.tokenizer import Tokenizer
-
-        path = self.directory / "tokenizer.json"
-        path.write_bytes(_changed(self.files["tokenizer.json"], data, random.Random(data)))
-        tokenizer = Tokenizer.load(path)
-        tokenizer.decode(tokenizer.encode("The cat"))
-
-    def config(self, data: bytes) -> None:
-        """Arguments of a training."""
-        from minitf.config import compose_config, load_config
-
-        chance = random.Random(data)
-        text = data.decode("utf-8", "replace")
-        keys = [
-            "model.num_layers",
-            "trainer.max_steps",
-            "data",
-            "data.files",
-            "optim.betas",
-            "name",
-            "seed",
-            "attention.probes",
-        ]
-        argument = f"{chance.choice(keys)}={text}" if chance.random() < 0.7 else text
-        if chance.random() < 0.5:
-            compose_config([argument])
-            return
-        path = self.directory / "config.yaml"
-        if not path.exists() or chance.random() < 0.01:
-            from minitf.config import save_config
-
-            save_config(compose_config([]), self.directory / "good.yaml")
-        good = (self.directory / "good.yaml").read_bytes()
-        path.write_bytes(_changed(good, data, chance))
-        load_config(path)
-
-    def generation(self, data: bytes) -> None:
-        """Arguments of a generation, and a prompt."""
-        from minitf.decoding.sampling import Sampling
-        from minitf.generate import Options, generate_text
-
-        chance = random.Random(data)
-        # Mostly what is allowed: one bad value refuses them all, and hides what the others do together.
-        allowed: list[list[Any]] = [
-            [1, 2, 5, 20], [None, 0, 1, -1, 1 << 31, (1 << 63) - 1],
-            [0, 0.7, 1e-6, 1e6], [0, 1, 3, 1000], [1e-6, 0.5, 1], [0, 0.05, 1], [1e-9, 1.3, 1e9],
-        ]  # fmt: skip
-        bad = [value for value in INTERESTING if isinstance(value, int | float)] + [0.5, 1.5]
-        picked = [chance.choice(bad if chance.random() < 0.05 else values) for values in allowed]
-        most = picked[0] if picked[0] < 20 else 20  # longer ones are only longer
-        sampling = Sampling(*picked[2:])
-        stop = (data[:3].decode("latin-1"),) if chance.random() < 0.5 else ()
-        options = Options(most, picked[1], stop, sampling)
-        generate_text(
-            self.model, self.tokenizers[1], data.decode("utf-8", chance.choice(["replace", "surrogateescape"])), options
-        )
-
-
-NAMES = ("checkpoint", "tokenizer", "tokenizer_file", "config", "generation")
-
-
-def _sign(path: Path) -> None:
-    """Have trainer_state.json say of itself that it is whole, as a stranger can."""
-    from minitf.checkpoint import own_sha256
-
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        state.pop("own_sha256", None)
-        path.write_text(json.dumps({**state, "own_sha256": own_sha256(state)}), encoding="utf-8")
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        pass
-
-
-def _changed(content: bytes, data: bytes, chance: random.Random) -> bytes:
-    """Bytes put in, cut out, flipped; of JSON also a value replaced by another; a header that claims much."""
-    way = chance.randrange(8)
-    if way < 4 and content[:1] == b"{":
-        return _other_value(content, data, chance)
-    if way < 4 and content[8:9] == b"{":  # safetensors: a header after its length
-        (length,) = struct.unpack_from("<Q", content)
-        header = _other_value(content[8 : 8 + length], data, chance)
-        claimed = chance.choice([len(header), len(header), len(header), len(header) + 1, 1 << 40, 0])
-        return struct.pack("<Q", claimed) + header + content[8 + length :]
-    at = chance.randrange(len(content) + 1)
-    if way == 4:
-        return content[:at]
-    if way == 5:
-        return content[:at] + data + content[at:]
-    if way == 6:
-        return data
-    flipped = bytearray(content)
-    for byte in data[:20]:
-        flipped[chance.randrange(len(flipped))] ^= byte or 1
-    return bytes(flipped)
-
-
-def _other_value(content: bytes, data: bytes, chance: random.Random) -> bytes:
-    document = json.loads(content)
-    places: list[tuple[Any, Any]] = []
-    pending = [document]
-    while pending:
-        node = pending.pop()
-        entries = list(node.items()) if isinstance(node, dict) else list(enumerate(node))
-        for key, value in entries:
-            places.append((node, key))
-            if isinstance(value, dict | list):
-                pending.append(value)
-    for _ in range(chance.randint(1, 3)):
-        node, key = chance.choice(places)
-        text = data.decode("utf-8", "replace")
-        node[key] = chance.choice([*INTERESTING, text, [text] * 3, len(data), -len(data) / 3])
-    if chance.random() < 0.05:
-        return content.replace(b"{", b'{"x":' + b"[" * 100_000, 1)
-    return json.dumps(document).encode("utf-8", "surrogatepass")
 
 
 class Watch:
@@ -355,6 +166,7 @@ def _import_targets() -> None:
     import minitf.checkpoint
     import minitf.config
     import minitf.generate
+    import minitf.task
     import minitf.tokenizer
     import minitf.untrusted  # noqa: F401
 
