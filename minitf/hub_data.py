@@ -3,9 +3,8 @@
 What goes wrong there, and how little of it the hub's own errors say, becomes one line each.
 """
 
-import itertools
-import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class HubData:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.names = [config.hub_split, *([config.hub_val_split] if config.hub_val_split else [])]
-        self.commit, self.is_offline = _find_commit(config)
+        self.commit, self.away = _find_commit(config)
         self._splits: dict[tuple[str, str | None], _Split] = {}
         first = self.split(0)
         splits = [first, *(self.split(part) for part in range(1, len(self.names)))]
@@ -54,7 +53,7 @@ class HubData:
         self.num_documents = None if None in counts else sum(count or 0 for count in counts)
         self._splits_in_order = splits
         remark = f"{config.hub_path}{f' ({config.hub_name})' if config.hub_name else ''}"
-        self.description = remark + (", from the cache, as the hub cannot be reached" if self.is_offline else "")
+        self.description = remark + (", from the cache, as the hub cannot be reached" if self.away else "")
 
     def num_bytes(self, column: str) -> int | None:
         """About the bytes of a column of text; None where they are not known before they are read."""
@@ -64,7 +63,7 @@ class HubData:
     def split(self, part: int, commit: str | None = None) -> "_Split":
         key = (self.names[part], commit or self.commit)
         if key not in self._splits:
-            self._splits[key] = _open(self.config, *key, self.is_offline)
+            self._splits[key] = _open(self.config, *key, self.away)
         return self._splits[key]
 
     def first_row(self) -> dict[str, Any] | None:
@@ -142,33 +141,33 @@ class _Split:
             )
 
     def _streamed(self, state: Any, size: int) -> Iterator[tuple[list[dict[str, Any]], Any]]:
-        """File by file, in drawn order if shuffled; the state is the number of a file and its own position."""
-        count = self.dataset.num_shards
-        order = np.arange(count)
-        if self.config.shuffle_buffer:
-            order = np.random.default_rng(self.config.shuffle_seed).permutation(count)
-        place, within = state or (0, None)
-        file: Any = None
+        """File by file, in drawn order if shuffled; the state is the number of a file and its own position.
 
-        def rows() -> Iterator[dict[str, Any]]:
-            nonlocal place, within, file
-            while place < count:
-                file = self.dataset.shard(count, int(order[place]))
-                if hasattr(file, "reshard"):  # by row groups of parquet: going on need not read those before again
-                    file = file.reshard()
-                if within is not None:
-                    file.load_state_dict(within)
-                yield from file
-                place, within = place + 1, None
+        Only what is shuffled is gathered from several files: else a file that is done need not be opened again.
+        """
+        count, shuffled = self.dataset.num_shards, self.config.shuffle_buffer
+        order = np.random.default_rng(self.config.shuffle_seed).permutation(count) if shuffled else range(count)
+        first, within = state or (0, None)
+        block: list[dict[str, Any]] = []
+        for place in range(first, count):
+            file = self.dataset.shard(count, int(order[place]))
+            if hasattr(file, "reshard"):  # by row groups of parquet: going on need not read those before again
+                file = file.reshard()
+            if within is not None:
+                file.load_state_dict(within)
+                within = None
+            for row in file:
+                block.append(row)
+                if len(block) == size:
+                    yield block, [place, file.state_dict()]
+                    block = []
+            if block and (not shuffled or place + 1 == count):
+                yield block, [place + 1, None]
+                block = []
 
-        remaining = rows()
-        while block := list(itertools.islice(remaining, size)):
-            # Behind the last row of all there is no file any more.
-            yield block, [place, file.state_dict() if place < count else None]
 
-
-def _find_commit(config: DataConfig) -> tuple[str | None, bool]:
-    """The commit to read, and whether it has to come from the cache because the hub cannot be reached.
+def _find_commit(config: DataConfig) -> tuple[str | None, MinitfError | None]:
+    """The commit to read, and what to say if it is not in the cache because the hub cannot be reached.
 
     The one question that is not repeated for half a minute, as the hub's client repeats those for files: a hub that
     cannot be reached, a name that is not there and a data set that would run code are found out at once.
@@ -181,28 +180,27 @@ def _find_commit(config: DataConfig) -> tuple[str | None, bool]:
     datasets.utils.logging.set_verbosity_error()
     datasets.config.STREAMING_READ_MAX_RETRIES = READ_RETRIES
     if config.files or Path(str(config.hub_path)).exists() or datasets.config.HF_HUB_OFFLINE:
-        return config.hub_revision, False
+        return config.hub_revision, None
     api = huggingface_hub.HfApi(endpoint=datasets.config.HF_ENDPOINT)
     try:
         info = api.dataset_info(
             str(config.hub_path), revision=config.hub_revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
     except Exception as error:
+        told = hub_error(config, error)
         if _is_unreachable(error):
-            return config.hub_revision, True
-        raise hub_error(config, error) from error
+            return config.hub_revision, told
+        raise told from error
     script = f"{str(config.hub_path).split('/')[-1]}.py"
     if script in {file.rfilename for file in info.siblings or ()}:
         raise RequestError(
             f"{config.hub_path} is loaded by a program of its own ({script}), which is never run; there may be a copy "
             "without one: data.hub_revision=refs/convert/parquet"
         )
-    return info.sha, False
+    return info.sha, None
 
 
-def _open(config: DataConfig, split: str, commit: str | None, offline: bool) -> _Split:
-    import sys
-
+def _open(config: DataConfig, split: str, commit: str | None, away: MinitfError | None) -> _Split:
     import datasets
 
     if not sys.stderr.isatty():
@@ -214,11 +212,26 @@ def _open(config: DataConfig, split: str, commit: str | None, offline: bool) -> 
         options["sample_by"] = "document"  # its default drops the newlines
     before = datasets.config.HF_HUB_OFFLINE
     try:
-        datasets.config.HF_HUB_OFFLINE = before or offline
+        datasets.config.HF_HUB_OFFLINE = before or away is not None
         with naming_errors(config, split):
-            return _Split(datasets.load_dataset(config.hub_path, config.hub_name, split=split, **options), config)
+            dataset = datasets.load_dataset(config.hub_path, config.hub_name, split=split, **options)
+        if datasets.config.HF_HUB_OFFLINE and config.hub_revision and not config.files:
+            _check_cached(config, dataset)
+        return _Split(dataset, config)
+    except MinitfError as error:
+        raise (away or error) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before
+
+
+def _check_cached(config: DataConfig, dataset: Any) -> None:
+    """From the cache the client takes whichever revision it fetched last."""
+    files = [Path(file["filename"]) for file in getattr(dataset, "cache_files", [])]
+    if not Path(str(config.hub_path)).exists() and not all(config.hub_revision in file.parts for file in files):
+        raise MinitfError(
+            f"{config.hub_path}: whether its copy in the cache is revision {config.hub_revision} cannot be told "
+            "without the hub; name the commit with data.hub_revision, or leave it out"
+        )
 
 
 class naming_errors:  # noqa: N801  # a context manager that reads as the statement it is
@@ -252,7 +265,7 @@ def hub_error(config: DataConfig, error: Exception, split: str = "") -> MinitfEr
 
     name, chain = config.hub_path, _chain(error)
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
-    if "GatedRepoError" in names:
+    if "GatedRepoError" in names or "is a gated dataset" in str(error):
         return RequestError(
             f"{name} is gated: accept its terms on {constants.ENDPOINT}/datasets/{name}, then log in with: hf auth "
             "login, or set HF_TOKEN"
@@ -270,13 +283,13 @@ def hub_error(config: DataConfig, error: Exception, split: str = "") -> MinitfEr
         told = told.__cause__
     reason = " ".join(str(told).split()).rstrip(".") or type(error).__name__
     found = re.search(r"\[('[^\]]*)\]", reason)
-    known = f"; there are: {found[1]}".replace("'", "") if found else ""
+    known = f", one of: {found[1]}".replace("'", "") if found else ""
     if "BuilderConfig" in reason or "Config name is missing" in reason:
         wanted = f"has no configuration {config.hub_name!r}" if config.hub_name else "has several configurations"
-        return RequestError(f"{name} {wanted}; set data.hub_name{known.replace('there are', 'one of')}")
+        return RequestError(f"{name} {wanted}; set data.hub_name{known}")
     if "split" in reason.lower() and found:
         key = "hub_val_split" if split and split == config.hub_val_split else "hub_split"
-        return RequestError(f"{name} has no split {split!r}; set data.{key}{known.replace('there are', 'one of')}")
+        return RequestError(f"{name} has no split {split!r}; set data.{key}{known}")
     return RequestError(f"cannot load {name}: {reason[:200]}; check data.hub_path, data.hub_name and data.hub_split")
 
 
@@ -286,12 +299,10 @@ def _unreachable(config: DataConfig, chain: list[BaseException]) -> MinitfError:
 
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
     if datasets.config.HF_HUB_OFFLINE:
-        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
-        if offline:
-            return MinitfError(
-                f"{config.hub_path} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; data=kjv and data=web "
-                "work offline"
-            )
+        return MinitfError(
+            f"{config.hub_path} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; data=kjv and data=web "
+            "work offline"
+        )
     if any("Timeout" in name for name in names):
         waits = f"{constants.HF_HUB_ETAG_TIMEOUT} and {constants.HF_HUB_DOWNLOAD_TIMEOUT} s"
         return MinitfError(

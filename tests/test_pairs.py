@@ -1,6 +1,7 @@
 """Pairs from wherever they come: recognised, complete, and a bad row named by its number."""
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,32 @@ def test_the_formats_hold_the_same_pairs(tmp_path: Path) -> None:
     expected = [Pair(row["prompt"], row["completion"], i % 10 == 9) for i, row in enumerate(ROWS)]
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == expected, path.name
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_hold_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+    def pack(data: bytes) -> bytes:
+        if suffix == ".gz":
+            return gzip.compress(data)
+        zstandard = pytest.importorskip("zstandard", reason="install the extra minitf[zst]")
+        half = len(data) // 2  # several frames, as parallel compressors write them
+        return b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))
+
+    table = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS)
+    contents = {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "b.json": json.dumps(ROWS),
+        "c.csv": table,
+        "d.tsv": table.replace(",", "\t"),
+    }
+    expected = [Pair(row["prompt"], row["completion"], i % 10 == 9) for i, row in enumerate(ROWS)]
+    for name, content in contents.items():
+        path = tmp_path / (name + suffix)
+        path.write_bytes(pack(content.encode()))
+        assert read(path) == expected, name
+        path.write_bytes(b"damage" + path.read_bytes()[6:])
+        with pytest.raises(RequestError, match="damaged"):
+            read(path)
 
 
 def test_quotes_newlines_and_tabs_survive(tmp_path: Path) -> None:
