@@ -108,6 +108,16 @@ def read_text(path: Path) -> Iterator[str]:
                 return
 
 
+def is_broken(text: str) -> bool:
+    """Whether it holds half a surrogate pair, as JSON can: nothing can encode that."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return True
+    return False
+
+
 def lines(path: Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
     """The lines of a file with their numbers, from 1; in place of one that is no UTF-8 what is wrong with it."""
     with _naming_damage(path), open_bytes(path) as file:
@@ -138,6 +148,8 @@ def documents(path: Path, column: str) -> Iterator[str]:
         if text is not None and not isinstance(text, str):
             kind = type(text).__name__
             raise RequestError(f"{path}: row {number}: {column} holds {kind}, not text; set data.text_column")
+        if text and is_broken(text):
+            raise RequestError(f"{path}: row {number}: {column} holds half a surrogate pair, which is no character")
         if text:
             yield text
 

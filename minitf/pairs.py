@@ -144,6 +144,8 @@ def _text(row: Mapping[str, Any], name: str) -> str:
         raise BadRowError(f"{name} holds {type(value).__name__}, not text")
     if not value.strip():
         raise BadRowError(f"{name} is empty")
+    if formats.is_broken(value):
+        raise BadRowError(f"{name} holds half a surrogate pair, which is no character")
     return value.strip()
 
 

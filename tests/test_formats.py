@@ -112,6 +112,7 @@ def test_another_column_is_another_text(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b'"a"\n', "line 1 is no JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "row 2: text holds half a surrogate pair"),
         ("a.csv", b'text\n"a\n', "unexpected end"),
         ("a.csv", b"text\n\xff\xfe\n", "not UTF-8"),
         ("a.parquet", b"no", "cannot be read as parquet"),

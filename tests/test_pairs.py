@@ -133,6 +133,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         ('{"prompt": "x", "completion": ["y"]}', "row 2: completion holds list, not text"),
         ('{"prompt": "x"', "row 2: not JSON"),
         ("[1]", "row 2: no JSON object"),
+        ('{"prompt": "x\\udc00", "completion": "y"}', "row 2: prompt holds half a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named_or_left_out(tmp_path: Path, line: str, message: str) -> None:

@@ -87,14 +87,14 @@ def _sent_bytes() -> int:
 def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, width: int = 4) -> float:
     """Bytes one of `size` processes sends in a step, of weights in float32 and matrix updates of `width` bytes.
 
-    ddp: the gradients' all-reduce, 2 (P-1)/P of them, and an all-gather of the updates, (P-1)/P. fsdp: weights gathered
-    for the forward and for the backward pass and gradients scattered, 3 (P-1)/P, and Muon's rows there and back, 2/P
-    of (P-1)/P.
+    ddp: the gradients' all-reduce, 2 (P-1)/P of them, and an all-gather of the updates, (P-1)/P. fsdp: matrices
+    gathered for the forward and for the backward pass, the rest once, 2 and 1 times (P-1)/P, gradients scattered, and
+    Muon's rows there and back, 2/P of (P-1)/P. gloo scatters by an all-reduce, 2 (P-1)/P; nccl needs half of that.
     """
     part = (size - 1) / size
     if strategy == "ddp":
         return part * (2 * 4 * (num_matrix + num_other) + width * num_matrix)
-    return part * (3 * 4 * num_matrix + 2 * 4 * num_other + 2 * width * num_matrix / size)
+    return part * ((2 + 2) * 4 * num_matrix + (1 + 2) * 4 * num_other + 2 * width * num_matrix / size)
 
 
 def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -> None:
