@@ -21,6 +21,7 @@ KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"
 NUM_BYTES = 256
 DEFAULT_VOCAB_SIZE = 4096
 LONGEST_WORD = 1000  # characters
+MOST_ENDLESS = 1 << 23  # characters of text with longer ones: no two are alike, and the trainer keeps 50 bytes of each
 MAX_FILE_BYTES = 256 << 20  # of a tokenizer.json; the largest in use have some 40 MB
 MAX_UNUSED_IDS = 1 << 16
 
@@ -282,11 +283,13 @@ def _declared_end(file: Path) -> str:
 
 def _without_endless_words(texts: Iterable[str]) -> Iterator[str]:
     """The texts, cut up where nothing breaks them: the trainer's time grows with the square of a word's length."""
+    left = MOST_ENDLESS
     for text in texts:
-        if re.search(rf"\S{{{LONGEST_WORD}}}", text):
-            yield from (text[start : start + LONGEST_WORD] for start in range(0, len(text), LONGEST_WORD))
-        else:
+        if not re.search(rf"\S{{{LONGEST_WORD}}}", text):
             yield text
+        elif left > 0:
+            left -= len(text)
+            yield from (text[start : start + LONGEST_WORD] for start in range(0, len(text), LONGEST_WORD))
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
