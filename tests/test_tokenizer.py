@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from minitf import books, corpus
+from minitf import tokenizer as tokenizer_module
 from minitf.errors import RequestError
 from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -223,6 +224,13 @@ def test_presets_fit_the_config() -> None:
             composed.file = "x"
         OmegaConf.to_object(composed)
     assert kinds == ["bpe", "byte", "char", "pretrained"]
+
+
+def test_text_without_breaks_trains_on_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "MOST_ENDLESS", 5000)
+    read = list(tokenizer_module._without_endless_words(["x" * 3000, "a b", "y" * 3000, "z" * 3000, "c d"]))
+    assert "".join(read) == "x" * 3000 + "a b" + "y" * 3000 + "c d"
+    assert max(map(len, read)) == tokenizer_module.LONGEST_WORD
 
 
 def test_importing_is_cheap() -> None:
