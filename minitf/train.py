@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minitf.task import Task
     from minitf.trainer import Trainer
 
-    Prepared = tuple[Config, Task, Parallel, Hardware]
+    Prepared = tuple[Config, Task, Parallel, Hardware, Mapping[str, str]]
 
 
 def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None:
@@ -54,7 +54,7 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
     from minitf.train_state import TrainState
     from minitf.trainer import Trainer
 
-    config, task, parallel, hardware = prepared
+    config, task, parallel, hardware, origin = prepared
     model, group, first = parallel.model, parallel.group, parallel.group.is_first
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
@@ -68,6 +68,7 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
             config.trainer, config.optim, config.attention, parallel, task, batches, hardware, run_dir, monitor, state,
             choices,
         )  # fmt: skip
+        trainer.origin = origin
         before = replace(choices)
         said = {
             "device": hardware.device.type,
@@ -103,7 +104,7 @@ def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
     from minitf.dry_run import dry_run
     from minitf.train_state import TrainState
 
-    config, task, parallel, hardware = prepared
+    config, task, parallel, hardware, _ = prepared
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     report = dry_run(config, task, parallel, batches, hardware, state)
@@ -128,20 +129,21 @@ def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices",
     if decided:
         hardware = replace(hardware, reason="as the run began")
     with group.in_turn():
-        config, task, model = _open(config, resumed)
+        config, task, model, origin = _open(config, resumed)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
     parallel = Parallel(model, group, strategy)
     if group.rank:  # the first weights are those of all; what is dropped in other rows is not
         random_state.seed(config.seed + group.rank)
-    return config, task, parallel, hardware
+    return config, task, parallel, hardware, origin
 
 
-def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
+def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer", Mapping[str, str]]:
     from minitf import random_state
     from minitf.checkpoint import load_checkpoint
     from minitf.model import Transformer
+    from minitf.model_card import origin_of
     from minitf.task import open_task
     from minitf.tokenizer import TokenizerConfig
 
@@ -159,7 +161,8 @@ def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Ta
     model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
-    return config, task, model
+    origin = origin_of(None if resumed else config.init_from, loaded.directory if loaded else None)
+    return config, task, model, origin
 
 
 def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
