@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     Prepared = tuple[Config, Task, Parallel, Hardware, Mapping[str, str]]
 
 
-def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None:
+def train(
+    config: "Config", run_dir: Path, group: "Group | None" = None, compared: Mapping[str, Any] | None = None
+) -> None:
     """Train as `config` says in `run_dir`, or, where that is being used, beside it with a number behind its name.
 
     A request that cannot be met (RequestError) is found out before the directory is made. Of a `group` of processes
-    the first one keeps the directory; the others only compute.
+    the first one keeps the directory; the others only compute. `compared`: what a sweep gives this run, by key.
     """
     from minitf.choices import Choices
     from minitf.distributed import ALONE
@@ -44,13 +46,16 @@ def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None
         _say_dry_run(prepared, None)
         return
     with own_new(run_dir, numbered=not config.run_dir) if group.is_first else nullcontext(run_dir) as owned:
-        _train(prepared, Path(group.agree(str(owned))), None, Choices())
+        _train(prepared, Path(group.agree(str(owned))), None, Choices(), compared)
 
 
-def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices") -> None:
+def _train(
+    prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices",
+    compared: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
-    from minitf.config import flat, save_config
-    from minitf.monitor import Monitor, Mute, record_environment
+    from minitf.config import changed_settings, save_config
+    from minitf.monitor import SCALARS, Monitor, Mute, record_environment
     from minitf.train_state import TrainState
     from minitf.trainer import Trainer
 
@@ -91,8 +96,8 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
         if first and config.trainer.attention_every >= 0:
             monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
         if state.last_val:
-            final = {f"final/{name}": float(value) for name, value in state.last_val.items()}
-            monitor.hyperparameters(flat(config), final, state.step)
+            final = {f"final/{name}": float(state.last_val[name]) for name in SCALARS["val"] if name in state.last_val}
+            monitor.hyperparameters(compared or changed_settings(config), final, state.step)
         choices.finished = not trainer.interrupted
         if first:
             choices.save(run_dir)
@@ -342,7 +347,7 @@ def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":
 
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info",
-    "--hydra-help", "--version", "-sc", "--shell-completion",
+    "--hydra-help", "--version",
 )  # fmt: skip
 
 
@@ -352,16 +357,24 @@ def _sweep(args: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from minitf.config import register_schema, to_config
+    from minitf.config import check_overrides, flat, register_schema, to_config
     from minitf.help_page import CONF
+
+    given = check_overrides([arg for arg in args if "=" in arg and not arg.startswith("-")])
+    swept = [override.key_or_group for override in given if override.is_sweep_override()]
 
     def one_run(composed: Any) -> None:
         config = to_config(composed, HydraConfig.get().runtime.choices)
         config = _whole_context(config, HydraConfig.get().overrides.task)
         sweep_dir = Path(HydraConfig.get().sweep.dir)
-        label = re.sub(r"[^\w.+-]+", "_", f"{HydraConfig.get().job.num}_{HydraConfig.get().job.override_dirname}")
-        run_dir = sweep_dir / label.rstrip("_")[:100]
-        train(config, run_dir if HydraConfig.get().mode == RunMode.MULTIRUN else _new_run_dir(config))
+        settings, choices = flat(config), HydraConfig.get().runtime.choices
+        compared = {key: choices[key] if key in choices else settings.get(key, "") for key in swept}
+        label = "_".join([str(HydraConfig.get().job.num), *(f"{key}_{value}" for key, value in compared.items())])
+        run_dir = sweep_dir / re.sub(r"[^\w.+-]+", "_", label)[:100].rstrip("_")
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            train(config, run_dir, compared=compared)
+        else:
+            train(config, _new_run_dir(config))
 
     def job(composed: Any) -> None:
         # One value that diverges is a result of a sweep, not its end.
@@ -389,6 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(help_page())
         return 0
+    if args and args[0] in ("-sc", "--shell-completion"):  # Hydra's own does not know `python -m`
+        from minitf.completion import main as completion
+
+        return completion([args[-1].removeprefix("install=")])
     # Threads that wait for each other keep their core instead of giving it back at every operation: a step took 164 ms
     # against 188 ms on two quiet cores, and beside other programs the same or less. OpenMP reads it when torch is
     # first imported.
