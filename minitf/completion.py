@@ -59,10 +59,15 @@ compdef _minitf python python3 NAMES
 """
 FISH = """\
 function __minitf
-    PYTHON -m minitf.completion query (commandline -cp | string collect) 2>/dev/null
+    set -l found (PYTHON -m minitf.completion query (commandline -cp | string collect) 2>/dev/null)
+    if test -n "$found[1]"
+        printf '%s\\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
 end
 for name in python python3 NAMES
-    complete -c $name -n "commandline -cp | string match -qr 'minitf[.-]|scripts/'" -a "(__minitf)"
+    complete -c $name -f -n "commandline -cp | string match -qr 'minitf[.-]|scripts/'" -a "(__minitf)"
 end
 """
 SHELLS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
