@@ -176,9 +176,10 @@ def flat(config: Config) -> dict[str, Any]:
     """All settings as one level of `section.key`; what is no number, truth or text as the text of it."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
-    result = {key: value for key, value in container.items() if not isinstance(value, dict)}
-    for section in (key for key, value in container.items() if isinstance(value, dict)):
-        result |= {f"{section}.{name!s}": value for name, value in container[section].items()}
+    result: dict[str, Any] = {}
+    for key, value in container.items():
+        inner = {f"{key!s}.{name!s}": setting for name, setting in value.items()} if isinstance(value, dict) else None
+        result |= inner if inner is not None else {str(key): value}
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in result.items()}
 
 
@@ -187,21 +188,13 @@ def changed_settings(config: Config) -> dict[str, Any]:
 
     The text, and the settings of model, optimiser, training that are not the usual ones.
     """
-    usual = flat(
-        Config(
-            "",
-            0,
-            None,
-            None,
-            None,
-            DataConfig(),
-            TokenizerConfig(),
-            ModelConfig(),
-            OptimConfig(),
-            TrainerConfig(),
-            AttentionConfig(),
-        )
-    )
+    owners: dict[str, Any] = {
+        "data": DataConfig(),
+        "tokenizer": TokenizerConfig(),
+        "model": ModelConfig(),
+        "optim": OptimConfig(),
+    }
+    usual = flat(Config(**owners, trainer=TrainerConfig(), attention=AttentionConfig()))
     compared = ("seed", "tokenizer.", "model.", "optim.", "trainer.")
     left_out = ("_every", "_tokens", "_answers", "_checkpoints", "tokenizer.file")
     changed = {key: value for key, value in flat(config).items() if value != usual[key] and key.startswith(compared)}

@@ -1,4 +1,4 @@
-"""Every command in the README and the pages beside it runs: with a tiny model and text in place of large ones, but as it is written."""
+"""Every command in the README and the pages beside it runs: tiny models and texts, but as it is written."""
 
 import os
 import re
