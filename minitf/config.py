@@ -173,15 +173,32 @@ def check_sweep(overrides: Sequence[str]) -> None:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """What may differ between runs worth comparing, as one level of `section.key`: columns of TensorBoard's HParams."""
+    """All settings as one level of `section.key`; what is no number, truth or text as the text of it."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
-    result: dict[str, Any] = {"data": config.data.source, "seed": config.seed}
-    for section in ("tokenizer", "model", "optim", "trainer"):
-        result |= {f"{section}.{name!s}": value for name, value in container[section].items()}
-    left_out = ("_every", "_tokens", "_checkpoints", "dry_run")
-    result = {name: value for name, value in result.items() if not name.endswith(left_out)}
-    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in result.items() if v is not None}
+    result: dict[str, Any] = {}
+    for key, value in container.items():
+        inner = {f"{key!s}.{name!s}": setting for name, setting in value.items()} if isinstance(value, dict) else None
+        result |= inner if inner is not None else {str(key): value}
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in result.items()}
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """What may differ between runs worth comparing: columns of TensorBoard's HParams, which shows the first few.
+
+    The text, and the settings of model, optimiser, training that are not the usual ones.
+    """
+    owners: dict[str, Any] = {
+        "data": DataConfig(),
+        "tokenizer": TokenizerConfig(),
+        "model": ModelConfig(),
+        "optim": OptimConfig(),
+    }
+    usual = flat(Config(**owners, trainer=TrainerConfig(), attention=AttentionConfig()))
+    compared = ("seed", "tokenizer.", "model.", "optim.", "trainer.")
+    left_out = ("_every", "_tokens", "_answers", "_checkpoints", "tokenizer.file")
+    changed = {key: value for key, value in flat(config).items() if value != usual[key] and key.startswith(compared)}
+    return {"data": config.data.source, **{key: v for key, v in changed.items() if not key.endswith(left_out)}}
 
 
 def _explain(error: BaseException) -> str:

@@ -244,8 +244,8 @@ def _say_answers(checkpoint: Checkpoint, args: argparse.Namespace, source: dict[
         print(f"alignment       {aligning.score:.3f} (chance {aligning.chance:.3f}) by {aligning.describe()}")
 
 
-def _held_out(checkpoint: Checkpoint) -> tuple[Tokens, int]:
-    """The held-out part of the text the checkpoint was trained on."""
+def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:
+    """The held-out part of the text the checkpoint was trained on, as ids, and its bytes."""
     try:
         data = DataConfig(**checkpoint.state["data"])
     except (KeyError, TypeError):
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
         _say_answers(checkpoint, args, {"checkpoint": str(checkpoint.directory), "step": checkpoint.step})
         return 0
-    tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else _held_out(checkpoint)
+    tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else held_out_part(checkpoint)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
     source = {"checkpoint": str(checkpoint.directory), "step": checkpoint.step}
     if args.heads:

@@ -50,6 +50,7 @@ class Vocabulary:
     unused: frozenset[int] = frozenset()
     start_id: int | None = None  # goes before every text
     end_id: int = 0
+    chat_template: str = ""
 
 
 def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
@@ -69,6 +70,7 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
         unused=unused,
         start_id=tokenizer.start_ids[0] if tokenizer.start_ids else None,
         end_id=tokenizer.end_id,
+        chat_template=tokenizer.chat_template,
     )
 
 
@@ -193,6 +195,7 @@ def _write_vocabulary(writer: Any, words: Vocabulary) -> None:
     writer.add_pad_token_id(words.end_id)
     writer.add_add_bos_token(words.start_id is not None)
     writer.add_add_eos_token(False)
+    writer.add_chat_template(words.chat_template)
 
 
 def _write_tensor(writer: Any, name: str, values: npt.NDArray[np.float32], config: ModelConfig, kind: str) -> None:

@@ -210,30 +210,42 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("prompt", nargs="?", help="the text; standard input when absent and not a terminal")
     p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
     p.add_argument(
-        "--max-tokens", type=int, help="longest continuation in tokens (default 200; of an answer: what fits)"
+        "--max-tokens", metavar="N", type=int, help="longest continuation (default 200; of an answer: what fits)"
     )
-    p.add_argument("--temperature", type=float, help="0: always the likeliest token (default 0.8; for answers 0)")
-    p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only")
-    p.add_argument("--top-p", type=float, default=1.0, help="... from the likeliest that together reach probability p")
-    p.add_argument("--beam", type=int, help="answers: keep so many in sight and take the likeliest whole one")
-    p.add_argument(
-        "--length-penalty",
-        type=float,
-        help="... compared by log probability / length ** penalty (default 1); above 1 favours longer answers",
-    )
-    p.add_argument("--file", type=Path, metavar="IN", help="answers: one for each line of this file ...")
-    p.add_argument("--out", type=Path, metavar="OUT", help="... into this one, line by line; goes on where it stopped")
-    p.add_argument(
-        "--min-p", type=float, default=0.05, help="... from those at least p times as likely as the likeliest"
-    )
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid tokens already used")
-    p.add_argument("--seed", type=int, help="draw the same text every time")
-    p.add_argument("--num-samples", type=int, default=1, help="so many continuations at once, as one batch")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    p.add_argument("--num-samples", metavar="N", type=int, default=1, help="so many continuations at once")
     p.add_argument("--interactive", action="store_true", help="ask for prompts, one a line, until end of file")
     p.add_argument("--explain", action="store_true", help="for each new token, what its heads looked at most")
-    p.add_argument("--engine", default="auto", choices=ENGINES, help="who computes a token; auto: the fastest there is")
-    p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the best there is")
+
+    g = p.add_argument_group("how a token is drawn")
+    g.add_argument(
+        "--temperature", metavar="T", type=float, help="0: always the likeliest token (default 0.8; for answers 0)"
+    )
+    g.add_argument("--top-k", metavar="K", type=int, default=0, help="of the K likeliest only (default 0: of all)")
+    g.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="of the likeliest that together reach P (default 1)"
+    )
+    g.add_argument(
+        "--min-p", metavar="P", type=float, default=0.05,
+        help="of those at least P times as likely as the likeliest (default 0.05)",
+    )  # fmt: skip
+    g.add_argument(
+        "--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1: avoid tokens already used"
+    )
+    g.add_argument("--seed", metavar="N", type=int, help="draw the same text every time")
+
+    g = p.add_argument_group("answers of a model trained on pairs")
+    g.add_argument("--beam", metavar="N", type=int, help="keep N in sight and take the likeliest whole one")
+    g.add_argument(
+        "--length-penalty", metavar="L", type=float,
+        help="compare them by log probability / length ** L (default 1); above 1 favours longer ones",
+    )  # fmt: skip
+    g.add_argument("--file", type=Path, metavar="IN", help="answer each line of this file ...")
+    g.add_argument("--out", type=Path, metavar="OUT", help="... into this one, line by line; goes on where it stopped")
+
+    g = p.add_argument_group("the machine")
+    g.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the best there is")
+    g.add_argument("--engine", default="auto", choices=ENGINES, help="who computes a token; auto: the fastest there is")
     return p
 
 

@@ -100,6 +100,9 @@ def help_page() -> str:
         parts += [f"    {f'{s.key}={s.default}':<{width}}  {s.comment}" for s in found_settings]
         parts.append("")
     parts.append("Also: --cfg job prints the composed config; -m sweeps; --hydra-help for what Hydra adds.")
+    parts.append(
+        'Completion, also of runs: eval "$(python -m minitf.completion bash)", or zsh; fish: ... fish | source'
+    )
     return "\n".join(parts)
 
 

@@ -17,7 +17,7 @@ from minitf.untrusted import read_json, read_tensors
 INDEX = "model.safetensors.index.json"
 # What is fetched of a hub model: these names at its top, nothing else.
 FETCHED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
     "model.safetensors", INDEX, "model-*-of-*.safetensors",
 )  # fmt: skip
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")

@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from minitf.answer import AnswerOptions, answer
 from minitf.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.decoding.sampling import Sampling
+from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.generate import Options, generate_text, stream_text
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
@@ -71,6 +74,14 @@ class LanguageModel:
     def stream(self, prompt: str, options: Options | None = None) -> Iterator[str]:
         """Pieces of the continuation as they are decided."""
         return stream_text(self.model, self.tokenizer, prompt, options or Options())
+
+    def evaluate(self, text: str | None = None, max_tokens: int | None = None) -> HeldOut:
+        """Loss, bits per byte and perplexity on `text`, or else on the held-out part of the text of its own run."""
+        if text is None:
+            tokens, num_bytes = held_out_part(self.checkpoint)
+        else:
+            tokens, num_bytes = np.array(self.tokenizer.encode(text), dtype=np.uint32), len(text.encode())
+        return evaluate_checkpoint(self.checkpoint, tokens, num_bytes, max_tokens)
 
     def attention(self, text: str) -> AttentionMaps:
         """What every head looks at in `text`; scores of previous token, first token and entropy are of this text.

@@ -3,11 +3,22 @@
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from minitf.corpus import DataConfig
+from minitf.errors import MinitfError
+from minitf.hugging_face import HUB_NAME, is_hub_name
 from minitf.model import Transformer
 from minitf.train_state import TrainState
+from minitf.untrusted import check_size
+
+MAX_CARD_BYTES = 1 << 20
+USE = {  # by data.kind
+    "text": "It continues text; it was not trained to follow instructions.",
+    "pairs": "It turns one text into another: the source stands between `<|source|>` and `<|target|>`, and what it "
+    "writes then is the answer. Its chat template takes the last message as the source.",
+}
 
 
 def model_card(
@@ -18,16 +29,17 @@ def model_card(
     state: TrainState,
     settings: Mapping[str, Mapping[str, Any]],
     sample: tuple[str, str] | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> str:
     """A model card in Markdown with YAML in front, as of `state`.
 
     `description` is that of the text; `settings` are further sections of the config, name -> key -> value; `sample` is
-    a prompt and what the model wrote after it.
+    a prompt and what the model wrote after it; `origin` is what `origin_of` found.
     """
     c = model.config
     architecture = "Qwen3" if c.qk_norm else "Llama"
     parts = [
-        _front_matter(name, data, state),
+        _front_matter(name, data, state, origin or {}),
         f"# {name}\n",
         f"A small language model of {model.num_parameters() / 1e6:.2f}M parameters in the {architecture} architecture: "
         f"{c.num_layers} layers of {c.hidden_size}, {c.num_heads} heads, a context of {c.context_length} tokens, "
@@ -35,7 +47,7 @@ def model_card(
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n',
-        "It continues text; it was not trained to follow instructions, and it has no chat template.\n",
+        f"{USE[data.kind]}\n",
         f"## Data\n\n{description}.\n",
         _figures(state),
         *([_sample(*sample)] if sample else []),
@@ -44,9 +56,28 @@ def model_card(
     return "\n".join(parts)
 
 
-def _front_matter(name: str, data: DataConfig, state: TrainState) -> str:
+def origin_of(init_from: str | None, directory: Path | None) -> dict[str, str]:
+    """`base_model` and `license` for the card of a model that begins in the checkpoint `directory`, where known.
+
+    `init_from` names it, unless it is of the same run. What its own card says is handed on, but the base of a model of
+    the hub is that model itself.
+    """
+    try:
+        check_size(directory / "README.md", MAX_CARD_BYTES)  # type: ignore[operator]
+        text = (directory / "README.md").read_text(encoding="utf-8")  # type: ignore[operator]
+    except (OSError, TypeError, UnicodeDecodeError, MinitfError):
+        text = ""
+    front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    known = dict(re.findall(r"(?m)^(license|base_model): *([\w.-]+(?:/[\w.-]+)?) *$", front[1] if front else ""))
+    if init_from and is_hub_name(init_from) and (match := HUB_NAME.fullmatch(init_from)):
+        known["base_model"] = match["repo"]
+    return known
+
+
+def _front_matter(name: str, data: DataConfig, state: TrainState, origin: Mapping[str, str]) -> str:
     """What the hub and its tools read: JSON's strings and lists are YAML's too."""
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [minitf]"]
+    lines += [f"{key}: {value}" for key, value in origin.items()]
     on_hub = data.source == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.hub_path or "")
     if on_hub:
         lines.append(f"datasets: {json.dumps([data.hub_path])}")

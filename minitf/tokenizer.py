@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -17,6 +18,8 @@ from minitf.untrusted import check_size
 
 END_OF_TEXT = "<|endoftext|>"
 SOURCE, TARGET = "<|source|>", "<|target|>"  # before the text that is turned into another, and before that other
+JOINED_MESSAGES = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+START_OF_CHAT = "{{ bos_token }}"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 NUM_BYTES = 256
 DEFAULT_VOCAB_SIZE = 4096
@@ -30,7 +33,7 @@ MAX_UNUSED_IDS = 1 << 16
 class TokenizerConfig:
     """How text becomes ids."""
 
-    kind: str = "bpe"  # bpe, char (every character a token), byte, pretrained (tokenizer.file)
+    kind: str = "bpe"  # bpe | char (every character a token) | byte | pretrained (tokenizer.file)
     vocab_size: int = 0  # tokens of a trained BPE, its 256 bytes included; 0: 4096, or as many as a small text gives
     file: str | None = None  # tokenizer.json, or the directory holding it, for kind=pretrained
     train_megabytes: float = 64.0  # MB of training text, evenly sampled, that the BPE is trained on
@@ -51,11 +54,13 @@ class TokenizerConfig:
 class Tokenizer:
     """str <-> ids, with a special token for the end of a text and, of pairs, two that mark source and target."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, for_pairs: bool = False, declared_end: str = "") -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, for_pairs: bool = False, declared_end: str = "", template: str = ""
+    ) -> None:
         """Take over `backend`, to which `<|endoftext|>` is added if it has no known end-of-text token.
 
         With `for_pairs` it gets `<|source|>` and `<|target|>` too, if it has not got them; ids that exist stay.
-        `declared_end` is the end-of-text token its maker names, if any.
+        `declared_end` is the end-of-text token its maker names, `template` its maker's chat template, if any.
         """
         ends = (declared_end, *KNOWN_ENDS)
         known = (token for token in ends if token and backend.token_to_id(token) is not None)
@@ -74,6 +79,8 @@ class Tokenizer:
         # What a pretrained model expects before every text, such as Llama's <s>.
         self.start_ids: list[int] = backend.encode("").ids
         self.vocab_size = max(tokens.values()) + 1
+        own = self.target_id is not None or template.removeprefix(START_OF_CHAT) == JOINED_MESSAGES
+        self._template = "" if own else template
         # Without a pre-tokenizer and merges the tokenizer is an alphabet, and BPE drops what it does not know.
         self._alphabet: frozenset[str] | None = None
         if isinstance(backend.decoder, decoders.Fuse) and backend.pre_tokenizer is None:
@@ -129,18 +136,35 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them."""
         directory = Path(directory)
         start = self.backend.id_to_token(self.start_ids[0]) if self.start_ids else None
-        settings: dict[str, str | bool | int] = {
+        settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": start or self.end_token,
             "eos_token": self.end_token,
             "pad_token": self.end_token,
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,  # there too, "<|endoftext|>" in a text is that text
+            "chat_template": self.chat_template,
+            # There too, "<|endoftext|>" in a text is that text, unless the template's own marks are to be tokens.
+            "split_special_tokens": self.chat_template == JOINED_MESSAGES,
         }
+        if not self._template:  # without it transformers' server takes the whole chat for the answer of a Qwen3 model
+            # The answer begins where the chat ends, and is all there is up to the end of the text.
+            fields = {"content": {"close": self.end_token, "content": "text"}}
+            response = {"defaults": {"role": "assistant"}, "start_anchor_pattern": r"\Z", "fields": fields}
+            settings |= {"response_template": response}
         if max_length is not None:
             settings |= {"model_max_length": max_length}
         (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8", newline="")
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def chat_template(self) -> str:
+        """How tools that speak in messages write them as text (Jinja): its maker's way, or the messages joined.
+
+        Of pairs: the last message between the marks of source and target, to be answered.
+        """
+        if self.target_id is not None:
+            return f"{SOURCE}{{{{ messages[-1]['content'] }}}}{TARGET}"
+        return self._template or (START_OF_CHAT if self.start_ids else "") + JOINED_MESSAGES
 
     def to_json(self) -> str:
         """The content of tokenizer.json: all there is to this tokenizer."""
@@ -156,7 +180,7 @@ class Tokenizer:
         try:
             check_size(file, MAX_FILE_BYTES)
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-            tokenizer = cls(backend, declared_end=_declared_end(file.with_name("tokenizer_config.json")))
+            tokenizer = cls(backend, False, *_declared(file.with_name("tokenizer_config.json")))
             num_tokens = tokenizer.backend.get_vocab_size(with_added_tokens=True)
             if tokenizer.vocab_size > 2 * num_tokens + MAX_UNUSED_IDS:  # a model would have a row for each id
                 raise ValueError(f"{num_tokens:,} tokens, but an id of {tokenizer.vocab_size - 1:,}")
@@ -271,14 +295,15 @@ def _train_bpe(config: TokenizerConfig, texts: Iterable[str], for_pairs: bool) -
     return Tokenizer(backend, for_pairs)
 
 
-def _declared_end(file: Path) -> str:
-    """The `eos_token` of a tokenizer_config.json, where there is one."""
+def _declared(file: Path) -> tuple[str, str]:
+    """The `eos_token` and the `chat_template` of a tokenizer_config.json, where there are any."""
     try:
-        end = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        end, template = content.get("eos_token"), content.get("chat_template")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return ""
+        return "", ""
     end = end.get("content") if isinstance(end, dict) else end
-    return end if isinstance(end, str) else ""
+    return end if isinstance(end, str) else "", template if isinstance(template, str) else ""
 
 
 def _without_endless_words(texts: Iterable[str]) -> Iterator[str]:

@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from minitf.task import Task
     from minitf.trainer import Trainer
 
-    Prepared = tuple[Config, Task, Parallel, Hardware]
+    Prepared = tuple[Config, Task, Parallel, Hardware, Mapping[str, str]]
 
 
-def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None:
+def train(
+    config: "Config", run_dir: Path, group: "Group | None" = None, compared: Mapping[str, Any] | None = None
+) -> None:
     """Train as `config` says in `run_dir`, or, where that is being used, beside it with a number behind its name.
 
     A request that cannot be met (RequestError) is found out before the directory is made. Of a `group` of processes
-    the first one keeps the directory; the others only compute.
+    the first one keeps the directory; the others only compute. `compared`: what a sweep gives this run, by key.
     """
     from minitf.choices import Choices
     from minitf.distributed import ALONE
@@ -44,17 +46,20 @@ def train(config: "Config", run_dir: Path, group: "Group | None" = None) -> None
         _say_dry_run(prepared, None)
         return
     with own_new(run_dir, numbered=not config.run_dir) if group.is_first else nullcontext(run_dir) as owned:
-        _train(prepared, Path(group.agree(str(owned))), None, Choices())
+        _train(prepared, Path(group.agree(str(owned))), None, Choices(), compared)
 
 
-def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices") -> None:
+def _train(
+    prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", choices: "Choices",
+    compared: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
-    from minitf.config import flat, save_config
-    from minitf.monitor import Monitor, Mute, record_environment
+    from minitf.config import changed_settings, save_config
+    from minitf.monitor import SCALARS, Monitor, Mute, record_environment
     from minitf.train_state import TrainState
     from minitf.trainer import Trainer
 
-    config, task, parallel, hardware = prepared
+    config, task, parallel, hardware, origin = prepared
     model, group, first = parallel.model, parallel.group, parallel.group.is_first
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
@@ -68,6 +73,7 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
             config.trainer, config.optim, config.attention, parallel, task, batches, hardware, run_dir, monitor, state,
             choices,
         )  # fmt: skip
+        trainer.origin = origin
         before = replace(choices)
         said = {
             "device": hardware.device.type,
@@ -90,8 +96,8 @@ def _train(prepared: "Prepared", run_dir: Path, resumed: "Checkpoint | None", ch
         if first and config.trainer.attention_every >= 0:
             monitor.write_attention_page(f"Attention in {os.path.relpath(run_dir)}")
         if state.last_val:
-            final = {f"final/{name}": float(value) for name, value in state.last_val.items()}
-            monitor.hyperparameters(flat(config), final, state.step)
+            final = {f"final/{name}": float(state.last_val[name]) for name in SCALARS["val"] if name in state.last_val}
+            monitor.hyperparameters(compared or changed_settings(config), final, state.step)
         choices.finished = not trainer.interrupted
         if first:
             choices.save(run_dir)
@@ -103,7 +109,7 @@ def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
     from minitf.dry_run import dry_run
     from minitf.train_state import TrainState
 
-    config, task, parallel, hardware = prepared
+    config, task, parallel, hardware, _ = prepared
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     report = dry_run(config, task, parallel, batches, hardware, state)
@@ -128,20 +134,21 @@ def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices",
     if decided:
         hardware = replace(hardware, reason="as the run began")
     with group.in_turn():
-        config, task, model = _open(config, resumed)
+        config, task, model, origin = _open(config, resumed)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
     parallel = Parallel(model, group, strategy)
     if group.rank:  # the first weights are those of all; what is dropped in other rows is not
         random_state.seed(config.seed + group.rank)
-    return config, task, parallel, hardware
+    return config, task, parallel, hardware, origin
 
 
-def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer"]:
+def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer", Mapping[str, str]]:
     from minitf import random_state
     from minitf.checkpoint import load_checkpoint
     from minitf.model import Transformer
+    from minitf.model_card import origin_of
     from minitf.task import open_task
     from minitf.tokenizer import TokenizerConfig
 
@@ -159,7 +166,8 @@ def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Ta
     model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
-    return config, task, model
+    origin = origin_of(None if resumed else config.init_from, loaded.directory if loaded else None)
+    return config, task, model, origin
 
 
 def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
@@ -339,7 +347,7 @@ def _whole_context(config: "Config", overrides: Sequence[str]) -> "Config":
 
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info",
-    "--hydra-help", "--version", "-sc", "--shell-completion",
+    "--hydra-help", "--version",
 )  # fmt: skip
 
 
@@ -349,16 +357,24 @@ def _sweep(args: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from minitf.config import register_schema, to_config
+    from minitf.config import check_overrides, flat, register_schema, to_config
     from minitf.help_page import CONF
+
+    given = check_overrides([arg for arg in args if "=" in arg and not arg.startswith("-")])
+    swept = [override.key_or_group for override in given if override.is_sweep_override()]
 
     def one_run(composed: Any) -> None:
         config = to_config(composed, HydraConfig.get().runtime.choices)
         config = _whole_context(config, HydraConfig.get().overrides.task)
         sweep_dir = Path(HydraConfig.get().sweep.dir)
-        label = re.sub(r"[^\w.+-]+", "_", f"{HydraConfig.get().job.num}_{HydraConfig.get().job.override_dirname}")
-        run_dir = sweep_dir / label.rstrip("_")[:100]
-        train(config, run_dir if HydraConfig.get().mode == RunMode.MULTIRUN else _new_run_dir(config))
+        settings, choices = flat(config), HydraConfig.get().runtime.choices
+        compared = {key: choices[key] if key in choices else settings.get(key, "") for key in swept}
+        label = "_".join([str(HydraConfig.get().job.num), *(f"{key}_{value}" for key, value in compared.items())])
+        run_dir = sweep_dir / re.sub(r"[^\w.+-]+", "_", label)[:100].rstrip("_")
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            train(config, run_dir, compared=compared)
+        else:
+            train(config, _new_run_dir(config))
 
     def job(composed: Any) -> None:
         # One value that diverges is a result of a sweep, not its end.
@@ -386,6 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(help_page())
         return 0
+    if args and args[0] in ("-sc", "--shell-completion"):  # Hydra's own does not know `python -m`
+        from minitf.completion import main as completion
+
+        return completion([args[-1].removeprefix("install=")])
     # Threads that wait for each other keep their core instead of giving it back at every operation: a step took 164 ms
     # against 188 ms on two quiet cores, and beside other programs the same or less. OpenMP reads it when torch is
     # first imported.

@@ -4,7 +4,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,6 +136,7 @@ class Trainer:
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
         self.last_sample: tuple[str, str] | None = None
+        self.origin: Mapping[str, str] = {}  # what the model card says of the model this one began as
         self.saver = Saver(run_dir / "checkpoints", before=monitor.flush)
         self.scores: HeadScores | None = None
         self.interrupted = False
@@ -452,7 +453,7 @@ class Trainer:
         }  # fmt: skip
         return model_card(
             self.run_dir.resolve().parent.name, self.model, self.task.data, self.task.description, self.state,
-            settings, self.last_sample,
+            settings, self.last_sample, self.origin,
         )  # fmt: skip
 
     def _check_weights(self) -> None:

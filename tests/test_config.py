@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import train_here
 
-from minitf.config import Config, compose_config, flat, load_config, save_config
+from minitf.config import Config, changed_settings, compose_config, flat, load_config, save_config
 from minitf.errors import MinitfError, RequestError
 from minitf.help_page import CONF, GROUPS, SECTIONS, all_keys, help_page, options, settings
 from minitf.optim import OptimConfig
@@ -265,3 +265,15 @@ def test_composing_reads_conf_and_not_the_current_directory(workdir: Path) -> No
     (workdir / "conf/config.yaml").write_text("name: other\n")
     assert compose_config([]).name == "kjv"
     assert os.listdir(workdir) == ["conf"]
+
+
+def test_runs_are_compared_by_what_is_not_as_usual() -> None:
+    """TensorBoard's HParams shows the first five columns: forty settings that all runs share would fill them."""
+    assert changed_settings(compose_config([])) == {"data": "kjv"}
+    config = compose_config(["seed=3", "optim.learning_rate=1e-3", "model=nano", "trainer.max_minutes=1"])
+    found = changed_settings(config)
+    assert {key: found[key] for key in ("data", "seed", "optim.learning_rate", "trainer.max_minutes")} == {
+        "data": "kjv", "seed": 3, "optim.learning_rate": 1e-3, "trainer.max_minutes": 1.0
+    }  # fmt: skip
+    assert any(key.startswith("model.") for key in found)
+    assert set(found) < set(flat(config)) | {"data"}

@@ -65,6 +65,7 @@ def test_every_field_and_weight_of_the_file(
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.bos_token_id": tokenizer.end_id,
         "tokenizer.ggml.eos_token_id": tokenizer.end_id, "tokenizer.ggml.padding_token_id": tokenizer.end_id,
         "tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": tokenizer.chat_template,
     }  # fmt: skip
     assert tokens == [tokenizer.backend.id_to_token(i) for i in range(300)] + ["[UNUSED300]", "[UNUSED301]"]
     assert len(merges) == 300 - 257

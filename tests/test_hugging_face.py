@@ -82,6 +82,30 @@ def test_transformers_reads_the_same_ids_and_text(
     assert theirs.eos_token_id == tokenizer.end_id
 
 
+def test_a_chat_is_what_the_model_was_trained_on(make_model: Callable[..., Transformer], tmp_path: Path) -> None:
+    """Of text, its messages joined, whatever they hold; of pairs, a source between its marks, as ids."""
+    messages = [{"role": "user", "content": "The cat <|endoftext|>"}, {"role": "assistant", "content": " sat"}]
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=260), ["The cat sat. "])
+    theirs = transformers.AutoTokenizer.from_pretrained(save(make_model(tokenizer.vocab_size), tokenizer, tmp_path))
+    asked = {"add_generation_prompt": True, "return_dict": False}
+    assert theirs.apply_chat_template(messages, **asked) == tokenizer.encode("The cat <|endoftext|> sat")
+    pairs = tokenizer.for_pairs()
+    theirs = transformers.AutoTokenizer.from_pretrained(save(make_model(pairs.vocab_size), pairs, tmp_path / "pairs"))
+    asked_pair = theirs.apply_chat_template([{"role": "user", "content": "The cat"}], **asked)
+    assert asked_pair == pairs.encode_prompt("The cat")
+
+
+def test_the_chat_template_of_its_maker_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    template = "{% for message in messages %}<|{{ message['role'] }}|>{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    loaded = Tokenizer.load(tmp_path)
+    loaded.save(tmp_path)
+    assert Tokenizer.load(tmp_path).chat_template == template
+    assert loaded.for_pairs().chat_template != template
+
+
 def test_a_model_saved_by_transformers_loads_here(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Its config.json is in today's format of transformers, its directory has no trainer_state."""
     shape = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -15,7 +15,7 @@ from hub_stand_in import HubStandIn
 from minitf.checkpoint import load_checkpoint
 from minitf.corpus import DataConfig
 from minitf.model import Transformer
-from minitf.model_card import model_card
+from minitf.model_card import model_card, origin_of
 from minitf.train_state import TrainState
 
 
@@ -31,7 +31,7 @@ def test_the_card_says_what_the_run_was(trained_run: Path) -> None:
     assert card.data.model_name == "tiny"
     for words in (
         f"{checkpoint.model.num_parameters() / 1e6:.2f}M parameters", "tiny.txt", f"{val['bits_per_byte']:.4f}",
-        "  hidden_size: 32", "  batch_size: 4", "## Sample", "no chat template",
+        "  hidden_size: 32", "  batch_size: 4", "## Sample", "It continues text",
     ):  # fmt: skip
         assert words in card.text, words
     assert str(trained_run.parent) not in card.content  # nothing of this machine
@@ -62,6 +62,22 @@ def test_awkward_text_stays_within_its_place(make_model: Any, text: str) -> None
 def test_without_an_evaluation_there_are_no_results(make_model: Any) -> None:
     card = huggingface_hub.ModelCard(model_card("new", make_model(50), DataConfig(), "text", TrainState(), {}))
     assert card.data.eval_results is None
+
+
+def test_where_a_model_began_is_handed_on(tiny: list[str], trained_run: Path, tmp_path: Path) -> None:
+    """The base and the licence of its first model stay in the cards of all that come of it, resumed too."""
+    base = shutil.copytree(trained_run / "checkpoints/best", tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: some.one/their-model\ntags: [a]\n---\nx\n")
+    assert origin_of("some/where@main", base) == {"license": "apache-2.0", "base_model": "some/where"}
+    assert origin_of("some/where", None) == {"base_model": "some/where"}
+    assert origin_of(None, tmp_path) == {}
+    own = [word for word in tiny if not word.startswith(("model.", "tokenizer"))]
+    run = tmp_path / "run"
+    assert train_here(*own, f"init_from={base}", "trainer.max_steps=2", f"run_dir={run}") == 0
+    assert train_here(f"resume={run}", "trainer.max_steps=4") == 0
+    card = huggingface_hub.ModelCard.load(run / "checkpoints/latest/README.md")
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "some.one/their-model")
+    assert str(tmp_path) not in card.content
 
 
 PUSH = """

@@ -1,4 +1,4 @@
-"""Every command in the README runs: with a tiny model and text in place of large ones, but as it is written."""
+"""Every command in the README and the pages beside it runs: tiny models and texts, but as it is written."""
 
 import os
 import re
@@ -18,7 +18,7 @@ OURS = re.compile(r"\bpython3? (-m minitf\.|scripts/)")
 # Commands of others that the README may name. They are not run here: they install, wait, or run these very tests.
 OTHERS = (
     "pip install ", "tensorboard --logdir ", "git clone ", "cd ", "python -m venv ", "python3 -m venv ", "source ",
-    "torchrun ", "pytest", "hf upload ", "ruff ", "mypy", ".ci/run", "pre-commit ",
+    "torchrun ", "pytest", "hf upload ", "transformers serve ", "lm-eval ", "ruff ", "mypy", ".ci/run", "pre-commit ",
 )  # fmt: skip
 # What makes any training tiny; settings of these in the README are checked for being valid, and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
@@ -53,7 +53,8 @@ def commands(text: str) -> list[str]:
 
 
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-COMMANDS = commands(TEXT)
+PAGES = [page.read_text(encoding="utf-8") for page in sorted((ROOT / ".github").glob("*.md"))]
+COMMANDS = list(dict.fromkeys(command for text in (TEXT, *PAGES) for command in commands(text)))
 RUNNABLE = [command for command in COMMANDS if OURS.search(command)]
 
 
