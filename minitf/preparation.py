@@ -245,7 +245,7 @@ class Progress:
     def show(self, what: str) -> None:
         """Something is going on of which nobody knows how long it takes."""
         if sys.stderr.isatty():
-            self._open_bar().update(0, description=what)
+            self._open_bar().update(0, description=what, refresh=True)
 
     def start(self, totals: dict[str, int | None], state: dict[str, Any]) -> None:
         """Encoding begins, from `state` on, of so many bytes and documents, where that is known."""
