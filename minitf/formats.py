@@ -201,7 +201,7 @@ def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also names and texts of no UTF-8
         raise RequestError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 

@@ -107,6 +107,17 @@ def test_another_column_is_another_text(tmp_path: Path) -> None:
         read(DataConfig(source="files", files=[str(write(tmp_path / "a.parquet", column="body"))]))
 
 
+def test_parquet_that_holds_no_utf8_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["plain", "stuff"]}), path, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"stuff", b"st\xffff"))
+    with pytest.raises(RequestError, match=r"a\.parquet: cannot be read as parquet: 'utf-8'"):
+        read(DataConfig(source="files", files=[str(path)]))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
