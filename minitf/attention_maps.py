@@ -248,7 +248,11 @@ def maps_of_checkpoint(checkpoint: "Checkpoint", text: str) -> AttentionMaps:
     if not checkpoint.answers:
         return attention_maps(model, tokenizer, text, checkpoint.step)
     source, _, target = text.partition(ARROW)
-    target = target or answer(model, tokenizer, [source])[0]
+    if not target:
+        target = answer(model, tokenizer, [source])[0]
+        room = model.config.context_length - len(tokenizer.encode_prompt(source))
+        while len(tokenizer.encode(target)) > max(room, 0):  # it never ended, or half of a character became a whole one
+            target = target[:-1]
     return pair_maps(model, tokenizer, source, target, checkpoint.aligning_heads, checkpoint.step)
 
 

@@ -107,3 +107,14 @@ def test_the_run_shows_pairs_in_tensorboard(copying_run: Path) -> None:
 def test_nothing_to_align_is_no_failure(copying_run: Path, text: str) -> None:
     maps = maps_of_checkpoint(load_checkpoint(copying_run), text)
     assert maps.weights_LHTS.isfinite().all()
+
+
+def test_an_answer_without_an_end_is_looked_at_as_far_as_the_context_goes(copying_run: Path) -> None:
+    checkpoint = load_checkpoint(copying_run)
+    with torch.no_grad():  # a model that never ends: the end is the least likely of all
+        checkpoint.model.vocabulary_VD[checkpoint.tokenizer.end_id] = -checkpoint.model.vocabulary_VD.mean(0)
+        checkpoint.model.model.norm.weight.zero_()
+        checkpoint.model.model.norm.weight[0] = 1e-3
+    maps = maps_of_checkpoint(checkpoint, "cabd")
+    assert len(maps.ids) <= checkpoint.model.config.context_length
+    assert len(maps.ids) > len(checkpoint.tokenizer.encode_prompt("cabd")) + 4
