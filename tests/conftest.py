@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # two at once on two cores: threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 from collections.abc import Callable, Iterator
