@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minitf.model import Transformer
+    from minitf.training_step import TrainingStep
 
 # What `python -m minitf.train` sets before torch is imported; the functions that do not go through it need it given.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
@@ -122,31 +123,38 @@ def step_parts(
     hardware.synchronize()
     whole_ms = (time.perf_counter() - started) / num_steps * 1000
 
-    seconds: dict[str, float] = defaultdict(float)
-    owners: dict[str, object] = {"batch": batches, "hidden": model, "loss": model}
-    for name, owner in owners.items():
-        setattr(owner, name, _timed(_waited(getattr(owner, name), hardware.synchronize), name, seconds))
-    vars(optimizer)["step"] = _timed(_waited(optimizer.step, hardware.synchronize), "optimizer", seconds)
-    parts: dict[str, list[float]] = defaultdict(list)
-    for index in range(num_steps):
-        seconds.clear()
-        start = time.perf_counter()
-        step.run(index, 1.0)
-        hardware.synchronize()
-        total = time.perf_counter() - start
-        values = {"batch": seconds["batch"], "forward": seconds["hidden"], "loss": seconds["loss"] - seconds["hidden"]}
-        values["backward"] = total - seconds["batch"] - seconds["loss"] - seconds["optimizer"]
-        values["optimizer"] = seconds["optimizer"]
-        for name, value in values.items():
-            parts[name].append(value * 1000)
+    parts = _parts(step, num_steps)
     return {
-        "ms": {name: statistics.median(values) for name, values in parts.items()} | {"whole": whole_ms},
+        "ms": parts | {"whole": whole_ms},
         "floors": floors(model, optim, batch_size, hardware.dtype.itemsize),
         "flops_per_token": model.flops_per_token(),
         "num_parameters": model.num_parameters(),
         "compile": choice,
         "peak_flops": hardware.peak_flops,
     }
+
+
+def _parts(step: "TrainingStep", num_steps: int) -> dict[str, float]:
+    """Median milliseconds of the parts of so many steps, each waited for."""
+    synchronize = step.hardware.synchronize
+    seconds: dict[str, float] = defaultdict(float)
+    owners: dict[str, object] = {"batch": step.batches, "hidden": step.model, "loss": step.model}
+    for name, owner in owners.items():
+        setattr(owner, name, _timed(_waited(getattr(owner, name), synchronize), name, seconds))
+    vars(step.optimizer)["step"] = _timed(_waited(step.optimizer.step, synchronize), "optimizer", seconds)
+    parts: dict[str, list[float]] = defaultdict(list)
+    for index in range(num_steps):
+        seconds.clear()
+        start = time.perf_counter()
+        step.run(index, 1.0)
+        synchronize()
+        total = time.perf_counter() - start
+        values = {"batch": seconds["batch"], "forward": seconds["hidden"], "loss": seconds["loss"] - seconds["hidden"]}
+        values["backward"] = total - seconds["batch"] - seconds["loss"] - seconds["optimizer"]
+        values["optimizer"] = seconds["optimizer"]
+        for name, value in values.items():
+            parts[name].append(value * 1000)
+    return {name: statistics.median(values) for name, values in parts.items()}
 
 
 def _waited(function: Callable[..., Any], synchronize: Callable[[], None]) -> Callable[..., Any]:
