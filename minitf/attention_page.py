@@ -3,7 +3,6 @@
 python scripts/attention.py "The cat did not cross the road because it was tired." [--run RUN] [--out FILE.html]
 """
 
-import argparse
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from minitf.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.checkpoint import load_checkpoint
-from minitf.errors import RequestError, run_command
+from minitf.errors import CommandParser, RequestError, run_command
 from minitf.heads import head_scores
 from minitf.viewer import viewer_page
 
@@ -33,9 +32,7 @@ def attention_page(maps: Sequence[AttentionMaps], title: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `attention`: look at what every head of a run's model does with a text."""
-    parser = argparse.ArgumentParser(
-        description="Look inside: which words every attention head looks at, as one HTML page."
-    )
+    parser = CommandParser(description="Look inside: which words every attention head looks at, as one HTML page.")
     parser.add_argument(
         "text",
         nargs="?",

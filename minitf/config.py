@@ -5,6 +5,7 @@ Only this module knows OmegaConf; everybody else gets plain dataclasses.
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,10 @@ def check_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
+        if bare := next((word for word in overrides if "=" not in word), ""):
+            hint = f"; for your own text: {own_text(bare)}" if Path(bare).exists() else ""
+            message = f"{bare!r} is no setting: write group=option or key=value, without spaces around ={hint}"
+            raise RequestError(message) from None
         reason = " ".join(str(error).split())
         reason = reason.split(" See http")[0]
         raise RequestError(f"cannot read an argument: {reason}; arguments are group=option or key=value") from None
@@ -151,15 +156,20 @@ def check_overrides(overrides: Sequence[str]) -> list[Override]:
             choices = override.value() if override.is_sweep_override() else [override.value()]
             for choice in [str(c) for c in choices] if isinstance(choices, list) else []:
                 if choice not in found:
-                    hint = (
-                        nearest(choice, found)
-                        if difflib.get_close_matches(choice, found)
-                        else f"; there are {', '.join(found)}"
-                    )
+                    hint = f"; there are {', '.join(found)}"
+                    if difflib.get_close_matches(choice, found):
+                        hint = nearest(choice, found)
+                    elif key == "data" and re.search(r"[./]", choice):
+                        hint = f"; for your own text: {own_text(choice)}"
                     raise RequestError(f"{key}={choice}: no such option{hint}")
         elif key not in keys:
             raise RequestError(f"{key}: no such key{nearest(key, [*keys, *GROUPS])}")
     return parsed
+
+
+def own_text(path: str) -> str:
+    """The settings that train on the file or folder `path`, for a shell."""
+    return f"data=text {shlex.quote(f'data.files=[{path}]')}"
 
 
 def check_sweep(overrides: Sequence[str]) -> None:
@@ -211,4 +221,6 @@ def _explain(error: BaseException) -> str:
     message = lines[0] if lines else type(cause).__name__
     if "???" in message or "MISSING" in message.upper() or "mandatory" in message.lower():
         return f"{key or message} must be given"
+    if "is not a ListConfig" in message:
+        return f"{key} is a list: write '{key}=[ONE,TWO]'"
     return f"{key}: {message}" if key else message

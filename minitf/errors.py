@@ -3,8 +3,11 @@
 Status 0: done. 1: the work failed (`MinitfError`, a full disk, ...). 2: the request was wrong (`RequestError`).
 """
 
+import argparse
+import difflib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class MinitfError(Exception):
@@ -17,6 +20,20 @@ class RequestError(MinitfError):
     """The request was wrong: a bad key, path, text or combination. Nothing was started."""
 
     exit_status = 2
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, whose usage of many lines does not hide what was wrong: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        kind, _, rest = message.partition("unrecognized arguments: ")
+        hint = ""
+        if rest.startswith("-") and not kind:
+            close = difflib.get_close_matches(rest.split()[0].split("=")[0], self._option_string_actions, 1, 0.75)
+            hint = f"; did you mean {close[0]}?" if close else ""
+        elif rest and not kind:
+            hint = "; a text of several words needs quotes around it"
+        self.exit(2, f"minitf: {' '.join(message.split())}{hint or f'; see {self.prog} --help'}\n")
 
 
 def run_command(main: Callable[[], int | None]) -> int:

@@ -21,7 +21,7 @@ from minitf.answer_scores import AnswerScores, score_answers
 from minitf.batches import Batch, Tokens, held_out_batches, prepare
 from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.corpus import DataConfig
-from minitf.errors import MinitfError, RequestError
+from minitf.errors import CommandParser, MinitfError, RequestError
 from minitf.formats import read_text
 from minitf.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
@@ -283,9 +283,7 @@ def _record(report: HeadReport, checkpoint: Checkpoint) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `scripts/evaluate.py`."""
-    p = argparse.ArgumentParser(
-        description="Held-out loss, perplexity and bits per byte of a run, and what each head does."
-    )
+    p = CommandParser(description="Held-out loss, perplexity and bits per byte of a run, and what each head does.")
     p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
     p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
     p.add_argument("--max-tokens", type=int, help="evaluate on about so many tokens, evenly spread (default: all)")

@@ -1,6 +1,5 @@
 """A model as one file for other programs: GGUF, which llama.cpp and all that is built on it run."""
 
-import argparse
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from minitf.checkpoint import load_checkpoint
-from minitf.errors import RequestError
+from minitf.errors import CommandParser, RequestError
 from minitf.model import ModelConfig
 from minitf.rope_scaling import scaled_frequencies
 from minitf.runs import find_checkpoint
@@ -241,7 +240,7 @@ def export_run(run: str, kind: str = "f32", out: str | None = None) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `scripts/export.py`."""
-    p = argparse.ArgumentParser(description="Write a model as one file for llama.cpp and what is built on it.")
+    p = CommandParser(description="Write a model as one file for llama.cpp and what is built on it.")
     p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
     p.add_argument("--format", default="gguf", choices=FORMATS, help="the only one beside the checkpoint itself")
     p.add_argument("--type", default="f32", choices=TYPES, help="of the weights: f32 (default), f16 or q8_0")

@@ -14,7 +14,7 @@ from minitf.answer import AnswerOptions, answer, answer_file
 from minitf.checkpoint import load_checkpoint
 from minitf.decoding import ENGINES, Decoder
 from minitf.decoding.sampling import Sampling, sample
-from minitf.errors import MinitfError, RequestError
+from minitf.errors import CommandParser, MinitfError, RequestError
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
@@ -204,7 +204,7 @@ def read_text_argument(text: str | None, what: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         description="Continue a text with a model you trained; one trained on pairs turns it into another.",
     )
     p.add_argument("prompt", nargs="?", help="the text; standard input when absent and not a terminal")

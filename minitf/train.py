@@ -420,7 +420,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         for arg in args:
             if arg in flags and arg.split("=")[0] not in HYDRA_FLAGS:
-                raise RequestError(f"{arg}: no such flag; settings are key=value, see --help")
+                setting = arg.lstrip("-") if "=" in arg else "model=small"
+                raise RequestError(f"{arg}: no such flag; settings have no dashes, as in {setting}; see --help")
             if arg.startswith(("resume=", "run_dir=")):
                 raise RequestError(f"{arg} does not go with {' '.join(flags)}")
         if group.size > 1:

@@ -439,11 +439,25 @@ def test_a_wrong_request_is_one_line_and_status_2(
     assert "Traceback" not in err
 
 
-def test_arguments_argparse_refuses_are_status_2(trained_run: Path) -> None:
-    for arguments in (["x", "--nonsense"], ["x", "--seed", "many"], ["one", "two"]):
-        with pytest.raises(SystemExit) as error:
-            main(arguments)
-        assert error.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["x", "--temprature", "0.7"], "did you mean --temperature?"),
+        (["x", "--nonsense"], "--nonsense; see "),
+        (["x", "--seed", "many"], "invalid int value: 'many'"),
+        (["one", "two"], "a text of several words needs quotes"),
+    ],
+)
+def test_arguments_argparse_refuses_are_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("minitf: ")
+    assert err.count("\n") == 1
+    assert words in err
 
 
 def test_the_script_writes_text_to_stdout_and_the_rest_to_stderr(trained_run: Path) -> None:
