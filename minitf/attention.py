@@ -32,10 +32,14 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:
+    """The weights of layers that read the same input, one below the other."""
+    return torch.cat([layer.weight.to(dtype) for layer in layers])
+
+
 def joint_linear(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same input, by one product: fewer calls, which count at small sizes."""
-    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
-    return torch.split(F.linear(x, weight), [layer.out_features for layer in layers], dim=-1)
+    return torch.split(F.linear(x, joint_weight(x.dtype, *layers)), [layer.out_features for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -133,6 +137,19 @@ def packed_mask(segments_BT: Tensor, segments_BS: Tensor, dtype: torch.dtype) ->
     if dtype == torch.bool:
         return seen_BTS
     return torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device).masked_fill_(~seen_BTS, float("-inf"))
+
+
+def segment_starts(segments_BT: Tensor) -> Tensor:
+    """The first position of each position's segment, int32 of shape (B, T): another form of `packed_mask`.
+
+    The positions of a segment lie side by side.
+    """
+    positions_BT = torch.arange(segments_BT.shape[1], dtype=torch.int32, device=segments_BT.device).expand_as(
+        segments_BT
+    )
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return torch.where(begins_BT, positions_BT, 0).cummax(dim=1).values
 
 
 @dataclass

@@ -27,6 +27,7 @@ from minitf.attention import (
     joint_linear,
     packed_mask,
     rotary_table,
+    segment_starts,
 )
 from minitf.errors import RequestError
 from minitf.loss import chunk_loss, linear_cross_entropy
@@ -136,11 +137,25 @@ def final_norm(norm: nn.Module, x_BTD: Tensor) -> Tensor:
     return norm(x_BTD)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class TrainingFunctions:
+    """What a training step spends its time in: the functions above, or faster ones that compute the same.
+
+    With `masks_by_start` the block takes, instead of a mask, the first key each query sees, starts_BT (None: 0), and
+    the rotary table in float32.
+    """
+
+    train_block: Callable[..., Tensor] = train_block
+    final_norm: Callable[..., Tensor] = final_norm
+    chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
+    masks_by_start: bool = False
+
+
 class Transformer(nn.Module):
     """Decoder-only language model.
 
-    `compute_dtype` is the dtype of the activations (the parameters stay float32); `train_block`, `final_norm` and
-    `chunk_loss` are the functions a training step spends its time in, replaceable by compiled versions of themselves.
+    `compute_dtype` is the dtype of the activations (the parameters stay float32); `functions` may be replaced for
+    training. What looks inside, and what decodes, goes another way, on which every step is written out.
     With `activation_checkpointing` a block keeps only its input for the backward pass and computes the rest anew.
     """
 
@@ -151,9 +166,7 @@ class Transformer(nn.Module):
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
         self.through_hooks = False  # whether blocks are called as modules, for the hooks of FSDP
-        self.train_block: Callable[..., Tensor] = train_block
-        self.final_norm: Callable[..., Tensor] = final_norm
-        self.chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
+        self.functions = TrainingFunctions()
         self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
         self.model.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -204,6 +217,13 @@ class Transformer(nn.Module):
             return self.device.type == "cpu" and self.config.context_length <= EXPLICIT_MAX_LENGTH
         return self.config.attention == "explicit"
 
+    @property
+    def attention_path(self) -> str:
+        """How a training step computes attention: native (by the C kernels), explicit or sdpa."""
+        if self.functions.masks_by_start:
+            return "native"
+        return "explicit" if self.explicit_attention else "sdpa"
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -241,8 +261,12 @@ class Transformer(nn.Module):
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.context_length}")
         explicit = self.explicit_attention or weights is not None or (start > 0 and T > 1)
+        plain = cache is not None or weights is not None
+        functions = TrainingFunctions() if plain else self.functions
         mask: Tensor | None = None
-        if cache is not None and cache.starts_B is not None:
+        if functions.masks_by_start:
+            mask = None if segments_BT is None else segment_starts(segments_BT)
+        elif cache is not None and cache.starts_B is not None:
             positions_S = torch.arange(start + T, device=self.device)
             segments_BS = (positions_S >= cache.starts_B[:, None]).int()
             mask = packed_mask(segments_BS[:, start:], segments_BS, self.compute_dtype if explicit else torch.bool)
@@ -250,22 +274,22 @@ class Transformer(nn.Module):
             mask = packed_mask(segments_BT, segments_BT, self.compute_dtype if explicit else torch.bool)
         elif explicit:
             mask = causal_mask(T, start + T, self.device, self.compute_dtype)
-        rotary_2TK = self.rotary[:, start : start + T].to(self.compute_dtype)
+        rotary_2TK = self.rotary[:, start : start + T]
+        rotary_2TK = rotary_2TK if functions.masks_by_start else rotary_2TK.to(self.compute_dtype)
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
         for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]
-            if cache is None and weights is None:
-                arguments = (x_BTD, rotary_2TK, mask)
-                run = block if self.through_hooks else partial(self.train_block, block)
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    x_BTD = checkpoint(run, *arguments, use_reentrant=False)
-                else:
-                    x_BTD = run(*arguments)
-            else:
+            if plain:
                 x_BTD = block(x_BTD, rotary_2TK, mask, cache, index, weights)
+                continue
+            arguments = (x_BTD, rotary_2TK, mask)
+            run = block if self.through_hooks else partial(functions.train_block, block)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(run, *arguments, use_reentrant=False)
+            else:
+                x_BTD = run(*arguments)
         if cache is not None:
             cache.length += T
-        plain = cache is not None or weights is not None
-        return (final_norm if plain else self.final_norm)(self.model.norm, x_BTD)  # type: ignore[arg-type]
+        return functions.final_norm(self.model.norm, x_BTD)
 
     def forward(
         self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None
@@ -283,9 +307,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats a token, of a `Batch`; targets of -100 do not count."""
         x_BTD = self.hidden(ids_BT, segments_BT=segments_BT)
-        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, self.chunk_loss, weights_BT)
+        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, self.functions.chunk_loss, weights_BT)
 
     def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """The value of `loss` without the work for its gradient."""
         x_BTD, vocabulary_VD = self.hidden(ids_BT, segments_BT=segments_BT).detach(), self.vocabulary_VD.detach()
-        return linear_cross_entropy(x_BTD, vocabulary_VD, targets_BT, self.chunk_loss)
+        return linear_cross_entropy(x_BTD, vocabulary_VD, targets_BT, self.functions.chunk_loss)

@@ -172,4 +172,4 @@ def shard(model: Transformer, group: Group) -> None:
 
 
 def _forward(model: Transformer, block: Block, x_BTD: Tensor, *arguments: Any) -> Tensor:
-    return model.train_block(block, x_BTD, *arguments)
+    return model.functions.train_block(block, x_BTD, *arguments)

@@ -75,11 +75,12 @@ def _train(
         )  # fmt: skip
         trainer.origin = origin
         before = replace(choices)
+        compilation = trainer.warm_up()  # which also decides how attention is computed
         said = {
             "device": hardware.device.type,
             "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
-            "attention": "explicit" if model.explicit_attention else "sdpa",
-            "compile": trainer.warm_up(),
+            "attention": model.attention_path,
+            "compile": compilation,
             "processes": parallel.describe(config.trainer.batch_size),
         }
         if resumed:

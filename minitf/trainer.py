@@ -54,7 +54,9 @@ class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
-    compile: str = "auto"  # torch.compile of the blocks: auto (when it pays for itself in this run) | true | false
+    compile: str = (
+        "auto"  # true (torch.compile) | native (our C kernels) | false | auto: C kernels, or compiled if it pays
+    )
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
     eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run
     save_every: int = 0  # steps between checkpoints; 0: at each evaluation
@@ -67,8 +69,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.compile = self.compile.lower()
-        if self.compile not in ("auto", "true", "false"):
-            raise RequestError(f"trainer.compile={self.compile} must be auto, true or false")
+        if self.compile not in ("auto", "native", "true", "false"):
+            raise RequestError(f"trainer.compile={self.compile} must be auto, native, true or false")
         if self.strategy not in STRATEGIES:
             raise RequestError(f"trainer.strategy={self.strategy} must be one of {', '.join(STRATEGIES)}")
         if self.max_minutes is not None and not 0 < self.max_minutes < 1e6:
@@ -158,18 +160,19 @@ class Trainer:
         started = time.perf_counter()
         config, choices, state = self.config, self.choices, self.state
         decided = choices.compile if config.compile == "auto" else ""
-        step_s, choice = self.training_step.warm_up(
-            decided or config.compile, lambda step_s: (self._num_steps(step_s) - state.step) * step_s
+        step_s, choices.compile, words = self.training_step.warm_up(
+            decided or config.compile,
+            lambda step_s: (self._num_steps(step_s) - state.step) * step_s,
+            required=not decided,
         )
-        if decided and choice.startswith("off, as set"):
-            choice = "off, as the run began"
-        choices.compile = "true" if choice.startswith("on") else "false"
+        if decided and words.startswith("off, as set"):
+            words = "off, as the run began"
         state.warmup_s += time.perf_counter() - started
         if state.step <= choices.decided_at:  # saved before it was decided anew, perhaps in a life that soon ended
             state.num_steps, state.num_steps_final = 0, False
         state.num_steps = state.num_steps or choices.num_steps or self._num_steps(step_s)
         choices.num_steps = choices.num_steps or state.num_steps
-        return choice
+        return words
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,4 +1,4 @@
-"""One optimiser step: what it does, how long it takes, and whether compiling it pays."""
+"""One optimiser step: what it does, how long it takes, and which functions make it fastest."""
 
 import statistics
 import time
@@ -7,17 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minitf import random_state
+from minitf import kernels, random_state
 from minitf.batches import BatchSource
+from minitf.errors import RequestError
 from minitf.hardware import Hardware, compiled, compiler_missing
-from minitf.loss import chunk_loss
-from minitf.model import final_norm, train_block
+from minitf.model import TrainingFunctions
 from minitf.optim import Optimizer
 from minitf.parallel import Parallel
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
 # this much training on.
 COMPILE_PAYS_FROM_S = 45.0
+PLAIN = TrainingFunctions()
 
 
 class TrainingStep:
@@ -61,38 +62,57 @@ class TrainingStep:
             times.append(self.group.agree(time.perf_counter() - start))
         return statistics.median(times)
 
-    def warm_up(self, compilation: str, seconds_left: Callable[[float], float]) -> tuple[float, str]:
-        """Compile if it pays and measure a step, leaving weights, optimiser and random state as they were.
+    def warm_up(
+        self, wanted: str, seconds_left: Callable[[float], float], required: bool = True
+    ) -> tuple[float, str, str]:
+        """Choose the functions and measure a step, leaving weights, optimiser and random state as they were.
 
-        `compilation` is auto, true or false; `seconds_left(step_s)` is what the run would take at that speed. Returns
-        the seconds of a step, and what was chosen and why, in words.
+        `wanted` is a value of `trainer.compile`, whose C kernels are a RequestError where there are none if they are
+        `required`; `seconds_left(step_s)` is what the run would take at that speed. Returns the seconds of a step, what
+        was chosen (a value that leads to it again), and why, in words.
         """
         before = random_state.capture()
         self.run(0, 0.0)  # the first step also sets up libraries and memory: it is no measure
-        choice = "off, as set" if compilation == "false" else self._compile(compilation == "true", seconds_left)
+        chosen, words = ("false", "off, as set") if wanted == "false" else self._choose(wanted, seconds_left, required)
         step_s = self.measure(8)
         self.optimizer.reset()
         random_state.restore(before)
-        return step_s, choice
+        return step_s, chosen, words
 
-    def _compile(self, forced: bool, seconds_left: Callable[[float], float]) -> str:
-        eager_s = self.measure(1)
-        left_s = seconds_left(eager_s)
-        if not forced and left_s < COMPILE_PAYS_FROM_S:
-            return f"off, does not pay in {left_s:.0f} s of training"
-        missing = self.group.agree(compiler_missing(self.hardware.device))
+    def _choose(self, wanted: str, seconds_left: Callable[[float], float], required: bool) -> tuple[str, str]:
+        plain_s = self.measure(1)
+        if wanted != "true":
+            obstacle = kernels.obstacle(self.model)
+            if not self.group.any(obstacle is not None):
+                native_s = self._try(kernels.FUNCTIONS)
+                if wanted == "native" or native_s < plain_s:
+                    return "native", f"not needed, C kernels: {_milliseconds(native_s, plain_s)}"
+                self.model.functions = PLAIN
+            elif wanted == "native" and required:
+                raise RequestError(f"trainer.compile=native: {obstacle or 'another process cannot use the C kernels'}")
+        left_s = seconds_left(plain_s)
+        if wanted != "true" and left_s < COMPILE_PAYS_FROM_S:
+            return "false", f"off, does not pay in {left_s:.0f} s of training"
+        missing = self.group.agree(compiler_missing(self.hardware.device) or "")
         if missing:
-            return f"off, {missing}"
-        model = self.model
-        model.train_block, model.final_norm = compiled(train_block), compiled(final_norm)
-        model.chunk_loss = compiled(chunk_loss)
+            return "false", f"off, {missing}"
         try:
-            self.run(0, 0.0)
-            compiled_s = self.measure(2)
+            block, norm, loss = PLAIN.train_block, PLAIN.final_norm, PLAIN.chunk_loss
+            compiled_s = self._try(TrainingFunctions(compiled(block), compiled(norm), compiled(loss)))
         except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
-            model.train_block, model.final_norm, model.chunk_loss = train_block, final_norm, chunk_loss
-            return f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-        if not forced and compiled_s > eager_s:
-            model.train_block, model.final_norm, model.chunk_loss = train_block, final_norm, chunk_loss
-            return f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {eager_s * 1000:.0f} ms without"
-        return f"on, a step takes {compiled_s * 1000:.0f} ms instead of {eager_s * 1000:.0f} ms"
+            self.model.functions = PLAIN
+            return "false", f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        if wanted != "true" and compiled_s > plain_s:
+            self.model.functions = PLAIN
+            return "false", f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {plain_s * 1000:.0f} ms without"
+        return "true", f"on, {_milliseconds(compiled_s, plain_s)}"
+
+    def _try(self, functions: TrainingFunctions) -> float:
+        """Seconds of a step with these functions."""
+        self.model.functions = functions
+        self.run(0, 0.0)
+        return self.measure(2)
+
+
+def _milliseconds(step_s: float, plain_s: float) -> str:
+    return f"a step takes {step_s * 1000:.0f} ms instead of {plain_s * 1000:.0f} ms"

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "minitf"
 # From the bottom of the house up; a module may import only what stands before it.
 ORDER = [
     "errors", "storage", "distributed", "sharded", "untrusted", "random_state", "choices", "run_directory",
-    "hardware", "loss", "books", "exercises", "data_config", "reading", "formats", "hub_data", "corpus", "pairs",
-    "tokenizer", "prepared", "preparation", "batches", "packing", "rope_scaling", "attention", "model", "optim",
+    "hardware", "c_library", "loss", "books", "exercises", "data_config", "reading", "formats", "hub_data", "corpus", "pairs",
+    "tokenizer", "prepared", "preparation", "batches", "packing", "rope_scaling", "attention", "model", "kernels", "optim",
     "hugging_face", "runs", "train_state", "checkpoint", "saving", "decoding", "answer", "generate", "heads",
     "alignment", "viewer", "attention_maps", "attention_picture", "attention_page", "export",
     "tensorboard", "answer_scores", "evaluate", "language_model", "event_files", "monitor", "parallel", "training_step",

@@ -9,7 +9,7 @@ from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
 from minitf.benchmark.text import write_text
-from minitf.benchmark.training import QUIET, train
+from minitf.benchmark.training import QUIET, fastest, train
 
 BASE = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "context_length": 256}
 AXES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -46,10 +46,15 @@ def curves(request: Request, report: Report) -> None:
 
 
 def speed(request: Request, batch_size: int) -> list[str]:
-    """Overrides of a run of a few seconds that is compiled as a longer one would be."""
+    """Overrides of a run of a few seconds that computes as a longer one would."""
     limit = ["trainer.max_steps=3"] if request.quick else ["trainer.max_minutes=0.1"]
-    compile_ = "false" if request.quick else "true"
-    return [*QUIET, f"trainer.compile={compile_}", "trainer.log_every=1", f"trainer.batch_size={batch_size}", *limit]
+    return [
+        *QUIET,
+        f"trainer.compile={fastest(request)}",
+        "trainer.log_every=1",
+        f"trainer.batch_size={batch_size}",
+        *limit,
+    ]
 
 
 def tokens_per_s(rows: list[dict[str, Any]]) -> float:
@@ -150,7 +155,8 @@ def logging(request: Request, report: Report) -> None:
 
 def _compile(result: dict[str, Any]) -> str:
     """What the run chose, as a setting: both sides are to make the same choice."""
-    return "true" if str(result["choices"].get("compile", "")).startswith("on") else "false"
+    words = str(result["choices"].get("compile", ""))
+    return "true" if words.startswith("on") else "native" if words.startswith("not needed") else "false"
 
 
 def draw(request: Request, report: Report, name: str, panels: list[Any], **options: Any) -> None:

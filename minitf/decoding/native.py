@@ -7,12 +7,6 @@ takes 0.2 ms (4 layers of 256 on one core); at 124M parameters it is still twice
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import secrets
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,20 +14,10 @@ import torch
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
-from minitf.hardware import describe_processor
+from minitf.c_library import compiled_library
 from minitf.model import Transformer
-from minitf.storage import cache_root
 
 SOURCE = Path(__file__).with_name("decode.c")
-# Sums may be taken in any order and square roots need no error number; infinities and rounding stay as they are.
-FLAGS = (
-    "-O3",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-    "-ffp-contract=fast",
-)
 
 
 class _Layer(ctypes.Structure):
@@ -60,39 +44,12 @@ class _Model(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """decode.c as a library, compiled now or earlier, or why there is none."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return "no C compiler found"
-    flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
-    identity = repr([SOURCE.read_bytes(), compiler, flags, describe_processor(), platform.machine()])
-    built = cache_root() / f"decode_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    try:
-        found = _load(built) or _compile(compiler, flags, built)
+    """decode.c as a library, or why there is none."""
+    found = compiled_library(SOURCE)
+    if not isinstance(found, str):
         found.decode_scratch.restype = ctypes.c_int64
         found.decode.restype = None
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        return f"{compiler} did not compile decode.c: {str(error).splitlines()[0]}"
     return found
-
-
-def _load(built: Path) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(built))
-    except OSError:  # not there, or damaged
-        return None
-
-
-def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> ctypes.CDLL:
-    built.parent.mkdir(parents=True, exist_ok=True)
-    partial = built.with_name(f".{built.name}.{secrets.token_hex(6)}")
-    try:
-        command = [compiler, *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(partial), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(partial, built)
-        return ctypes.CDLL(str(built))
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def obstacle(model: Transformer) -> str | None:

@@ -1,0 +1,227 @@
+"""What a training step computes between the products of its layers, by kernels.c: norms, attention, SwiGLU, loss.
+
+The same functions as in attention.py, model.py and loss.py, in bfloat16 with sums in float32, each with its gradient,
+and each over its data once or twice where PyTorch's operations go over them ten times. torch.compile comes close after
+half a minute of compiling; these take two seconds, once.
+"""
+
+import ctypes
+import functools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitf.attention import Attention, joint_weight
+from minitf.c_library import compiled_library
+from minitf.loss import IGNORED
+from minitf.model import Block, TrainingFunctions, Transformer
+
+SOURCE = Path(__file__).with_name("kernels.c")
+ROWS_A_PIECE = 64  # as in kernels.c
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *[(name, _INT) for name in "BTHGK"],
+        *[(name, _POINTER) for name in ("qkv", "q_norm", "k_norm")],
+        ("eps", _FLOAT),
+        *[(name, _POINTER) for name in ("cosines", "sines", "starts", "mixed", "log_sums")],
+    ]
+
+
+ARGUMENTS: dict[str, list[Any]] = {
+    "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
+    "rms_norm_backward": [_INT, _INT, *[_POINTER] * 7],
+    "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
+    "swiglu_backward": [_INT, _INT, _POINTER, _POINTER, _POINTER],
+    "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
+    "attention_forward": [ctypes.POINTER(_Attention)],
+    "attention_backward": [ctypes.POINTER(_Attention), _POINTER, _POINTER, _POINTER],
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """kernels.c as a library, compiled now or earlier, or why there is none."""
+    if "avx512_bf16" not in _processor_flags():
+        return "the processor has no AVX-512 BF16"
+    if shutil.which("gcc") is None:
+        return "no gcc found"
+    # The threads must be those PyTorch has: two sets of them would wait for work on the same cores.
+    shared = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    found = compiled_library(SOURCE, ["-fopenmp", "-Wl,--as-needed", *shared])
+    if not isinstance(found, str):
+        for name, types in ARGUMENTS.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = types, None
+    return found
+
+
+def _processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def obstacle(model: Transformer) -> str | None:
+    """Why the kernels cannot train this model, or None."""
+    if model.device.type != "cpu":
+        return f"they are for a processor, and the model is on {model.device.type}"
+    if model.compute_dtype != torch.bfloat16:
+        return "they compute in bf16"
+    if model.config.attention != "auto":
+        return f"model.attention={model.config.attention} is set"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def _call(name: str, *arguments: Any) -> None:
+    found = library()
+    assert not isinstance(found, str)
+    getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+class _RMSNorm(torch.autograd.Function):
+    """(x + added, its norm); x goes through alone too, so that both its gradients arrive here and are added at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x, width = x.contiguous(), x.shape[-1]
+        total = x.view_as(x) if added is None else torch.empty_like(x)
+        normed, rstd = torch.empty_like(x), torch.empty(x.numel() // width)
+        added = None if added is None else added.contiguous()
+        _call("rms_norm_forward", len(rstd), width, x, added, weight, eps, total, normed, rstd)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.has_added = added is not None
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (total, weight, rstd), (dtotal, dnormed) = ctx.saved_tensors, gradients
+        width = total.shape[-1]
+        parts, dx = torch.empty(-(-len(rstd) // ROWS_A_PIECE), width), torch.empty_like(total)
+        dnormed, dtotal = dnormed.contiguous(), dtotal.contiguous()
+        _call("rms_norm_backward", len(rstd), width, total, weight, rstd, dnormed, dtotal, dx, parts)
+        return dx, dx if ctx.has_added else None, parts.sum(0), None
+
+
+def rms_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor, added_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x + added` (or x) and its norm, both of bfloat16."""
+    assert norm.weight is not None
+    assert norm.eps is not None
+    return _RMSNorm.apply(x_BTD, added_BTD, norm.weight.float(), norm.eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x, width = x.contiguous(), x.shape[-1] // 2
+        y = x.new_empty(*x.shape[:-1], width)
+        _call("swiglu_forward", y.numel() // width, width, x, y)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,), dy = ctx.saved_tensors, gradients[0].contiguous()
+        dx = torch.empty_like(x)
+        _call("swiglu_backward", dy.numel() // dy.shape[-1], dy.shape[-1], x, dy, dx)
+        return dx
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`silu(gate) * up` of gates and ups that lie behind each other in every row of x."""
+    return _SwiGLU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        rotary: Tensor,
+        starts: Tensor | None,
+        heads: Sequence[int],
+        eps: float,
+    ) -> Tensor:
+        qkv, (B, T), (H, _, K) = qkv.contiguous(), qkv.shape[:2], heads
+        mixed, log_sums = qkv.new_empty(B, T, H * K), torch.empty(B, H, T)
+        ctx.save_for_backward(qkv, q_norm, k_norm, rotary, starts, mixed, log_sums)
+        ctx.heads, ctx.eps = heads, eps
+        _call("attention_forward", _description(ctx, qkv, q_norm, k_norm, rotary, starts, mixed, log_sums))
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_norm, *_ = saved = ctx.saved_tensors
+        dmixed, dqkv, (_, G, K) = gradients[0].contiguous(), torch.empty_like(qkv), ctx.heads
+        parts = torch.empty(qkv.shape[0] * G, 2, K)
+        _call("attention_backward", _description(ctx, *saved), dmixed, dqkv, parts)
+        dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
+        return dqkv, dq_norm, dk_norm, None, None, None, None
+
+
+def _description(
+    ctx: Any,
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    rotary: Tensor,
+    starts: Tensor | None,
+    mixed: Tensor,
+    log_sums: Tensor,
+) -> _Attention:
+    given = (*qkv.shape[:2], *ctx.heads, qkv, q_norm, k_norm, ctx.eps, rotary[0], rotary[1], starts, mixed, log_sums)
+    return _Attention(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
+
+
+def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """From queries, keys and values as their product made them to mixed_BTC: norm, positions, match, weigh, gather.
+
+    `rotary_2TK` is of float32; `starts_BT`, of int32, is the first key each query sees, ascending in a row; None: 0.
+    """
+    K = attention.head_dim
+    heads = attention.q_proj.out_features // K, attention.k_proj.out_features // K, K
+    if isinstance(attention.q_norm, torch.nn.Identity):
+        return _Attend.apply(qkv_BTC, None, None, rotary_2TK, starts_BT, heads, 0.0)  # type: ignore[no-any-return, no-untyped-call]
+    weights = attention.q_norm.weight.float(), attention.k_norm.weight.float()
+    return _Attend.apply(qkv_BTC, *weights, rotary_2TK, starts_BT, heads, attention.q_norm.eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """`Block.forward` on the training path."""
+    attention, mlp = block.self_attn, block.mlp
+    x_BTD, normed_BTD = rms_norm(block.input_layernorm, x_BTD)
+    qkv_BTC = F.linear(normed_BTD, joint_weight(x_BTD.dtype, attention.q_proj, attention.k_proj, attention.v_proj))
+    mixed_BTD = attention.o_proj(attend(attention, qkv_BTC, rotary_2TK, starts_BT))
+    x_BTD, normed_BTD = rms_norm(block.post_attention_layernorm, x_BTD, block.dropout(mixed_BTD))
+    hidden_BTF = swiglu(F.linear(normed_BTD, joint_weight(x_BTD.dtype, mlp.gate_proj, mlp.up_proj)))
+    return x_BTD + block.dropout(mlp.down_proj(hidden_BTF))  # type: ignore[no-any-return]
+
+
+def final_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor) -> Tensor:
+    """The normalisation before the scores."""
+    return rms_norm(norm, x_BTD)[1]
+
+
+def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of some rows in nats, summed with `scales_N`, and its gradient with respect to their logits."""
+    N, V = logits_NV.shape
+    losses_N, gradient_NV = torch.empty(N), torch.empty_like(logits_NV)
+    scales_N = torch.where(targets_N != IGNORED, scales_N, 0.0)
+    _call("cross_entropy", N, V, logits_NV, targets_N.contiguous(), scales_N, losses_N, gradient_NV)
+    return losses_N.sum(), gradient_NV
+
+
+FUNCTIONS = TrainingFunctions(train_block, final_norm, chunk_loss, masks_by_start=True)

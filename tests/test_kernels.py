@@ -1,0 +1,336 @@
+"""The C kernels compute what attention.py, model.py and loss.py compute, as exactly as bfloat16 allows."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import train_here
+from test_train import assert_one_line, interrupt_at, losses
+from torch import Tensor
+
+from minitf import kernels
+from minitf.attention import Attention, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
+from minitf.loss import linear_cross_entropy
+from minitf.model import ModelConfig, TrainingFunctions, Transformer
+
+BF16 = torch.bfloat16
+needed = pytest.mark.skipif(isinstance(kernels.library(), str), reason=f"no kernels here: {kernels.library()}")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """Relative distance."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+@needed
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (200, 256)])
+@pytest.mark.parametrize("adding", [True, False])
+def test_the_norm_and_its_gradients(shape: tuple[int, int], adding: bool) -> None:
+    norm = torch.nn.RMSNorm(shape[1], eps=1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.1 * random(shape[1], seed=1))
+    x, added = random(*shape, seed=2).to(BF16).requires_grad_(), random(*shape, seed=3).to(BF16).requires_grad_()
+    gradients = random(*shape, seed=4).to(BF16), random(*shape, seed=5).to(BF16)
+    total, normed = kernels.rms_norm(norm, x, added if adding else None)
+    torch.autograd.backward([total, normed], gradients)
+
+    exact = (x + added if adding else x).detach().double().requires_grad_()
+    weight = norm.weight.detach().double().requires_grad_()
+    wanted = F.rms_norm(exact, shape[1:], weight, 1e-6)
+    torch.autograd.backward([exact * 1, wanted], [gradient.double() for gradient in gradients])
+    torch.testing.assert_close(total.double(), exact)
+    assert off(normed, wanted) < 0.004
+    for grad in (x.grad, added.grad) if adding else (x.grad,):
+        assert grad is not None
+        assert off(grad, exact.grad) < 0.004
+    assert off(norm.weight.grad, weight.grad) < 1e-5  # type: ignore[arg-type]
+
+
+@needed
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 33), (70, 64)])
+def test_swiglu_and_its_gradient(rows: int, width: int) -> None:
+    x = (4 * random(rows, 2 * width)).to(BF16).requires_grad_()
+    with torch.no_grad():
+        x[0, 0] = 80.0  # where a careless sigmoid overflows
+        x[-1, width - 1] = -80.0
+    dy = random(rows, width, seed=1).to(BF16)
+    y = kernels.swiglu(x)
+    y.backward(dy)
+    exact = x.detach().double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    wanted = F.silu(gate) * up
+    wanted.backward(dy.double())
+    assert off(y, wanted) < 0.004
+    assert off(x.grad, exact.grad) < 0.003  # type: ignore[arg-type]
+
+
+# B, T, heads, key heads, head width, normalised, packed
+SHAPES = [
+    (2, 256, 4, 4, 64, True, False),
+    (1, 1, 2, 1, 2, False, False),
+    (2, 67, 4, 2, 32, True, True),
+    (1, 300, 6, 3, 48, False, True),
+    (3, 130, 3, 3, 34, True, False),
+    (1, 700, 2, 1, 64, True, True),
+    (2, 5, 2, 2, 128, True, False),
+]
+
+
+def segments(B: int, T: int) -> Tensor:
+    """Numbers of texts packed into rows, other cuts in each."""
+    generator = torch.Generator().manual_seed(T)
+    return (torch.rand(B, T, generator=generator) < 4 / T).long().cumsum(1)
+
+
+def attend_plainly(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, segments_BT: Tensor | None) -> Tensor:
+    """From queries, keys and values to what is gathered, as attention.py has it, in the dtype of qkv."""
+    (B, T), K, dtype = qkv_BTC.shape[:2], attention.head_dim, qkv_BTC.dtype
+    sizes = [layer.out_features for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    q, k, v = (x.view(B, T, -1, K) for x in qkv_BTC.split(sizes, -1))
+    q, k, v = (x.transpose(1, 2) for x in (attention.q_norm(q), attention.k_norm(k), v))
+    mask = causal_mask(T, T, qkv_BTC.device, dtype)
+    if segments_BT is not None:
+        mask = packed_mask(segments_BT, segments_BT, dtype)
+    mixed_BHTK = attend(*(rotate(x, rotary_2TK.to(dtype)) for x in (q, k)), v, mask)
+    return mixed_BHTK.transpose(1, 2).reshape(B, T, -1)
+
+
+@needed
+@pytest.mark.parametrize(("B", "T", "H", "G", "K", "normalised", "packed"), SHAPES)
+def test_attention_and_its_gradients(B: int, T: int, H: int, G: int, K: int, normalised: bool, packed: bool) -> None:
+    attention = Attention(8, H, G, K, normalised)
+    if normalised:
+        with torch.no_grad():
+            attention.q_norm.weight.copy_(1 + 0.3 * random(K, seed=1))  # type: ignore[operator]
+            attention.k_norm.weight.copy_(1 + 0.3 * random(K, seed=2))  # type: ignore[operator]
+    rotary_2TK = rotary_table(K, T, 100.0)
+    segments_BT = segments(B, T) if packed else None
+    starts_BT = None if segments_BT is None else segment_starts(segments_BT)
+    content, dmixed = (2 * random(B, T, (H + 2 * G) * K)).to(BF16), random(B, T, H * K, seed=3).to(BF16)
+
+    def outcome(dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        attention.zero_grad()
+        qkv_BTC = content.to(dtype, copy=True).requires_grad_()
+        mixed_BTC = function(qkv_BTC)
+        mixed_BTC.backward(dmixed.to(dtype))
+        norms = [p.grad.clone() for n, p in attention.named_parameters() if "norm" in n and p.grad is not None]
+        assert qkv_BTC.grad is not None
+        assert len(norms) == 2 * normalised
+        return [mixed_BTC.detach(), qkv_BTC.grad, *norms]
+
+    exact = outcome(torch.float64, lambda qkv: attend_plainly(attention, qkv, rotary_2TK, segments_BT))
+    found = outcome(BF16, lambda qkv: kernels.attend(attention, qkv, rotary_2TK, starts_BT))
+    plain = outcome(BF16, lambda qkv: attend_plainly(attention, qkv, rotary_2TK, segments_BT))
+    for mine, theirs, wanted in zip(found, plain, exact, strict=True):
+        assert off(mine, wanted) < 0.01
+        assert off(mine, wanted) <= off(theirs, wanted) + 1e-3  # sums in float32, fewer roundings on the way
+
+
+@needed
+def test_attention_withstands_scores_of_any_size() -> None:
+    attention = Attention(8, 1, 1, 32, False)
+    qkv = (60 * random(1, 600, 96)).to(BF16)  # scores of some 20,000: all weight on one key
+    mixed = kernels.attend(attention, qkv, rotary_table(32, 600, 1e4), None)
+    q, k, v = qkv.double().split(32, -1)
+    q, k = (rotate(x, rotary_table(32, 600, 1e4)).to(BF16).double() for x in (q, k))  # rounded where the kernel rounds
+    scores = q @ k.mT / 32**0.5 + causal_mask(600, 600, q.device, torch.float64)
+    assert off(mixed, torch.softmax(scores, -1) @ v) < 0.01
+
+
+@needed
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_comes_later_or_belongs_to_another_text_changes_nothing(packed: bool) -> None:
+    attention, T = Attention(8, 4, 2, 32, True), 150
+    segments_BT = segments(1, T) if packed else torch.zeros(1, T, dtype=torch.long)
+    starts_BT, cut = segment_starts(segments_BT), 90
+    qkv = random(1, T, 8 * 32).to(BF16)
+    before = kernels.attend(attention, qkv, rotary_table(32, T, 1e4), starts_BT)
+    changed = qkv.clone()
+    changed[:, cut + 1 :] = 1e4
+    changed[:, : int(starts_BT[0, cut])] = 7.0
+    after = kernels.attend(attention, changed, rotary_table(32, T, 1e4), starts_BT)
+    own = slice(int(starts_BT[0, cut]), cut + 1)
+    torch.testing.assert_close(after[:, own], before[:, own], rtol=0, atol=0)
+
+
+@needed
+@pytest.mark.parametrize("V", [3, 65, 1000])
+def test_the_loss_and_its_gradients(V: int) -> None:
+    x = random(2, 50, 16).to(BF16).requires_grad_()
+    vocabulary = random(V, 16, seed=1).requires_grad_()
+    targets = torch.randint(V, (2, 50), generator=torch.Generator().manual_seed(2))
+    targets[0, 10:20] = -100
+    weights = torch.rand(2, 50, generator=torch.Generator().manual_seed(3))
+    inputs = (x, vocabulary)
+    found = linear_cross_entropy(x, vocabulary, targets, kernels.chunk_loss, weights)
+    gradients = torch.autograd.grad(found, inputs)
+    exact = [t.detach().to(BF16).double().requires_grad_() for t in inputs]
+    wanted = linear_cross_entropy(*exact, targets, weights_BT=weights)  # type: ignore[arg-type, misc]
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=0.003)
+    for mine, theirs in zip(gradients, torch.autograd.grad(wanted, exact), strict=True):
+        assert off(mine, theirs) < 0.01
+
+
+def test_starts_say_what_the_mask_says() -> None:
+    segments_BT = segments(3, 40)
+    seen = packed_mask(segments_BT, segments_BT, torch.bool)
+    positions = torch.arange(40)
+    starts_BT = segment_starts(segments_BT)
+    assert starts_BT.dtype == torch.int32
+    by_start = (positions >= starts_BT[:, :, None]) & (positions <= positions[:, None])
+    assert torch.equal(seen, by_start)
+
+
+def model_of(**settings: object) -> Transformer:
+    config = {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**config, "context_length": 70, **settings}), 50)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(std=0.1)  # zero at the start, which would hide what is before
+    return model
+
+
+def gradients_of(model: Transformer, packed: bool) -> tuple[float, Tensor]:
+    ids_BT = torch.randint(50, (3, 70), generator=torch.Generator().manual_seed(5))
+    model.zero_grad()
+    loss = model.loss(ids_BT, ids_BT.roll(-1, 1), segments(3, 70) if packed else None)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@needed
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": False}, {"tie_embeddings": False, "intermediate_size": 40}])
+def test_a_model_learns_the_same_by_them(settings: dict[str, object], packed: bool) -> None:
+    model = model_of(**settings)
+    loss, exact = gradients_of(model, packed)
+    model.compute_dtype = BF16
+    plain_loss, plain = gradients_of(model, packed)
+    model.functions = kernels.FUNCTIONS
+    native_loss, native = gradients_of(model, packed)
+    assert native_loss == pytest.approx(loss, rel=0.003)
+    assert plain_loss == pytest.approx(loss, rel=0.003)
+    assert off(native, exact) < 0.03
+    assert off(native, exact) < 1.1 * off(plain, exact)
+    model.activation_checkpointing = True
+    assert torch.equal(gradients_of(model, packed)[1], native)
+
+
+@needed
+def test_evaluation_and_a_look_inside_agree_with_training() -> None:
+    model = model_of(dropout=0.5)
+    model.compute_dtype, model.functions = BF16, kernels.FUNCTIONS
+    ids_BT = torch.randint(50, (3, 70), generator=torch.Generator().manual_seed(5))
+    model.eval()
+    with torch.no_grad():
+        trained = model.hidden(ids_BT)
+        weights: list[Tensor] = []
+        looked_at = model.hidden(ids_BT, weights=weights)
+    assert off(trained, looked_at) < 0.02
+    assert len(weights) == 2
+    model.train()
+    assert off(model.hidden(ids_BT).detach(), looked_at) > 0.1  # dropout
+
+
+@needed
+def test_neither_threads_nor_repetition_change_a_bit() -> None:
+    attention, norm = Attention(8, 4, 4, 32, True), torch.nn.RMSNorm(8, eps=1e-6)
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3, 1):
+            torch.set_num_threads(num_threads)
+            attention.zero_grad()
+            norm.zero_grad()
+            qkv = random(3, 200, 3 * 128).to(BF16).requires_grad_()
+            x = random(500, 8).to(BF16).requires_grad_()
+            mixed = kernels.attend(attention, qkv, rotary_table(32, 200, 1e4), None)
+            mixed.backward(random(3, 200, 128, seed=1).to(BF16))
+            kernels.rms_norm(norm, x)[1].backward(random(500, 8, seed=2).to(BF16))  # type: ignore[no-untyped-call]
+            outcomes.append([mixed.detach(), qkv.grad, attention.q_norm.weight.grad.clone(), norm.weight.grad.clone()])  # type: ignore[union-attr, operator]
+    finally:
+        torch.set_num_threads(before)
+    for outcome in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcome, outcomes[0], strict=True))  # type: ignore[arg-type]
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "_processor_flags", lambda: {"sse2"})
+    yield
+    kernels.library.cache_clear()
+
+
+@needed
+def test_a_run_takes_them_by_itself_and_goes_on_with_them(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = [*tiny, "trainer.precision=bf16", "trainer.max_steps=6", "trainer.log_every=1", "trainer.save_every=3"]
+    assert not train_here(*short, "trainer.compile=native", "run_dir=native")
+    assert "native attention" in (printed := capsys.readouterr().err)
+    assert "compile    not needed, C kernels: a step takes" in printed
+    assert not train_here(*short, "trainer.compile=native", "run_dir=again")
+    assert not train_here(*short, "trainer.compile=false", "run_dir=plain")
+    assert losses("again") == losses("native")
+    assert [row[2] for row in losses("plain")] == pytest.approx([row[2] for row in losses("native")], rel=0.01)
+    choices = json.loads(Path("native/choices.json").read_text(encoding="utf-8"))
+    assert choices["compile"] == "native"
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        train_here(*short, "trainer.compile=native", "run_dir=resumed")
+    capsys.readouterr()
+    assert not train_here("resume=resumed")
+    assert "not needed, C kernels" in capsys.readouterr().err
+    assert losses("resumed") == losses("native")
+
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "_processor_flags", lambda: set())
+    try:  # elsewhere it goes on without, and says so
+        assert not train_here("resume=native", "trainer.max_steps=8", "trainer.compile=auto")
+    finally:
+        kernels.library.cache_clear()
+    assert "compile false instead of native" in capsys.readouterr().err
+
+
+def test_where_there_are_none_asking_for_them_is_an_error(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], without_kernels: None
+) -> None:
+    settings = ["trainer.precision=bf16", "trainer.compile=native", "run_dir=run"]
+    assert train_here(*tiny, *settings) == 2
+    assert_one_line(capsys.readouterr().err, "trainer.compile=native: the processor has no AVX-512 BF16")
+
+
+@needed
+def test_what_they_cannot_serve_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    assert kernels.obstacle(model) == "they compute in bf16"
+    model.compute_dtype = BF16
+    assert kernels.obstacle(model) is None
+    assert "model.attention=sdpa is set" in str(kernels.obstacle(model_with(attention="sdpa")))
+    assert isinstance(model.functions, TrainingFunctions)
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    try:
+        assert kernels.obstacle(model) == "no gcc found"
+    finally:
+        kernels.library.cache_clear()
+
+
+def model_with(**settings: object) -> Transformer:
+    model = model_of(**settings)
+    model.compute_dtype = BF16
+    return model
