@@ -54,9 +54,7 @@ class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
-    compile: str = (
-        "auto"  # true (torch.compile) | native (our C kernels) | false | auto: C kernels, or compiled if it pays
-    )
+    compile: str = "auto"  # auto (C kernels where there are any, else torch.compile if it pays) | native | true | false
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
     eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run
     save_every: int = 0  # steps between checkpoints; 0: at each evaluation

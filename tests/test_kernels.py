@@ -275,7 +275,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @needed
-def test_a_run_takes_them_by_itself_and_goes_on_with_them(
+def test_a_run_goes_on_with_them(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = [*tiny, "trainer.precision=bf16", "trainer.max_steps=6", "trainer.log_every=1", "trainer.save_every=3"]
@@ -292,18 +292,25 @@ def test_a_run_takes_them_by_itself_and_goes_on_with_them(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         train_here(*short, "trainer.compile=native", "run_dir=resumed")
-    capsys.readouterr()
-    assert not train_here("resume=resumed")
-    assert "not needed, C kernels" in capsys.readouterr().err
+        train_here(*short, "trainer.compile=native", "run_dir=moved")
+    assert not train_here("resume=resumed", "trainer.compile=auto")
     assert losses("resumed") == losses("native")
 
     kernels.library.cache_clear()
     monkeypatch.setattr(kernels, "_processor_flags", lambda: set())
     try:  # elsewhere it goes on without, and says so
-        assert not train_here("resume=native", "trainer.max_steps=8", "trainer.compile=auto")
+        assert not train_here("resume=moved", "trainer.compile=auto")
     finally:
         kernels.library.cache_clear()
     assert "compile false instead of native" in capsys.readouterr().err
+
+
+@needed
+def test_a_run_takes_them_by_itself(workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    wide = ["model.hidden_size=256", "model.context_length=128", "trainer.batch_size=16", "trainer.eval_tokens=1000"]
+    assert not train_here(*tiny, *wide, "trainer.precision=bf16", "trainer.compile=auto", "trainer.max_steps=2")
+    assert "bf16" in (printed := capsys.readouterr().err)
+    assert "compile    not needed, C kernels: a step takes" in printed
 
 
 def test_where_there_are_none_asking_for_them_is_an_error(
