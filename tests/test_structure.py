@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "minitf"
 # From the bottom of the house up; a module may import only what stands before it.
 ORDER = [
     "errors", "storage", "distributed", "sharded", "untrusted", "random_state", "choices", "run_directory",
-    "hardware", "c_library", "loss", "books", "exercises", "data_config", "reading", "formats", "hub_data", "corpus", "pairs",
-    "tokenizer", "prepared", "preparation", "batches", "packing", "rope_scaling", "attention", "model", "kernels", "optim",
-    "hugging_face", "runs", "train_state", "checkpoint", "saving", "decoding", "answer", "generate", "heads",
-    "alignment", "viewer", "attention_maps", "attention_picture", "attention_page", "export",
-    "tensorboard", "answer_scores", "evaluate", "language_model", "event_files", "monitor", "parallel", "training_step",
-    "task", "model_card", "trainer", "help_page", "completion", "config", "dry_run", "train", "commands",
+    "hardware", "c_library", "loss", "books", "exercises", "data_config", "reading", "formats", "hub_data",
+    "corpus", "pairs", "tokenizer", "prepared", "preparation", "batches", "packing", "rope_scaling", "attention",
+    "model", "kernels", "optim", "hugging_face", "runs", "train_state", "checkpoint", "saving", "decoding",
+    "answer", "generate", "heads", "alignment", "viewer", "attention_maps", "attention_picture", "attention_page",
+    "export", "tensorboard", "answer_scores", "evaluate", "language_model", "event_files", "monitor", "parallel",
+    "training_step", "task", "model_card", "trainer", "help_page", "completion", "config", "dry_run", "train",
+    "commands",
 ]  # fmt: skip
 # Beside the house: the commands that measure and torment it. They may import anything; nothing imports it.
 BESIDE = {"benchmark", "faults"}
