@@ -200,7 +200,8 @@ class Optimizer:
         """Clip the gradient, move the weights, clear the gradient; returns its norm before clipping."""
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(grads))
-        if self.config.grad_clip:
+        # On a CPU the norm can be asked for; elsewhere that would wait for the device.
+        if self.config.grad_clip and not (norm.device.type == "cpu" and norm <= self.config.grad_clip):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -1,5 +1,7 @@
 """The speed of a training step: its floors, its parts, and tokens a second beside nanoGPT and the HF Trainer."""
 
+import itertools
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def throughput(request: Request, report: Report) -> None:
 def minitf_speed(
     request: Request, shape: dict[str, int], batch_size: int, text: Path, optim: str, round_: int
 ) -> dict[str, Any]:
-    """Tokens/s of `python -m minitf.train` after its first rows, compiled as any run of minutes is."""
+    """Tokens/s of the median step of `python -m minitf.train` after its first, computed as in any run of minutes."""
     overrides = [
         "data=text", f"data.files=[{text}]", "tokenizer=char", f"optim={optim}", "trainer.device=cpu",
         *(f"model.{key}={value}" for key, value in shape.items()), f"trainer.batch_size={batch_size}", *QUIET,
@@ -111,9 +113,9 @@ def minitf_speed(
         f"trainer.max_steps={6 if request.quick else 60}",
     ]  # fmt: skip
     result = train(request, overrides, f"throughput-{optim}-{round_}")
-    rows = result["train"][2 if request.quick else 10 :]
-    first = result["train"][1 if request.quick else 9]
-    speed = (rows[-1]["tokens"] - first["tokens"]) / (rows[-1]["train_s"] - first["train_s"])
+    rows = result["train"][1 if request.quick else 9 :]
+    step_s = statistics.median(after["train_s"] - before["train_s"] for before, after in itertools.pairwise(rows))
+    speed = batch_size * shape["context_length"] / step_s
     choices = result["choices"]
     note = f"{choices.get('precision', '').split(',')[0]}; compile {choices.get('compile')}"
     return {"tokens_per_s": speed, "note": note, "wall_s": result["wall_s"], "choices": choices}
@@ -134,24 +136,24 @@ def fastest(request: Request) -> str:
 def nanogpt_speed(
     request: Request, checkout: Path, dataset: Path, shape: dict[str, int], batch_size: int
 ) -> dict[str, Any]:
-    """Tokens/s of nanoGPT's iterations after its first five."""
+    """Tokens/s of nanoGPT's median iteration after its first five."""
     arguments = [
         "--device=cpu", "--compile=False", "--eval_iters=1", "--eval_interval=1000000", "--log_interval=1",
         f"--max_iters={6 if request.quick else 20}", *nanogpt.shape_arguments(shape, batch_size),
     ]  # fmt: skip
     run = nanogpt.train(checkout, dataset, request.work / "nanogpt-out", arguments)
     ms = run.ms[2 if request.quick else 5 :]
-    speed = len(ms) * batch_size * shape["context_length"] / sum(ms) * 1000
+    speed = batch_size * shape["context_length"] / statistics.median(ms) * 1000
     return {"tokens_per_s": speed, "ms": ms, "wall_s": run.wall_s}
 
 
 def hugging_face_speed(request: Request, shape: dict[str, int], batch_size: int) -> dict[str, Any]:
-    """Tokens/s of the Hugging Face Trainer's steps after its first five."""
+    """Tokens/s of the Hugging Face Trainer's median step after its first five."""
     arguments = {
         "shape": shape, "vocab_size": 65, "batch_size": batch_size, "num_steps": 6 if request.quick else 20,
         "work": str(request.work / "hugging-face"),
     }  # fmt: skip
     result = in_child("hugging_face:train", arguments)
     seconds = result["seconds"][2 if request.quick else 5 :]
-    speed = len(seconds) * batch_size * shape["context_length"] / sum(seconds)
+    speed = batch_size * shape["context_length"] / statistics.median(seconds)
     return {"tokens_per_s": speed, "seconds": seconds, "wall_s": result["wall_s"]}
