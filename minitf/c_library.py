@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitf.hardware import describe_processor
+from minitf.hardware import processor_name
 from minitf.storage import cache_root
 
 # Sums may be taken in any order and square roots need no error number; infinities and rounding stay as they are.
@@ -24,21 +24,29 @@ FLAGS = (
 )
 
 
-def compiled_library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL | str:
-    """A C source as a library, compiled now (a second or two) or earlier, or why there is none.
+def compiled_library(sources: Sequence[Path], extra: Sequence[str] = (), compiler: str = "") -> ctypes.CDLL | str:
+    """C sources of one directory as a library, compiled now (a second or two) or earlier, or why there is none.
 
-    `extra` are more arguments of the compiler, after the source.
+    `extra` are more arguments, after the sources; the `compiler` is $CC or what is there, unless it has to be a certain
+    one.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return "no C compiler found"
+    names = [compiler] if compiler else [os.environ.get("CC", "cc"), "gcc", "clang"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        return f"no {compiler or 'C compiler'} found"
     flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
-    identity = repr([source.read_bytes(), compiler, flags, tuple(extra), describe_processor(), platform.machine()])
-    built = cache_root() / f"{source.stem}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    contents = [path.read_bytes() for path in [*sources, *sorted(sources[0].parent.glob("*.h"))]]
+    identity = repr([contents, found, flags, tuple(extra), processor_name(), platform.machine()])
+    built = cache_root() / f"{sources[0].stem}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    names = [str(path) for path in sources]
     try:
-        return _load(built) or _compile([compiler, *flags, "-shared", "-fPIC", str(source), *extra], built)
+        return _load(built) or _compile([found, *flags, "-shared", "-fPIC", *names, *extra], built)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").splitlines()
+        said = next((line for line in lines if "error" in line), f"exit status {error.returncode}")
+        return f"{found} did not compile {sources[0].name}: {said.strip()[:200]}"
     except (OSError, subprocess.SubprocessError) as error:
-        return f"{compiler} did not compile {source.name}: {str(error).splitlines()[0]}"
+        return f"{found} did not compile {sources[0].name}: {str(error).splitlines()[0]}"
 
 
 def _load(built: Path) -> ctypes.CDLL | None:

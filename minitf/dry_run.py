@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minitf import kernels
 from minitf.batches import BatchSource, Tokens
 from minitf.config import Config
+from minitf.errors import RequestError
 from minitf.hardware import Hardware
 from minitf.optim import Optimizer
 from minitf.parallel import Parallel
@@ -29,6 +31,11 @@ def dry_run(
     train, val = tokens_of(task)
     optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
     step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation)
+    obstacle = step.kernels_obstacle()
+    if obstacle and trainer.compile == "native":
+        raise RequestError(f"trainer.compile=native: {obstacle}")
+    native = trainer.compile in ("auto", "native") and obstacle is None
+    model.functions = kernels.FUNCTIONS if native else model.functions
     step.run(0, 0.0)  # the first one also sets up libraries and memory
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length
@@ -45,7 +52,8 @@ def dry_run(
         ("text", f"{task.description}: {len(train):,} tokens to train on, {len(val):,} held out"),
         ("parameters", f"{parameters:,}, vocabulary {model.vocab_size:,}"),
         ("step", f"{step_s * 1000:,.0f} ms for {tokens_per_step:,} tokens, {tokens_per_step / step_s:,.0f} tokens/s "
-                 f"on {hardware.device.type} in {str(hardware.dtype).removeprefix('torch.')}, not compiled"),
+                 f"on {hardware.device.type} in {str(hardware.dtype).removeprefix('torch.')}, "
+                 + ("by C kernels" if native else "not compiled")),
         *([("processes", words)] if (words := parallel.describe(trainer.batch_size)) else []),
         ("training", f"{num_steps:,} steps, {num_tokens:,} tokens"),
         ("tokens", f"{num_tokens / parameters:.2g} per parameter, {len(train) / parameters:.2g} different ones"),

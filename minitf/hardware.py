@@ -146,12 +146,17 @@ def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
     return torch.compile(function, dynamic=False)
 
 
-def describe_processor() -> str:
-    """The processor's name and cores, as recorded with a run."""
+def processor_name() -> str:
+    """The processor as its maker calls it."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
             name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
     except OSError:
         pass  # not Linux
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
+
+
+def describe_processor() -> str:
+    """The processor's name and the threads used of it, as recorded with a run."""
+    return f"{processor_name()}, {torch.get_num_threads()} threads"

@@ -142,13 +142,14 @@ class TrainingFunctions:
     """What a training step spends its time in: the functions above, or faster ones that compute the same.
 
     With `masks_by_start` the block takes, instead of a mask, the first key each query sees, starts_BT (None: 0), and
-    the rotary table in float32.
+    the rotary table in float32. They serve activations of `dtype` (None: of any).
     """
 
     train_block: Callable[..., Tensor] = train_block
     final_norm: Callable[..., Tensor] = final_norm
     chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
     masks_by_start: bool = False
+    dtype: torch.dtype | None = None
 
 
 class Transformer(nn.Module):
@@ -218,9 +219,14 @@ class Transformer(nn.Module):
         return self.config.attention == "explicit"
 
     @property
+    def usable_functions(self) -> TrainingFunctions:
+        """`functions`, or the plain ones while the model computes in another dtype than they do."""
+        return self.functions if self.functions.dtype in (None, self.compute_dtype) else TrainingFunctions()
+
+    @property
     def attention_path(self) -> str:
         """How a training step computes attention: native (by the C kernels), explicit or sdpa."""
-        if self.functions.masks_by_start:
+        if self.usable_functions.masks_by_start:
             return "native"
         return "explicit" if self.explicit_attention else "sdpa"
 
@@ -262,7 +268,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{start + T} positions exceed the context of {self.config.context_length}")
         explicit = self.explicit_attention or weights is not None or (start > 0 and T > 1)
         plain = cache is not None or weights is not None
-        functions = TrainingFunctions() if plain else self.functions
+        functions = TrainingFunctions() if plain else self.usable_functions
         mask: Tensor | None = None
         if functions.masks_by_start:
             mask = None if segments_BT is None else segment_starts(segments_BT)
@@ -307,9 +313,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats a token, of a `Batch`; targets of -100 do not count."""
         x_BTD = self.hidden(ids_BT, segments_BT=segments_BT)
-        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, self.functions.chunk_loss, weights_BT)
+        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, self.usable_functions.chunk_loss, weights_BT)
 
     def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """The value of `loss` without the work for its gradient."""
         x_BTD, vocabulary_VD = self.hidden(ids_BT, segments_BT=segments_BT).detach(), self.vocabulary_VD.detach()
-        return linear_cross_entropy(x_BTD, vocabulary_VD, targets_BT, self.functions.chunk_loss)
+        return linear_cross_entropy(x_BTD, vocabulary_VD, targets_BT, self.usable_functions.chunk_loss)

@@ -18,6 +18,8 @@ from minitf.parallel import Parallel
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
 # this much training on.
 COMPILE_PAYS_FROM_S = 45.0
+# The C kernels take half of PyTorch's time and are taken unless clearly slower: a toy's step is too short to tell.
+NATIVE_WITHIN = 1.2
 PLAIN = TrainingFunctions()
 
 
@@ -82,14 +84,14 @@ class TrainingStep:
     def _choose(self, wanted: str, seconds_left: Callable[[float], float], required: bool) -> tuple[str, str]:
         plain_s = self.measure(1)
         if wanted != "true":
-            obstacle = kernels.obstacle(self.model)
-            if not self.group.any(obstacle is not None):
+            obstacle = self.kernels_obstacle()
+            if obstacle is None:
                 native_s = self._try(kernels.FUNCTIONS)
-                if wanted == "native" or native_s < plain_s:
+                if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
                     return "native", f"not needed, C kernels: {_milliseconds(native_s, plain_s)}"
                 self.model.functions = PLAIN
             elif wanted == "native" and required:
-                raise RequestError(f"trainer.compile=native: {obstacle or 'another process cannot use the C kernels'}")
+                raise RequestError(f"trainer.compile=native: {obstacle}")
         left_s = seconds_left(plain_s)
         if wanted != "true" and left_s < COMPILE_PAYS_FROM_S:
             return "false", f"off, does not pay in {left_s:.0f} s of training"
@@ -106,6 +108,12 @@ class TrainingStep:
             self.model.functions = PLAIN
             return "false", f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {plain_s * 1000:.0f} ms without"
         return "true", f"on, {_milliseconds(compiled_s, plain_s)}"
+
+    def kernels_obstacle(self) -> str | None:
+        """Why the C kernels cannot do this step in all processes, or None."""
+        obstacle = kernels.obstacle(self.model)
+        missing = self.group.any(obstacle is not None)
+        return (obstacle or "another process has no C kernels") if missing else None
 
     def _try(self, functions: TrainingFunctions) -> float:
         """Seconds of a step with these functions."""

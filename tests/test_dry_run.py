@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import train_here
 
+from minitf import kernels
 from minitf.dry_run import longest_document
 
 
@@ -37,6 +38,14 @@ def test_what_it_says_is_what_the_run_then_is(
     megabytes = float(re.match(r"([\d.]+) MB a checkpoint", said["disk"])[1])  # type: ignore[index]
     assert megabytes == pytest.approx(saved / 1e6, abs=0.1)
     assert float(said["memory"].split()[0].replace(",", "")) > 50
+
+
+def test_it_computes_as_the_run_would(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = isinstance(kernels.library(), str)
+    for compilation, words in (("auto", "not compiled" if missing else "by C kernels"), ("true", "not compiled")):
+        settings = ["trainer.precision=bf16", f"trainer.compile={compilation}", "trainer.dry_run=true"]
+        assert train_here(*tiny, *settings) == 0
+        assert report(capsys)["step"].endswith(f"on cpu in bfloat16, {words}")
 
 
 def test_the_time_decides_the_steps_as_in_the_run(

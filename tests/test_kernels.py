@@ -15,6 +15,7 @@ from minitf import kernels
 from minitf.attention import Attention, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
 from minitf.loss import linear_cross_entropy
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
+from minitf.training_step import TrainingStep
 
 BF16 = torch.bfloat16
 needed = pytest.mark.skipif(isinstance(kernels.library(), str), reason=f"no kernels here: {kernels.library()}")
@@ -60,7 +61,7 @@ def test_swiglu_and_its_gradient(rows: int, width: int) -> None:
     x = (4 * random(rows, 2 * width)).to(BF16).requires_grad_()
     with torch.no_grad():
         x[0, 0] = 80.0  # where a careless sigmoid overflows
-        x[-1, width - 1] = -80.0
+        x[-1, width - 1] = -1e30
     dy = random(rows, width, seed=1).to(BF16)
     y = kernels.swiglu(x)
     y.backward(dy)
@@ -227,6 +228,55 @@ def test_a_model_learns_the_same_by_them(settings: dict[str, object], packed: bo
 
 
 @needed
+@pytest.mark.parametrize("place", ["embedding", "k_norm", "one key", "late key"])
+def test_what_is_no_number_shows(place: str) -> None:
+    if "key" in place:
+        attention, qkv = Attention(8, 1, 1, 32, True), random(1, 400, 96).to(BF16)
+        where = 3 if place == "one key" else 390
+        qkv[0, where, 40] = float("nan")
+        mixed = kernels.attend(attention, qkv, rotary_table(32, 400, 1e4), None)
+        assert mixed[0, where:].isnan().any(dim=-1).all()
+        assert not mixed[0, : where // 8 * 8].isnan().any()
+        return
+    model = model_of()
+    model.compute_dtype, model.functions = BF16, kernels.FUNCTIONS
+    with torch.no_grad():
+        if place == "embedding":
+            model.model.embed_tokens.weight[49] = float("nan")  # type: ignore[index, union-attr]
+        else:
+            model.model.layers[0].self_attn.k_norm.weight[0] = float("nan")  # type: ignore[index, union-attr]
+    ids_BT = torch.randint(49, (3, 70), generator=torch.Generator().manual_seed(5))  # without word 49
+    assert model.loss(ids_BT, ids_BT.roll(-1, 1)).isnan()
+
+
+@needed
+def test_a_target_that_is_no_word_is_no_number() -> None:
+    logits, scales = random(2, 5).to(BF16), torch.ones(2)
+    for target in (-1, 5, 1_000_000):
+        loss, gradient = kernels.chunk_loss(logits, torch.tensor([2, target]), scales)
+        assert loss.isnan()
+        assert not gradient[1].any()
+
+
+@needed
+def test_a_model_in_another_precision_computes_without_them() -> None:
+    model = model_of()
+    ids_BT = torch.randint(50, (3, 70), generator=torch.Generator().manual_seed(5))
+    expected = model.loss(ids_BT, ids_BT)
+    model.functions = kernels.FUNCTIONS  # as after training, while the model writes samples in float32
+    assert torch.equal(model.loss(ids_BT, ids_BT), expected)
+    assert torch.equal(model(ids_BT), model_of()(ids_BT))
+
+
+@needed
+def test_second_derivatives_are_refused() -> None:
+    x = random(4, 8).to(BF16).requires_grad_()
+    (gradient,) = torch.autograd.grad((kernels.swiglu(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()  # type: ignore[no-untyped-call]
+
+
+@needed
 def test_evaluation_and_a_look_inside_agree_with_training() -> None:
     model = model_of(dropout=0.5)
     model.compute_dtype, model.functions = BF16, kernels.FUNCTIONS
@@ -306,11 +356,14 @@ def test_a_run_goes_on_with_them(
 
 
 @needed
-def test_a_run_takes_them_by_itself(workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    wide = ["model.hidden_size=256", "model.context_length=128", "trainer.batch_size=16", "trainer.eval_tokens=1000"]
-    assert not train_here(*tiny, *wide, "trainer.precision=bf16", "trainer.compile=auto", "trainer.max_steps=2")
-    assert "bf16" in (printed := capsys.readouterr().err)
-    assert "compile    not needed, C kernels: a step takes" in printed
+@pytest.mark.parametrize(("native_s", "taken"), [(0.5, True), (1.1, True), (2.0, False)])
+def test_a_run_takes_them_unless_they_are_slower(
+    native_s: float, taken: bool, workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(TrainingStep, "measure", lambda step, most: native_s if step.model.functions.dtype else 1.0)
+    assert not train_here(*tiny, "trainer.precision=bf16", "trainer.compile=auto", "trainer.max_steps=2")
+    assert ("compile    not needed, C kernels: a step takes" in capsys.readouterr().err) == taken
 
 
 def test_where_there_are_none_asking_for_them_is_an_error(
@@ -324,13 +377,13 @@ def test_where_there_are_none_asking_for_them_is_an_error(
 @needed
 def test_what_they_cannot_serve_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
-    assert kernels.obstacle(model) == "they compute in bf16"
+    assert "set trainer.precision=bf16" in str(kernels.obstacle(model))
     model.compute_dtype = BF16
     assert kernels.obstacle(model) is None
-    assert "model.attention=sdpa is set" in str(kernels.obstacle(model_with(attention="sdpa")))
+    assert "model.attention=sdpa" in str(kernels.obstacle(model_with(attention="sdpa")))
     assert isinstance(model.functions, TrainingFunctions)
     kernels.library.cache_clear()
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr("minitf.c_library.shutil.which", lambda name: None)
     try:
         assert kernels.obstacle(model) == "no gcc found"
     finally:

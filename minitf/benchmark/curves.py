@@ -137,7 +137,7 @@ def logging(request: Request, report: Report) -> None:
     timed = {"timed": ["run", "look", "sample"], "environment": ENVIRONMENT}
     report.say("finding the number of steps")
     first = train(request, [*small, *off, f"trainer.max_minutes={minutes}"], "logging-steps")
-    steps = [*small, f"trainer.max_steps={first['train'][-1]['step']}", "trainer.compile=" + _compile(first)]
+    steps = [*small, f"trainer.max_steps={first['train'][-1]['step']}", f"trainer.compile={first['compile']}"]
     sides = {
         "on": lambda round_: train(request, steps, f"logging-on-{round_}", **timed),
         "off": lambda round_: train(request, [*steps, *off], f"logging-off-{round_}", **timed),
@@ -151,12 +151,6 @@ def logging(request: Request, report: Report) -> None:
     trained = [[result["train"][-1]["train_s"] for result in results] for results in (on, without)]
     report.add(Row("the whole loop", "s", walls[0], "off", walls[1], more_is_better=False))
     report.add(Row("its training steps", "s", trained[0], "off", trained[1], more_is_better=False))
-
-
-def _compile(result: dict[str, Any]) -> str:
-    """What the run chose, as a setting: both sides are to make the same choice."""
-    words = str(result["choices"].get("compile", ""))
-    return "true" if words.startswith("on") else "native" if words.startswith("not needed") else "false"
 
 
 def draw(request: Request, report: Report, name: str, panels: list[Any], **options: Any) -> None:

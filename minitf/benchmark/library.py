@@ -44,6 +44,7 @@ def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> 
         "train": [row for row in rows if row["split"] == "train"],
         "val": [row for row in rows if row["split"] == "val"],
         "choices": environment.get("choices", {}),
+        "compile": json.loads((Path(run_dir) / "choices.json").read_text(encoding="utf-8"))["compile"],
         "seconds": dict(seconds),
     }
 

@@ -50,7 +50,8 @@ def minitf_race(request: Request, text: Path, num_steps: int, seed: int) -> dict
     """One cold run of the experiment: seconds in steps and in all, and the float32 loss over all held-out text."""
     name = f"shakespeare-{num_steps}-{seed}"
     cold = request.work / "cold"
-    shutil.rmtree(cold, ignore_errors=True)
+    for earlier in (cold, request.work / "runs" / name):  # also that of the search for the number of steps
+        shutil.rmtree(earlier, ignore_errors=True)
     caches = {"MINITF_CACHE": str(cold / "text"), "TORCHINDUCTOR_CACHE_DIR": str(cold / "code")}
     overrides = [
         "experiment=shakespeare_char", "data=text", f"data.files=[{text}]", "trainer.max_minutes=null",

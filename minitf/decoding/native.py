@@ -45,7 +45,7 @@ class _Model(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """decode.c as a library, or why there is none."""
-    found = compiled_library(SOURCE)
+    found = compiled_library([SOURCE])
     if not isinstance(found, str):
         found.decode_scratch.restype = ctypes.c_int64
         found.decode.restype = None

@@ -1,4 +1,4 @@
-"""What a training step computes between the products of its layers, by kernels.c: norms, attention, SwiGLU, loss.
+"""What a training step computes between the products of its layers, in C: norms, SwiGLU and loss, and attention.
 
 The same functions as in attention.py, model.py and loss.py, in bfloat16 with sums in float32, each with its gradient,
 and each over its data once or twice where PyTorch's operations go over them ten times. torch.compile comes close after
@@ -7,7 +7,6 @@ half a minute of compiling; these take two seconds, once.
 
 import ctypes
 import functools
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minitf.attention import Attention, joint_weight
 from minitf.c_library import compiled_library
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
 
-SOURCE = Path(__file__).with_name("kernels.c")
-ROWS_A_PIECE = 64  # as in kernels.c
+SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "attention.c")]
+PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -38,7 +38,7 @@ class _Attention(ctypes.Structure):
 
 ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
-    "rms_norm_backward": [_INT, _INT, *[_POINTER] * 7],
+    "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
     "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
     "swiglu_backward": [_INT, _INT, _POINTER, _POINTER, _POINTER],
     "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
@@ -49,14 +49,12 @@ ARGUMENTS: dict[str, list[Any]] = {
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """kernels.c as a library, compiled now or earlier, or why there is none."""
+    """The C sources as a library, compiled now or earlier, or why there is none."""
     if "avx512_bf16" not in _processor_flags():
         return "the processor has no AVX-512 BF16"
-    if shutil.which("gcc") is None:
-        return "no gcc found"
-    # The threads must be those PyTorch has: two sets of them would wait for work on the same cores.
+    # The threads must be those PyTorch has, which are gcc's: two sets of them would wait for work on the same cores.
     shared = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    found = compiled_library(SOURCE, ["-fopenmp", "-Wl,--as-needed", *shared])
+    found = compiled_library(SOURCES, ["-fopenmp", "-Wl,--as-needed", *shared], "gcc")
     if not isinstance(found, str):
         for name, types in ARGUMENTS.items():
             function = getattr(found, name)
@@ -75,11 +73,11 @@ def _processor_flags() -> set[str]:
 def obstacle(model: Transformer) -> str | None:
     """Why the kernels cannot train this model, or None."""
     if model.device.type != "cpu":
-        return f"they are for a processor, and the model is on {model.device.type}"
+        return f"the C kernels are for a processor, and the model is on {model.device.type}; set trainer.device=cpu"
     if model.compute_dtype != torch.bfloat16:
-        return "they compute in bf16"
+        return "the C kernels compute in bf16; set trainer.precision=bf16"
     if model.config.attention != "auto":
-        return f"model.attention={model.config.attention} is set"
+        return f"model.attention={model.config.attention} is another way to compute attention; leave it at auto"
     found = library()
     return found if isinstance(found, str) else None
 
@@ -90,27 +88,38 @@ def _call(name: str, *arguments: Any) -> None:
     getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x as C reads it."""
+    assert x.dtype == torch.bfloat16
+    assert x.device.type == "cpu"
+    return x.contiguous()
+
+
 class _RMSNorm(torch.autograd.Function):
     """(x + added, its norm); x goes through alone too, so that both its gradients arrive here and are added at once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x, width = x.contiguous(), x.shape[-1]
+        x, width = _rows(x), x.shape[-1]
         total = x.view_as(x) if added is None else torch.empty_like(x)
         normed, rstd = torch.empty_like(x), torch.empty(x.numel() // width)
-        added = None if added is None else added.contiguous()
+        added = None if added is None else _rows(added)
         _call("rms_norm_forward", len(rstd), width, x, added, weight, eps, total, normed, rstd)
         ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
         ctx.has_added = added is not None
         return total, normed
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (total, weight, rstd), (dtotal, dnormed) = ctx.saved_tensors, gradients
-        width = total.shape[-1]
-        parts, dx = torch.empty(-(-len(rstd) // ROWS_A_PIECE), width), torch.empty_like(total)
-        dnormed, dtotal = dnormed.contiguous(), dtotal.contiguous()
-        _call("rms_norm_backward", len(rstd), width, total, weight, rstd, dnormed, dtotal, dx, parts)
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dtotal, dnormed = (None if gradient is None else _rows(gradient) for gradient in gradients)
+        if dnormed is None:
+            return dtotal, dtotal if ctx.has_added else None, None, None
+        total, weight, rstd = ctx.saved_tensors
+        parts, dx = torch.empty(-(-len(rstd) // PIECE_ROWS), total.shape[-1]), torch.empty_like(total)
+        sizes = len(rstd), total.shape[-1], PIECE_ROWS
+        _call("rms_norm_backward", *sizes, total, weight, rstd, dnormed, dtotal, dx, parts)
         return dx, dx if ctx.has_added else None, parts.sum(0), None
 
 
@@ -124,15 +133,16 @@ def rms_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor, added_BTD: Tensor | None = N
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x, width = x.contiguous(), x.shape[-1] // 2
+        x, width = _rows(x), x.shape[-1] // 2
         y = x.new_empty(*x.shape[:-1], width)
         _call("swiglu_forward", y.numel() // width, width, x, y)
         ctx.save_for_backward(x)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), dy = ctx.saved_tensors, gradients[0].contiguous()
+        (x,), dy = ctx.saved_tensors, _rows(gradients[0])
         dx = torch.empty_like(x)
         _call("swiglu_backward", dy.numel() // dy.shape[-1], dy.shape[-1], x, dy, dx)
         return dx
@@ -155,7 +165,7 @@ class _Attend(torch.autograd.Function):
         heads: Sequence[int],
         eps: float,
     ) -> Tensor:
-        qkv, (B, T), (H, _, K) = qkv.contiguous(), qkv.shape[:2], heads
+        qkv, (B, T), (H, _, K) = _rows(qkv), qkv.shape[:2], heads
         mixed, log_sums = qkv.new_empty(B, T, H * K), torch.empty(B, H, T)
         ctx.save_for_backward(qkv, q_norm, k_norm, rotary, starts, mixed, log_sums)
         ctx.heads, ctx.eps = heads, eps
@@ -163,9 +173,10 @@ class _Attend(torch.autograd.Function):
         return mixed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_norm, *_ = saved = ctx.saved_tensors
-        dmixed, dqkv, (_, G, K) = gradients[0].contiguous(), torch.empty_like(qkv), ctx.heads
+        dmixed, dqkv, (_, G, K) = _rows(gradients[0]), torch.empty_like(qkv), ctx.heads
         parts = torch.empty(qkv.shape[0] * G, 2, K)
         _call("attention_backward", _description(ctx, *saved), dmixed, dqkv, parts)
         dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
@@ -191,6 +202,11 @@ def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT:
 
     `rotary_2TK` is of float32; `starts_BT`, of int32, is the first key each query sees, ascending in a row; None: 0.
     """
+    assert rotary_2TK.dtype == torch.float32
+    assert rotary_2TK[0].is_contiguous()
+    if starts_BT is not None:
+        assert starts_BT.dtype == torch.int32
+        starts_BT = starts_BT.contiguous()
     K = attention.head_dim
     heads = attention.q_proj.out_features // K, attention.k_proj.out_features // K, K
     if isinstance(attention.q_norm, torch.nn.Identity):
@@ -218,10 +234,11 @@ def final_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor) -> Tensor:
 def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some rows in nats, summed with `scales_N`, and its gradient with respect to their logits."""
     N, V = logits_NV.shape
+    logits_NV, targets_N = _rows(logits_NV), targets_N.long().contiguous()
     losses_N, gradient_NV = torch.empty(N), torch.empty_like(logits_NV)
-    scales_N = torch.where(targets_N != IGNORED, scales_N, 0.0)
-    _call("cross_entropy", N, V, logits_NV, targets_N.contiguous(), scales_N, losses_N, gradient_NV)
+    scales_N = torch.where(targets_N != IGNORED, scales_N, 0.0).float()
+    _call("cross_entropy", N, V, logits_NV, targets_N, scales_N, losses_N, gradient_NV)
     return losses_N.sum(), gradient_NV
 
 
-FUNCTIONS = TrainingFunctions(train_block, final_norm, chunk_loss, masks_by_start=True)
+FUNCTIONS = TrainingFunctions(train_block, final_norm, chunk_loss, masks_by_start=True, dtype=torch.bfloat16)

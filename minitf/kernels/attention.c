@@ -1,0 +1,427 @@
+/* Causal attention of a training step, forward and backward: match, weigh and gather for a few queries and keys at a time,
+ * so that no scores ever leave the cache (FlashAttention, Dao et al., 2022). Activations are bfloat16, sums float32.
+ */
+#include "vectors.h"
+
+/* ---- small matrix products -------------------------------------------------------------------------------------- */
+
+/* The processor multiplies pairs of bfloat16 that lie side by side and adds them up: operands are arrays of pairs along
+ * the axis that is summed over. The left one is read as it lies, pair p of row m at A[m * row + p * step]; the right
+ * one in panels of 32 columns: pair p of column c of panel n at B[(n * P + p) * 32 + c]. */
+#define PANEL 32
+#define TILE 8 /* rows */
+
+static inline void tile(const uint32_t *A, int64_t row, int64_t step, const uint32_t *B, int64_t from, int64_t to,
+                        float *C, int64_t C_row, int add) {
+    __m512 sums[TILE][2];
+#pragma GCC unroll 8
+    for (int m = 0; m < TILE; m++) {
+        sums[m][0] = add ? _mm512_loadu_ps(C + m * C_row) : _mm512_setzero_ps();
+        sums[m][1] = add ? _mm512_loadu_ps(C + m * C_row + LANES) : _mm512_setzero_ps();
+    }
+    for (int64_t p = from; p < to; p++) {
+        __m512bh left = (__m512bh)_mm512_load_si512(B + p * PANEL);
+        __m512bh right = (__m512bh)_mm512_load_si512(B + p * PANEL + LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < TILE; m++) {
+            __m512bh a = (__m512bh)_mm512_set1_epi32(A[m * row + p * step]);
+            sums[m][0] = _mm512_dpbf16_ps(sums[m][0], a, left);
+            sums[m][1] = _mm512_dpbf16_ps(sums[m][1], a, right);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < TILE; m++) {
+        _mm512_storeu_ps(C + m * C_row, sums[m][0]);
+        _mm512_storeu_ps(C + m * C_row + LANES, sums[m][1]);
+    }
+}
+
+/* Two rows of `count` (a multiple of 32) values as pairs, a value of each: to[c] = (a[c], b[c]). */
+static inline void pair_rows(const bf16 *a, const bf16 *b, int64_t count, uint32_t *to, int64_t panel) {
+    static const uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __m512i low = _mm512_loadu_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t c = 0; c < count; c += PANEL, to += panel) {
+        __m512i x = _mm512_loadu_si512(a + c), y = _mm512_loadu_si512(b + c);
+        _mm512_store_si512(to, _mm512_permutex2var_epi16(x, low, y));
+        _mm512_store_si512(to + LANES, _mm512_permutex2var_epi16(x, high, y));
+    }
+}
+
+/* Right operand of products over the rows of x (R of C values, both multiples of 32). */
+static void panels_over_rows(const bf16 *x, int64_t R, int64_t C, uint32_t *to) {
+    for (int64_t r = 0; r < R; r += 2) pair_rows(x + r * C, x + (r + 1) * C, C, to + r / 2 * PANEL, R / 2 * PANEL);
+}
+
+/* 16 rows of 16 pairs, `row` pairs apart, turned into 16 rows of 16 pairs, PANEL apart. */
+static inline void transpose(const uint32_t *x, int64_t row, uint32_t *to) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(x + i * row);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+        a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        _mm512_store_si512(to + i * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_store_si512(to + (i + 4) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_store_si512(to + (i + 8) * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_store_si512(to + (i + 12) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+/* Right operand of products over the columns of x (R of C values, both multiples of 32). */
+static void panels_over_columns(const bf16 *x, int64_t R, int64_t C, uint32_t *to) {
+    for (int64_t r = 0; r < R; r += LANES)
+        for (int64_t p = 0; p < C / 2; p += LANES)
+            transpose((const uint32_t *)(x + r * C) + p, C / 2,
+                      to + (r / PANEL * (C / 2) + p) * PANEL + r % PANEL);
+}
+
+/* ---- attention -------------------------------------------------------------------------------------------------- */
+
+/* Causal attention of queries and keys that are normalised and turned by their positions, straight from the product
+ * that made them: every row of qkv, one of B * T, holds H queries, G keys and G values of K numbers. */
+typedef struct {
+    int64_t B, T, H, G, K;
+    const bf16 *qkv;
+    const float *q_norm, *k_norm; /* K weights each, or null: not normalised */
+    float eps;
+    const float *cosines, *sines; /* rows of K a position, of which the second half repeats the first */
+    const int32_t *starts;        /* the first key each query sees, B * T, ascending in a row; null: 0 */
+    bf16 *mixed;                  /* B, T, H, K */
+    float *log_sums;              /* B, H, T: log2 of the sum of the powers of the scaled scores */
+} Attention;
+
+#define QUERIES 64 /* taken together, a multiple of PANEL */
+#define KEYS 256   /* taken together, a multiple of PANEL */
+
+typedef struct {
+    int64_t columns, TP, KP; /* of qkv; T and K rounded up for the products */
+} Sizes;
+
+static Sizes sizes_of(const Attention *a) {
+    return (Sizes){(a->H + 2 * a->G) * a->K, ROUND_UP(a->T, QUERIES), ROUND_UP(a->K, PANEL)};
+}
+
+/* y = rotate(x * rstd * weight) for one head at one position; returns rstd. K is even; halves turn against each other. */
+static inline float turned(const Attention *a, const bf16 *x, const float *weight, int64_t t, bf16 *y) {
+    int64_t half = a->K / 2;
+    const float *cosine = a->cosines + t * a->K, *sine = a->sines + t * a->K;
+    float r = 1.0f;
+    if (weight) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t k = 0; k < a->K; k += LANES) {
+            __m512 v = load(x + k, first(a->K - k));
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        r = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / a->K + a->eps);
+    }
+    __m512 scale = _mm512_set1_ps(r);
+    for (int64_t k = 0; k < half; k += LANES) {
+        __mmask16 mask = first(half - k);
+        __m512 u = _mm512_mul_ps(load(x + k, mask), scale), v = _mm512_mul_ps(load(x + half + k, mask), scale);
+        if (weight) {
+            u = _mm512_mul_ps(u, _mm512_maskz_loadu_ps(mask, weight + k));
+            v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + half + k));
+        }
+        __m512 c = _mm512_maskz_loadu_ps(mask, cosine + k), s = _mm512_maskz_loadu_ps(mask, sine + k);
+        store(y + k, mask, _mm512_fmsub_ps(u, c, _mm512_mul_ps(v, s)));
+        store(y + half + k, mask, _mm512_fmadd_ps(v, c, _mm512_mul_ps(u, s)));
+    }
+    return r;
+}
+
+/* The way back of `turned`: the gradient dx of x from that of its result, g, which is overwritten; adds to dweight. */
+static inline void turned_back(const Attention *a, const bf16 *x, const float *weight, int64_t t, float r, float *g,
+                               bf16 *dx, float *dweight) {
+    int64_t half = a->K / 2;
+    const float *cosine = a->cosines + t * a->K, *sine = a->sines + t * a->K;
+    __m512 dots = _mm512_setzero_ps(), scale = _mm512_set1_ps(r);
+    for (int64_t k = 0; k < half; k += LANES) {
+        __mmask16 mask = first(half - k);
+        __m512 gu = _mm512_maskz_loadu_ps(mask, g + k), gv = _mm512_maskz_loadu_ps(mask, g + half + k);
+        __m512 c = _mm512_maskz_loadu_ps(mask, cosine + k), s = _mm512_maskz_loadu_ps(mask, sine + k);
+        __m512 du = _mm512_fmadd_ps(gu, c, _mm512_mul_ps(gv, s)), dv = _mm512_fmsub_ps(gv, c, _mm512_mul_ps(gu, s));
+        if (weight) {
+            __m512 u = _mm512_mul_ps(load(x + k, mask), scale), v = _mm512_mul_ps(load(x + half + k, mask), scale);
+            float *wu = dweight + k, *wv = wu + half;
+            _mm512_mask_storeu_ps(wu, mask, _mm512_fmadd_ps(du, u, _mm512_maskz_loadu_ps(mask, wu)));
+            _mm512_mask_storeu_ps(wv, mask, _mm512_fmadd_ps(dv, v, _mm512_maskz_loadu_ps(mask, wv)));
+            du = _mm512_mul_ps(du, _mm512_maskz_loadu_ps(mask, weight + k));
+            dv = _mm512_mul_ps(dv, _mm512_maskz_loadu_ps(mask, weight + half + k));
+            dots = _mm512_fmadd_ps(du, u, _mm512_fmadd_ps(dv, v, dots));
+        }
+        _mm512_mask_storeu_ps(g + k, mask, du);
+        _mm512_mask_storeu_ps(g + half + k, mask, dv);
+    }
+    __m512 mean = _mm512_set1_ps(weight ? _mm512_reduce_add_ps(dots) / a->K : 0.0f);
+    for (int64_t k = 0; k < a->K; k += LANES) {
+        __mmask16 mask = first(a->K - k);
+        __m512 unit = _mm512_mul_ps(load(x + k, mask), scale), d = _mm512_maskz_loadu_ps(mask, g + k);
+        store(dx + k, mask, weight ? _mm512_mul_ps(scale, _mm512_fnmadd_ps(unit, mean, d)) : d);
+    }
+}
+
+/* Turned queries or keys, or values as they are, of positions [from, from + count) into rows of KP; zeros around. */
+static void rows_of(const Attention *a, const Sizes *z, const bf16 *x, const float *weight, int turn, int64_t from,
+                    int64_t count, bf16 *to, float *rstd) {
+    for (int64_t i = 0; i < count; i++, to += z->KP) {
+        int64_t t = from + i;
+        if (t >= a->T) {
+            memset(to, 0, z->KP * sizeof(bf16));
+            continue;
+        }
+        if (z->KP > a->K) memset(to + a->K, 0, (z->KP - a->K) * sizeof(bf16));
+        __builtin_prefetch(x + (t + 8) * z->columns); /* the rows lie too far apart for the processor to see it */
+        __builtin_prefetch(x + (t + 8) * z->columns + 32);
+        if (turn) {
+            float r = turned(a, x + t * z->columns, weight, t, to);
+            if (rstd) rstd[i] = r;
+        } else {
+            memcpy(to, x + t * z->columns, a->K * sizeof(bf16));
+        }
+    }
+}
+
+static inline int64_t start_of(const Attention *a, int64_t b, int64_t t) {
+    return a->starts ? a->starts[b * a->T + MIN(t, a->T - 1)] : 0;
+}
+
+/* C[QUERIES, keys k0..k1] = rows of A . panels of all keys; what no query of a tile sees is left undefined. */
+static void all_scores(const bf16 *A, const uint32_t *B, int64_t KP, int64_t i0, int64_t k0, int64_t k1, float *C) {
+    for (int64_t n = k0; n < k1; n += PANEL)
+        for (int64_t m = 0; m < QUERIES; m += TILE)
+            if (n <= i0 + m + TILE - 1)
+                tile((const uint32_t *)(A + m * KP), KP / 2, 1, B + n * (KP / 2), 0, KP / 2, C + m * KEYS + n - k0, KEYS,
+                     0);
+}
+
+/* C[QUERIES, KP] += weights[QUERIES, keys k0..k1] . panels over all keys, of TP rows */
+static void add_gathered(const bf16 *weights, const uint32_t *B, const Sizes *z, int64_t i0, int64_t k0, int64_t k1,
+                         float *C) {
+    for (int64_t n = 0; n < z->KP; n += PANEL)
+        for (int64_t m = 0; m < QUERIES; m += TILE) {
+            int64_t seen = MIN(k1, i0 + m + TILE) - k0;
+            if (seen > 0)
+                tile((const uint32_t *)(weights + m * KEYS), KEYS / 2, 1, B + n * (z->TP / 2) + k0 / 2 * PANEL, 0,
+                     (seen + 1) / 2, C + m * z->KP + n, z->KP, 1);
+        }
+}
+
+/* C[keys k0..k1, KP] += transposed weights . panels over the queries; `weights` holds pairs of queries. */
+static void add_spread(const uint32_t *weights, const uint32_t *B, const Sizes *z, int64_t i0, int64_t k0, int64_t k1,
+                       float *C) {
+    for (int64_t n = 0; n < z->KP; n += PANEL)
+        for (int64_t m = 0; m < k1 - k0; m += TILE) {
+            int64_t before = MAX(0, k0 + m - i0) / 2; /* queries before the first of these keys */
+            if (before < QUERIES / 2)
+                tile(weights + m, 1, KEYS, B + n * (QUERIES / 2), before, QUERIES / 2, C + (k0 + m) * z->KP + n, z->KP, 1);
+        }
+}
+
+/* Those of the 16 keys from k on that lie in [from, to). */
+static inline __mmask16 seen(int64_t k, int64_t from, int64_t to) {
+    if (k >= to || k + LANES <= from) return 0;
+    return first(to - k) & (k < from ? (__mmask16)~first(from - k) : 0xffff);
+}
+
+/* Turn the scores of a query with keys [from, to) of `count` into weights against the highest score so far, `most` (in
+ * powers of two); where that rises, what was summed with the lower one, `total` and the K values in `sums`, fades. */
+static inline void weigh(const float *score, int64_t from, int64_t to, int64_t count, float factor, bf16 *weight,
+                         float *most, float *total, float *sums, int64_t K) {
+    __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(factor);
+    for (int64_t k = from / LANES * LANES; k < to; k += LANES) /* in this order a NaN leaves the maximum alone */
+        highest = _mm512_mask_max_ps(highest, seen(k, from, to), _mm512_loadu_ps(score + k), highest);
+    float top = MAX(*most, _mm512_reduce_max_ps(highest) * factor);
+    __m512 shift = _mm512_set1_ps(-top);
+    for (int64_t k = 0; k < count; k += LANES) {
+        __mmask16 mask = seen(k, from, to);
+        __m512 p = _mm512_setzero_ps();
+        if (mask) p = _mm512_maskz_mov_ps(mask, exp2_16(_mm512_fmadd_ps(_mm512_loadu_ps(score + k), scale, shift)));
+        sum = _mm512_add_ps(sum, p);
+        store(weight + k, 0xffff, p);
+    }
+    if (*most != top) {
+        float fade = exp2f(*most - top);
+        *total *= fade;
+        for (int64_t k = 0; k < K; k++) sums[k] *= fade;
+        *most = top;
+    }
+    *total += _mm512_reduce_add_ps(sum);
+}
+
+/* The weights of a query again, and the gradients of its scores from those of its weights. */
+static inline void weigh_back(const float *score, const float *dweight, int64_t from, int64_t to, int64_t count,
+                              float factor, float root, float log_sum, float delta, bf16 *weight, bf16 *dscore) {
+    __m512 scale = _mm512_set1_ps(factor), dscale = _mm512_set1_ps(root), shift = _mm512_set1_ps(-log_sum);
+    for (int64_t k = 0; k < count; k += LANES) {
+        __mmask16 mask = seen(k, from, to);
+        __m512 p = _mm512_setzero_ps(), ds = p;
+        if (mask) {
+            p = exp2_16(_mm512_fmadd_ps(_mm512_loadu_ps(score + k), scale, shift));
+            ds = _mm512_sub_ps(_mm512_loadu_ps(dweight + k), _mm512_set1_ps(delta));
+            ds = _mm512_maskz_mov_ps(mask, _mm512_mul_ps(_mm512_mul_ps(p, dscale), ds));
+            p = _mm512_maskz_mov_ps(mask, p);
+        }
+        store(weight + k, 0xffff, p);
+        store(dscore + k, 0xffff, ds);
+    }
+}
+
+/* Attention of the queries that share key head g of row b. */
+static void forward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t g) {
+    float factor = LOG2_E / sqrtf((float)a->K); /* from scores to powers of two */
+    size_t keys = z->TP * z->KP;
+    uint32_t *keys_T = scratch(3 * keys * sizeof(bf16) + QUERIES * (z->KP * 6 + KEYS * 6) + 1024);
+    uint32_t *values = keys_T + keys / 2;
+    bf16 *rows = (bf16 *)(values + keys / 2), *queries = rows + keys, *weights = queries + QUERIES * z->KP;
+    float *scores = (float *)(weights + QUERIES * KEYS), *sums = scores + QUERIES * KEYS;
+    const bf16 *here = a->qkv + b * a->T * z->columns;
+    rows_of(a, z, here + (a->H + g) * a->K, a->k_norm, 1, 0, z->TP, rows, NULL);
+    panels_over_columns(rows, z->TP, z->KP, keys_T);
+    rows_of(a, z, here + (a->H + a->G + g) * a->K, NULL, 0, 0, z->TP, rows, NULL);
+    panels_over_rows(rows, z->TP, z->KP, values);
+    for (int64_t h = g * (a->H / a->G); h < (g + 1) * (a->H / a->G); h++)
+        for (int64_t i0 = 0; i0 < a->T; i0 += QUERIES) {
+            float most[QUERIES], total[QUERIES];
+            rows_of(a, z, here + h * a->K, a->q_norm, 1, i0, QUERIES, queries, NULL);
+            memset(sums, 0, QUERIES * z->KP * sizeof(float));
+            int64_t end = MIN(i0 + QUERIES, z->TP), begin = start_of(a, b, i0) / PANEL * PANEL;
+            for (int i = 0; i < QUERIES; i++) most[i] = -INFINITY, total[i] = 0;
+            for (int64_t k0 = begin; k0 < end; k0 += KEYS) {
+                int64_t k1 = MIN(k0 + KEYS, end);
+                all_scores(queries, keys_T, z->KP, i0, k0, k1, scores);
+                for (int i = 0; i < QUERIES; i++) {
+                    /* The keys that query i sees are from..to of these. */
+                    int64_t from = MAX(start_of(a, b, i0 + i) - k0, 0), to = MIN(i0 + i + 1, k1) - k0;
+                    bf16 *weight = weights + i * KEYS;
+                    if (i0 + i >= a->T || from >= to)
+                        memset(weight, 0, (k1 - k0) * sizeof(bf16));
+                    else
+                        weigh(scores + i * KEYS, from, to, k1 - k0, factor, weight, most + i, total + i,
+                              sums + i * z->KP, z->KP);
+                }
+                add_gathered(weights, values, z, i0, k0, k1, sums);
+            }
+            for (int64_t i = 0; i < MIN(QUERIES, a->T - i0); i++) {
+                bf16 *to = a->mixed + ((b * a->T + i0 + i) * a->H + h) * a->K;
+                __m512 share = _mm512_set1_ps(1.0f / total[i]);
+                for (int64_t k = 0; k < a->K; k += LANES)
+                    store(to + k, first(a->K - k), _mm512_mul_ps(_mm512_loadu_ps(sums + i * z->KP + k), share));
+                a->log_sums[(b * a->H + h) * a->T + i0 + i] = most[i] + log2f(total[i]);
+            }
+        }
+}
+
+/* Units are the key heads of every row: with fewer of them than cores some cores have nothing to do. */
+void attention_forward(const Attention *a) {
+    Sizes z = sizes_of(a);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t unit = 0; unit < a->B * a->G; unit++) forward_unit(a, &z, unit / a->G, unit % a->G);
+}
+
+/* The gradient of the same, into dqkv; adds to those of q_norm and k_norm, dq_norm and dk_norm. */
+static void backward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t g, const bf16 *dmixed, bf16 *dqkv,
+                          float *dq_norm, float *dk_norm) {
+    float root = 1.0f / sqrtf((float)a->K), factor = LOG2_E * root;
+    size_t keys = z->TP * z->KP, queries = QUERIES * z->KP, both = QUERIES * KEYS;
+    size_t halves = 4 * keys + 4 * queries + 4 * both, floats = 2 * keys + queries + 2 * both + z->TP + QUERIES;
+    uint32_t *keys_T = scratch(halves * sizeof(bf16) + floats * sizeof(float) + 1024);
+    uint32_t *keys_2 = keys_T + keys / 2, *values_T = keys_2 + keys / 2;
+    bf16 *rows = (bf16 *)(values_T + keys / 2), *q = rows + keys, *d = q + queries;
+    uint32_t *q_2 = (uint32_t *)(d + queries), *d_2 = q_2 + queries / 2;
+    bf16 *weights = (bf16 *)(d_2 + queries / 2), *dscores = weights + both;
+    uint32_t *weights_2 = (uint32_t *)(dscores + both), *dscores_2 = weights_2 + both / 2;
+    float *scores = (float *)(dscores_2 + both / 2), *dweights = scores + both, *dq = dweights + both;
+    float *dk = dq + queries, *dv = dk + keys, *k_rstd = dv + keys, *q_rstd = k_rstd + z->TP;
+    memset(dk, 0, 2 * keys * sizeof(float));
+    const bf16 *here = a->qkv + b * a->T * z->columns;
+    bf16 *there = dqkv + b * a->T * z->columns;
+    rows_of(a, z, here + (a->H + a->G + g) * a->K, NULL, 0, 0, z->TP, rows, NULL);
+    panels_over_columns(rows, z->TP, z->KP, values_T);
+    rows_of(a, z, here + (a->H + g) * a->K, a->k_norm, 1, 0, z->TP, rows, k_rstd);
+    panels_over_columns(rows, z->TP, z->KP, keys_T);
+    panels_over_rows(rows, z->TP, z->KP, keys_2);
+    for (int64_t h = g * (a->H / a->G); h < (g + 1) * (a->H / a->G); h++)
+        for (int64_t i0 = 0; i0 < a->T; i0 += QUERIES) {
+            float delta[QUERIES];
+            rows_of(a, z, here + h * a->K, a->q_norm, 1, i0, QUERIES, q, q_rstd);
+            panels_over_rows(q, QUERIES, z->KP, q_2);
+            memset(d, 0, queries * sizeof(bf16));
+            for (int64_t i = 0; i < MIN(QUERIES, a->T - i0); i++) {
+                int64_t at = ((b * a->T + i0 + i) * a->H + h) * a->K;
+                __m512 dots = _mm512_setzero_ps();
+                for (int64_t k = 0; k < a->K; k += LANES) {
+                    __mmask16 mask = first(a->K - k);
+                    dots = _mm512_fmadd_ps(load(dmixed + at + k, mask), load(a->mixed + at + k, mask), dots);
+                }
+                delta[i] = _mm512_reduce_add_ps(dots);
+                memcpy(d + i * z->KP, dmixed + at, a->K * sizeof(bf16));
+            }
+            panels_over_rows(d, QUERIES, z->KP, d_2);
+            memset(dq, 0, queries * sizeof(float));
+            const float *log_sums = a->log_sums + (b * a->H + h) * a->T + i0;
+            int64_t end = MIN(i0 + QUERIES, z->TP), begin = start_of(a, b, i0) / PANEL * PANEL;
+            for (int64_t k0 = begin; k0 < end; k0 += KEYS) {
+                int64_t k1 = MIN(k0 + KEYS, end);
+                all_scores(q, keys_T, z->KP, i0, k0, k1, scores);
+                all_scores(d, values_T, z->KP, i0, k0, k1, dweights);
+                for (int64_t i = 0; i < QUERIES; i++) {
+                    bf16 *weight = weights + i * KEYS, *dscore = dscores + i * KEYS;
+                    int64_t from = MAX(start_of(a, b, i0 + i) - k0, 0), to = MIN(i0 + i + 1, k1) - k0;
+                    if (i0 + i >= a->T || from >= to) {
+                        memset(weight, 0, (k1 - k0) * sizeof(bf16));
+                        memset(dscore, 0, (k1 - k0) * sizeof(bf16));
+                    } else {
+                        weigh_back(scores + i * KEYS, dweights + i * KEYS, from, to, k1 - k0, factor, root, log_sums[i],
+                                   delta[i], weight, dscore);
+                    }
+                    if (i % 2) {
+                        pair_rows(weight - KEYS, weight, k1 - k0, weights_2 + i / 2 * KEYS, PANEL);
+                        pair_rows(dscore - KEYS, dscore, k1 - k0, dscores_2 + i / 2 * KEYS, PANEL);
+                    }
+                }
+                add_spread(weights_2, d_2, z, i0, k0, k1, dv);
+                add_spread(dscores_2, q_2, z, i0, k0, k1, dk);
+                add_gathered(dscores, keys_2, z, i0, k0, k1, dq);
+            }
+            for (int64_t i = 0; i < MIN(QUERIES, a->T - i0); i++) {
+                int64_t at = (i0 + i) * z->columns + h * a->K;
+                turned_back(a, here + at, a->q_norm, i0 + i, q_rstd[i], dq + i * z->KP, there + at, dq_norm);
+            }
+        }
+    for (int64_t t = 0; t < a->T; t++) {
+        int64_t at = t * z->columns + (a->H + g) * a->K;
+        turned_back(a, here + at, a->k_norm, t, k_rstd[t], dk + t * z->KP, there + at, dk_norm);
+        for (int64_t k = 0; k < a->K; k += LANES)
+            store(there + at + a->G * a->K + k, first(a->K - k), _mm512_loadu_ps(dv + t * z->KP + k));
+    }
+}
+
+/* dqkv from dmixed; `parts` has 2 K floats a unit (b, g): gradients of q_norm and of k_norm, to be added up. */
+void attention_backward(const Attention *a, const bf16 *dmixed, bf16 *dqkv, float *parts) {
+    Sizes z = sizes_of(a);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t unit = 0; unit < a->B * a->G; unit++) {
+        float *dq_norm = parts + unit * 2 * a->K, *dk_norm = dq_norm + a->K;
+        memset(dq_norm, 0, 2 * a->K * sizeof(float));
+        backward_unit(a, &z, unit / a->G, unit % a->G, dmixed, dqkv, dq_norm, dk_norm);
+    }
+}
