@@ -88,7 +88,7 @@ class TrainingStep:
             if obstacle is None:
                 native_s = self._try(kernels.FUNCTIONS)
                 if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
-                    return "native", f"not needed, C kernels: {_milliseconds(native_s, plain_s)}"
+                    return "native", f"by our C kernels: {_milliseconds(native_s, plain_s)}"
                 self.model.functions = PLAIN
             elif wanted == "native" and required:
                 raise RequestError(f"trainer.compile=native: {obstacle}")

@@ -18,6 +18,7 @@ from conftest import train_here
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minitf import kernels
 from minitf.checkpoint import load_checkpoint
 from minitf.distributed import ALONE, Group, joined
 from minitf.errors import RequestError
@@ -135,6 +136,19 @@ def test_compiled_blocks_and_recomputed_activations_give_the_same(
     assert done.returncode == 0, done.stderr
     assert "compile    on" in done.stderr
     assert_same_losses("two", "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], strategy: str) -> None:
+    if isinstance(kernels.library(), str):
+        pytest.skip(str(kernels.library()))
+    small = [*small, "trainer.precision=bf16", "trainer.compile=native", "trainer.max_steps=3"]
+    assert train_here(*small, "run_dir=one") == 0
+    done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")
+    assert done.returncode == 0, done.stderr
+    assert "C kernels" in done.stderr
+    assert [row["loss"] for row in rows("two")] == pytest.approx([row["loss"] for row in rows("one")], abs=0.01)
 
 
 def test_a_process_on_its_own_is_single_whatever_the_strategy() -> None:

@@ -331,7 +331,7 @@ def test_a_run_goes_on_with_them(
     short = [*tiny, "trainer.precision=bf16", "trainer.max_steps=6", "trainer.log_every=1", "trainer.save_every=3"]
     assert not train_here(*short, "trainer.compile=native", "run_dir=native")
     assert "native attention" in (printed := capsys.readouterr().err)
-    assert "compile    not needed, C kernels: a step takes" in printed
+    assert "compile    by our C kernels: a step takes" in printed
     assert not train_here(*short, "trainer.compile=native", "run_dir=again")
     assert not train_here(*short, "trainer.compile=false", "run_dir=plain")
     assert losses("again") == losses("native")
@@ -363,7 +363,7 @@ def test_a_run_takes_them_unless_they_are_slower(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(TrainingStep, "measure", lambda step, most: native_s if step.model.functions.dtype else 1.0)
     assert not train_here(*tiny, "trainer.precision=bf16", "trainer.compile=auto", "trainer.max_steps=2")
-    assert ("compile    not needed, C kernels: a step takes" in capsys.readouterr().err) == taken
+    assert ("compile    by our C kernels: a step takes" in capsys.readouterr().err) == taken
 
 
 def test_where_there_are_none_asking_for_them_is_an_error(

@@ -92,7 +92,7 @@ def held_out(checkout: str, dataset: str, out_dir: str) -> dict[str, Any]:
     model.eval()
     context = checkpoint["model_args"]["block_size"]
 
-    def loss_of(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def loss_of(inputs_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         return model(inputs_BT, targets_BT.clamp(min=-1))[1]  # type: ignore[no-any-return]  # -1 does not count there
 
     ids = np.fromfile(Path(dataset) / "val.bin", dtype=np.uint16)
