@@ -1,6 +1,7 @@
 """The benchmark: its arithmetic, what it skips, what it writes, and one small run of the real thing."""
 
 import json
+import math
 import pickle
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -32,6 +33,28 @@ for i in range(7):
     if i % 4 == 0:
         print(f"step {i}: train loss 4.2, val loss 4.2")
     print(f"iter {i}: loss 4.2000, time {900 if i % 4 == 0 else 10 + i}.00ms, mfu -100.00%")
+"""
+
+
+# A model whose every next character is as likely as any other.
+MODEL_PY = """
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, idx, targets=None):
+        logits = self.scores.expand(*idx.shape, -1)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 """
 
 
@@ -198,6 +221,20 @@ def test_nanogpt_data_are_its_own_format(tmp_path: Path) -> None:
     assert "".join(meta["itos"][int(i)] for part in parts for i in part) == text
     assert len(parts[0]) == int(0.9 * len(text))
     assert meta["vocab_size"] == len(set(text)) == len(meta["stoi"])
+
+
+@pytest.mark.slow
+def test_nanogpt_is_held_to_all_of_its_held_out_text(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "model.py").write_text(MODEL_PY, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("abcdefgh" * 100, encoding="utf-8")
+    nanogpt.write_dataset(tmp_path / "text.txt", tmp_path / "data")
+    weights = {"scores": torch.zeros(8)}
+    model_args = {"block_size": 7, "vocab_size": 8}
+    torch.save({"model_args": model_args, "model": weights, "iter_num": 5}, tmp_path / "ckpt.pt")
+    names = {"checkout": str(checkout), "dataset": str(tmp_path / "data"), "out_dir": str(tmp_path)}
+    found = in_child("nanogpt:held_out", names)
+    assert found["loss"] == pytest.approx(math.log(8))
+    assert (found["num_tokens"], found["iteration"]) == (79, 5)
 
 
 def test_nanogpt_is_read_from_what_it_prints(checkout: Path, tmp_path: Path) -> None:
