@@ -8,6 +8,9 @@
 queries and keys (Henry et al., 2020) and grouped queries (Ainslie et al., 2023), arranged as in Qwen3.
 
 Axes in names, as everywhere: B batch, T query position, S key position, D hidden, H heads, K head width.
+
+This is what attention is, and what looks inside a model computes; where a processor allows, training computes the same
+by kernels/attention.c.
 """
 
 import math

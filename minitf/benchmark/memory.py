@@ -7,7 +7,7 @@ from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.text import write_text
-from minitf.benchmark.training import QUIET, SIX_256, TOY, train
+from minitf.benchmark.training import QUIET, SIX_256, TOY, fastest, train
 from minitf.help_page import all_keys
 
 CHECKPOINTING = "trainer.activation_checkpointing"
@@ -46,7 +46,8 @@ def activations(request: Request, report: Report) -> None:
     shape = TOY if request.quick else {**SIX_256, "context_length": 512}
     text = write_text(request.work / "memory.txt", 40_000 if request.quick else 1_200_000)
     base = [
-        "data=text", f"data.files=[{text}]", "tokenizer=char", "trainer.device=cpu", "trainer.compile=false", *QUIET,
+        "data=text", f"data.files=[{text}]", "tokenizer=char", "trainer.device=cpu", *QUIET,
+        f"trainer.compile={fastest(request)}",
         *(f"model.{key}={value}" for key, value in shape.items()), "trainer.batch_size=16", "trainer.log_every=1",
         f"trainer.max_steps={3 if request.quick else 8}",
     ]  # fmt: skip

@@ -200,6 +200,7 @@ def _description(
 def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
     """From queries, keys and values as their product made them to mixed_BTC: norm, positions, match, weigh, gather.
 
+    C are the channels of heads side by side: of all queries, then all keys, then all values; of what is gathered.
     `rotary_2TK` is of float32; `starts_BT`, of int32, is the first key each query sees, ascending in a row; None: 0.
     """
     assert rotary_2TK.dtype == torch.float32
