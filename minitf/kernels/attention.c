@@ -111,6 +111,7 @@ typedef struct {
 
 #define QUERIES 64 /* taken together, a multiple of PANEL */
 #define KEYS 256   /* taken together, a multiple of PANEL */
+#define ROWS_AHEAD 8
 
 typedef struct {
     int64_t columns, TP, KP; /* of qkv; T and K rounded up for the products */
@@ -151,8 +152,12 @@ static inline float turned(const Attention *a, const bf16 *x, const float *weigh
 /* The way back of `turned`: the gradient dx of x from that of its result, g, which is overwritten; adds to dweight. */
 static inline void turned_back(const Attention *a, const bf16 *x, const float *weight, int64_t t, float r, float *g,
                                bf16 *dx, float *dweight) {
-    int64_t half = a->K / 2;
+    int64_t half = a->K / 2, ahead = ROWS_AHEAD * (a->H + 2 * a->G) * a->K;
     const float *cosine = a->cosines + t * a->K, *sine = a->sines + t * a->K;
+    for (int64_t k = 0; k < a->K; k += PANEL) {
+        ask_for(x + k, ahead);
+        ask_to_write(dx + k, ahead);
+    }
     __m512 dots = _mm512_setzero_ps(), scale = _mm512_set1_ps(r);
     for (int64_t k = 0; k < half; k += LANES) {
         __mmask16 mask = first(half - k);
@@ -189,8 +194,7 @@ static void rows_of(const Attention *a, const Sizes *z, const bf16 *x, const flo
             continue;
         }
         if (z->KP > a->K) memset(to + a->K, 0, (z->KP - a->K) * sizeof(bf16));
-        __builtin_prefetch(x + (t + 8) * z->columns); /* the rows lie too far apart for the processor to see it */
-        __builtin_prefetch(x + (t + 8) * z->columns + 32);
+        for (int64_t k = 0; k < a->K; k += PANEL) ask_for(x + t * z->columns + k, ROWS_AHEAD * z->columns);
         if (turn) {
             float r = turned(a, x + t * z->columns, weight, t, to);
             if (rstd) rstd[i] = r;
@@ -367,6 +371,10 @@ static void backward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t
             memset(d, 0, queries * sizeof(bf16));
             for (int64_t i = 0; i < MIN(QUERIES, a->T - i0); i++) {
                 int64_t at = ((b * a->T + i0 + i) * a->H + h) * a->K;
+                for (int64_t k = 0; k < a->K; k += PANEL) {
+                    ask_for(dmixed + at + k, ROWS_AHEAD * a->H * a->K);
+                    ask_for(a->mixed + at + k, ROWS_AHEAD * a->H * a->K);
+                }
                 __m512 dots = _mm512_setzero_ps();
                 for (int64_t k = 0; k < a->K; k += LANES) {
                     __mmask16 mask = first(a->K - k);

@@ -6,6 +6,8 @@
  */
 #include "vectors.h"
 
+#define ROWS_AHEAD 4
+
 /* ---- RMSNorm ---------------------------------------------------------------------------------------------------- */
 
 /* y = s * rstd * weight with s = x + added (added and s may be null: s is x) and rstd = 1 / rms(s), of N rows of D. */
@@ -17,8 +19,10 @@ void rms_norm_forward(int64_t N, int64_t D, const bf16 *x, const bf16 *added, co
         __m512 squares = _mm512_setzero_ps();
         for (int64_t d = 0; d < D; d += LANES) {
             __mmask16 mask = first(D - d);
+            ask_for(row + d, ROWS_AHEAD * D);
             __m512 v = load(row + d, mask);
             if (added) {
+                ask_for(added + n * D + d, ROWS_AHEAD * D);
                 /* What later layers read is the rounded sum: normalise that. */
                 store(s + n * D + d, mask, _mm512_add_ps(v, load(added + n * D + d, mask)));
                 v = load(s + n * D + d, mask);
@@ -49,6 +53,9 @@ void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const bf16 *s, 
             __m512 r = _mm512_set1_ps(rstd[n]), dots = _mm512_setzero_ps();
             for (int64_t d = 0; d < D; d += LANES) {
                 __mmask16 mask = first(D - d);
+                ask_for(s + n * D + d, ROWS_AHEAD * D);
+                ask_for(dy + n * D + d, ROWS_AHEAD * D);
+                if (dsum) ask_for(dsum + n * D + d, ROWS_AHEAD * D);
                 __m512 unit = _mm512_mul_ps(load(s + n * D + d, mask), r), g = load(dy + n * D + d, mask);
                 __m512 w = _mm512_maskz_loadu_ps(mask, weight + d), gu = _mm512_mul_ps(g, unit);
                 _mm512_mask_storeu_ps(part + d, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, part + d), gu));
@@ -76,6 +83,9 @@ void swiglu_forward(int64_t N, int64_t F, const bf16 *x, bf16 *y) {
         const bf16 *gate = x + 2 * n * F, *up = gate + F;
         for (int64_t f = 0; f < F; f += LANES) {
             __mmask16 mask = first(F - f);
+            ask_for(gate + f, 2 * F);
+            ask_for(up + f, 2 * F);
+            ask_to_write(y + n * F + f, F);
             __m512 g = load(gate + f, mask);
             store(y + n * F + f, mask, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load(up + f, mask)));
         }
@@ -89,6 +99,11 @@ void swiglu_backward(int64_t N, int64_t F, const bf16 *x, const bf16 *dy, bf16 *
         bf16 *dgate = dx + 2 * n * F, *dup = dgate + F;
         for (int64_t f = 0; f < F; f += LANES) {
             __mmask16 mask = first(F - f);
+            ask_for(gate + f, 2 * F);
+            ask_for(up + f, 2 * F);
+            ask_for(dy + n * F + f, F);
+            ask_to_write(dgate + f, 2 * F);
+            ask_to_write(dup + f, 2 * F);
             __m512 g = load(gate + f, mask), u = load(up + f, mask), d = load(dy + n * F + f, mask);
             __m512 share = sigmoid(g), silu = _mm512_mul_ps(g, share);
             /* silu' = share + silu (1 - share) */

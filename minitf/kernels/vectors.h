@@ -22,7 +22,11 @@ static inline __m512 load(const bf16 *at, __mmask16 mask) {
 }
 
 static inline void store(bf16 *at, __mmask16 mask, __m512 value) {
-    _mm256_mask_storeu_epi16(at, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    if (mask == 0xffff) /* storing some of the lanes takes several times as long */
+        _mm256_storeu_si256((__m256i *)at, half);
+    else
+        _mm256_mask_storeu_epi16(at, mask, half);
 }
 
 /* 2^x, by whole powers and a Taylor polynomial; relative error below 3e-7. Of a NaN it is one: in this order the maximum
@@ -45,6 +49,11 @@ static inline __m512 sigmoid(__m512 x) {
     __m512 power = exp2_16(_mm512_min_ps(_mm512_set1_ps(160.0f), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E))));
     return _mm512_div_ps(one, _mm512_add_ps(one, power));
 }
+
+/* Asks for what lies so many values behind `at`, to be there when it is needed. Where rows are read in pieces, or several
+ * arrays at once, the processor does not see it coming: SwiGLU took three times as long without. */
+static inline void ask_for(const bf16 *at, int64_t ahead) { __builtin_prefetch(at + ahead); }
+static inline void ask_to_write(bf16 *at, int64_t ahead) { __builtin_prefetch(at + ahead, 1); }
 
 /* Memory of the calling thread, kept for the next call. */
 static void *scratch(size_t bytes) {
