@@ -49,7 +49,7 @@ def draw(
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.tick_params("x", which="minor", length=0)
             if y_scale == "linear" and markers:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.08 * max(y for points in lines.values() for _, y in points))  # a flat line in full
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
             axes.set_xlabel(x_label)
             axes.set_ylabel(y_label)
