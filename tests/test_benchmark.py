@@ -395,7 +395,7 @@ def test_throughput_end_to_end(tmp_path: Path, checkout: Path, capsys: pytest.Ca
     compared = {(row["what"], row["peer"]): row for row in rows if row["unit"] == "tokens/s"}
     assert {("minitf", "nanoGPT"), ("minitf adamw", "nanoGPT")} <= set(compared)
     # The iterations of the stand-in after its second: 12, 13, 900, 15 and 16 ms of 4 x 32 tokens.
-    assert compared["minitf", "nanoGPT"]["peer_median"] == pytest.approx(5 * 4 * 32 / 0.956)
+    assert compared["minitf", "nanoGPT"]["peer_median"] == pytest.approx(4 * 32 / 0.015)
     shares = [row for row in rows if row["unit"].startswith("share")]
     assert len(shares) == 2
     assert all(0 < row["median"] < 1 for row in shares)
