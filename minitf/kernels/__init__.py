@@ -154,46 +154,32 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 class _Attend(torch.autograd.Function):
+    """Of qkv, the weights of the norms of queries and keys (or None), the rotary table and the starts (or None)."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        rotary: Tensor,
-        starts: Tensor | None,
-        heads: Sequence[int],
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, heads: Sequence[int], eps: float, qkv: Tensor, *others: Tensor | None) -> Tensor:
         qkv, (B, T), (H, _, K) = _rows(qkv), qkv.shape[:2], heads
         mixed, log_sums = qkv.new_empty(B, T, H * K), torch.empty(B, H, T)
-        ctx.save_for_backward(qkv, q_norm, k_norm, rotary, starts, mixed, log_sums)
+        kept = qkv, *others, mixed, log_sums
+        ctx.save_for_backward(*kept)
         ctx.heads, ctx.eps = heads, eps
-        _call("attention_forward", _description(ctx, qkv, q_norm, k_norm, rotary, starts, mixed, log_sums))
+        _call("attention_forward", _description(heads, eps, kept))
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_norm, *_ = saved = ctx.saved_tensors
+        qkv, q_norm, *_ = kept = ctx.saved_tensors
         dmixed, dqkv, (_, G, K) = _rows(gradients[0]), torch.empty_like(qkv), ctx.heads
         parts = torch.empty(qkv.shape[0] * G, 2, K)
-        _call("attention_backward", _description(ctx, *saved), dmixed, dqkv, parts)
+        _call("attention_backward", _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
         dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
-        return dqkv, dq_norm, dk_norm, None, None, None, None
+        return None, None, dqkv, dq_norm, dk_norm, None, None
 
 
-def _description(
-    ctx: Any,
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    rotary: Tensor,
-    starts: Tensor | None,
-    mixed: Tensor,
-    log_sums: Tensor,
-) -> _Attention:
-    given = (*qkv.shape[:2], *ctx.heads, qkv, q_norm, k_norm, ctx.eps, rotary[0], rotary[1], starts, mixed, log_sums)
+def _description(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> _Attention:
+    qkv, q_norm, k_norm, rotary, starts, mixed, log_sums = kept
+    given = (*qkv.shape[:2], *heads, qkv, q_norm, k_norm, eps, rotary[0], rotary[1], starts, mixed, log_sums)
     return _Attention(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
 
 
@@ -210,10 +196,10 @@ def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT:
         starts_BT = starts_BT.contiguous()
     K = attention.head_dim
     heads = attention.q_proj.out_features // K, attention.k_proj.out_features // K, K
-    if isinstance(attention.q_norm, torch.nn.Identity):
-        return _Attend.apply(qkv_BTC, None, None, rotary_2TK, starts_BT, heads, 0.0)  # type: ignore[no-any-return, no-untyped-call]
-    weights = attention.q_norm.weight.float(), attention.k_norm.weight.float()
-    return _Attend.apply(qkv_BTC, *weights, rotary_2TK, starts_BT, heads, attention.q_norm.eps)  # type: ignore[no-any-return, no-untyped-call]
+    norms = (attention.q_norm, attention.k_norm)
+    weights = [norm.weight.float() if isinstance(norm, torch.nn.RMSNorm) else None for norm in norms]
+    eps = getattr(attention.q_norm, "eps", 0.0)
+    return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, starts_BT)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
