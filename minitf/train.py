@@ -121,7 +121,7 @@ def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
 def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices", group: "Group") -> "Prepared":
     """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config,
     in the hands of the group; and the hardware, with the precision that was chosen on it before."""
-    from minitf import random_state
+    from minitf import kernels, random_state
     from minitf.distributed import set_threads
     from minitf.hardware import choose_device, choose_hardware
     from minitf.parallel import Parallel, check_batch_size, choose_strategy
@@ -139,6 +139,8 @@ def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices",
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
+    if config.trainer.compile == "native" and (missing := kernels.obstacle(model)):
+        raise RequestError(f"trainer.compile=native: {missing}")
     parallel = Parallel(model, group, strategy)
     if group.rank:  # the first weights are those of all; what is dropped in other rows is not
         random_state.seed(config.seed + group.rank)

@@ -161,7 +161,6 @@ class Trainer:
         step_s, choices.compile, words = self.training_step.warm_up(
             decided or config.compile,
             lambda step_s: (self._num_steps(step_s) - state.step) * step_s,
-            required=not decided,
         )
         if decided and words.startswith("off, as set"):
             words = "off, as the run began"

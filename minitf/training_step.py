@@ -9,7 +9,6 @@ from torch import Tensor
 
 from minitf import kernels, random_state
 from minitf.batches import BatchSource
-from minitf.errors import RequestError
 from minitf.hardware import Hardware, compiled, compiler_missing
 from minitf.model import TrainingFunctions
 from minitf.optim import Optimizer
@@ -64,34 +63,28 @@ class TrainingStep:
             times.append(self.group.agree(time.perf_counter() - start))
         return statistics.median(times)
 
-    def warm_up(
-        self, wanted: str, seconds_left: Callable[[float], float], required: bool = True
-    ) -> tuple[float, str, str]:
+    def warm_up(self, wanted: str, seconds_left: Callable[[float], float]) -> tuple[float, str, str]:
         """Choose the functions and measure a step, leaving weights, optimiser and random state as they were.
 
-        `wanted` is a value of `trainer.compile`, whose C kernels are a RequestError where there are none if they are
-        `required`; `seconds_left(step_s)` is what the run would take at that speed. Returns the seconds of a step, what
-        was chosen (a value that leads to it again), and why, in words.
+        `wanted` is a value of `trainer.compile`; what cannot be had here is done without. `seconds_left(step_s)` is
+        what the run would take at that speed. Returns the seconds of a step, what was chosen (a value that leads to it
+        again), and why, in words.
         """
         before = random_state.capture()
         self.run(0, 0.0)  # the first step also sets up libraries and memory: it is no measure
-        chosen, words = ("false", "off, as set") if wanted == "false" else self._choose(wanted, seconds_left, required)
+        chosen, words = ("false", "off, as set") if wanted == "false" else self._choose(wanted, seconds_left)
         step_s = self.measure(8)
         self.optimizer.reset()
         random_state.restore(before)
         return step_s, chosen, words
 
-    def _choose(self, wanted: str, seconds_left: Callable[[float], float], required: bool) -> tuple[str, str]:
+    def _choose(self, wanted: str, seconds_left: Callable[[float], float]) -> tuple[str, str]:
         plain_s = self.measure(1)
-        if wanted != "true":
-            obstacle = self.kernels_obstacle()
-            if obstacle is None:
-                native_s = self._try(kernels.FUNCTIONS)
-                if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
-                    return "native", f"by our C kernels: {_milliseconds(native_s, plain_s)}"
-                self.model.functions = PLAIN
-            elif wanted == "native" and required:
-                raise RequestError(f"trainer.compile=native: {obstacle}")
+        if wanted != "true" and not self.kernels_obstacle():
+            native_s = self._try(kernels.FUNCTIONS)
+            if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
+                return "native", f"by our C kernels: {_milliseconds(native_s, plain_s)}"
+            self.model.functions = PLAIN
         left_s = seconds_left(plain_s)
         if wanted != "true" and left_s < COMPILE_PAYS_FROM_S:
             return "false", f"off, does not pay in {left_s:.0f} s of training"

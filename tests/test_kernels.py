@@ -372,6 +372,7 @@ def test_where_there_are_none_asking_for_them_is_an_error(
     settings = ["trainer.precision=bf16", "trainer.compile=native", "run_dir=run"]
     assert train_here(*tiny, *settings) == 2
     assert_one_line(capsys.readouterr().err, "trainer.compile=native: the processor has no AVX-512 BF16")
+    assert not list(workdir.iterdir())  # found out before a directory is made
 
 
 @needed
