@@ -31,7 +31,8 @@ def dry_run(
     optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
     step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation)
     native = not step.kernels_obstacle() and trainer.compile in ("auto", "native")
-    model.functions = kernels.FUNCTIONS if native else model.functions
+    if native:
+        step.use(kernels.FUNCTIONS)
     step.run(0, 0.0)  # the first one also sets up libraries and memory
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length

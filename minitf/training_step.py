@@ -11,7 +11,7 @@ from minitf import kernels, random_state
 from minitf.batches import BatchSource
 from minitf.hardware import Hardware, compiled, compiler_missing
 from minitf.model import TrainingFunctions
-from minitf.optim import Optimizer
+from minitf.optim import MuonFunctions, Optimizer
 from minitf.parallel import Parallel
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
@@ -36,6 +36,11 @@ class TrainingStep:
         self.parallel, self.model, self.group = parallel, parallel.model, parallel.group
         self.optimizer, self.batches, self.hardware = optimizer, batches, hardware
         self.grad_accumulation = grad_accumulation
+
+    def use(self, functions: TrainingFunctions) -> None:
+        """Compute with these functions; with the C kernels, Muon's part too."""
+        self.model.functions = functions
+        self.optimizer.use(kernels.MUON if functions is kernels.FUNCTIONS else MuonFunctions())
 
     def run(self, index: int, learning_rate_factor: float) -> tuple[Tensor, Tensor]:
         """Step number `index`, from 0; returns the mean loss in nats a token and the norm of the gradient."""
@@ -84,7 +89,7 @@ class TrainingStep:
             native_s = self._try(kernels.FUNCTIONS)
             if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
                 return "native", f"by our C kernels: {_milliseconds(native_s, plain_s)}"
-            self.model.functions = PLAIN
+            self.use(PLAIN)
         left_s = seconds_left(plain_s)
         if wanted != "true" and left_s < COMPILE_PAYS_FROM_S:
             return "false", f"off, does not pay in {left_s:.0f} s of training"
@@ -95,10 +100,10 @@ class TrainingStep:
             block, norm, loss = PLAIN.train_block, PLAIN.final_norm, PLAIN.chunk_loss
             compiled_s = self._try(TrainingFunctions(compiled(block), compiled(norm), compiled(loss)))
         except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
-            self.model.functions = PLAIN
+            self.use(PLAIN)
             return "false", f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
         if wanted != "true" and compiled_s > plain_s:
-            self.model.functions = PLAIN
+            self.use(PLAIN)
             return "false", f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {plain_s * 1000:.0f} ms without"
         return "true", f"on, {_milliseconds(compiled_s, plain_s)}"
 
@@ -110,7 +115,7 @@ class TrainingStep:
 
     def _try(self, functions: TrainingFunctions) -> float:
         """Seconds of a step with these functions."""
-        self.model.functions = functions
+        self.use(functions)
         self.run(0, 0.0)
         return self.measure(2)
 

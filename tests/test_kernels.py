@@ -1,4 +1,4 @@
-"""The C kernels compute what attention.py, model.py and loss.py compute, as exactly as bfloat16 allows."""
+"""The C kernels compute what attention.py, model.py, loss.py and optim.py compute, as exactly as bfloat16 allows."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from minitf import kernels
 from minitf.attention import Attention, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
 from minitf.loss import linear_cross_entropy
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
+from minitf.optim import Muon, MuonFunctions, average_gradients, move_weights, orthogonalise
 from minitf.training_step import TrainingStep
 
 BF16 = torch.bfloat16
@@ -306,11 +307,82 @@ def test_neither_threads_nor_repetition_change_a_bit() -> None:
             mixed = kernels.attend(attention, qkv, rotary_table(32, 200, 1e4), None)
             mixed.backward(random(3, 200, 128, seed=1).to(BF16))
             kernels.rms_norm(norm, x)[1].backward(random(500, 8, seed=2).to(BF16))  # type: ignore[no-untyped-call]
-            outcomes.append([mixed.detach(), qkv.grad, attention.q_norm.weight.grad.clone(), norm.weight.grad.clone()])  # type: ignore[union-attr, operator]
+            updates = kernels.muon_orthogonalise(random(3, 70, 40), BF16)
+            weights = [attention.q_norm.weight.grad.clone(), norm.weight.grad.clone()]  # type: ignore[union-attr, operator]
+            outcomes.append([mixed.detach(), qkv.grad, *weights, updates])
     finally:
         torch.set_num_threads(before)
     for outcome in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcome, outcomes[0], strict=True))  # type: ignore[arg-type]
+
+
+# -- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@needed
+@pytest.mark.parametrize("shape", [(1, 1), (40, 17), (96, 64), (33, 4096)])
+def test_gradients_are_averaged_and_weights_move(shape: tuple[int, int]) -> None:
+    gradients = [random(*shape, seed=1), random(*shape[::-1], seed=2).mT]  # the second lies elsewise
+    averages = [random(2, *shape, seed=3) for _ in range(2)]
+    ahead = kernels.muon_average(list(gradients), averages[0], 0.9, BF16)
+    torch.testing.assert_close(
+        ahead.float(), average_gradients(gradients, averages[1], 0.9, BF16), rtol=0.005, atol=0.005
+    )
+    torch.testing.assert_close(*averages)
+    weights = [[random(*shape, seed=seed) for seed in (4, 5)] for _ in range(2)]
+    kernels.muon_move(weights[0], ahead, 0.99, 0.3)
+    move_weights(weights[1], ahead, 0.99, 0.3)
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def spectrum(kind: str, N: int, R: int, C: int) -> Tensor:
+    """Matrices of random singular vectors; "flat" are of random numbers."""
+    if kind == "flat":
+        return random(N, R, C)
+    K = min(R, C)
+    U, V = torch.linalg.qr(random(N, R, K, seed=1))[0], torch.linalg.qr(random(N, C, K, seed=2))[0]
+    falling = torch.logspace(0, -4, K) if kind == "steep" else (torch.arange(K) < max(1, K // 8)).float()
+    return 1e-3 * (U * falling) @ V.mT
+
+
+@needed
+@pytest.mark.parametrize("kind", ["flat", "steep", "low rank"])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (256, 704), (704, 256), (100, 70), (7, 200), (1, 40), (5, 1)])
+def test_matrices_are_orthogonalised_as_well_as_by_full_products(shape: tuple[int, int], kind: str) -> None:
+    matrices = spectrum(kind, max(2, torch.get_num_threads()), *shape).to(BF16)
+    exact = orthogonalise(matrices, torch.float64)
+    native, plain = kernels.muon_orthogonalise(matrices, BF16), orthogonalise(matrices, BF16)
+    if kind != "low rank":  # of few directions each weighs much, and any value from 0.79 to 1.21 is as good
+        assert off(native, exact) < (0.03 if kind == "flat" else 0.07) + off(plain, exact)
+    # Rounding turns directions without a gradient into noise; it must not grow.
+    assert torch.linalg.matrix_norm(native.double(), 2).max() < 1.05 * torch.linalg.matrix_norm(exact, 2).max()
+    # How near it comes to U V^T, which is the point of it.
+    U, _, Vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    if kind == "flat":
+        near = [torch.cosine_similarity(x.double().flatten(1), (U @ Vh).flatten(1)).min() for x in (native, exact)]
+        assert near[0] > near[1] - 0.003
+
+
+@needed
+def test_no_matrix_leaks_into_another_and_nothing_stays_nothing() -> None:
+    count = max(3, torch.get_num_threads())
+    matrices = random(count, 48, 80).to(BF16)
+    before = kernels.muon_orthogonalise(matrices, BF16)
+    matrices[0], matrices[1] = 0, float("nan")
+    after = kernels.muon_orthogonalise(matrices, BF16)
+    assert torch.equal(after[2:], before[2:])
+    assert not after[0].any()
+    assert after[1].isnan().all()
+
+
+@needed
+def test_with_more_threads_than_matrices_pytorch_shares_one_out() -> None:
+    before, matrices = torch.get_num_threads(), random(2, 24, 40)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(kernels.muon_orthogonalise(matrices, BF16), orthogonalise(matrices, BF16))
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -361,9 +433,15 @@ def test_a_run_takes_them_unless_they_are_slower(
     native_s: float, taken: bool, workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    used: set[MuonFunctions] = set()
+    finish = Muon._finish
+    monkeypatch.setattr(
+        Muon, "_finish", lambda muon, *rest: (used.clear(), used.add(muon.functions), finish(muon, *rest))
+    )
     monkeypatch.setattr(TrainingStep, "measure", lambda step, most: native_s if step.model.functions.dtype else 1.0)
     assert not train_here(*tiny, "trainer.precision=bf16", "trainer.compile=auto", "trainer.max_steps=2")
     assert ("compile    by our C kernels: a step takes" in capsys.readouterr().err) == taken
+    assert used[-1] == (kernels.MUON if taken else MuonFunctions())
 
 
 def test_where_there_are_none_asking_for_them_is_an_error(

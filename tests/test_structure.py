@@ -15,7 +15,7 @@ ORDER = [
     "errors", "storage", "distributed", "sharded", "untrusted", "random_state", "choices", "run_directory",
     "hardware", "c_library", "loss", "books", "exercises", "data_config", "reading", "formats", "hub_data",
     "corpus", "pairs", "tokenizer", "prepared", "preparation", "batches", "packing", "rope_scaling", "attention",
-    "model", "kernels", "optim", "hugging_face", "runs", "train_state", "checkpoint", "saving", "decoding",
+    "model", "optim", "kernels", "hugging_face", "runs", "train_state", "checkpoint", "saving", "decoding",
     "answer", "generate", "heads", "alignment", "viewer", "attention_maps", "attention_picture", "attention_page",
     "export", "tensorboard", "answer_scores", "evaluate", "language_model", "event_files", "monitor", "parallel",
     "training_step", "task", "model_card", "trainer", "help_page", "completion", "config", "dry_run", "train",

@@ -1,8 +1,8 @@
-"""What a training step computes between the products of its layers, in C: norms, SwiGLU and loss, and attention.
+"""What a training step computes between the products of its layers, in C: norms, SwiGLU and loss, attention, and Muon.
 
-The same functions as in attention.py, model.py and loss.py, in bfloat16 with sums in float32, each with its gradient,
-and each over its data once or twice where PyTorch's operations go over them ten times. torch.compile comes close after
-half a minute of compiling; these take two seconds, once.
+The same functions as in attention.py, model.py, loss.py and optim.py, in bfloat16 with sums in float32, each with its
+gradient, and each over its data once or twice where PyTorch's operations go over them ten times. torch.compile comes
+close after half a minute of compiling; these take two seconds, once.
 """
 
 import ctypes
@@ -20,8 +20,9 @@ from minitf.attention import Attention, joint_weight
 from minitf.c_library import compiled_library
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
+from minitf.optim import POLAR_EXPRESS, MuonFunctions, orthogonalise
 
-SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "attention.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "attention.c", "muon.c")]
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -44,6 +45,9 @@ ARGUMENTS: dict[str, list[Any]] = {
     "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
     "attention_forward": [ctypes.POINTER(_Attention)],
     "attention_backward": [ctypes.POINTER(_Attention), _POINTER, _POINTER, _POINTER],
+    "muon_average": [_INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER],
+    "muon_orthogonalise": [_INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
+    "muon_move": [_INT, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT],
 }
 
 
@@ -229,3 +233,39 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
 
 
 FUNCTIONS = TrainingFunctions(train_block, final_norm, chunk_loss, masks_by_start=True, dtype=torch.bfloat16)
+
+
+def muon_average(gradients: list[Tensor], averages_NRC: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
+    """`average_gradients` of optim.py."""
+    assert averages_NRC.is_contiguous()
+    ahead_NRC = torch.empty_like(averages_NRC, dtype=dtype)
+    places, kept = _places(gradients)
+    _call("muon_average", len(kept), kept[0].numel(), places, momentum, averages_NRC, _rows(ahead_NRC))
+    return ahead_NRC
+
+
+def muon_orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """`orthogonalise` of optim.py, about twice as fast: symmetric products by halves, and none that can be saved."""
+    if len(matrices_NRC) < torch.get_num_threads():  # each thread takes whole matrices
+        return orthogonalise(matrices_NRC, dtype)
+    matrices_NRC = _rows(matrices_NRC.to(dtype))
+    result_NRC, coefficients = torch.empty_like(matrices_NRC), torch.tensor(POLAR_EXPRESS)
+    _call("muon_orthogonalise", *matrices_NRC.shape, matrices_NRC, len(coefficients), coefficients, result_NRC)
+    return result_NRC
+
+
+def muon_move(weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: float) -> None:
+    """`move_weights` of optim.py."""
+    places, kept = _places(weights)
+    assert all(a is b for a, b in zip(weights, kept, strict=True))
+    _call("muon_move", len(kept), kept[0].numel(), places, _rows(updates_NRC), decay, rate)
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Where values of float32 begin, as C reads it, and what has to be kept until then."""
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    kept = [tensor.contiguous() for tensor in tensors]
+    return (ctypes.c_void_p * len(kept))(*[tensor.data_ptr() for tensor in kept]), kept
+
+
+MUON = MuonFunctions(muon_average, muon_orthogonalise, muon_move)

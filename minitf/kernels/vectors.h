@@ -1,4 +1,4 @@
-/* Vectors of 16 numbers of a processor with AVX-512 BF16, for rows.c and attention.c. */
+/* Vectors of 16 numbers of a processor with AVX-512 BF16, for all that is here. */
 #pragma once
 #include <immintrin.h>
 #include <math.h>

@@ -1,0 +1,161 @@
+/* Muon's step in three parts: gradients are averaged, what comes of it is orthogonalised, the weights move. */
+#include "products.h"
+
+#define PIECE 4096 /* values a thread takes at a time */
+
+/* average += (1 - momentum) (gradient - average), of N matrices of `count` values, the gradients each at its own place;
+ * ahead = gradient + momentum (average - gradient): Nesterov's. */
+void muon_average(int64_t N, int64_t count, const float *const *gradients, float momentum, float *averages, bf16 *ahead) {
+    int64_t pieces = (count + PIECE - 1) / PIECE;
+    __m512 share = _mm512_set1_ps(momentum), rest = _mm512_set1_ps(1 - momentum);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < N * pieces; i++) {
+        int64_t n = i / pieces, from = i % pieces * PIECE, to = MIN(count, from + PIECE);
+        for (int64_t k = from; k < to; k += LANES) {
+            __mmask16 mask = first(to - k);
+            __m512 gradient = _mm512_maskz_loadu_ps(mask, gradients[n] + k);
+            __m512 average = _mm512_maskz_loadu_ps(mask, averages + n * count + k);
+            average = _mm512_fmadd_ps(rest, _mm512_sub_ps(gradient, average), average);
+            _mm512_mask_storeu_ps(averages + n * count + k, mask, average);
+            store(ahead + n * count + k, mask, _mm512_fmadd_ps(share, _mm512_sub_ps(average, gradient), gradient));
+        }
+    }
+}
+
+/* weight = decay weight - rate update */
+void muon_move(int64_t N, int64_t count, float *const *weights, const bf16 *updates, float decay, float rate) {
+    int64_t pieces = (count + PIECE - 1) / PIECE;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < N * pieces; i++) {
+        int64_t n = i / pieces, from = i % pieces * PIECE, to = MIN(count, from + PIECE);
+        for (int64_t k = from; k < to; k += LANES) {
+            __mmask16 mask = first(to - k);
+            __m512 kept = _mm512_mul_ps(_mm512_set1_ps(decay), _mm512_maskz_loadu_ps(mask, weights[n] + k));
+            __m512 update = load(updates + n * count + k, mask);
+            _mm512_mask_storeu_ps(weights[n] + k, mask, _mm512_fnmadd_ps(_mm512_set1_ps(rate), update, kept));
+        }
+    }
+}
+
+/* ---- orthogonalising -------------------------------------------------------------------------------------------- */
+
+/* Matrices are kept as panels (products.h) in blocks of 32 by 32: a block over its rows serves products that are summed
+ * over rows. The panels of a symmetric matrix over its rows and over its columns are the same, and they serve as the left
+ * operand as well as the right one. */
+#define BLOCK (PANEL * PANEL)
+
+static void put_over_rows(const bf16 *block, uint32_t *to) {
+    for (int r = 0; r < PANEL; r += 2) pair_rows(block + r * PANEL, block + (r + 1) * PANEL, PANEL, to + r / 2 * PANEL, 0);
+}
+
+static void put_over_columns(const bf16 *block, uint32_t *to) {
+    for (int r = 0; r < PANEL; r += LANES) transpose((const uint32_t *)(block + r * PANEL), PANEL / 2, to + r);
+}
+
+/* Rows i.., columns j.. of the product of A, the left operand, and B, over `pairs` pairs. */
+static inline void product_block(const uint32_t *A, const uint32_t *B, int64_t pairs, int64_t i, int64_t j, float *block) {
+    for (int m = 0; m < PANEL; m += TILE)
+        tile(A + i * pairs + m, 1, PANEL, B + j * pairs, 0, pairs, block + m * PANEL, PANEL, 0);
+}
+
+/* to = a I + b S + c A B: symmetric matrices of `size` rows, of which A B is the same as B A; S may be null. One half is
+ * computed, the other is its mirror. */
+static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pairs, int64_t size, float a, float b,
+                              const uint32_t *S, float c, uint32_t *to) {
+    float block[BLOCK] __attribute__((aligned(64)));
+    bf16 rounded[BLOCK] __attribute__((aligned(64)));
+    for (int64_t j = 0; j < size; j += PANEL)
+        for (int64_t i = 0; i <= j; i += PANEL) {
+            product_block(A, B, pairs, i, j, block);
+            int64_t here = (j * size + i * PANEL) / 2, mirrored = (i * size + j * PANEL) / 2;
+            for (int64_t k = 0; k < BLOCK; k += LANES) {
+                __m512 value = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k));
+                int64_t row = k / PANEL, column = k % PANEL;
+                if (S) { /* the upper or lower halves of its pairs */
+                    __m512i two = _mm512_load_si512(S + here + row / 2 * PANEL + column);
+                    two = row % 2 ? _mm512_and_si512(two, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(two, 16);
+                    value = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_castsi512_ps(two), value);
+                }
+                if (i == j && row / LANES == column / LANES)
+                    value = _mm512_mask_add_ps(value, (__mmask16)(1 << row % LANES), value, _mm512_set1_ps(a));
+                store(rounded + k, 0xffff, value);
+            }
+            if (i == j) /* here too, or what is not symmetric grows from product to product */
+                for (int r = 1; r < PANEL; r++)
+                    for (int c = 0; c < r; c++) rounded[r * PANEL + c] = rounded[c * PANEL + r];
+            put_over_rows(rounded, to + here);
+            if (i != j) put_over_columns(rounded, to + mirrored);
+        }
+}
+
+/* y = U V^T of x = U S V^T, by polynomials a x + b x^3 + c x^5 of its singular values, coefficients one after another.
+ *
+ * One polynomial costs three products, of which two are symmetric. Where x is much longer than wide, two at a time
+ * are cheaper: the second one's argument, like the first one's value, is computed from the Gram matrix alone. More than
+ * two would let rounding errors grow, which the next Gram matrix, of what was really reached, takes no notice of. */
+static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count, const float *coefficients, bf16 *y) {
+    int64_t rows = ROUND_UP(R, PANEL), columns = ROUND_UP(C, PANEL), size = MIN(rows, columns);
+    int64_t length = MAX(rows, columns), wide = rows < columns, values = rows * columns, square = size * size;
+    uint32_t *over_rows = scratch((2 * values + 3 * square + size * PANEL) * sizeof(bf16));
+    uint32_t *over_columns = over_rows + values / 2, *gram = over_columns + values / 2, *first_one = gram + square / 2;
+    uint32_t *other = first_one + square / 2;
+    bf16 *strip = (bf16 *)(other + square / 2);
+    float block[BLOCK] __attribute__((aligned(64)));
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t k = 0; k < R * C; k += LANES) {
+        __m512 v = load(x + k, first(R * C - k));
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    __m512 scale = _mm512_set1_ps(1 / (sqrtf(_mm512_reduce_add_ps(squares)) * 1.01f + 1e-6f));
+    for (int64_t i = 0; i < rows; i += PANEL)
+        for (int64_t j = 0; j < columns; j += PANEL) {
+            for (int64_t k = 0; k < BLOCK; k += LANES) {
+                int64_t r = i + k / PANEL, c = j + k % PANEL;
+                __m512 v = r < R && c < C ? load(x + r * C + c, first(C - c)) : _mm512_setzero_ps();
+                store(strip + k, 0xffff, _mm512_mul_ps(v, scale));
+            }
+            put_over_rows(strip, over_rows + (j * rows + i * PANEL) / 2);
+            put_over_columns(strip, over_columns + (i * columns + j * PANEL) / 2);
+        }
+    for (int64_t done = 0; done < count;) {
+        const uint32_t *summed = wide ? over_columns : over_rows, *left, *right;
+        const float *now = coefficients + 3 * done, *then = now + 3;
+        uint32_t *polynomial = first_one;
+        symmetric_product(summed, summed, length / 2, size, 0, 0, NULL, 1, gram);
+        symmetric_product(gram, gram, size / 2, size, now[0], now[1], gram, now[2], first_one);
+        if (done++, 2 * length > 3 * size && done < count) {
+            done++;
+            symmetric_product(first_one, gram, size / 2, size, 0, 0, NULL, 1, other);
+            symmetric_product(first_one, other, size / 2, size, 0, 0, NULL, 1, gram);
+            symmetric_product(gram, gram, size / 2, size, then[0], then[1], gram, then[2], other);
+            symmetric_product(other, first_one, size / 2, size, 0, 0, NULL, 1, gram);
+            polynomial = gram;
+        }
+        /* A strip of 32 columns (or rows) of x only changes that strip. */
+        left = wide ? polynomial : over_columns, right = wide ? over_rows : polynomial;
+        for (int64_t s = 0; s < length; s += PANEL) {
+            for (int64_t t = 0; t < size; t += PANEL) {
+                product_block(left, right, size / 2, wide ? t : s, wide ? s : t, block);
+                for (int64_t k = 0; k < BLOCK; k += LANES)
+                    store(strip + t * PANEL + k, 0xffff, _mm512_load_ps(block + k));
+            }
+            for (int64_t t = 0; t < size; t += PANEL) {
+                int64_t i = wide ? t : s, j = wide ? s : t;
+                const bf16 *done_block = strip + t * PANEL;
+                if (done < count) {
+                    put_over_rows(done_block, over_rows + (j * rows + i * PANEL) / 2);
+                    put_over_columns(done_block, over_columns + (i * columns + j * PANEL) / 2);
+                } else {
+                    for (int64_t r = i; r < MIN(R, i + PANEL); r++)
+                        memcpy(y + r * C + j, done_block + (r - i) * PANEL, MIN(C - j, PANEL) * sizeof(bf16));
+                }
+            }
+        }
+    }
+}
+
+/* N matrices of R by C, each by one thread. */
+void muon_orthogonalise(int64_t N, int64_t R, int64_t C, const bf16 *x, int64_t count, const float *coefficients, bf16 *y) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t n = 0; n < N; n++) orthogonalise_one(R, C, x + n * R * C, count, coefficients, y + n * R * C);
+}
