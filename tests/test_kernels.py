@@ -354,8 +354,8 @@ def test_matrices_are_orthogonalised_as_well_as_by_full_products(shape: tuple[in
     native, plain = kernels.muon_orthogonalise(matrices, BF16), orthogonalise(matrices, BF16)
     if kind != "low rank":  # of few directions each weighs much, and any value from 0.79 to 1.21 is as good
         assert off(native, exact) < (0.03 if kind == "flat" else 0.07) + off(plain, exact)
-    # Rounding turns directions without a gradient into noise; it must not grow.
-    assert torch.linalg.matrix_norm(native.double(), 2).max() < 1.05 * torch.linalg.matrix_norm(exact, 2).max()
+    # Rounding gives directions without a gradient a little of one; it must not grow. The polynomials end below 1.21.
+    assert torch.linalg.matrix_norm(native.double(), 2).max() < 1.27
     # How near it comes to U V^T, which is the point of it.
     U, _, Vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     if kind == "flat":
@@ -433,11 +433,8 @@ def test_a_run_takes_them_unless_they_are_slower(
     native_s: float, taken: bool, workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    used: set[MuonFunctions] = set()
-    finish = Muon._finish
-    monkeypatch.setattr(
-        Muon, "_finish", lambda muon, *rest: (used.clear(), used.add(muon.functions), finish(muon, *rest))
-    )
+    used, finish = [], Muon._finish
+    monkeypatch.setattr(Muon, "_finish", lambda muon, *rest: (used.append(muon.functions), finish(muon, *rest)))
     monkeypatch.setattr(TrainingStep, "measure", lambda step, most: native_s if step.model.functions.dtype else 1.0)
     assert not train_here(*tiny, "trainer.precision=bf16", "trainer.compile=auto", "trainer.max_steps=2")
     assert ("compile    by our C kernels: a step takes" in capsys.readouterr().err) == taken
