@@ -74,14 +74,14 @@ static inline void turned_back(const Attention *a, const bf16 *x, const float *w
         if (weight) {
             __m512 u = _mm512_mul_ps(load(x + k, mask), scale), v = _mm512_mul_ps(load(x + half + k, mask), scale);
             float *wu = dweight + k, *wv = wu + half;
-            _mm512_mask_storeu_ps(wu, mask, _mm512_fmadd_ps(du, u, _mm512_maskz_loadu_ps(mask, wu)));
-            _mm512_mask_storeu_ps(wv, mask, _mm512_fmadd_ps(dv, v, _mm512_maskz_loadu_ps(mask, wv)));
+            store_floats(wu, mask, _mm512_fmadd_ps(du, u, _mm512_maskz_loadu_ps(mask, wu)));
+            store_floats(wv, mask, _mm512_fmadd_ps(dv, v, _mm512_maskz_loadu_ps(mask, wv)));
             du = _mm512_mul_ps(du, _mm512_maskz_loadu_ps(mask, weight + k));
             dv = _mm512_mul_ps(dv, _mm512_maskz_loadu_ps(mask, weight + half + k));
             dots = _mm512_fmadd_ps(du, u, _mm512_fmadd_ps(dv, v, dots));
         }
-        _mm512_mask_storeu_ps(g + k, mask, du);
-        _mm512_mask_storeu_ps(g + half + k, mask, dv);
+        store_floats(g + k, mask, du);
+        store_floats(g + half + k, mask, dv);
     }
     __m512 mean = _mm512_set1_ps(weight ? _mm512_reduce_add_ps(dots) / a->K : 0.0f);
     for (int64_t k = 0; k < a->K; k += LANES) {

@@ -16,7 +16,7 @@ void muon_average(int64_t N, int64_t count, const float *const *gradients, float
             __m512 gradient = _mm512_maskz_loadu_ps(mask, gradients[n] + k);
             __m512 average = _mm512_maskz_loadu_ps(mask, averages + n * count + k);
             average = _mm512_fmadd_ps(rest, _mm512_sub_ps(gradient, average), average);
-            _mm512_mask_storeu_ps(averages + n * count + k, mask, average);
+            store_floats(averages + n * count + k, mask, average);
             store(ahead + n * count + k, mask, _mm512_fmadd_ps(share, _mm512_sub_ps(average, gradient), gradient));
         }
     }
@@ -32,7 +32,7 @@ void muon_move(int64_t N, int64_t count, float *const *weights, const bf16 *upda
             __mmask16 mask = first(to - k);
             __m512 kept = _mm512_mul_ps(_mm512_set1_ps(decay), _mm512_maskz_loadu_ps(mask, weights[n] + k));
             __m512 update = load(updates + n * count + k, mask);
-            _mm512_mask_storeu_ps(weights[n] + k, mask, _mm512_fnmadd_ps(_mm512_set1_ps(rate), update, kept));
+            store_floats(weights[n] + k, mask, _mm512_fnmadd_ps(_mm512_set1_ps(rate), update, kept));
         }
     }
 }

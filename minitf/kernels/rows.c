@@ -58,7 +58,7 @@ void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const bf16 *s, 
                 if (dsum) ask_for(dsum + n * D + d, ROWS_AHEAD * D);
                 __m512 unit = _mm512_mul_ps(load(s + n * D + d, mask), r), g = load(dy + n * D + d, mask);
                 __m512 w = _mm512_maskz_loadu_ps(mask, weight + d), gu = _mm512_mul_ps(g, unit);
-                _mm512_mask_storeu_ps(part + d, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, part + d), gu));
+                store_floats(part + d, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, part + d), gu));
                 dots = _mm512_fmadd_ps(gu, w, dots);
             }
             __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dots) / D);

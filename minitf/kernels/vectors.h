@@ -21,12 +21,20 @@ static inline __m512 load(const bf16 *at, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16));
 }
 
+/* Storing some of the lanes takes several times as long as storing all, even where the mask has them all. */
 static inline void store(bf16 *at, __mmask16 mask, __m512 value) {
     __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
-    if (mask == 0xffff) /* storing some of the lanes takes several times as long */
+    if (mask == 0xffff)
         _mm256_storeu_si256((__m256i *)at, half);
     else
         _mm256_mask_storeu_epi16(at, mask, half);
+}
+
+static inline void store_floats(float *at, __mmask16 mask, __m512 value) {
+    if (mask == 0xffff)
+        _mm512_storeu_ps(at, value);
+    else
+        _mm512_mask_storeu_ps(at, mask, value);
 }
 
 /* 2^x, by whole powers and a Taylor polynomial; relative error below 3e-7. Of a NaN it is one: in this order the maximum
