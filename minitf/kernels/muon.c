@@ -118,13 +118,13 @@ static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count
             put_over_columns(strip, over_columns + (i * columns + j * PANEL) / 2);
         }
     for (int64_t done = 0; done < count;) {
-        const uint32_t *summed = wide ? over_columns : over_rows, *left, *right;
+        const uint32_t *summed = wide ? over_columns : over_rows, *polynomial = first_one;
         const float *now = coefficients + 3 * done, *then = now + 3;
-        uint32_t *polynomial = first_one;
+        int two = 2 * length > 3 * size && done + 2 <= count;
+        done += two ? 2 : 1;
         symmetric_product(summed, summed, length / 2, size, 0, 0, NULL, 1, gram);
         symmetric_product(gram, gram, size / 2, size, now[0], now[1], gram, now[2], first_one);
-        if (done++, 2 * length > 3 * size && done < count) {
-            done++;
+        if (two) {
             symmetric_product(first_one, gram, size / 2, size, 0, 0, NULL, 1, other);
             symmetric_product(first_one, other, size / 2, size, 0, 0, NULL, 1, gram);
             symmetric_product(gram, gram, size / 2, size, then[0], then[1], gram, then[2], other);
@@ -132,7 +132,7 @@ static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count
             polynomial = gram;
         }
         /* A strip of 32 columns (or rows) of x only changes that strip. */
-        left = wide ? polynomial : over_columns, right = wide ? over_rows : polynomial;
+        const uint32_t *left = wide ? polynomial : over_columns, *right = wide ? over_rows : polynomial;
         for (int64_t s = 0; s < length; s += PANEL) {
             for (int64_t t = 0; t < size; t += PANEL) {
                 product_block(left, right, size / 2, wide ? t : s, wide ? s : t, block);
