@@ -12,7 +12,7 @@ from test_train import assert_one_line, interrupt_at, losses
 from torch import Tensor
 
 from minitf import kernels
-from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
+from minitf.attention import Attention, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
 from minitf.loss import linear_cross_entropy
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
 from minitf.optim import Muon, MuonFunctions, average_gradients, move_weights, orthogonalise
@@ -30,24 +30,6 @@ def off(found: Tensor, expected: Tensor) -> float:
     """Relative distance."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
-
-
-@needed
-@pytest.mark.parametrize("sizes", [(1,), (7, 5), (300, 64, 65)])
-def test_layers_of_one_input_are_one_product(sizes: tuple[int, ...]) -> None:
-    layers = [Linear(33, size) for size in sizes]
-    x, dy = random(20, 33).to(BF16).requires_grad_(), random(20, sum(sizes), seed=1).to(BF16)
-    given = [x, *[layer.weight for layer in layers]]
-    native, plain = kernels.linear(x, *layers), torch.cat([layer(x) for layer in layers], dim=-1)
-    torch.testing.assert_close(native, plain)
-    expected = torch.autograd.grad(plain, given, dy)
-    for found, one in zip(torch.autograd.grad(native, given, dy), expected, strict=True):
-        assert found.dtype == one.dtype
-        torch.testing.assert_close(found, one, rtol=0.01, atol=0.05)  # where the plain path rounds partial sums
-    native = kernels.linear(x, *layers)
-    native.backward(dy)
-    places = {layer.weight.grad.data_ptr() for layer in layers if layer.weight.grad is not None}
-    assert len(places) == len(sizes)
 
 
 @needed

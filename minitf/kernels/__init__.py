@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitf.attention import Attention, Linear
+from minitf.attention import Attention, joint_weight
 from minitf.c_library import compiled_library
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
@@ -38,7 +38,6 @@ class _Attention(ctypes.Structure):
 
 
 ARGUMENTS: dict[str, list[Any]] = {
-    "joint_weight": [_INT, _POINTER, _POINTER, _POINTER],
     "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
     "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
     "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
@@ -98,27 +97,6 @@ def _rows(x: Tensor) -> Tensor:
     assert x.dtype == torch.bfloat16
     assert x.device.type == "cpu"
     return x.contiguous()
-
-
-class _JointWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> Tensor:
-        places, kept = _places(weights)
-        ctx.rows = [len(weight) for weight in weights]
-        joint = torch.empty(sum(ctx.rows), weights[0].shape[1], dtype=torch.bfloat16)
-        _call("joint_weight", len(kept), places, (_INT * len(kept))(*[weight.numel() for weight in kept]), joint)
-        return joint
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(gradients[0].float(), ctx.rows)
-
-
-def linear(x: Tensor, *layers: Linear) -> Tensor:
-    """What layers make of the same input, side by side, in one product."""
-    weight: Tensor = _JointWeight.apply(*[layer.weight for layer in layers])  # type: ignore[no-untyped-call]
-    return F.linear(x, weight)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -232,11 +210,11 @@ def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, starts_BT: Tens
     """`Block.forward` on the training path."""
     attention, mlp = block.self_attn, block.mlp
     x_BTD, normed_BTD = rms_norm(block.input_layernorm, x_BTD)
-    qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
-    mixed_BTD = linear(attend(attention, qkv_BTC, rotary_2TK, starts_BT), attention.o_proj)
+    qkv_BTC = F.linear(normed_BTD, joint_weight(x_BTD.dtype, attention.q_proj, attention.k_proj, attention.v_proj))
+    mixed_BTD = attention.o_proj(attend(attention, qkv_BTC, rotary_2TK, starts_BT))
     x_BTD, normed_BTD = rms_norm(block.post_attention_layernorm, x_BTD, block.dropout(mixed_BTD))
-    hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
-    return x_BTD + block.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
+    hidden_BTF = swiglu(F.linear(normed_BTD, joint_weight(x_BTD.dtype, mlp.gate_proj, mlp.up_proj)))
+    return x_BTD + block.dropout(mlp.down_proj(hidden_BTF))  # type: ignore[no-any-return]
 
 
 def final_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 /* Muon's step in three parts: gradients are averaged, what comes of it is orthogonalised, the weights move. */
 #include "products.h"
 
+#define PIECE 4096 /* values a thread takes at a time */
+
 /* average += (1 - momentum) (gradient - average), of N matrices of `count` values, the gradients each at its own place;
  * ahead = gradient + momentum (average - gradient): Nesterov's. */
 void muon_average(int64_t N, int64_t count, const float *const *gradients, float momentum, float *averages, bf16 *ahead) {

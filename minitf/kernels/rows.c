@@ -1,5 +1,5 @@
 /* What a training step computes row by row between the matrix products of its layers, forward and backward:
- * rounded weights, normalisation, SwiGLU and cross-entropy. Activations are bfloat16, everything is summed in float32.
+ * normalisation, SwiGLU and cross-entropy. Activations are bfloat16, everything is summed in float32.
  *
  * Work is shared out by OpenMP in pieces whose sums are added in a fixed order: a result depends neither on the number
  * of threads nor on which of them was faster.
@@ -7,21 +7,6 @@
 #include "vectors.h"
 
 #define ROWS_AHEAD 4
-
-/* ---- weights ---------------------------------------------------------------------------------------------------- */
-
-/* The values at N places, `counts` of them at each, one after another in bfloat16. */
-void joint_weight(int64_t N, const float *const *weights, const int64_t *counts, bf16 *joint) {
-#pragma omp parallel firstprivate(joint)
-    for (int64_t n = 0; n < N; joint += counts[n], n++) {
-#pragma omp for schedule(static) nowait
-        for (int64_t from = 0; from < counts[n]; from += PIECE)
-            for (int64_t k = from; k < MIN(counts[n], from + PIECE); k += LANES) {
-                __mmask16 mask = first(counts[n] - k);
-                store(joint + k, mask, _mm512_maskz_loadu_ps(mask, weights[n] + k));
-            }
-    }
-}
 
 /* ---- RMSNorm ---------------------------------------------------------------------------------------------------- */
 

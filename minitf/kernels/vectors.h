@@ -8,7 +8,6 @@
 #include <string.h>
 
 #define LANES 16
-#define PIECE 4096 /* values of a long array that a thread takes at a time */
 #define LOG2_E 1.44269504f
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
