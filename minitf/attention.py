@@ -35,14 +35,10 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:
-    """The weights of layers that read the same input, one below the other."""
-    return torch.cat([layer.weight.to(dtype) for layer in layers])
-
-
 def joint_linear(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same input, by one product: fewer calls, which count at small sizes."""
-    return torch.split(F.linear(x, joint_weight(x.dtype, *layers)), [layer.out_features for layer in layers], dim=-1)
+    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
+    return torch.split(F.linear(x, weight), [layer.out_features for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -148,7 +148,8 @@ def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], 
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")
     assert done.returncode == 0, done.stderr
     assert "C kernels" in done.stderr
-    assert [row["loss"] for row in rows("two")] == pytest.approx([row["loss"] for row in rows("one")], abs=0.01)
+    near = {"ddp": 0.005, "fsdp": 0.02}[strategy]  # FSDP rounds the gradients to bf16, like the weights it hands over
+    assert [row["loss"] for row in rows("two")] == pytest.approx([row["loss"] for row in rows("one")], abs=near)
 
 
 def test_a_process_on_its_own_is_single_whatever_the_strategy() -> None:

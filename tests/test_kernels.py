@@ -12,7 +12,7 @@ from test_train import assert_one_line, interrupt_at, losses
 from torch import Tensor
 
 from minitf import kernels
-from minitf.attention import Attention, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
+from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
 from minitf.loss import linear_cross_entropy
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
 from minitf.optim import Muon, MuonFunctions, average_gradients, move_weights, orthogonalise
@@ -72,6 +72,31 @@ def test_swiglu_and_its_gradient(rows: int, width: int) -> None:
     wanted.backward(dy.double())
     assert off(y, wanted) < 0.004
     assert off(x.grad, exact.grad) < 0.003  # type: ignore[arg-type]
+
+
+@needed
+@pytest.mark.parametrize("num_threads", [1, 2, 9])
+@pytest.mark.parametrize(
+    ("N", "C", "rows"), [(1, 1, (1,)), (7, 3, (5,)), (515, 40, (70,)), (300, 31, (32, 33)), (1024, 96, (64, 32, 32))]
+)
+def test_layers_of_one_input_and_their_gradients(N: int, C: int, rows: tuple[int, ...], num_threads: int) -> None:
+    layers = [Linear(C, size) for size in rows]
+    layers[-1].to(BF16)  # as FSDP hands them over
+    x, dy = random(N, C).to(BF16).requires_grad_(), random(N, sum(rows), seed=1).to(BF16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        y = kernels.linear(x, *layers)
+        y.backward(dy)
+    finally:
+        torch.set_num_threads(before)
+    exact, weight = x.detach().double(), torch.cat([layer.weight.detach().to(BF16).double() for layer in layers])
+    assert off(y, exact @ weight.T) < 0.004
+    assert off(x.grad, dy.double() @ weight) < 0.004  # type: ignore[arg-type]
+    for layer, wanted in zip(layers, (dy.double().T @ exact).split(rows), strict=True):
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.dtype == layer.weight.dtype
+        assert off(layer.weight.grad, wanted) < (0.004 if layer.weight.dtype == BF16 else 1e-6)
 
 
 # B, T, heads, key heads, head width, normalised, packed
@@ -341,15 +366,23 @@ def spectrum(kind: str, N: int, R: int, C: int) -> Tensor:
         return random(N, R, C)
     K = min(R, C)
     U, V = torch.linalg.qr(random(N, R, K, seed=1))[0], torch.linalg.qr(random(N, C, K, seed=2))[0]
-    falling = torch.logspace(0, -4, K) if kind == "steep" else (torch.arange(K) < max(1, K // 8)).float()
+    falling = {
+        "steep": torch.logspace(0, -4, K),
+        "low rank": (torch.arange(K) < max(1, K // 8)).float(),
+        "ruled": torch.where(
+            torch.arange(K) == 0, 1, 0.2 * torch.logspace(0, -2, K)
+        ),  # by one direction: early gradients
+    }[kind]
     return 1e-3 * (U * falling) @ V.mT
 
 
 @needed
-@pytest.mark.parametrize("kind", ["flat", "steep", "low rank"])
-@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (256, 704), (704, 256), (100, 70), (7, 200), (1, 40), (5, 1)])
+@pytest.mark.parametrize("kind", ["flat", "steep", "low rank", "ruled"])
+@pytest.mark.parametrize(
+    "shape", [(32, 32), (96, 32), (256, 704), (704, 256), (100, 70), (7, 200), (1, 40), (5, 1), (128, 32)]
+)
 def test_matrices_are_orthogonalised_as_well_as_by_full_products(shape: tuple[int, int], kind: str) -> None:
-    matrices = spectrum(kind, max(2, torch.get_num_threads()), *shape).to(BF16)
+    matrices = spectrum(kind, max(8, torch.get_num_threads()), *shape).to(BF16)
     exact = orthogonalise(matrices, torch.float64)
     native, plain = kernels.muon_orthogonalise(matrices, BF16), orthogonalise(matrices, BF16)
     if kind != "low rank":  # of few directions each weighs much, and any value from 0.79 to 1.21 is as good

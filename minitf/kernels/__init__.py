@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitf.attention import Attention, joint_weight
+from minitf.attention import Attention, Linear
 from minitf.c_library import compiled_library
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
 from minitf.optim import POLAR_EXPRESS, MuonFunctions, orthogonalise
 
-SOURCES = [Path(__file__).with_name(name) for name in ("rows.c", "attention.c", "muon.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("linear.c", "rows.c", "attention.c", "muon.c")]
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -38,6 +38,7 @@ class _Attention(ctypes.Structure):
 
 
 ARGUMENTS: dict[str, list[Any]] = {
+    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _POINTER],
     "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
     "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
     "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
@@ -97,6 +98,29 @@ def _rows(x: Tensor) -> Tensor:
     assert x.dtype == torch.bfloat16
     assert x.device.type == "cpu"
     return x.contiguous()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        x, weight = _rows(x), torch.cat([weight.to(x.dtype) for weight in weights])
+        ctx.save_for_backward(x, weight)
+        ctx.kinds = [(len(weight), weight.dtype) for weight in weights]
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        (x, weight), dy = ctx.saved_tensors, _rows(gradients[0])
+        dweight = torch.empty(weight.shape)
+        _call("weight_gradient", x.numel() // x.shape[-1], *weight.shape, dy, x, dweight)
+        parts = dweight.split([rows for rows, _ in ctx.kinds])
+        return dy @ weight, *[part.to(dtype) for part, (_, dtype) in zip(parts, ctx.kinds, strict=True)]
+
+
+def linear(x: Tensor, *layers: Linear) -> Tensor:
+    """What layers make of the same input, side by side, in one product."""
+    return _Linear.apply(x, *[layer.weight for layer in layers])  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -210,11 +234,11 @@ def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, starts_BT: Tens
     """`Block.forward` on the training path."""
     attention, mlp = block.self_attn, block.mlp
     x_BTD, normed_BTD = rms_norm(block.input_layernorm, x_BTD)
-    qkv_BTC = F.linear(normed_BTD, joint_weight(x_BTD.dtype, attention.q_proj, attention.k_proj, attention.v_proj))
-    mixed_BTD = attention.o_proj(attend(attention, qkv_BTC, rotary_2TK, starts_BT))
+    qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
+    mixed_BTD = linear(attend(attention, qkv_BTC, rotary_2TK, starts_BT), attention.o_proj)
     x_BTD, normed_BTD = rms_norm(block.post_attention_layernorm, x_BTD, block.dropout(mixed_BTD))
-    hidden_BTF = swiglu(F.linear(normed_BTD, joint_weight(x_BTD.dtype, mlp.gate_proj, mlp.up_proj)))
-    return x_BTD + block.dropout(mlp.down_proj(hidden_BTF))  # type: ignore[no-any-return]
+    hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
+    return x_BTD + block.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
 
 
 def final_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor) -> Tensor:

@@ -90,9 +90,10 @@ static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pair
 
 /* y = U V^T of x = U S V^T, by polynomials a x + b x^3 + c x^5 of its singular values, coefficients one after another.
  *
- * One polynomial costs three products, of which two are symmetric. Where x is much longer than wide, two at a time
- * are cheaper: the second one's argument, like the first one's value, is computed from the Gram matrix alone. More than
- * two would let rounding errors grow, which the next Gram matrix, of what was really reached, takes no notice of. */
+ * One polynomial costs three products, of which two are symmetric. Where x is much longer than wide, two at a time are
+ * cheaper: the second one's argument, like the first one's value, is computed from the Gram matrix alone. That is for the
+ * last two: of the first, which multiply small values by 8 and 4, the rounded Gram matrix of a gradient that one
+ * direction rules leaves values above 2, and from there the next polynomials make hundreds of them. */
 static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count, const float *coefficients, bf16 *y) {
     int64_t rows = ROUND_UP(R, PANEL), columns = ROUND_UP(C, PANEL), size = MIN(rows, columns);
     int64_t length = MAX(rows, columns), wide = rows < columns, values = rows * columns, square = size * size;
@@ -120,7 +121,7 @@ static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count
     for (int64_t done = 0; done < count;) {
         const uint32_t *summed = wide ? over_columns : over_rows, *polynomial = first_one;
         const float *now = coefficients + 3 * done, *then = now + 3;
-        int two = 2 * length > 3 * size && done + 2 <= count;
+        int two = 2 * length > 3 * size && done + 2 == count;
         done += two ? 2 : 1;
         symmetric_product(summed, summed, length / 2, size, 0, 0, NULL, 1, gram);
         symmetric_product(gram, gram, size / 2, size, now[0], now[1], gram, now[2], first_one);

@@ -33,20 +33,21 @@ static inline void tile(const uint32_t *A, int64_t row, int64_t step, const uint
     }
 }
 
-/* Two rows of `count` (a multiple of 32) values as pairs, a value of each: to[c] = (a[c], b[c]). */
+/* Two rows of `count` values as pairs, a value of each: to[c] = (a[c], b[c]); b may be null, for zeros. */
 static inline void pair_rows(const bf16 *a, const bf16 *b, int64_t count, uint32_t *to, int64_t panel) {
     static const uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     __m512i low = _mm512_loadu_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t c = 0; c < count; c += PANEL, to += panel) {
-        __m512i x = _mm512_loadu_si512(a + c), y = _mm512_loadu_si512(b + c);
+        __mmask32 mask = count - c >= PANEL ? 0xffffffff : (1u << (count - c)) - 1;
+        __m512i x = _mm512_maskz_loadu_epi16(mask, a + c), y = _mm512_maskz_loadu_epi16(b ? mask : 0, b + c);
         _mm512_store_si512(to, _mm512_permutex2var_epi16(x, low, y));
         _mm512_store_si512(to + LANES, _mm512_permutex2var_epi16(x, high, y));
     }
 }
 
 /* Right operand of products over the rows of x (R of C values, both multiples of 32). */
-static void panels_over_rows(const bf16 *x, int64_t R, int64_t C, uint32_t *to) {
+static inline void panels_over_rows(const bf16 *x, int64_t R, int64_t C, uint32_t *to) {
     for (int64_t r = 0; r < R; r += 2) pair_rows(x + r * C, x + (r + 1) * C, C, to + r / 2 * PANEL, R / 2 * PANEL);
 }
 
@@ -84,7 +85,7 @@ static inline void transpose(const uint32_t *x, int64_t row, uint32_t *to) {
 }
 
 /* Right operand of products over the columns of x (R of C values, both multiples of 32). */
-static void panels_over_columns(const bf16 *x, int64_t R, int64_t C, uint32_t *to) {
+static inline void panels_over_columns(const bf16 *x, int64_t R, int64_t C, uint32_t *to) {
     for (int64_t r = 0; r < R; r += LANES)
         for (int64_t p = 0; p < C / 2; p += LANES)
             transpose((const uint32_t *)(x + r * C) + p, C / 2,
