@@ -30,6 +30,11 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
     return torch.where(scales_N1 != 0, losses_N1 * scales_N1, 0.0).sum(), gradient_NV.to(logits_NV.dtype)
 
 
+def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
+    """`to += dy^T x` in place: some rows' part of the gradient of weights."""
+    to_RC += dy_NR.mT @ x_NC
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -40,11 +45,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scales_N: Tensor,
         num_rows: int,
         chunk_loss: Callable[..., Any],
+        add_product: Callable[[Tensor, Tensor, Tensor], None],
     ) -> Tensor:
         words_VD = vocabulary_VD.to(x_ND.dtype)
         with_gradient = any(ctx.needs_input_grad)
         dx_ND = torch.empty_like(x_ND) if with_gradient else None
-        dwords_VD = torch.zeros_like(vocabulary_VD) if with_gradient else None
+        sums = torch.promote_types(vocabulary_VD.dtype, torch.float32)
+        dwords_VD = torch.zeros_like(vocabulary_VD, dtype=sums) if with_gradient else None
         total = torch.zeros((), device=x_ND.device, dtype=vocabulary_VD.dtype)
         for start in range(0, x_ND.shape[0], num_rows):
             rows = slice(start, start + num_rows)
@@ -52,14 +59,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += loss
             if dx_ND is not None and dwords_VD is not None:
                 torch.mm(gradient_NV, words_VD, out=dx_ND[rows])
-                dwords_VD += gradient_NV.mT @ x_ND[rows]
+                add_product(gradient_NV, x_ND[rows], dwords_VD)
         ctx.save_for_backward(dx_ND, dwords_VD)
+        ctx.dtype = vocabulary_VD.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx_ND, dwords_VD = ctx.saved_tensors
-        return dx_ND * gradients[0].to(dx_ND.dtype), dwords_VD * gradients[0], None, None, None, None
+        return (
+            dx_ND * gradients[0].to(dx_ND.dtype),
+            (dwords_VD * gradients[0]).to(ctx.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(
@@ -68,12 +84,13 @@ def linear_cross_entropy(
     targets_BT: Tensor,
     chunk_loss: Callable[..., Any] = chunk_loss,
     weights_BT: Tensor | None = None,
+    add_product: Callable[[Tensor, Tensor, Tensor], None] = add_product,
 ) -> Tensor:
     """Mean of `-log softmax(x @ vocabulary.T)[target]` in nats, over the targets that are not -100.
 
     `weights_BT` is what each target counts (default 1), at least 0; the mean is the weighted one. The products are
-    computed in the dtype of x, the softmax in float32. `chunk_loss` may be a compiled version of the function of that
-    name.
+    computed in the dtype of x, the softmax in float32. `chunk_loss` and `add_product` may be faster versions of the
+    functions of these names.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     counts_N = (targets_N != IGNORED).to(vocabulary_VD.dtype)
@@ -88,4 +105,5 @@ def linear_cross_entropy(
         # Of pairs only about every other target counts: the rest is left out, but for what fills the last chunk.
         counted = (counts_N == 0).to(torch.int8).argsort(stable=True)[: max(1, -(-num_counted // num_rows)) * num_rows]
         x_ND, targets_N, scales_N = x_ND[counted], targets_N[counted], scales_N[counted]
-    return _LinearCrossEntropy.apply(x_ND, vocabulary_VD, targets_N, scales_N, num_rows, chunk_loss)  # type: ignore
+    functions = chunk_loss, add_product
+    return _LinearCrossEntropy.apply(x_ND, vocabulary_VD, targets_N, scales_N, num_rows, *functions)  # type: ignore

@@ -30,7 +30,7 @@ from minitf.attention import (
     segment_starts,
 )
 from minitf.errors import RequestError
-from minitf.loss import chunk_loss, linear_cross_entropy
+from minitf.loss import add_product, chunk_loss, linear_cross_entropy
 from minitf.rope_scaling import check_scaling
 
 # On a CPU the fused kernel's backward pass is slow in bfloat16 (at 512 positions 113 ms against 27 ms for the three
@@ -148,6 +148,7 @@ class TrainingFunctions:
     train_block: Callable[..., Tensor] = train_block
     final_norm: Callable[..., Tensor] = final_norm
     chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
+    add_product: Callable[[Tensor, Tensor, Tensor], None] = add_product
     masks_by_start: bool = False
     dtype: torch.dtype | None = None
 
@@ -313,7 +314,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats a token, of a `Batch`; targets of -100 do not count."""
         x_BTD = self.hidden(ids_BT, segments_BT=segments_BT)
-        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, self.usable_functions.chunk_loss, weights_BT)
+        chunk_loss, add_product = self.usable_functions.chunk_loss, self.usable_functions.add_product
+        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, chunk_loss, weights_BT, add_product)
 
     def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """The value of `loss` without the work for its gradient."""

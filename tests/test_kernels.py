@@ -190,14 +190,15 @@ def test_what_comes_later_or_belongs_to_another_text_changes_nothing(packed: boo
 
 @needed
 @pytest.mark.parametrize("V", [3, 65, 1000])
-def test_the_loss_and_its_gradients(V: int) -> None:
+def test_the_loss_and_its_gradients(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitf.loss.CHUNK_LOGITS", {"cpu": 40 * V})  # three chunks, whose gradients are added up
     x = random(2, 50, 16).to(BF16).requires_grad_()
     vocabulary = random(V, 16, seed=1).requires_grad_()
     targets = torch.randint(V, (2, 50), generator=torch.Generator().manual_seed(2))
     targets[0, 10:20] = -100
     weights = torch.rand(2, 50, generator=torch.Generator().manual_seed(3))
     inputs = (x, vocabulary)
-    found = linear_cross_entropy(x, vocabulary, targets, kernels.chunk_loss, weights)
+    found = linear_cross_entropy(x, vocabulary, targets, kernels.chunk_loss, weights, kernels.add_product)
     gradients = torch.autograd.grad(found, inputs)
     exact = [t.detach().to(BF16).double().requires_grad_() for t in inputs]
     wanted = linear_cross_entropy(*exact, targets, weights_BT=weights)  # type: ignore[arg-type, misc]

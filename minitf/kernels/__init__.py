@@ -38,7 +38,7 @@ class _Attention(ctypes.Structure):
 
 
 ARGUMENTS: dict[str, list[Any]] = {
-    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _POINTER],
+    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
     "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
     "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
     "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
@@ -113,8 +113,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (x, weight), dy = ctx.saved_tensors, _rows(gradients[0])
         dweight = torch.empty(weight.shape)
-        _call("weight_gradient", x.numel() // x.shape[-1], *weight.shape, dy, x, dweight)
-        parts = dweight.split([rows for rows, _ in ctx.kinds])
+        _call("weight_gradient", x.numel() // x.shape[-1], *weight.shape, dy, x, False, dweight)
+        parts = torch.split(dweight, [rows for rows, _ in ctx.kinds])
         return dy @ weight, *[part.to(dtype) for part, (_, dtype) in zip(parts, ctx.kinds, strict=True)]
 
 
@@ -256,7 +256,16 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
     return losses_N.sum(), gradient_NV
 
 
-FUNCTIONS = TrainingFunctions(train_block, final_norm, chunk_loss, masks_by_start=True, dtype=torch.bfloat16)
+def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
+    """`to += dy^T x` in place, in float32."""
+    assert to_RC.dtype == torch.float32
+    assert to_RC.is_contiguous()
+    _call("weight_gradient", len(x_NC), *to_RC.shape, _rows(dy_NR), _rows(x_NC), True, to_RC)
+
+
+FUNCTIONS = TrainingFunctions(
+    train_block, final_norm, chunk_loss, add_product, masks_by_start=True, dtype=torch.bfloat16
+)
 
 
 def muon_average(gradients: list[Tensor], averages_NRC: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:

@@ -29,11 +29,11 @@ static void put_tile(const uint32_t *left, const uint32_t *right, int64_t pairs,
             at[i * C + j] = (add ? at[i * C + j] : 0) + rest[i * PANEL + j];
 }
 
-/* out = dy^T x, of N rows of R values dy and of C values x.
+/* out = dy^T x, with `add` added to what is there, of N rows of R values dy and of C values x.
  *
  * Some pairs of rows after the other: the threads turn those of x into panels for all, then each takes panels of dy,
  * turns them, and multiplies. Where there are fewer of them than threads, several take the same, for a share of x. */
-void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16 *x, float *out) {
+void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16 *x, int64_t add, float *out) {
     int64_t P = (N + 1) / 2, columns = ROUND_UP(C, PANEL), panels = (R + PANEL - 1) / PANEL;
     int64_t shares = (omp_get_max_threads() + panels - 1) / panels, share = ROUND_UP((C + shares - 1) / shares, PANEL);
     uint32_t *right = scratch(PAIRS * columns * sizeof(uint32_t));
@@ -49,7 +49,7 @@ void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16
             put_pairs(dy + r, N, R, MIN(PANEL, R - r), from, from + pairs, pairs, left);
             for (int64_t to = MIN(C, c + share); c < to; c += PANEL)
                 for (int64_t m = 0; m < MIN(PANEL, R - r); m += TILE)
-                    put_tile(left + m, right + c * pairs, pairs, R, C, r + m, c, from > 0, out);
+                    put_tile(left + m, right + c * pairs, pairs, R, C, r + m, c, add || from > 0, out);
         }
     }
 }
