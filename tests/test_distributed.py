@@ -18,7 +18,7 @@ from conftest import train_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitf import kernels
+from minitf.kernels import calls
 from minitf.checkpoint import load_checkpoint
 from minitf.distributed import ALONE, Group, joined
 from minitf.errors import RequestError
@@ -141,8 +141,8 @@ def test_compiled_blocks_and_recomputed_activations_give_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], strategy: str) -> None:
-    if isinstance(kernels.library(), str):
-        pytest.skip(str(kernels.library()))
+    if isinstance(calls.library(), str):
+        pytest.skip(str(calls.library()))
     small = [*small, "trainer.precision=bf16", "trainer.compile=native", "trainer.max_steps=3"]
     assert train_here(*small, "run_dir=one") == 0
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")

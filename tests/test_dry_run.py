@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import train_here
 
-from minitf import kernels
+from minitf.kernels import calls
 from minitf.dry_run import longest_document
 
 
@@ -41,7 +41,7 @@ def test_what_it_says_is_what_the_run_then_is(
 
 
 def test_it_computes_as_the_run_would(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing = isinstance(kernels.library(), str)
+    missing = isinstance(calls.library(), str)
     for compilation, words in (("auto", "not compiled" if missing else "by C kernels"), ("true", "not compiled")):
         settings = ["trainer.precision=bf16", f"trainer.compile={compilation}", "trainer.dry_run=true"]
         assert train_here(*tiny, *settings) == 0

@@ -12,6 +12,7 @@ from test_train import assert_one_line, interrupt_at, losses
 from torch import Tensor
 
 from minitf import kernels
+from minitf.kernels import calls
 from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
 from minitf.loss import linear_cross_entropy
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
@@ -19,7 +20,7 @@ from minitf.optim import Muon, MuonFunctions, average_gradients, move_weights, o
 from minitf.training_step import TrainingStep
 
 BF16 = torch.bfloat16
-needed = pytest.mark.skipif(isinstance(kernels.library(), str), reason=f"no kernels here: {kernels.library()}")
+needed = pytest.mark.skipif(isinstance(calls.library(), str), reason=f"no kernels here: {calls.library()}")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -424,10 +425,10 @@ def test_with_more_threads_than_matrices_pytorch_shares_one_out() -> None:
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    kernels.library.cache_clear()
-    monkeypatch.setattr(kernels, "_processor_flags", lambda: {"sse2"})
+    calls.library.cache_clear()
+    monkeypatch.setattr("minitf.kernels.calls._processor_flags", lambda: {"sse2"})
     yield
-    kernels.library.cache_clear()
+    calls.library.cache_clear()
 
 
 @needed
@@ -452,12 +453,12 @@ def test_a_run_goes_on_with_them(
     assert not train_here("resume=resumed", "trainer.compile=auto")
     assert losses("resumed") == losses("native")
 
-    kernels.library.cache_clear()
-    monkeypatch.setattr(kernels, "_processor_flags", lambda: set())
+    calls.library.cache_clear()
+    monkeypatch.setattr("minitf.kernels.calls._processor_flags", lambda: set())
     try:  # elsewhere it goes on without, and says so
         assert not train_here("resume=moved", "trainer.compile=auto")
     finally:
-        kernels.library.cache_clear()
+        calls.library.cache_clear()
     assert "compile false instead of native" in capsys.readouterr().err
 
 
@@ -492,12 +493,12 @@ def test_what_they_cannot_serve_has_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert kernels.obstacle(model) is None
     assert "model.attention=sdpa" in str(kernels.obstacle(model_with(attention="sdpa")))
     assert isinstance(model.functions, TrainingFunctions)
-    kernels.library.cache_clear()
+    calls.library.cache_clear()
     monkeypatch.setattr("minitf.c_library.shutil.which", lambda name: None)
     try:
         assert kernels.obstacle(model) == "no gcc found"
     finally:
-        kernels.library.cache_clear()
+        calls.library.cache_clear()
 
 
 def model_with(**settings: object) -> Transformer:

@@ -206,9 +206,9 @@ def _optimizer_floor(model: "Transformer", matrices: "Sequence[Tensor]", optim: 
 
 def fastest() -> dict[str, Any]:
     """The value of trainer.compile a long run would come to here."""
-    from minitf import kernels
+    from minitf.kernels.calls import library
 
-    return {"compile": "true" if isinstance(kernels.library(), str) else "native"}
+    return {"compile": "true" if isinstance(library(), str) else "native"}
 
 
 def flops_per_token(shape: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

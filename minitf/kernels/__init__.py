@@ -1,14 +1,12 @@
-"""What a training step computes between the products of its layers, in C: norms, SwiGLU and loss, attention, and Muon.
+"""The C kernels: norms, attention, SwiGLU, loss, Muon and the gradients of weights, as functions of PyTorch's tensors.
 
-The same functions as in attention.py, model.py, loss.py and optim.py, in bfloat16 with sums in float32, each with its
-gradient, and each over its data once or twice where PyTorch's operations go over them ten times. torch.compile comes
-close after half a minute of compiling; these take two seconds, once.
+They compute what attention.py, model.py, loss.py and optim.py compute, in bfloat16 with sums in float32, each with its
+gradient, and go over their data once or twice where PyTorch's operations go over them ten times. torch.compile comes
+close after half a minute of compiling; these take two seconds, once. Products of activations and weights stay with
+PyTorch, whose are as fast.
 """
 
-import ctypes
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,62 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitf.attention import Attention, Linear
-from minitf.c_library import compiled_library
+from minitf.kernels.calls import AttentionArguments, as_rows, call, library, places_of
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
 from minitf.optim import POLAR_EXPRESS, MuonFunctions, orthogonalise
 
-SOURCES = [Path(__file__).with_name(name) for name in ("linear.c", "rows.c", "attention.c", "muon.c")]
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
-
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = [
-        *[(name, _INT) for name in "BTHGK"],
-        *[(name, _POINTER) for name in ("qkv", "q_norm", "k_norm")],
-        ("eps", _FLOAT),
-        *[(name, _POINTER) for name in ("cosines", "sines", "starts", "mixed", "log_sums")],
-    ]
-
-
-ARGUMENTS: dict[str, list[Any]] = {
-    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
-    "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
-    "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
-    "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
-    "swiglu_backward": [_INT, _INT, _POINTER, _POINTER, _POINTER],
-    "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
-    "attention_forward": [ctypes.POINTER(_Attention)],
-    "attention_backward": [ctypes.POINTER(_Attention), _POINTER, _POINTER, _POINTER],
-    "muon_average": [_INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER],
-    "muon_orthogonalise": [_INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
-    "muon_move": [_INT, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT],
-}
-
-
-@functools.cache
-def library() -> ctypes.CDLL | str:
-    """The C sources as a library, compiled now or earlier, or why there is none."""
-    if "avx512_bf16" not in _processor_flags():
-        return "the processor has no AVX-512 BF16"
-    # The threads must be those PyTorch has, which are gcc's: two sets of them would wait for work on the same cores.
-    shared = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    found = compiled_library(SOURCES, ["-fopenmp", "-Wl,--as-needed", *shared], "gcc")
-    if not isinstance(found, str):
-        for name, types in ARGUMENTS.items():
-            function = getattr(found, name)
-            function.argtypes, function.restype = types, None
-    return found
-
-
-def _processor_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def obstacle(model: Transformer) -> str | None:
@@ -87,23 +35,10 @@ def obstacle(model: Transformer) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _call(name: str, *arguments: Any) -> None:
-    found = library()
-    assert not isinstance(found, str)
-    getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as C reads it."""
-    assert x.dtype == torch.bfloat16
-    assert x.device.type == "cpu"
-    return x.contiguous()
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        x, weight = _rows(x), torch.cat([weight.to(x.dtype) for weight in weights])
+        x, weight = as_rows(x), torch.cat([weight.to(x.dtype) for weight in weights])
         ctx.save_for_backward(x, weight)
         ctx.kinds = [(len(weight), weight.dtype) for weight in weights]
         return F.linear(x, weight)
@@ -111,9 +46,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        (x, weight), dy = ctx.saved_tensors, _rows(gradients[0])
+        (x, weight), dy = ctx.saved_tensors, as_rows(gradients[0])
         dweight = torch.empty(weight.shape)
-        _call("weight_gradient", x.numel() // x.shape[-1], *weight.shape, dy, x, False, dweight)
+        call("weight_gradient", x.numel() // x.shape[-1], *weight.shape, dy, x, False, dweight)
         parts = torch.split(dweight, [rows for rows, _ in ctx.kinds])
         return dy @ weight, *[part.to(dtype) for part, (_, dtype) in zip(parts, ctx.kinds, strict=True)]
 
@@ -128,11 +63,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x, width = _rows(x), x.shape[-1]
+        x, width = as_rows(x), x.shape[-1]
         total = x.view_as(x) if added is None else torch.empty_like(x)
         normed, rstd = torch.empty_like(x), torch.empty(x.numel() // width)
-        added = None if added is None else _rows(added)
-        _call("rms_norm_forward", len(rstd), width, x, added, weight, eps, total, normed, rstd)
+        added = None if added is None else as_rows(added)
+        call("rms_norm_forward", len(rstd), width, x, added, weight, eps, total, normed, rstd)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         ctx.has_added = added is not None
@@ -141,13 +76,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dtotal, dnormed = (None if gradient is None else _rows(gradient) for gradient in gradients)
+        dtotal, dnormed = (None if gradient is None else as_rows(gradient) for gradient in gradients)
         if dnormed is None:
             return dtotal, dtotal if ctx.has_added else None, None, None
         total, weight, rstd = ctx.saved_tensors
         parts, dx = torch.empty(-(-len(rstd) // PIECE_ROWS), total.shape[-1]), torch.empty_like(total)
         sizes = len(rstd), total.shape[-1], PIECE_ROWS
-        _call("rms_norm_backward", *sizes, total, weight, rstd, dnormed, dtotal, dx, parts)
+        call("rms_norm_backward", *sizes, total, weight, rstd, dnormed, dtotal, dx, parts)
         return dx, dx if ctx.has_added else None, parts.sum(0), None
 
 
@@ -161,18 +96,18 @@ def rms_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor, added_BTD: Tensor | None = N
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x, width = _rows(x), x.shape[-1] // 2
+        x, width = as_rows(x), x.shape[-1] // 2
         y = x.new_empty(*x.shape[:-1], width)
-        _call("swiglu_forward", y.numel() // width, width, x, y)
+        call("swiglu_forward", y.numel() // width, width, x, y)
         ctx.save_for_backward(x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), dy = ctx.saved_tensors, _rows(gradients[0])
+        (x,), dy = ctx.saved_tensors, as_rows(gradients[0])
         dx = torch.empty_like(x)
-        _call("swiglu_backward", dy.numel() // dy.shape[-1], dy.shape[-1], x, dy, dx)
+        call("swiglu_backward", dy.numel() // dy.shape[-1], dy.shape[-1], x, dy, dx)
         return dx
 
 
@@ -186,29 +121,29 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, heads: Sequence[int], eps: float, qkv: Tensor, *others: Tensor | None) -> Tensor:
-        qkv, (B, T), (H, _, K) = _rows(qkv), qkv.shape[:2], heads
+        qkv, (B, T), (H, _, K) = as_rows(qkv), qkv.shape[:2], heads
         mixed, log_sums = qkv.new_empty(B, T, H * K), torch.empty(B, H, T)
         kept = qkv, *others, mixed, log_sums
         ctx.save_for_backward(*kept)
         ctx.heads, ctx.eps = heads, eps
-        _call("attention_forward", _description(heads, eps, kept))
+        call("attention_forward", _description(heads, eps, kept))
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_norm, *_ = kept = ctx.saved_tensors
-        dmixed, dqkv, (_, G, K) = _rows(gradients[0]), torch.empty_like(qkv), ctx.heads
+        dmixed, dqkv, (_, G, K) = as_rows(gradients[0]), torch.empty_like(qkv), ctx.heads
         parts = torch.empty(qkv.shape[0] * G, 2, K)
-        _call("attention_backward", _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
+        call("attention_backward", _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
         dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
         return None, None, dqkv, dq_norm, dk_norm, None, None
 
 
-def _description(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> _Attention:
+def _description(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> AttentionArguments:
     qkv, q_norm, k_norm, rotary, starts, mixed, log_sums = kept
     given = (*qkv.shape[:2], *heads, qkv, q_norm, k_norm, eps, rotary[0], rotary[1], starts, mixed, log_sums)
-    return _Attention(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
+    return AttentionArguments(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
 
 
 def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
@@ -249,10 +184,10 @@ def final_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor) -> Tensor:
 def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some rows in nats, summed with `scales_N`, and its gradient with respect to their logits."""
     N, V = logits_NV.shape
-    logits_NV, targets_N = _rows(logits_NV), targets_N.long().contiguous()
+    logits_NV, targets_N = as_rows(logits_NV), targets_N.long().contiguous()
     losses_N, gradient_NV = torch.empty(N), torch.empty_like(logits_NV)
     scales_N = torch.where(targets_N != IGNORED, scales_N, 0.0).float()
-    _call("cross_entropy", N, V, logits_NV, targets_N, scales_N, losses_N, gradient_NV)
+    call("cross_entropy", N, V, logits_NV, targets_N, scales_N, losses_N, gradient_NV)
     return losses_N.sum(), gradient_NV
 
 
@@ -260,7 +195,7 @@ def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
     """`to += dy^T x` in place, in float32."""
     assert to_RC.dtype == torch.float32
     assert to_RC.is_contiguous()
-    _call("weight_gradient", len(x_NC), *to_RC.shape, _rows(dy_NR), _rows(x_NC), True, to_RC)
+    call("weight_gradient", len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), True, to_RC)
 
 
 FUNCTIONS = TrainingFunctions(
@@ -272,8 +207,8 @@ def muon_average(gradients: list[Tensor], averages_NRC: Tensor, momentum: float,
     """`average_gradients` of optim.py."""
     assert averages_NRC.is_contiguous()
     ahead_NRC = torch.empty_like(averages_NRC, dtype=dtype)
-    places, kept = _places(gradients)
-    _call("muon_average", len(kept), kept[0].numel(), places, momentum, averages_NRC, _rows(ahead_NRC))
+    places, kept = places_of(gradients)
+    call("muon_average", len(kept), kept[0].numel(), places, momentum, averages_NRC, as_rows(ahead_NRC))
     return ahead_NRC
 
 
@@ -281,24 +216,17 @@ def muon_orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     """`orthogonalise` of optim.py, about twice as fast: symmetric products by halves, and none that can be saved."""
     if len(matrices_NRC) < torch.get_num_threads():  # each thread takes whole matrices
         return orthogonalise(matrices_NRC, dtype)
-    matrices_NRC = _rows(matrices_NRC.to(dtype))
+    matrices_NRC = as_rows(matrices_NRC.to(dtype))
     result_NRC, coefficients = torch.empty_like(matrices_NRC), torch.tensor(POLAR_EXPRESS)
-    _call("muon_orthogonalise", *matrices_NRC.shape, matrices_NRC, len(coefficients), coefficients, result_NRC)
+    call("muon_orthogonalise", *matrices_NRC.shape, matrices_NRC, len(coefficients), coefficients, result_NRC)
     return result_NRC
 
 
 def muon_move(weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: float) -> None:
     """`move_weights` of optim.py."""
-    places, kept = _places(weights)
+    places, kept = places_of(weights)
     assert all(a is b for a, b in zip(weights, kept, strict=True))
-    _call("muon_move", len(kept), kept[0].numel(), places, _rows(updates_NRC), decay, rate)
-
-
-def _places(tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Where values of float32 begin, as C reads it, and what has to be kept until then."""
-    assert all(tensor.dtype == torch.float32 for tensor in tensors)
-    kept = [tensor.contiguous() for tensor in tensors]
-    return (ctypes.c_void_p * len(kept))(*[tensor.data_ptr() for tensor in kept]), kept
+    call("muon_move", len(kept), kept[0].numel(), places, as_rows(updates_NRC), decay, rate)
 
 
 MUON = MuonFunctions(muon_average, muon_orthogonalise, muon_move)

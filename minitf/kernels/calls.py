@@ -1,0 +1,83 @@
+"""The C sources of the kernels as a library, and how tensors are handed to it."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitf.c_library import compiled_library
+
+SOURCES = [Path(__file__).with_name(name) for name in ("linear.c", "rows.c", "attention.c", "muon.c")]
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class AttentionArguments(ctypes.Structure):
+    _fields_ = [
+        *[(name, _INT) for name in "BTHGK"],
+        *[(name, _POINTER) for name in ("qkv", "q_norm", "k_norm")],
+        ("eps", _FLOAT),
+        *[(name, _POINTER) for name in ("cosines", "sines", "starts", "mixed", "log_sums")],
+    ]
+
+
+ARGUMENTS: dict[str, list[Any]] = {
+    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
+    "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
+    "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
+    "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
+    "swiglu_backward": [_INT, _INT, _POINTER, _POINTER, _POINTER],
+    "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
+    "attention_forward": [ctypes.POINTER(AttentionArguments)],
+    "attention_backward": [ctypes.POINTER(AttentionArguments), _POINTER, _POINTER, _POINTER],
+    "muon_average": [_INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER],
+    "muon_orthogonalise": [_INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
+    "muon_move": [_INT, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT],
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The C sources as a library, compiled now or earlier, or why there is none."""
+    if "avx512_bf16" not in _processor_flags():
+        return "the processor has no AVX-512 BF16"
+    # The threads must be those PyTorch has, which are gcc's: two sets of them would wait for work on the same cores.
+    shared = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    found = compiled_library(SOURCES, ["-fopenmp", "-Wl,--as-needed", *shared], "gcc")
+    if not isinstance(found, str):
+        for name, types in ARGUMENTS.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = types, None
+    return found
+
+
+def _processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def call(name: str, *arguments: Any) -> None:
+    found = library()
+    assert not isinstance(found, str)
+    getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as C reads it."""
+    assert x.dtype == torch.bfloat16
+    assert x.device.type == "cpu"
+    return x.contiguous()
+
+
+def places_of(tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Where values of float32 begin, as C reads it, and what has to be kept until then."""
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    kept = [tensor.contiguous() for tensor in tensors]
+    return (ctypes.c_void_p * len(kept))(*[tensor.data_ptr() for tensor in kept]), kept
