@@ -18,10 +18,10 @@ from conftest import train_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitf.kernels import calls
 from minitf.checkpoint import load_checkpoint
 from minitf.distributed import ALONE, Group, joined
 from minitf.errors import RequestError
+from minitf.kernels import calls
 from minitf.optim import OptimConfig, Optimizer, orthogonalise
 from minitf.parallel import choose_strategy
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import train_here
 
-from minitf.kernels import calls
 from minitf.dry_run import longest_document
+from minitf.kernels import calls
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -12,8 +12,8 @@ from test_train import assert_one_line, interrupt_at, losses
 from torch import Tensor
 
 from minitf import kernels
-from minitf.kernels import calls
 from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
+from minitf.kernels import calls
 from minitf.loss import linear_cross_entropy
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
 from minitf.optim import Muon, MuonFunctions, average_gradients, move_weights, orthogonalise
