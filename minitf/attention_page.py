@@ -15,6 +15,7 @@ import torch
 from minitf.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.checkpoint import load_checkpoint
 from minitf.errors import CommandParser, RequestError, run_command
+from minitf.hardware import set_threads
 from minitf.heads import head_scores
 from minitf.viewer import viewer_page
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     text = _text(arguments.text)
     if not arguments.json and not arguments.out.absolute().parent.is_dir():
         raise RequestError(f"--out {arguments.out}: there is no such directory; make it first")
+    set_threads()
     checkpoint = load_checkpoint(arguments.run)
     maps = maps_of_checkpoint(checkpoint, text)
     if maps.alignment is not None:

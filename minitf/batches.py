@@ -136,6 +136,25 @@ class Batch(NamedTuple):
         rest = (None if part is None else moved(part) for part in self[2:])
         return Batch(moved(self.inputs_BT), moved(self.targets_BT), *rest)
 
+    def rows(self, rows: slice) -> tuple["Batch", float]:
+        """Some rows of a batch on the CPU, and the share of the targets, by their weights, that they hold."""
+        counts_BT = (self.targets_BT != IGNORED).float()
+        if self.weights_BT is not None:
+            counts_BT *= self.weights_BT
+        share = float(counts_BT[rows].sum() / counts_BT.sum().clamp(min=1e-9))
+        rest = (None if part is None else part[rows] for part in self[2:])
+        return Batch(self.inputs_BT[rows], self.targets_BT[rows], *rest), share
+
+    def pieces(self, most_rows: int) -> Iterator[tuple["Batch", float]]:
+        """As few parts of at most so many rows as possible, alike in size, each with its share."""
+        num_rows = len(self.inputs_BT)
+        if num_rows <= most_rows:
+            yield self, 1.0
+            return
+        size = -(-num_rows // -(-num_rows // most_rows))
+        for first in range(0, num_rows, size):
+            yield self.rows(slice(first, first + size))
+
 
 class BatchSource(Protocol):
     """Training batches by number."""

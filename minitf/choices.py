@@ -22,6 +22,7 @@ class Choices:
     compile: str = ""  # native, true or false: by C kernels, compiled, neither
     num_processes: int = 0  # that train together: sums are split among them, ...
     num_threads: int = 0  # ... and in each of them among its threads of the CPU
+    micro_batch_size: int = 0  # sequences each computes at a time, whose gradients are summed
     torch_version: str = ""
     decided_at: int = 0  # step from which on this holds: 0, or where the run was told to end elsewhere
     num_steps: int = 0  # of the whole run, as the warm-up's speed had it
@@ -50,15 +51,15 @@ class Choices:
         """Keep them with the run; raises OSError."""
         write_whole(run_dir / NAME, json.dumps(asdict(self), indent=2) + "\n")
 
-    def here(self, device: torch.device, dtype: torch.dtype, num_processes: int = 1) -> None:
-        """Note what this process computes with, and beside how many."""
-        self.num_processes = num_processes
+    def here(self, device: torch.device, dtype: torch.dtype, micro_batch_size: int, num_processes: int = 1) -> None:
+        """Note what this process computes with, how much at a time, and beside how many."""
+        self.micro_batch_size, self.num_processes = micro_batch_size, num_processes
         self.device, self.precision = device.type, "bf16" if dtype.itemsize == 2 else "fp32"
         self.num_threads, self.torch_version = torch.get_num_threads(), torch.__version__
 
     def differences(self, earlier: "Choices") -> list[str]:
         """What is not as it was for `earlier`, in words: the text's order stays, the arithmetic may differ."""
         names = {"device": "device", "precision": "precision", "compile": "compile", "num_processes": "processes",
-            "num_threads": "threads", "torch_version": "torch"}  # fmt: skip
+            "num_threads": "threads", "micro_batch_size": "sequences at a time", "torch_version": "torch"}  # fmt: skip
         pairs = ((words, getattr(earlier, name), getattr(self, name)) for name, words in names.items())
         return [f"{words} {now} instead of {before}" for words, before, now in pairs if before and before != now]

@@ -263,11 +263,3 @@ def _fail(group: Group, error: Exception) -> None:
             "gone; go on with resume=latest"
         ) from None
     raise error
-
-
-def set_threads(group: Group) -> int:
-    """Divide the cores among the processes of a machine, where torchrun has set one thread each; returns the number."""
-    if group.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // group.local_size))
-    return torch.get_num_threads()

@@ -29,11 +29,11 @@ def dry_run(
     trainer, model = config.trainer, parallel.model
     train, val = tokens_of(task)
     optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
-    step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation)
+    step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation, trainer.micro_batch_size)
     native = not step.kernels_obstacle() and trainer.compile in ("auto", "native")
     if native:
         step.use(kernels.FUNCTIONS)
-    step.run(0, 0.0)  # the first one also sets up libraries and memory
+    step.first_step()
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length
     num_steps = _num_steps(config, state, step_s)

@@ -36,6 +36,12 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"minitf: {' '.join(message.split())}{hint or f'; see {self.prog} --help'}\n")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is what Python, PyTorch or a device says when memory is used up."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in words)
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and return its exit status; a user's mistake becomes one line on stderr."""
     try:
@@ -43,6 +49,12 @@ def run_command(main: Callable[[], int | None]) -> int:
     except MinitfError as error:
         print(f"minitf: {error}", file=sys.stderr)
         return error.exit_status
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        where = str(error).strip().splitlines()[0][:200] if str(error) else "Python found no more"
+        print(f"minitf: out of memory: {where}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # `generate.py ... | head` closes our stdout: not a failure
         sys.stderr.close()
         return 0

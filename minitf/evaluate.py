@@ -23,6 +23,7 @@ from minitf.checkpoint import Checkpoint, load_checkpoint
 from minitf.corpus import DataConfig
 from minitf.errors import CommandParser, MinitfError, RequestError
 from minitf.formats import read_text
+from minitf.hardware import set_threads
 from minitf.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
 from minitf.packing import PairIds, TokenizedPairs, fit, held_out_pairs, prepare_pairs
@@ -302,6 +303,7 @@ def main(argv: list[str] | None = None) -> int:
         raise RequestError(f"--max-tokens {args.max_tokens} must be at least 1")
     if args.max_pairs is not None and args.max_pairs < 1:
         raise RequestError(f"--max-pairs {args.max_pairs} must be at least 1")
+    set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
     if checkpoint.answers and not args.file and not args.heads:
         print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)

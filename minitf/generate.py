@@ -15,6 +15,7 @@ from minitf.checkpoint import load_checkpoint
 from minitf.decoding import ENGINES, Decoder
 from minitf.decoding.sampling import Sampling, sample
 from minitf.errors import CommandParser, MinitfError, RequestError
+from minitf.hardware import set_threads
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
@@ -280,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     answering = _answer_options(args)
     prompt = None if args.interactive or args.file else read_text_argument(args.prompt, "prompt")
+    set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     context = model.config.context_length

@@ -1,11 +1,13 @@
-"""What this machine can do: device, precision and compilation, chosen by short measurements instead of guesses."""
+"""What this machine can do: device, threads, precision and compilation, measured or asked for instead of guessed."""
 
 import ctypes
+import os
 import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -24,12 +26,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device and the dtype of its activations; `peak_flops` is the matrix product speed measured in that dtype."""
+    """A device and the dtype of its activations; `peak_flops` is the matrix product speed measured in that dtype.
+
+    `reason` is why this dtype; `threads_set` is whether somebody has said how many threads there are to be.
+    """
 
     device: torch.device
     dtype: torch.dtype
     peak_flops: float
     reason: str
+    threads_set: bool = False
 
     def synchronize(self) -> None:
         """Wait for the device's queue, so that a clock reads what the work took."""
@@ -53,6 +59,61 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except RuntimeError as error:
         raise RequestError(f"device {name}: {str(error).splitlines()[0]}") from None
+
+
+def usable_cores(control_groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores this process may keep busy: those it may run on, or fewer where its container has a share of their time.
+
+    PyTorch asks for neither: with 2 of 64 cores' time it would start a thread for each of the 64. A share is written as
+    microseconds in a period, of the process's control group or one around it (Linux, cgroups version 1 and 2).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memberships = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not Linux
+        return cores
+    for _, controllers, path in memberships:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = control_groups / "cpu" if controllers else control_groups
+        group = top / path.strip("/")
+        for folder in [group, *group.parents]:
+            try:
+                if controllers:
+                    files = [
+                        (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
+                    ]
+                else:
+                    files = (folder / "cpu.max").read_text(encoding="utf-8").split()
+                quota, period = (int(number) for number in files)
+            except (OSError, ValueError):  # not there, or "max"
+                pass
+            else:
+                if quota > 0 and period > 0:
+                    cores = min(cores, max(1, quota // period))
+            if folder == top:
+                break
+    return cores
+
+
+def set_threads(wanted: int = 0, group: Group = ALONE) -> bool:
+    """Have PyTorch compute on so many threads in each process; returns whether that was wished for.
+
+    0: as $OMP_NUM_THREADS says, else one for each core (PyTorch leaves out a core's second thread) that this process
+    can have. Raises RequestError for more than the machine has.
+    """
+    most = os.cpu_count() or 1
+    if wanted > most:
+        raise RequestError(f"trainer.threads={wanted} is more than this machine's {most} cores; leave it out")
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted:
+        torch.set_num_threads(wanted)
+    elif group.size > 1 and told in ("", "1"):  # torchrun has set it to 1
+        torch.set_num_threads(max(1, usable_cores() // group.local_size))
+        return False
+    elif not told:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    return bool(wanted or told)
 
 
 def keep_freed_memory() -> None:
@@ -85,12 +146,12 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0
     return 2 * size**3 / best
 
 
-def choose_hardware(device_name: str, precision: str, group: Group = ALONE) -> Hardware:
-    """Resolve `trainer.device` and `trainer.precision` (auto | bf16 | fp32).
+def choose_hardware(device_name: str, precision: str, group: Group = ALONE, threads: int = 0) -> Hardware:
+    """Resolve `trainer.device`, `trainer.precision` (auto | bf16 | fp32) and `trainer.threads` (0: all that help).
 
     Of several processes each gets the device of its number on its machine; the precision is the first one's choice.
     """
-    device = choose_device(device_name)
+    device, threads_set = choose_device(device_name), set_threads(threads, group)
     if group.size > 1:
         if device.type not in ("cpu", "cuda"):
             raise RequestError(f"device {device}: several processes train on cpu or cuda; set trainer.device=cpu")
@@ -104,7 +165,7 @@ def choose_hardware(device_name: str, precision: str, group: Group = ALONE) -> H
         torch.backends.cuda.matmul.allow_tf32 = True
     if precision != "auto":
         dtype = PRECISIONS[precision]
-        return Hardware(device, dtype, measure_matmul(device, dtype), "as set")
+        return Hardware(device, dtype, measure_matmul(device, dtype), "as set", threads_set)
     # The choice is made on one thread: threads that wait for each other on a busy machine would decide it by chance.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,7 +178,7 @@ def choose_hardware(device_name: str, precision: str, group: Group = ALONE) -> H
     dtype = torch.bfloat16 if group.agree(bf16 > BF16_MIN_SPEEDUP * fp32) else torch.float32
     where = "a core" if device.type == "cpu" else "the device"
     reason = f"{where} does {bf16 / 1e9:,.0f} GFLOP/s in bf16 and {fp32 / 1e9:,.0f} in fp32"
-    return Hardware(device, dtype, measure_matmul(device, dtype), reason)
+    return Hardware(device, dtype, measure_matmul(device, dtype), reason, threads_set)
 
 
 def compiler_missing(device: torch.device) -> str | None:

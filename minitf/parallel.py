@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from minitf.batches import Batch
 from minitf.distributed import ALONE, Group
 from minitf.errors import RequestError
-from minitf.loss import IGNORED
 from minitf.model import Block, Transformer
 from minitf.sharded import whole as full
 
@@ -94,12 +93,8 @@ class Parallel:
         """This process's rows of a batch, and what their mean loss counts in the mean over the processes."""
         if self.group.size == 1:
             return batch, 1.0
-        rows = self.group.own(len(batch.inputs_BT))
-        counts_BT = (batch.targets_BT != IGNORED).float()
-        if batch.weights_BT is not None:
-            counts_BT *= batch.weights_BT
-        share = float(counts_BT[rows].sum() / counts_BT.sum().clamp(min=1e-9)) * self.group.size
-        return Batch(*(None if part is None else part[rows] for part in batch)), share  # type: ignore[arg-type]
+        own, share = batch.rows(self.group.own(len(batch.inputs_BT)))
+        return own, share * self.group.size
 
     def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """`model.loss_value` of a batch, each process working on its rows; the same for all."""

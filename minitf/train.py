@@ -78,14 +78,16 @@ def _train(
         compilation = trainer.warm_up()  # which also decides how attention is computed
         said = {
             "device": hardware.device.type,
+            "threads": trainer.training_step.threads,
             "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
             "attention": model.attention_path,
+            "micro_batch": trainer.training_step.describe_micro_batch(),
             "compile": compilation,
             "processes": parallel.describe(config.trainer.batch_size),
         }
         if resumed:
             trainer.restore(resumed.directory)
-        choices.here(hardware.device, hardware.dtype, group.size)
+        choices.here(hardware.device, hardware.dtype, trainer.training_step.micro_batch_size, group.size)
         if first:
             choices.save(run_dir)
             record_environment(run_dir, hardware, {what: words for what, words in said.items() if words})
@@ -122,16 +124,18 @@ def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices",
     """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config,
     in the hands of the group; and the hardware, with the precision that was chosen on it before."""
     from minitf import kernels, random_state
-    from minitf.distributed import set_threads
-    from minitf.hardware import choose_device, choose_hardware
+    from minitf.hardware import choose_device, choose_hardware, usable_cores
     from minitf.parallel import Parallel, check_batch_size, choose_strategy
 
     check_batch_size(config.trainer.batch_size, group)
     strategy = choose_strategy(config.trainer.strategy, group)
-    set_threads(group)
-    precision = config.trainer.precision
-    decided = precision == "auto" and choices.device == choose_device(config.trainer.device).type
-    hardware = choose_hardware(config.trainer.device, choices.precision if decided else precision, group)
+    precision, threads = config.trainer.precision, config.trainer.threads
+    same_device = choices.device == choose_device(config.trainer.device).type
+    decided = precision == "auto" and same_device
+    told = group.size == 1 and os.environ.get("OMP_NUM_THREADS")
+    if same_device and choices.num_processes == group.size and not told and choices.num_threads <= usable_cores():
+        threads = threads or choices.num_threads
+    hardware = choose_hardware(config.trainer.device, choices.precision if decided else precision, group, threads)
     if decided:
         hardware = replace(hardware, reason="as the run began")
     with group.in_turn():
@@ -182,7 +186,9 @@ def _introduce(trainer: "Trainer", choices: Mapping[str, str]) -> None:
     for note in trainer.task.notes():
         say(note)
     say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
-    say(f"chosen     {choices['device']}; {choices['precision']}; {choices['attention']} attention")
+    device = f"{choices['device']}, {choices['threads']}" if choices["device"] == "cpu" else choices["device"]
+    attention = f"{choices['attention']} attention"
+    say(f"chosen     {device}; {choices['precision']}; {attention}; {choices['micro_batch']}")
     say(f"compile    {choices['compile']}")
     if choices["processes"]:
         say(f"processes  {choices['processes']}")

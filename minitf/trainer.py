@@ -50,7 +50,9 @@ class TrainerConfig:
     max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
     batch_size: int = 16  # sequences in a batch, of all processes together
     strategy: str = "auto"  # of torchrun's processes: auto (ddp) | single | ddp (each has the model) | fsdp (a shard)
+    micro_batch_size: int = 0  # sequences of it a process computes at a time; 0: all it has, if memory allows
     grad_accumulation: int = 1  # batches whose gradients make one step
+    threads: int = 0  # of the CPU, for each process; 0: one a core it may use, or fewer where that is faster
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
@@ -76,7 +78,7 @@ class TrainerConfig:
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"trainer.max_steps={self.max_steps} must be at least 1")
         least = {"batch_size": 1, "grad_accumulation": 1, "keep_checkpoints": 1, "eval_tokens": 1, "sample_tokens": 0}
-        least |= {"eval_answers": 0}
+        least |= {"eval_answers": 0, "micro_batch_size": 0, "threads": 0}
         least |= {"log_every": 0, "eval_every": 0, "save_every": 0, "attention_every": -1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
@@ -132,7 +134,10 @@ class Trainer:
         self.run_dir, self.monitor, self.state, self.choices = run_dir, monitor, state, choices
         self.batches = batches
         self.optimizer = Optimizer(model, optim, hardware.dtype, self.group)
-        self.training_step = TrainingStep(parallel, self.optimizer, batches, hardware, config.grad_accumulation)
+        at_once = config.micro_batch_size or choices.micro_batch_size
+        self.training_step = TrainingStep(
+            parallel, self.optimizer, batches, hardware, config.grad_accumulation, at_once
+        )
         self.schedule = Schedule.of(config, 1)
         self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
         self.last_sample: tuple[str, str] | None = None
@@ -314,7 +319,8 @@ class Trainer:
         with torch.set_grad_enabled(same_network):
             context, device = model.config.context_length, self.hardware.device
             loss_of = self.parallel.loss_value
-            result = self.task.held_out(loss_of, context, config.batch_size, device, config.eval_tokens)
+            at_once = self.training_step.micro_batch_size * self.group.size
+            result = self.task.held_out(loss_of, context, at_once, device, config.eval_tokens)
         self.parallel.settle()
         model.train()
         self._check_finite(result.loss)

@@ -1,4 +1,4 @@
-"""One optimiser step: what it does, how long it takes, and which functions make it fastest."""
+"""One optimiser step: what it does, how long it takes, what makes it fastest, and how much of it fits into memory."""
 
 import statistics
 import time
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitf import kernels, random_state
 from minitf.batches import BatchSource
+from minitf.errors import MinitfError, out_of_memory
 from minitf.hardware import Hardware, compiled, compiler_missing
 from minitf.model import TrainingFunctions
 from minitf.optim import MuonFunctions, Optimizer
@@ -20,6 +21,9 @@ COMPILE_PAYS_FROM_S = 45.0
 # The C kernels take half of PyTorch's time and are taken unless clearly slower: a toy's step is too short to tell.
 NATIVE_WITHIN = 1.2
 PLAIN = TrainingFunctions()
+# A step that takes so long has work for all cores; in a shorter one they may wait for each other longer than they work.
+THREADS_MATTER_BELOW_S = 0.5
+FEWER_THREADS_WITHIN = 0.95  # clearly faster: a measure of eight steps is off by a few per cent
 
 
 class TrainingStep:
@@ -31,11 +35,17 @@ class TrainingStep:
         optimizer: Optimizer,
         batches: BatchSource,
         hardware: Hardware,
-        grad_accumulation: int,
+        grad_accumulation: int = 1,
+        micro_batch_size: int = 0,
     ) -> None:
+        """`micro_batch_size`: sequences a process computes at a time; 0: its part of a batch, if memory allows."""
         self.parallel, self.model, self.group = parallel, parallel.model, parallel.group
         self.optimizer, self.batches, self.hardware = optimizer, batches, hardware
         self.grad_accumulation = grad_accumulation
+        num_rows = len(batches.batch(0).inputs_BT) // self.group.size
+        self.micro_batch_size = min(micro_batch_size or num_rows, num_rows)
+        num_threads = torch.get_num_threads()
+        self.threads = f"{num_threads} thread{'s' * (num_threads > 1)}"  # in words
 
     def use(self, functions: TrainingFunctions) -> None:
         """Compute with these functions; with the C kernels, Muon's part too."""
@@ -48,10 +58,12 @@ class TrainingStep:
         total = torch.zeros((), device=device)
         for part in range(count):
             batch, share = self.parallel.part(self.batches.batch(index * count + part))
-            with self.parallel.synchronised(last=part == count - 1):
-                loss = self.parallel.loss(*batch.to(device)) * share
-                (loss / count).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() / count
+            pieces = list(batch.pieces(self.micro_batch_size))
+            for number, (piece, piece_share) in enumerate(pieces, start=1):
+                with self.parallel.synchronised(last=part == count - 1 and number == len(pieces)):
+                    loss = self.parallel.loss(*piece.to(device)) * (share * piece_share)
+                    (loss / count).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach() / count
         self.optimizer.set_factor(learning_rate_factor)
         return self.group.mean(total), self.optimizer.step()
 
@@ -68,6 +80,47 @@ class TrainingStep:
             times.append(self.group.agree(time.perf_counter() - start))
         return statistics.median(times)
 
+    def describe_micro_batch(self) -> str:
+        """How much of a batch is computed at a time, in words."""
+        return f"{self.micro_batch_size:,} sequence{'s' * (self.micro_batch_size > 1)} at a time"
+
+    def first_step(self) -> None:
+        """The one that sets up libraries and memory, which is no measure.
+
+        Where its memory is not there, fewer sequences are computed at a time. Raises MinitfError if one is too many.
+        """
+        while self.group.any(not self._fits()):
+            if self.micro_batch_size == 1:
+                raise MinitfError(
+                    f"out of memory on {self.hardware.device} with one sequence of "
+                    f"{self.model.config.context_length:,} tokens at a time: set "
+                    "trainer.activation_checkpointing=true, a shorter model.context_length or a smaller model"
+                )
+            self.micro_batch_size = -(-self.micro_batch_size // 2)
+        if self.group.size > 1:
+            self.run(0, 0.0)
+
+    def _fits(self) -> bool:
+        """Whether there is memory for a step."""
+        try:
+            if self.group.size == 1:
+                self.run(0, 0.0)
+            elif self.parallel.strategy == "ddp":
+                # Each process by itself: when one fails within a step, the others wait for its gradients.
+                batch, _ = self.parallel.part(self.batches.batch(0))
+                piece, _ = next(batch.pieces(self.micro_batch_size))
+                with self.parallel.synchronised(last=False):
+                    self.parallel.loss(*piece.to(self.hardware.device)).backward()  # type: ignore[no-untyped-call]
+                self.model.zero_grad()
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        self.model.zero_grad()
+        if self.hardware.device.type == "cuda":
+            torch.cuda.empty_cache()  # of pieces that are too small for the next try
+        return False
+
     def warm_up(self, wanted: str, seconds_left: Callable[[float], float]) -> tuple[float, str, str]:
         """Choose the functions and measure a step, leaving weights, optimiser and random state as they were.
 
@@ -76,9 +129,11 @@ class TrainingStep:
         again), and why, in words.
         """
         before = random_state.capture()
-        self.run(0, 0.0)  # the first step also sets up libraries and memory: it is no measure
+        self.first_step()
         chosen, words = ("false", "off, as set") if wanted == "false" else self._choose(wanted, seconds_left)
         step_s = self.measure(8)
+        if self.hardware.device.type == "cpu" and not self.hardware.threads_set:
+            step_s = self._choose_threads(step_s)
         self.optimizer.reset()
         random_state.restore(before)
         return step_s, chosen, words
@@ -106,6 +161,20 @@ class TrainingStep:
             self.use(PLAIN)
             return "false", f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {plain_s * 1000:.0f} ms without"
         return "true", f"on, {_milliseconds(compiled_s, plain_s)}"
+
+    def _choose_threads(self, step_s: float) -> float:
+        """Halve the number of threads as long as that makes a step faster; returns its seconds."""
+        most = num_threads = torch.get_num_threads()
+        while num_threads >= 4 and step_s < THREADS_MATTER_BELOW_S:
+            torch.set_num_threads(num_threads // 2)
+            fewer_s = self.measure(8)
+            if fewer_s > FEWER_THREADS_WITHIN * step_s:
+                break
+            num_threads, step_s = num_threads // 2, fewer_s
+        torch.set_num_threads(num_threads)
+        if num_threads < most:
+            self.threads = f"{num_threads} of {most} threads, which is faster"
+        return step_s
 
     def kernels_obstacle(self) -> str | None:
         """Why the C kernels cannot do this step in all processes, or None."""

@@ -104,8 +104,9 @@ def test_several_processes_train_what_one_trains(workdir: Path, small: list[str]
     """Losses, gradient norms and held-out losses, over accumulated batches, and the checkpoint they lead to."""
     small += ["trainer.grad_accumulation=2", "trainer.attention_every=3", "trainer.sample_tokens=4"]
     assert train_here(*small, "run_dir=one") == 0
-    done = torchrun(num, *small, "run_dir=several", f"trainer.strategy={strategy}")
+    done = torchrun(num, *small, "run_dir=several", f"trainer.strategy={strategy}", "trainer.micro_batch_size=3")
     assert done.returncode == 0, done.stderr
+    assert f"{min(3, 8 // num)} sequences at a time" in done.stderr
     assert_same_losses("several", "one")
     expected = load_file("one/checkpoints/latest/model.safetensors")
     found = load_file("several/checkpoints/latest/model.safetensors")

@@ -48,8 +48,8 @@ BENCHMARKS = {
     "logging": Benchmark(logging, "the loop with maps, head scores and samples, on against off", 4, 7),
     "saving": Benchmark(saving, "how long checkpoints keep the loop waiting, default run and 124M weights", 0, 8),
     "quality": Benchmark(quality, "held-out numbers of the default run and the _best experiments, over --seeds", 70, 0),
-    "curves": Benchmark(curves, "tokens/s and memory against width, depth and context", 8, 0),
-    "corpus": Benchmark(corpus, "tokenizing and training against the size of the text (--corpus-mb)", 3, 0),
+    "curves": Benchmark(curves, "tokens/s and memory against width, depth and context", 0, 5),
+    "corpus": Benchmark(corpus, "tokenizing and training against the size of the text (--corpus-mb)", 2, 1),
     "distributed": Benchmark(distributed, "bytes and milliseconds that two processes spend on each other", 0, 0.5),
     "gpu": Benchmark(gpu, "on CUDA: GPT-2's step beside nanoGPT compiled, decoding against bandwidth", 1, 3),
 }

@@ -1,6 +1,7 @@
 """Curves: cost against the size of model and corpus, precision against precision, and the price of looking."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from minitf.benchmark import plots
@@ -17,6 +18,7 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "depth": ("num_layers", (2, 4, 8, 12)),
     "context": ("context_length", (64, 128, 256, 512, 1024, 2048, 4096)),
 }
+TOY = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "context_length": 32}
 BATCH_TOKENS = 4096  # whatever the context
 SMOOTHING = 20  # steps averaged before curves of single batches are compared
 
@@ -24,21 +26,23 @@ SMOOTHING = 20  # steps averaged before curves of single batches are compared
 def curves(request: Request, report: Report) -> None:
     """The benchmark of that name: tokens/s and peak memory against width, depth and context."""
     text = write_text(request.work / "curves.txt", 100_000 if request.quick else 4_000_000)
-    points: dict[str, list[tuple[int, float, float]]] = {}
+    base, batch_tokens = (TOY, 256) if request.quick else (BASE, BATCH_TOKENS)
+    quick = {"width": (32, 64), "depth": (1, 2), "context": (32, 64)}
+    sides: dict[str, Callable[[int], dict[str, Any]]] = {}
+    places: dict[str, tuple[str, int]] = {}
     for axis, (key, values) in AXES.items():
-        for value in (32, 64) if request.quick else values:
-            shape = {**BASE, key: value if axis != "depth" or not request.quick else value // 32}
-            if request.quick:
-                shape = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "context_length": 32, key: shape[key]}
-            report.say(f"{axis} {shape[key]}")
-            batch_size = max(1, (256 if request.quick else BATCH_TOKENS) // shape["context_length"])
+        for value in quick[axis] if request.quick else values:
+            shape = {**base, key: value}
             sizes = [f"model.{name}={size}" for name, size in shape.items()]
-            overrides = ["data=text", f"data.files=[{text}]", "tokenizer=char", *sizes, *speed(request, batch_size)]
-            result = train(request, overrides, f"curves-{axis}-{value}")
-            point = (shape[key], tokens_per_s(result["train"]), result["peak_mb"])
-            points.setdefault(axis, []).append(point)
-            name = f"{axis} {shape[key]}"
-            report.add(Row(name, "tokens/s", [point[1]], note=f"{number(point[2])} MB at most", raw={"mb": point[2]}))
+            batch = speed(request, max(1, batch_tokens // shape["context_length"]))
+            overrides = ["data=text", f"data.files=[{text}]", "tokenizer=char", *sizes, *batch]
+            sides[f"{axis} {value}"] = training(request, overrides, f"curves-{axis}-{value}")
+            places[f"{axis} {value}"] = axis, value
+    points: dict[str, list[tuple[int, float, float]]] = {axis: [] for axis in AXES}
+    for name, results in in_turn(sides, request.repeats, report.say).items():
+        (axis, value), row = places[name], speed_row(name, results)
+        report.add(row)
+        points[axis].append((value, row.median, row.raw["mb"]))
     panels = {"speed": ("tokens/s", 1, 1.0), "memory": ("peak memory, bytes", 2, 1e6)}
     for plot, (label, column, unit) in panels.items():
         lines = [(axis, label, {"minitf": [(p[0], p[column] * unit) for p in points[axis]]}) for axis in AXES]
@@ -63,33 +67,48 @@ def tokens_per_s(rows: list[dict[str, Any]]) -> float:
     return float((rows[-1]["tokens"] - first["tokens"]) / (rows[-1]["train_s"] - first["train_s"]))
 
 
+def training(request: Request, overrides: list[str], name: str, **options: Any) -> Callable[[int], dict[str, Any]]:
+    """A side of a comparison: a training run for each round."""
+    return lambda round_: train(request, overrides, f"{name}-{round_}", **options)
+
+
+def speed_row(name: str, results: list[dict[str, Any]]) -> Row:
+    """Tokens/s of training, round by round, and the most memory any round took."""
+    mb = max(result["peak_mb"] for result in results)
+    speeds = [tokens_per_s(result["train"]) for result in results]
+    return Row(name, "tokens/s", speeds, note=f"{number(mb)} MB at most", raw={"mb": mb})
+
+
 def corpus(request: Request, report: Report) -> None:
     """The benchmark of that name: preparation and training against the size of the text."""
-    points = []
+    seconds, memory = [], []
+    sides: dict[str, Callable[[int], dict[str, Any]]] = {}
     for megabytes in request.corpus_mb:
-        report.say(f"writing {megabytes:,} MB of text")
-        text = write_text(request.work / "corpus.txt", megabytes * 1_000_000)
-        report.say(f"tokenizing {megabytes:,} MB")
-        cache = {"MINITF_CACHE": str(request.work / f"corpus-{megabytes}")}
+        name, cache = f"{megabytes:,} MB", {"MINITF_CACHE": str(request.work / f"corpus-{megabytes}")}
+        report.say(f"writing {name} of text")
+        text = write_text(request.work / f"corpus-{megabytes}.txt", megabytes * 1_000_000)
+        report.say(f"tokenizing {name}")
         prepared = in_child("library:prepare_text", {"file": str(text)}, cache)
-        overrides = ["data=text", f"data.files=[{text}]", *speed(request, 16)]
-        if request.quick:
-            overrides += ["model=nano", "model.context_length=32"]
-        result = train(request, overrides, f"corpus-{megabytes}", environment=cache)
-        speeds = tokens_per_s(result["train"])
-        name = f"{megabytes:,} MB"
+        seconds.append((megabytes, prepared["seconds"]))
+        memory.append((megabytes, prepared["peak_mb"] * 1e6))
         note = f"{number(megabytes / prepared['seconds'])} MB/s, {number(prepared['peak_mb'])} MB of memory at most"
         report.add(
             Row(f"{name}, tokenizing", "s", [prepared["seconds"]], more_is_better=False, note=note, raw=prepared)
         )
-        report.add(Row(f"{name}, training", "tokens/s", [speeds], note=f"{number(result['peak_mb'])} MB at most"))
-        points.append((megabytes, prepared["seconds"], prepared["peak_mb"] * 1e6, speeds, result["peak_mb"] * 1e6))
-        text.unlink()
-    memory = {"tokenizing": [(p[0], p[2]) for p in points], "training": [(p[0], p[4]) for p in points]}
+        overrides = ["data=text", f"data.files=[{text}]", *speed(request, 16)]
+        if request.quick:
+            overrides += ["model=nano", "model.context_length=32"]
+        sides[f"{name}, training"] = training(request, overrides, f"corpus-{megabytes}", environment=cache)
+    rows = [speed_row(name, results) for name, results in in_turn(sides, request.repeats, report.say).items()]
+    for row in rows:
+        report.add(row)
+    measured = list(zip(request.corpus_mb, rows, strict=True))
+    speeds = [(megabytes, row.median) for megabytes, row in measured]
+    memories = {"tokenizing": memory, "training": [(megabytes, row.raw["mb"] * 1e6) for megabytes, row in measured]}
     panels = [
-        ("corpus, MB", "tokenizing, s", {"minitf": [(p[0], p[1]) for p in points]}),
-        ("corpus, MB", "training, tokens/s", {"minitf": [(p[0], p[3]) for p in points]}),
-        ("corpus, MB", "peak memory, bytes", memory),
+        ("corpus, MB", "tokenizing, s", {"minitf": seconds}),
+        ("corpus, MB", "training, tokens/s", {"minitf": speeds}),
+        ("corpus, MB", "peak memory, bytes", memories),
     ]
     draw(request, report, "corpus.svg", panels)
 

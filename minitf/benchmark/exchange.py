@@ -99,12 +99,13 @@ def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, wi
 
 def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -> None:
     """In a process started by torchrun: measure, and let the first write `answer`."""
-    from minitf.distributed import ALONE, joined, set_threads
+    from minitf.distributed import ALONE, joined
+    from minitf.hardware import set_threads
 
     with joined() as group:
         if group.size != NUM_PROCESSES:
             raise MinitfError(f"{group.size} processes were started instead of {NUM_PROCESSES}")
-        set_threads(group)
+        set_threads(group=group)
         alone, together = _step_of(ALONE, "single", shape), _step_of(group, strategy, shape)
         for step in (alone, together):
             step.run(0, 0.0)
