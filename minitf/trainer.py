@@ -327,14 +327,14 @@ class Trainer:
         self.evaluated_step = self.state.step
         self.is_best = result.loss < self.state.best_loss
         self.state.best_loss = min(self.state.best_loss, result.loss)
-        samples, scores = self._samples()
+        samples, scores = self.sample()
         self.state.last_val = asdict(result) | scores
         row = {"step": self.state.step, "tokens": self.state.tokens, "train_s": round(self.state.train_s, 3)}
         self.monitor.val_row(row | self.state.last_val)
         self._show(samples)
         self._settle()
 
-    def _samples(self) -> tuple[list[Sample], dict[str, float]]:
+    def sample(self) -> tuple[list[Sample], dict[str, float]]:
         """What the model writes, and metrics of it."""
         model, config = self.parallel.whole(), self.config
         if not self.group.is_first:

@@ -6,6 +6,7 @@ import pickle
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,18 @@ import pytest
 import torch
 from conftest import make_text
 
-from minitf.benchmark import curves, generation, hugging_face, library, llama_cpp, memory, nanogpt, plots, shakespeare
+from minitf.benchmark import (
+    curves,
+    generation,
+    hugging_face,
+    library,
+    llama_cpp,
+    memory,
+    nanogpt,
+    plots,
+    saving,
+    shakespeare,
+)
 from minitf.benchmark.__main__ import BENCHMARKS, main
 from minitf.benchmark.comparison import Row, in_turn
 from minitf.benchmark.gpu import compare, gpu
@@ -23,6 +35,7 @@ from minitf.benchmark.text import write_text
 from minitf.benchmark.training import TOY
 from minitf.errors import MinitfError, RequestError, run_command
 from minitf.model import Transformer
+from minitf.trainer import Trainer
 
 SPEEDS = Row("speed", "tokens/s", [30.0, 10.0, 60.0], "peer", [10.0, 10.0, 10.0])
 # What a checkout of nanoGPT would print, iteration 0 and every fourth with an evaluation in it.
@@ -272,6 +285,40 @@ def test_made_up_text_has_the_size_asked_for(tmp_path: Path) -> None:
     assert len(set(texts[1])) <= 65
     words = texts[1].split()
     assert 1_000 < len(set(words)) < len(words) / 5
+
+
+@pytest.mark.parametrize(("benchmark", "module"), [(curves.logging, curves), (saving.saving, saving)])
+def test_what_is_timed_are_methods_of_the_trainer(
+    request_here: Request, monkeypatch: pytest.MonkeyPatch, benchmark: Callable[..., None], module: ModuleType
+) -> None:
+    asked: set[str] = set()
+
+    def train(request: Request, overrides: list[str], name: str, **options: Any) -> dict[str, Any]:
+        asked.update(options.get("timed", ()))
+        rows = [{"step": 1, "train_s": 2.0}]
+        return {"train": rows, "compile": "false", "seconds": {"run": 4.0, "look": 0.3, "sample": 0.1, "save": 0.2}}
+
+    monkeypatch.setattr(module, "train", train)
+    report = Report("one")
+    benchmark(request_here, report)
+    assert asked > {"run"}
+    assert all(callable(getattr(Trainer, name)) for name in asked)
+    assert report.rows[0].samples == [pytest.approx(20.0 if module is curves else 5.0)]
+
+
+@pytest.mark.slow
+def test_corpus_end_to_end(tmp_path: Path) -> None:
+    """Every text is prepared once, then all are trained on, in turn."""
+    assert command("corpus", "--quick", "--repeats", "2", "--corpus-mb", "1,2", "--out", str(tmp_path)) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]["corpus"]["rows"]
+    assert [(row["what"], row["unit"], len(row["samples"])) for row in rows] == [
+        ("1 MB, tokenizing", "s", 1),
+        ("2 MB, tokenizing", "s", 1),
+        ("1 MB, training", "tokens/s", 2),
+        ("2 MB, training", "tokens/s", 2),
+    ]
+    assert all(row["median"] > 0 for row in rows)
 
 
 def test_smoothing_is_the_mean_of_neighbours() -> None:

@@ -113,11 +113,10 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts(
 def test_a_resumed_run_computes_as_many_at_a_time_as_before(
     workdir: Path, tiny: list[str], small_memory: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(Parallel, "loss", Parallel.loss)
-        small_memory(2)
-        assert train_here(*tiny, "trainer.batch_size=8", "run_dir=run") == 0
-    monkeypatch.undo()
+    enough = Parallel.loss
+    small_memory(2)
+    assert train_here(*tiny, "trainer.batch_size=8", "run_dir=run") == 0
+    monkeypatch.setattr(Parallel, "loss", enough)
     assert train_here("resume=run", "trainer.max_steps=50") == 0
     assert json.loads(Path("run/choices.json").read_text(encoding="utf-8"))["micro_batch_size"] == 2
 
