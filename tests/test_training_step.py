@@ -14,6 +14,8 @@ from torch import Tensor
 from minitf.batches import Batch
 from minitf.hardware import Hardware, set_threads, usable_cores
 from minitf.loss import IGNORED
+from minitf.model import ModelConfig, Transformer
+from minitf.optim import OptimConfig, Optimizer
 from minitf.parallel import Parallel
 from minitf.training_step import TrainingStep
 
@@ -226,3 +228,35 @@ def test_a_container_has_as_many_cores_as_its_share_of_time(
     own.write_text(membership, encoding="utf-8")
     assert usable_cores(tmp_path / "groups", own) == cores
     assert usable_cores(tmp_path / "groups", tmp_path / "not_linux") == 8
+
+
+# A device that nobody waits for
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_asks_its_device_for_nothing(packed: bool, optim: str) -> None:
+    """On `meta` tensors have no values: asking for one, which on a GPU would wait for all its work, is an error."""
+    meta = torch.device("meta")
+
+    class Source:
+        tokens_per_epoch = 24
+
+        def batch(self, index: int) -> Batch:
+            whole = batch_of(4)
+            return whole if packed else Batch(whole.inputs_BT, whole.targets_BT)
+
+    shape = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, context_length=6, dropout=0.1)
+    model = Transformer(shape, vocab_size=9).to(meta)
+    model.compute_dtype = torch.bfloat16
+    assert model.attention_path == "sdpa"
+    optimizer = Optimizer(model, OptimConfig(kind=optim), torch.bfloat16)
+    for group in optimizer.groups():  # the fused kernel is there for real devices alone
+        group["fused"] = False
+    hardware = Hardware(meta, torch.bfloat16, 1e9, "")
+    step = TrainingStep(Parallel(model), optimizer, Source(), hardware, grad_accumulation=2, micro_batch_size=3)
+    for index in range(2):
+        loss, norm = step.run(index, 1.0)
+        assert (loss.device, norm.device) == (meta, meta)
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
