@@ -5,10 +5,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +19,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # bfloat16 must be clearly faster to be worth its rounding; machines without bf16 units run it slower than float32.
 BF16_MIN_SPEEDUP = 1.3
-
+# Where Linux says what a process may have.
+PROC, CONTROL_GROUPS, MEMBERSHIP = Path("/proc"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 Result = TypeVar("Result")
 
@@ -61,39 +62,70 @@ def choose_device(name: str) -> torch.device:
         raise RequestError(f"device {name}: {str(error).splitlines()[0]}") from None
 
 
-def usable_cores(control_groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def usable_cores(root: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP) -> int:
     """Cores this process may keep busy: those it may run on, or fewer where its container has a share of their time.
 
     PyTorch asks for neither: with 2 of 64 cores' time it would start a thread for each of the 64. A share is written as
-    microseconds in a period, of the process's control group or one around it (Linux, cgroups version 1 and 2).
+    microseconds in a period (Linux, control groups of version 2 and 1).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    names = ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    for quota, period in _limits("cpu", *names, root, membership):
+        if quota > 0 and period > 0:
+            cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def free_memory(root: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP, proc: Path = PROC) -> int | None:
+    """Bytes this process may still take, of the system's and its container's; None where nobody says (not Linux)."""
+    left, own = _kilobytes(proc / "meminfo", "MemAvailable"), _kilobytes(proc / "self/status", "VmRSS")
+    if left is None or own is None:
+        return None
+    for (most,) in _limits("memory", ["memory.max"], ["memory.limit_in_bytes"], root, membership):
+        left = min(left, max(0, most - own))
+    return left
+
+
+def growth_of(work: Callable[[], Any], proc: Path = PROC) -> int | None:
+    """Bytes by which this process grew at most while it did `work`; None where that cannot be told (not Linux)."""
     try:
-        memberships = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+        (proc / "self/clear_refs").write_text("5", encoding="utf-8")  # the peak is forgotten
+    except OSError:
+        return None
+    before = _kilobytes(proc / "self/status", "VmRSS")
+    work()
+    peak = _kilobytes(proc / "self/status", "VmHWM")
+    return None if before is None or peak is None else max(0, peak - before)
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """The entry `name` of a file of the kernel's, in bytes."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _limits(controller: str, new: list[str], old: list[str], root: Path, membership: Path) -> Iterator[list[int]]:
+    """The numbers in these files (version 2, version 1) of this process's control group and of each around it."""
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
-        return cores
-    for _, controllers, path in memberships:
-        if controllers and "cpu" not in controllers.split(","):
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and controller not in controllers.split(","):
             continue
-        top = control_groups / "cpu" if controllers else control_groups
+        top = root / controller if controllers else root
         group = top / path.strip("/")
         for folder in [group, *group.parents]:
             try:
-                if controllers:
-                    files = [
-                        (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
-                    ]
-                else:
-                    files = (folder / "cpu.max").read_text(encoding="utf-8").split()
-                quota, period = (int(number) for number in files)
+                texts = [(folder / name).read_text(encoding="utf-8") for name in (old if controllers else new)]
+                yield [int(number) for number in " ".join(texts).split()]
             except (OSError, ValueError):  # not there, or "max"
                 pass
-            else:
-                if quota > 0 and period > 0:
-                    cores = min(cores, max(1, quota // period))
             if folder == top:
                 break
-    return cores
 
 
 def set_threads(wanted: int = 0, group: Group = ALONE) -> bool:

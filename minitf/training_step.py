@@ -10,7 +10,7 @@ from torch import Tensor
 from minitf import kernels, random_state
 from minitf.batches import BatchSource
 from minitf.errors import MinitfError, out_of_memory
-from minitf.hardware import Hardware, compiled, compiler_missing
+from minitf.hardware import Hardware, compiled, compiler_missing, free_memory, growth_of
 from minitf.model import TrainingFunctions
 from minitf.optim import MuonFunctions, Optimizer
 from minitf.parallel import Parallel
@@ -23,6 +23,9 @@ NATIVE_WITHIN = 1.2
 PLAIN = TrainingFunctions()
 # A step that takes so long has work for all cores; in a shorter one they may wait for each other longer than they work.
 THREADS_MATTER_BELOW_S = 0.5
+MOST_ACTIVATION_BYTES = 300  # a token, layer and channel: about 100 measured in bf16, 200 in fp32
+STATE_BYTES = 12  # a parameter: gradient and averages in float32
+MEMORY_SHARE = 0.7  # of what is free, that other programs, evaluation and looks have some too
 FEWER_THREADS_WITHIN = 0.95  # clearly faster: a measure of eight steps is off by a few per cent
 
 
@@ -44,6 +47,7 @@ class TrainingStep:
         self.grad_accumulation = grad_accumulation
         num_rows = len(batches.batch(0).inputs_BT) // self.group.size
         self.micro_batch_size = min(micro_batch_size or num_rows, num_rows)
+        self.micro_batch_is_set = micro_batch_size > 0
         num_threads = torch.get_num_threads()
         self.threads = f"{num_threads} thread{'s' * (num_threads > 1)}"  # in words
 
@@ -89,6 +93,8 @@ class TrainingStep:
 
         Where its memory is not there, fewer sequences are computed at a time. Raises MinitfError if one is too many.
         """
+        if self.hardware.device.type == "cpu" and self.group.size == 1 and not self.micro_batch_is_set:
+            self._fit_into_memory()
         while self.group.any(not self._fits()):
             if self.micro_batch_size == 1:
                 raise MinitfError(
@@ -99,6 +105,19 @@ class TrainingStep:
             self.micro_batch_size = -(-self.micro_batch_size // 2)
         if self.group.size > 1:
             self.run(0, 0.0)
+
+    def _fit_into_memory(self) -> None:
+        """On a CPU, which gives out memory it does not have and ends who uses it: what a few sequences take decides."""
+        num_rows, c, free = self.micro_batch_size, self.model.config, free_memory()
+        most_bytes = MOST_ACTIVATION_BYTES * num_rows * c.context_length * c.num_layers * c.hidden_size
+        if free is None or most_bytes < free / 4:
+            return
+        self.micro_batch_size = few = -(-num_rows // 8)
+        growth, state_bytes = growth_of(self._fits), STATE_BYTES * self.model.num_parameters()
+        self.micro_batch_size = num_rows
+        if growth is not None:
+            row_bytes = max(1.0, (growth - state_bytes) / few)
+            self.micro_batch_size = max(1, min(num_rows, int((MEMORY_SHARE * free - state_bytes) / row_bytes)))
 
     def _fits(self) -> bool:
         """Whether there is memory for a step."""

@@ -2,9 +2,11 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import train_here
@@ -12,7 +14,7 @@ from test_train import assert_one_line, losses
 from torch import Tensor
 
 from minitf.batches import Batch
-from minitf.hardware import Hardware, set_threads, usable_cores
+from minitf.hardware import Hardware, free_memory, growth_of, set_threads, usable_cores
 from minitf.loss import IGNORED
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
@@ -121,6 +123,67 @@ def test_a_resumed_run_computes_as_many_at_a_time_as_before(
     monkeypatch.setattr(Parallel, "loss", enough)
     assert train_here("resume=run", "trainer.max_steps=50") == 0
     assert json.loads(Path("run/choices.json").read_text(encoding="utf-8"))["micro_batch_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("free_mb", "settings", "at_once"),
+    [
+        (10, [], 6),  # seven of ten are taken, one of them by the optimiser and its like
+        (4, [], 2),
+        (0.1, [], 1),
+        (10_000, [], 16),
+        (10, ["trainer.micro_batch_size=16"], 16),
+        (None, [], 16),
+    ],
+)
+def test_on_a_cpu_what_a_few_sequences_take_decides(
+    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, free_mb: float, settings: list[str], at_once: int
+) -> None:
+    grown: list[int] = []
+
+    def growth_of(work: Callable[[], bool]) -> int:
+        assert work()
+        grown.append(2_500_000)  # of two sequences: 1 MB each, beside 0.5 MB for 42,656 weights
+        return grown[-1]
+
+    monkeypatch.setattr("minitf.training_step.free_memory", lambda: None if free_mb is None else int(free_mb * 1e6))
+    monkeypatch.setattr("minitf.training_step.growth_of", growth_of)
+    assert train_here(*tiny, "trainer.batch_size=16", *settings, "run_dir=run") == 0
+    assert json.loads(Path("run/choices.json").read_text(encoding="utf-8"))["micro_batch_size"] == at_once
+    assert len(grown) == (at_once < 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says")
+def test_the_growth_of_this_process_is_measured() -> None:
+    free = free_memory()
+    assert free is not None
+    assert free > 1 << 20
+    found = growth_of(lambda: np.ones(200_000_000, np.uint8).sum())
+    if found is None:
+        pytest.skip("a kernel without clear_refs")
+    assert 150e6 < found < 300e6
+    again = growth_of(lambda: None)
+    assert again is not None
+    assert again < 50e6
+
+
+def test_a_container_has_as_much_memory_as_it_was_given(tmp_path: Path) -> None:
+    groups, membership, proc = tmp_path / "groups", tmp_path / "membership", tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    groups.mkdir()
+    membership.write_text("0::/\n", encoding="utf-8")
+    assert free_memory(groups, membership, proc) is None
+    assert growth_of(lambda: None, tmp_path / "not_linux") is None
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n", encoding="utf-8")
+    (proc / "self/status").write_text("VmHWM:\t2000 kB\nVmRSS:\t1000 kB\n", encoding="utf-8")
+    assert free_memory(groups, membership, proc) == 5000 * 1024
+    (groups / "memory.max").write_text("max\n", encoding="utf-8")
+    assert free_memory(groups, membership, proc) == 5000 * 1024
+    (groups / "memory.max").write_text(f"{3000 * 1024}\n", encoding="utf-8")
+    assert free_memory(groups, membership, proc) == 2000 * 1024
+    (groups / "memory.max").write_text("5\n", encoding="utf-8")
+    assert free_memory(groups, membership, proc) == 0
+    assert growth_of(lambda: None, proc) == 1000 * 1024
 
 
 def test_memory_for_no_sequence_is_one_line(
