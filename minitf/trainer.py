@@ -20,6 +20,7 @@ from minitf.attention_picture import alignment_picture, attention_picture
 from minitf.batches import BatchSource
 from minitf.checkpoint import load_optimizer_state
 from minitf.choices import Choices
+from minitf.decoding import native
 from minitf.errors import MinitfError, RequestError
 from minitf.hardware import Hardware
 from minitf.heads import HeadScores, head_scores
@@ -162,6 +163,8 @@ class Trainer:
         """
         started = time.perf_counter()
         config, choices, state = self.config, self.choices, self.state
+        if config.sample_tokens and self.group.is_first and self.hardware.device.type == "cpu":
+            native.library()  # compiled now, once on a machine, and not while the loop waits for its first sample
         decided = choices.compile if config.compile == "auto" else ""
         step_s, choices.compile, words = self.training_step.warm_up(
             decided or config.compile,
