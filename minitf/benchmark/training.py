@@ -9,7 +9,7 @@ from typing import Any
 from minitf.benchmark import hugging_face, nanogpt
 from minitf.benchmark.comparison import Row, in_turn
 from minitf.benchmark.library import ENVIRONMENT
-from minitf.benchmark.machine import peak
+from minitf.benchmark.machine import best_peak, peak
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
 from minitf.benchmark.text import write_text
@@ -44,7 +44,8 @@ def step(request: Request, report: Report) -> None:
 
 def report_step(report: Report, name: str, peaks: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
     """Rows of one shape: each part with its floors and its share of the peak."""
-    flops_per_s = max(result["peaks"]["bf16"] for result in peaks)
+    precision = best_peak(peaks)
+    flops_per_s = max(result["peaks"][precision] for result in peaks)
     bytes_per_s = max(result["bytes_per_s"] for result in peaks)
     floors = results[0]["floors"]
     floors["whole"] = {key: sum(floor[key] for floor in floors.values()) for key in ("flops", "bytes")}
@@ -57,7 +58,7 @@ def report_step(report: Report, name: str, peaks: list[dict[str, Any]], results:
             compute_ms, memory_ms = flops / flops_per_s * 1000, moved / bytes_per_s * 1000
             note = (
                 f"floor {number(compute_ms)} ms for {number(flops / 1e9)} GFLOP, {number(memory_ms)} ms for "
-                f"{number(moved / 1e6)} MB; {compute_ms / ms:.0%} of peak"
+                f"{number(moved / 1e6)} MB; {compute_ms / ms:.0%} of {precision} peak"
             )
         report.add(Row(f"{name}: {part}", "ms", samples, more_is_better=False, note=note, raw=floors.get(part, {})))
     report.say(f"{name}: compile {results[0]['compile']}")
@@ -87,14 +88,16 @@ def throughput(request: Request, report: Report) -> None:
     sides["peak"] = lambda round_: peak(request)
     results = in_turn(sides, request.repeats, report.say)
     peaks = results.pop("peak")
+    precision = best_peak(peaks)
     cost = in_child("library:flops_per_token", {"shape": shape, "vocab_size": 65})
     for name in ("minitf", "minitf adamw"):
         speeds = [result["tokens_per_s"] for result in results[name]]
         shares = [
-            speed * cost["flops_per_token"] / peak_["peaks"]["bf16"] for speed, peak_ in zip(speeds, peaks, strict=True)
+            speed * cost["flops_per_token"] / peak_["peaks"][precision]
+            for speed, peak_ in zip(speeds, peaks, strict=True)
         ]
         raw = {"runs": results[name], "peaks": peaks, **cost, "tokens_per_step": tokens}
-        report.add(Row(name, "share of bf16 peak", shares, note=results[name][-1]["note"], raw=raw))
+        report.add(Row(name, f"share of {precision} peak", shares, note=results[name][-1]["note"], raw=raw))
         for other in [name for name in results if not name.startswith("minitf")]:
             theirs = [result["tokens_per_s"] for result in results[other]]
             report.add(Row(name, "tokens/s", speeds, other, theirs, raw={"runs": results[other]}))
