@@ -1,6 +1,7 @@
 """What this machine can do: device, threads, precision and compilation, measured or asked for instead of guessed."""
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -88,6 +89,7 @@ def free_memory(root: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP, proc
 
 def growth_of(work: Callable[[], Any], proc: Path = PROC) -> int | None:
     """Bytes by which this process grew at most while it did `work`; None where that cannot be told (not Linux)."""
+    gc.collect()  # what is given back meanwhile would hide as much growth
     try:
         (proc / "self/clear_refs").write_text("5", encoding="utf-8")  # the peak is forgotten
     except OSError:

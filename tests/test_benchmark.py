@@ -308,13 +308,13 @@ def test_what_is_timed_are_methods_of_the_trainer(
 
 @pytest.mark.slow
 def test_corpus_end_to_end(tmp_path: Path) -> None:
-    """A text is prepared once, and trained on as often as asked."""
-    assert command("corpus", "--quick", "--repeats", "2", "--corpus-mb", "1", "--out", str(tmp_path)) == 0
+    """A text is prepared, and trained on."""
+    assert command("corpus", "--quick", "--repeats", "1", "--corpus-mb", "1", "--out", str(tmp_path)) == 0
     (path,) = tmp_path.glob("*.json")
     rows = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]["corpus"]["rows"]
     assert [(row["what"], row["unit"], len(row["samples"])) for row in rows] == [
         ("1 MB, tokenizing", "s", 1),
-        ("1 MB, training", "tokens/s", 2),
+        ("1 MB, training", "tokens/s", 1),
     ]
     assert all(row["median"] > 0 for row in rows)
 

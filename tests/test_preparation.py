@@ -114,7 +114,8 @@ def test_interrupted_pairs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 from minitf import preparation
 from minitf.batches import TextPreparation, prepare
 from minitf.corpus import DataConfig

@@ -586,7 +586,7 @@ def test_a_wrong_request_is_one_line_and_leaves_no_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_values_is_two_runs(workdir: Path, tiny: list[str]) -> None:
+def test_a_sweep_of_two_values_is_two_runs(workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "minitf.train", "-m", *tiny, "name=sweep", "optim.learning_rate=1e-3,2e-3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -597,12 +597,10 @@ def test_a_sweep_of_two_values_is_two_runs(workdir: Path, tiny: list[str]) -> No
     assert load_checkpoint("latest").directory == find_checkpoint(runs[1])
     assert not [name for name in os.listdir(workdir) if name != "runs"]  # nothing of Hydra's own lies about
 
-    wrong = subprocess.run([*command, "model.num_heads=5"], capture_output=True, text=True, timeout=120)
-    assert wrong.returncode == 2
-    assert_one_line(wrong.stderr, "model.num_heads=5")
-    printed = subprocess.run([*command[:3], *tiny, "--cfg", "job"], capture_output=True, text=True, timeout=120)
-    assert printed.returncode == 0
-    assert "context_length: 32" in printed.stdout
+    assert train_here(*command[3:], "model.num_heads=5") == 2
+    assert_one_line(capsys.readouterr().err, "model.num_heads=5")
+    assert train_here(*tiny, "--cfg", "job") == 0
+    assert "context_length: 32" in capsys.readouterr().out
 
 
 @pytest.mark.slow
