@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is importe
 if "PYTEST_XDIST_WORKER" in os.environ:  # two at once on two cores: threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from minitf.errors import run_command
 from minitf.model import ModelConfig, Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+gc.freeze()  # what the imports made stays: it need not be looked through for garbage again and again
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
 
