@@ -32,7 +32,7 @@ def dry_run(
     step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation, trainer.micro_batch_size)
     native = not step.kernels_obstacle() and trainer.compile in ("auto", "native")
     if native:
-        step.use(kernels.FUNCTIONS)
+        step.use(kernels.FUNCTIONS[model.compute_dtype])
     step.first_step()
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length

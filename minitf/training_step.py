@@ -12,7 +12,7 @@ from minitf.batches import BatchSource
 from minitf.errors import MinitfError, out_of_memory
 from minitf.hardware import Hardware, compiled, compiler_missing, free_memory, growth_of
 from minitf.model import TrainingFunctions
-from minitf.optim import MuonFunctions, Optimizer
+from minitf.optim import Optimizer
 from minitf.parallel import Parallel
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
@@ -54,7 +54,7 @@ class TrainingStep:
     def use(self, functions: TrainingFunctions) -> None:
         """Compute with these functions; with the C kernels, Muon's part too."""
         self.model.functions = functions
-        self.optimizer.use(kernels.MUON if functions is kernels.FUNCTIONS else MuonFunctions())
+        self.optimizer.use(kernels.muon_functions(functions))
 
     def run(self, index: int, learning_rate_factor: float) -> tuple[Tensor, Tensor]:
         """Step number `index`, from 0; returns the mean loss in nats a token and the norm of the gradient."""
@@ -160,7 +160,7 @@ class TrainingStep:
     def _choose(self, wanted: str, seconds_left: Callable[[float], float]) -> tuple[str, str]:
         plain_s = self.measure(1)
         if wanted != "true" and not self.kernels_obstacle():
-            native_s = self._try(kernels.FUNCTIONS)
+            native_s = self._try(kernels.FUNCTIONS[self.model.compute_dtype])
             if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
                 return "native", f"by our C kernels: {_milliseconds(native_s, plain_s)}"
             self.use(PLAIN)

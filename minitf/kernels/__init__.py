@@ -1,9 +1,11 @@
 """The C kernels: norms, attention, SwiGLU, loss, Muon and the gradients of weights, as functions of PyTorch's tensors.
 
-They compute what attention.py, model.py, loss.py and optim.py compute, in bfloat16 with sums in float32, each with its
-gradient, and go over their data once or twice where PyTorch's operations go over them ten times. torch.compile comes
-close after half a minute of compiling; these take two seconds, once. Products of activations and weights stay with
-PyTorch, whose are as fast.
+They compute what attention.py, model.py, loss.py and optim.py compute, each with its gradient, and go over their data
+once or twice where PyTorch's operations go over them ten times. torch.compile comes close after half a minute of
+compiling; these take two seconds, once. Products of activations and weights stay with PyTorch, whose are as fast.
+
+In bfloat16, with sums in float32, they are for processors with AVX-512 BF16; in float32 (float32.c) for all, and there
+attention's three steps, Muon and the gradients of weights are PyTorch's too.
 """
 
 from collections.abc import Sequence
@@ -15,10 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitf.attention import Attention, Linear
-from minitf.kernels.calls import AttentionArguments, as_rows, call, library, places_of
+from minitf.kernels.calls import SOURCES, AttentionArguments, HeadsArguments, as_rows, call, library
+from minitf.kernels.muon import MUON
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
-from minitf.optim import POLAR_EXPRESS, MuonFunctions, orthogonalise
+from minitf.optim import MuonFunctions
 
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
 
@@ -27,11 +30,9 @@ def obstacle(model: Transformer) -> str | None:
     """Why the kernels cannot train this model, or None."""
     if model.device.type != "cpu":
         return f"the C kernels are for a processor, and the model is on {model.device.type}; set trainer.device=cpu"
-    if model.compute_dtype != torch.bfloat16:
-        return "the C kernels compute in bf16; set trainer.precision=bf16"
     if model.config.attention != "auto":
         return f"model.attention={model.config.attention} is another way to compute attention; leave it at auto"
-    found = library()
+    found = library(model.compute_dtype)
     return found if isinstance(found, str) else None
 
 
@@ -47,8 +48,11 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (x, weight), dy = ctx.saved_tensors, as_rows(gradients[0])
-        dweight = torch.empty(weight.shape)
-        call("weight_gradient", x.numel() // x.shape[-1], *weight.shape, dy, x, False, dweight)
+        if x.dtype == torch.float32:
+            dweight = dy.flatten(0, -2).mT @ x.flatten(0, -2)
+        else:
+            dweight = torch.empty(weight.shape)
+            call("weight_gradient", x.dtype, x.numel() // x.shape[-1], *weight.shape, dy, x, False, dweight)
         parts = torch.split(dweight, [rows for rows, _ in ctx.kinds])
         return dy @ weight, *[part.to(dtype) for part, (_, dtype) in zip(parts, ctx.kinds, strict=True)]
 
@@ -67,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
         total = x.view_as(x) if added is None else torch.empty_like(x)
         normed, rstd = torch.empty_like(x), torch.empty(x.numel() // width)
         added = None if added is None else as_rows(added)
-        call("rms_norm_forward", len(rstd), width, x, added, weight, eps, total, normed, rstd)
+        call("rms_norm_forward", x.dtype, len(rstd), width, x, added, weight, eps, total, normed, rstd)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         ctx.has_added = added is not None
@@ -82,12 +86,12 @@ class _RMSNorm(torch.autograd.Function):
         total, weight, rstd = ctx.saved_tensors
         parts, dx = torch.empty(-(-len(rstd) // PIECE_ROWS), total.shape[-1]), torch.empty_like(total)
         sizes = len(rstd), total.shape[-1], PIECE_ROWS
-        call("rms_norm_backward", *sizes, total, weight, rstd, dnormed, dtotal, dx, parts)
+        call("rms_norm_backward", total.dtype, *sizes, total, weight, rstd, dnormed, dtotal, dx, parts)
         return dx, dx if ctx.has_added else None, parts.sum(0), None
 
 
 def rms_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor, added_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`x + added` (or x) and its norm, both of bfloat16."""
+    """`x + added` (or x) and its norm, both of the dtype of x."""
     assert norm.weight is not None
     assert norm.eps is not None
     return _RMSNorm.apply(x_BTD, added_BTD, norm.weight.float(), norm.eps)  # type: ignore[no-any-return, no-untyped-call]
@@ -98,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x, width = as_rows(x), x.shape[-1] // 2
         y = x.new_empty(*x.shape[:-1], width)
-        call("swiglu_forward", y.numel() // width, width, x, y)
+        call("swiglu_forward", x.dtype, y.numel() // width, width, x, y)
         ctx.save_for_backward(x)
         return y
 
@@ -107,7 +111,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,), dy = ctx.saved_tensors, as_rows(gradients[0])
         dx = torch.empty_like(x)
-        call("swiglu_backward", dy.numel() // dy.shape[-1], dy.shape[-1], x, dy, dx)
+        call("swiglu_backward", x.dtype, dy.numel() // dy.shape[-1], dy.shape[-1], x, dy, dx)
         return dx
 
 
@@ -126,7 +130,7 @@ class _Attend(torch.autograd.Function):
         kept = qkv, *others, mixed, log_sums
         ctx.save_for_backward(*kept)
         ctx.heads, ctx.eps = heads, eps
-        call("attention_forward", _description(heads, eps, kept))
+        call("attention_forward", torch.bfloat16, _description(heads, eps, kept))
         return mixed
 
     @staticmethod
@@ -135,7 +139,7 @@ class _Attend(torch.autograd.Function):
         qkv, q_norm, *_ = kept = ctx.saved_tensors
         dmixed, dqkv, (_, G, K) = as_rows(gradients[0]), torch.empty_like(qkv), ctx.heads
         parts = torch.empty(qkv.shape[0] * G, 2, K)
-        call("attention_backward", _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
+        call("attention_backward", torch.bfloat16, _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
         dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
         return None, None, dqkv, dq_norm, dk_norm, None, None
 
@@ -144,6 +148,37 @@ def _description(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> Atten
     qkv, q_norm, k_norm, rotary, starts, mixed, log_sums = kept
     given = (*qkv.shape[:2], *heads, qkv, q_norm, k_norm, eps, rotary[0], rotary[1], starts, mixed, log_sums)
     return AttentionArguments(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
+
+
+class _Position(torch.autograd.Function):
+    """Of the same but the starts: queries, keys and values, normed and turned, each of shape (B, T, heads, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Sequence[int], eps: float, qkv: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+        qkv, (B, T), (H, G, K) = as_rows(qkv), qkv.shape[:2], heads
+        kept = qkv, *others
+        ctx.save_for_backward(*kept)
+        ctx.heads, ctx.eps = heads, eps
+        made = tuple(qkv.new_empty(B, T, num, K) for num in (H, G, G))
+        call("position_forward", qkv.dtype, _positions(heads, eps, kept), *made)
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_norm, *_ = kept = ctx.saved_tensors
+        given, dqkv = [as_rows(gradient) for gradient in gradients], torch.empty_like(qkv)
+        parts = torch.empty(-(-qkv.shape[0] * qkv.shape[1] // PIECE_ROWS), 2, ctx.heads[-1])
+        call("position_backward", qkv.dtype, _positions(ctx.heads, ctx.eps, kept), PIECE_ROWS, *given, dqkv, parts)
+        dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
+        return None, None, dqkv, dq_norm, dk_norm, None
+
+
+def _positions(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> HeadsArguments:
+    qkv, q_norm, k_norm, rotary = kept
+    B, T = qkv.shape[:2]
+    given = (B * T, T, *heads, qkv, q_norm, k_norm, eps, rotary[0], rotary[1])
+    return HeadsArguments(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
 
 
 def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
@@ -162,7 +197,19 @@ def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT:
     norms = (attention.q_norm, attention.k_norm)
     weights = [norm.weight.float() if isinstance(norm, torch.nn.RMSNorm) else None for norm in norms]
     eps = getattr(attention.q_norm, "eps", 0.0)
-    return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, starts_BT)  # type: ignore[no-any-return, no-untyped-call]
+    if qkv_BTC.dtype == torch.bfloat16:
+        return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, starts_BT)  # type: ignore[no-any-return, no-untyped-call]
+    made = _Position.apply(heads, eps, qkv_BTC, *weights, rotary_2TK)  # type: ignore[no-untyped-call]
+    mask_B1TS = None
+    if starts_BT is not None:
+        positions_T = torch.arange(starts_BT.shape[1], dtype=torch.int32)
+        seen_BTS = (starts_BT[:, :, None] <= positions_T) & (positions_T <= positions_T[:, None])
+        mask_B1TS = seen_BTS[:, None]
+    q_BHTK, k_BHSK, v_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in made)
+    mixed_BHTK = F.scaled_dot_product_attention(
+        q_BHTK, k_BHSK, v_BHSK, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=heads[0] != heads[1]
+    )
+    return mixed_BHTK.transpose(1, 2).flatten(2)
 
 
 def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
@@ -187,7 +234,7 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
     logits_NV, targets_N = as_rows(logits_NV), targets_N.long().contiguous()
     losses_N, gradient_NV = torch.empty(N), torch.empty_like(logits_NV)
     scales_N = torch.where(targets_N != IGNORED, scales_N, 0.0).float()
-    call("cross_entropy", N, V, logits_NV, targets_N, scales_N, losses_N, gradient_NV)
+    call("cross_entropy", logits_NV.dtype, N, V, logits_NV, targets_N, scales_N, losses_N, gradient_NV)
     return losses_N.sum(), gradient_NV
 
 
@@ -195,38 +242,18 @@ def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
     """`to += dy^T x` in place, in float32."""
     assert to_RC.dtype == torch.float32
     assert to_RC.is_contiguous()
-    call("weight_gradient", len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), True, to_RC)
+    if dy_NR.dtype == torch.float32:
+        to_RC.addmm_(dy_NR.mT, x_NC)
+    else:
+        call("weight_gradient", dy_NR.dtype, len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), True, to_RC)
 
 
-FUNCTIONS = TrainingFunctions(
-    train_block, final_norm, chunk_loss, add_product, masks_by_start=True, dtype=torch.bfloat16
-)
+FUNCTIONS = {
+    dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, masks_by_start=True, dtype=dtype)
+    for dtype in SOURCES
+}
 
 
-def muon_average(gradients: list[Tensor], averages_NRC: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
-    """`average_gradients` of optim.py."""
-    assert averages_NRC.is_contiguous()
-    ahead_NRC = torch.empty_like(averages_NRC, dtype=dtype)
-    places, kept = places_of(gradients)
-    call("muon_average", len(kept), kept[0].numel(), places, momentum, averages_NRC, as_rows(ahead_NRC))
-    return ahead_NRC
-
-
-def muon_orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """`orthogonalise` of optim.py, about twice as fast: symmetric products by halves, and none that can be saved."""
-    if len(matrices_NRC) < torch.get_num_threads():  # each thread takes whole matrices
-        return orthogonalise(matrices_NRC, dtype)
-    matrices_NRC = as_rows(matrices_NRC.to(dtype))
-    result_NRC, coefficients = torch.empty_like(matrices_NRC), torch.tensor(POLAR_EXPRESS)
-    call("muon_orthogonalise", *matrices_NRC.shape, matrices_NRC, len(coefficients), coefficients, result_NRC)
-    return result_NRC
-
-
-def muon_move(weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: float) -> None:
-    """`move_weights` of optim.py."""
-    places, kept = places_of(weights)
-    assert all(a is b for a, b in zip(weights, kept, strict=True))
-    call("muon_move", len(kept), kept[0].numel(), places, as_rows(updates_NRC), decay, rate)
-
-
-MUON = MuonFunctions(muon_average, muon_orthogonalise, muon_move)
+def muon_functions(functions: TrainingFunctions) -> MuonFunctions:
+    """Muon's part of a step that computes with these functions."""
+    return MUON if functions is FUNCTIONS[torch.bfloat16] else MuonFunctions()

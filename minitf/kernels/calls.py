@@ -1,4 +1,4 @@
-"""The C sources of the kernels as a library, and how tensors are handed to it."""
+"""The C sources of the kernels as a library for each dtype, and how tensors are handed to it."""
 
 import ctypes
 import functools
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from minitf.c_library import compiled_library
 
-SOURCES = [Path(__file__).with_name(name) for name in ("linear.c", "rows.c", "attention.c", "muon.c")]
+SOURCES = {
+    torch.bfloat16: ("linear.c", "rows.c", "attention.c", "muon.c"),  # with AVX-512 BF16
+    torch.float32: ("float32.c",),  # on any processor
+}
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -25,31 +28,52 @@ class AttentionArguments(ctypes.Structure):
     ]
 
 
-ARGUMENTS: dict[str, list[Any]] = {
-    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
+class HeadsArguments(ctypes.Structure):
+    _fields_ = [
+        *[(name, _INT) for name in "NTHGK"],
+        *[(name, _POINTER) for name in ("qkv", "q_norm", "k_norm")],
+        ("eps", _FLOAT),
+        *[(name, _POINTER) for name in ("cosines", "sines")],
+    ]
+
+
+_IN_BOTH: dict[str, list[Any]] = {
     "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
     "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
     "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
     "swiglu_backward": [_INT, _INT, _POINTER, _POINTER, _POINTER],
     "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
+}
+_IN_BFLOAT16: dict[str, list[Any]] = {
+    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
     "attention_forward": [ctypes.POINTER(AttentionArguments)],
     "attention_backward": [ctypes.POINTER(AttentionArguments), _POINTER, _POINTER, _POINTER],
     "muon_average": [_INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER],
     "muon_orthogonalise": [_INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
     "muon_move": [_INT, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT],
 }
+_IN_FLOAT32: dict[str, list[Any]] = {
+    "position_forward": [ctypes.POINTER(HeadsArguments), _POINTER, _POINTER, _POINTER],
+    "position_backward": [ctypes.POINTER(HeadsArguments), _INT, *[_POINTER] * 5],
+}
+ARGUMENTS = {torch.bfloat16: _IN_BOTH | _IN_BFLOAT16, torch.float32: _IN_BOTH | _IN_FLOAT32}
 
 
 @functools.cache
-def library() -> ctypes.CDLL | str:
-    """The C sources as a library, compiled now or earlier, or why there is none."""
-    if "avx512_bf16" not in _processor_flags():
-        return "the processor has no AVX-512 BF16"
+def library(dtype: torch.dtype) -> ctypes.CDLL | str:
+    """The C sources for activations of a dtype as a library, compiled now or earlier, or why there is none."""
+    if dtype not in SOURCES:
+        return f"the C kernels do not compute in {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and "avx512_bf16" not in _processor_flags():
+        return "the processor has no AVX-512 BF16, with which the C kernels compute in bf16; set trainer.precision=fp32"
     # The threads must be those PyTorch has, which are gcc's: two sets of them would wait for work on the same cores.
     shared = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    found = compiled_library(SOURCES, ["-fopenmp", "-Wl,--as-needed", *shared], "gcc")
+    if not shared:
+        return "this PyTorch does not bring gcc's threads (libgomp), which the C kernels share with it"
+    sources = [Path(__file__).with_name(name) for name in SOURCES[dtype]]
+    found = compiled_library(sources, ["-fopenmp", "-Wl,--as-needed", *shared], "gcc")
     if not isinstance(found, str):
-        for name, types in ARGUMENTS.items():
+        for name, types in ARGUMENTS[dtype].items():
             function = getattr(found, name)
             function.argtypes, function.restype = types, None
     return found
@@ -63,15 +87,16 @@ def _processor_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def call(name: str, *arguments: Any) -> None:
-    found = library()
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """A function of the library for `dtype`."""
+    found = library(dtype)
     assert not isinstance(found, str)
     getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
 def as_rows(x: Tensor) -> Tensor:
     """x as C reads it."""
-    assert x.dtype == torch.bfloat16
+    assert x.dtype in SOURCES
     assert x.device.type == "cpu"
     return x.contiguous()
 
