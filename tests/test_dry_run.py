@@ -9,6 +9,7 @@ import pytest
 from conftest import train_here
 
 from minitf.dry_run import longest_document
+from minitf.hardware import PRECISIONS
 from minitf.kernels import calls
 
 
@@ -41,11 +42,12 @@ def test_what_it_says_is_what_the_run_then_is(
 
 
 def test_it_computes_as_the_run_would(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing = isinstance(calls.library(), str)
-    for compilation, words in (("auto", "not compiled" if missing else "by C kernels"), ("true", "not compiled")):
-        settings = ["trainer.precision=bf16", f"trainer.compile={compilation}", "trainer.dry_run=true"]
-        assert train_here(*tiny, *settings) == 0
-        assert report(capsys)["step"].endswith(f"on cpu in bfloat16, {words}")
+    for precision, dtype in PRECISIONS.items():
+        native = "not compiled" if isinstance(calls.library(dtype), str) else "by C kernels"
+        for compilation, words in (("auto", native), ("true", "not compiled")):
+            settings = [f"trainer.precision={precision}", f"trainer.compile={compilation}", "trainer.dry_run=true"]
+            assert train_here(*tiny, *settings) == 0
+            assert report(capsys)["step"].endswith(f"on cpu in {str(dtype).removeprefix('torch.')}, {words}")
 
 
 def test_the_time_decides_the_steps_as_in_the_run(
