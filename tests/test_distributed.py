@@ -150,9 +150,7 @@ def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], 
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")
     assert done.returncode == 0, done.stderr
     assert "C kernels" in done.stderr
-    near = {"fp32": TOLERANCE, "bf16": 0.02}[
-        precision
-    ]  # FSDP rounds the gradients to bf16, as the weights it hands over
+    near = {"fp32": TOLERANCE, "bf16": 0.02}[precision]  # FSDP rounds gradients like weights
     assert [row["loss"] for row in rows("two")] == pytest.approx([row["loss"] for row in rows("one")], abs=near)
 
 

@@ -258,7 +258,7 @@ def test_a_model_learns_the_same_by_them(settings: dict[str, object], packed: bo
     assert native_loss == pytest.approx(loss, rel=near(dtype, 0.003))
     assert plain_loss == pytest.approx(loss, rel=near(dtype, 0.003))
     assert off(native, exact) < near(dtype, 0.03)
-    assert off(native, exact) < 1.1 * off(plain, exact)
+    assert off(native, exact) < max(1e-5, 1.1 * off(plain, exact))
     model.activation_checkpointing = True
     assert torch.equal(gradients_of(model, packed)[1], native)
 
