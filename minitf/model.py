@@ -87,6 +87,16 @@ class ModelConfig:
         check_scaling(self.rope_scaling)
 
 
+class Embedding(nn.Embedding):
+    """A row of weights for each token."""
+
+    def reset_parameters(self) -> None:
+        # On the meta device, where shapes are looked up, there is nothing to draw, and to find that out PyTorch imports
+        # its compiler: 1 to 3 s of every start.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`."""
 
@@ -170,12 +180,13 @@ class Transformer(nn.Module):
         self.through_hooks = False  # whether blocks are called as modules, for the hooks of FSDP
         self.functions = TrainingFunctions()
         self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
-        self.model.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.model.embed_tokens = Embedding(vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
-        rotary = rotary_table(config.head_dim, config.context_length, config.rope_theta, config.rope_scaling)
-        self.register_buffer("rotary", rotary, persistent=False)
+        with torch.device("cpu"):  # the same numbers on every device, and not on the meta device, as above
+            rotary = rotary_table(config.head_dim, config.context_length, config.rope_theta, config.rope_scaling)
+        self.register_buffer("rotary", rotary.to(self.model.embed_tokens.weight.device), persistent=False)
         self.rotary: Tensor
         self.initialise()
 
@@ -187,6 +198,8 @@ class Transformer(nn.Module):
         learns what to add (as in Fixup, Zhang et al., 2019).
         """
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):

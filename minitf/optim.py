@@ -2,13 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from minitf.distributed import ALONE, Group
 from minitf.errors import MinitfError, RequestError
@@ -115,7 +116,53 @@ class MuonFunctions:
     move_weights: Callable[[list[Tensor], Tensor, float, float], None] = move_weights
 
 
-class Muon(torch.optim.Optimizer):
+class ParameterGroups:
+    """Parameters with the settings of each group of them, and what is known of each parameter from earlier steps.
+
+    As torch.optim.Optimizer has them, which imports PyTorch's compiler when one is made: 1 to 3 s of every start.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **settings: Any) -> None:
+        """Each group has `params`; what else it does not say is as in `settings`."""
+        self.param_groups = [{**settings, **group} for group in groups]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+
+    def step(self) -> None:
+        """Move the weights that have a gradient."""
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+class AdamW(ParameterGroups):
+    """Steps as large in every direction as their gradients are steady (Loshchilov & Hutter, 2019), by PyTorch."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self.state[parameter] or self._begin(parameter) for parameter in params]
+            averages, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+            adamw(
+                params, [parameter.grad for parameter in params], averages, squares, [], steps, fused=True,
+                amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip
+
+    def _begin(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The state before the first step, under PyTorch's names."""
+        self.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+        return self.state[parameter]
+
+
+class Muon(ParameterGroups):
     """Momentum, orthogonalised (Jordan et al., 2024): every direction of a matrix moves at the same rate.
 
     Matrices of one shape are stacked and orthogonalised together. The factor sqrt(max(1, rows / columns)) is the
@@ -138,12 +185,12 @@ class Muon(torch.optim.Optimizer):
         for parameter in params:
             by_shape[parameter.shape].append(parameter)
         groups = [{"params": group} for group in by_shape.values()]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.dtype, self.processes = dtype, processes
         self.functions = MuonFunctions()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         started: tuple[dict[str, Any], Callable[[], Tensor]] | None = None
         for group in self.param_groups:
             updates = self._begin(group)
@@ -187,7 +234,7 @@ class Optimizer:
             else:
                 matrices.append(parameter)
         self.parameters = matrices + embeddings + vectors
-        self.optimizers: list[torch.optim.Optimizer] = []
+        self.optimizers: list[ParameterGroups] = []
         adamw_groups: list[dict[str, Any]] = [
             {"params": embeddings, "weight_decay": 0.0},
             {"params": vectors, "weight_decay": 0.0},
@@ -197,11 +244,7 @@ class Optimizer:
             self.optimizers.append(Muon(matrices, lr, config.momentum, config.weight_decay, dtype, processes))
         else:
             adamw_groups.append({"params": matrices, "weight_decay": config.weight_decay})
-        self.optimizers.append(
-            torch.optim.AdamW(
-                adamw_groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), eps=1e-10, fused=True
-            )
-        )
+        self.optimizers.append(AdamW(adamw_groups, lr=config.learning_rate, betas=config.betas, eps=1e-10))
         self.peaks = [group["lr"] for group in self.groups()]
         self.factor = 1.0
 
@@ -269,5 +312,4 @@ class Optimizer:
                         raise ValueError(f"optimizer state {name} has shape {tuple(value.shape)}")
                     if value.dim():
                         value = shard_like(value, parameter)
-                    # AdamW keeps its step counts on the CPU unless told otherwise; fused wants them with the weights.
                     optimizer.state[parameter][name.removeprefix(prefix)] = value.to(parameter.device).clone()

@@ -141,7 +141,10 @@ def test_compiled_blocks_and_recomputed_activations_give_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "precision"), [("ddp", "fp32"), ("fsdp", "bf16")])
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("ddp", "bf16"), ("fsdp", "bf16"), pytest.param("ddp", "fp32", marks=pytest.mark.machines)],
+)
 def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], strategy: str, precision: str) -> None:
     if isinstance(missing := calls.library(PRECISIONS[precision]), str):
         pytest.skip(missing)
@@ -150,7 +153,8 @@ def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], 
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")
     assert done.returncode == 0, done.stderr
     assert "C kernels" in done.stderr
-    near = {"fp32": TOLERANCE, "bf16": 0.02}[precision]  # FSDP rounds gradients like weights
+    # FSDP rounds the gradients to bf16, like the weights it hands over.
+    near = {"fp32": TOLERANCE, "bf16": 0.005 if strategy == "ddp" else 0.02}[precision]
     assert [row["loss"] for row in rows("two")] == pytest.approx([row["loss"] for row in rows("one")], abs=near)
 
 

@@ -67,7 +67,7 @@ def test_every_console_command_says_how_it_is_used(installed: Path, workdir: Pat
 @pytest.mark.slow
 def test_a_model_is_trained_and_used_in_an_empty_folder(installed: Path, workdir: Path, tiny: list[str]) -> None:
     settings = [word for word in tiny if not word.startswith("data")]
-    done = run(installed, workdir, shlex.join(["train", "experiment=quick", *settings]))
+    done = run(installed, workdir, shlex.join(["train", "experiment=quick", *settings, "trainer.eval_tokens=1000"]))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in workdir.iterdir()] == ["runs"]
     assert "python -m minitf.generate" in done.stderr
