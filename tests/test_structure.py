@@ -107,6 +107,19 @@ assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_neither_training_nor_writing_imports_the_compiler(workdir: Path, tiny: list[str]) -> None:
+    """A second or three of every start; some of PyTorch's functions import it in passing."""
+    code = f"""
+import sys
+from minitf import generate, train
+train.main({[*tiny, "trainer.max_steps=1", "trainer.sample_tokens=2", "trainer.attention_every=1"]!r})
+generate.main(["The cat", "--max-tokens", "2"])
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
 def test_the_benchmark_loads_nothing_before_it_measures() -> None:
     """Its children are measured: what the parent imports must not be in them, nor slow `--list` down."""
     names = [path.stem for path in sorted((PACKAGE / "benchmark").glob("*.py")) if path.stem != "__init__"]
