@@ -14,9 +14,10 @@ def unavailable(*packages: str) -> str | None:
 
 
 def train(
-    shape: Mapping[str, Any], vocab_size: int, batch_size: int, num_steps: int, work: str, device: str = "cpu"
-) -> dict[str, Any]:
-    """Seconds of each step of `Trainer` with bf16=True and its other defaults, on random tokens."""
+    shape: Mapping[str, Any], vocab_size: int, batch_size: int, num_steps: int, work: str, precision: str = "bf16",
+    device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds of each step of `Trainer` in that precision, with its other defaults, on random tokens."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -45,7 +46,7 @@ def train(
     ids = torch.randint(vocab_size, (batch_size * (num_steps + 1), shape["context_length"]))
     rows = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(
-        output_dir=work, bf16=True, use_cpu=device == "cpu", per_device_train_batch_size=batch_size,
+        output_dir=work, bf16=precision == "bf16", use_cpu=device == "cpu", per_device_train_batch_size=batch_size,
         max_steps=num_steps, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()

@@ -9,7 +9,7 @@ from typing import Any
 from minitf.benchmark import hugging_face, nanogpt
 from minitf.benchmark.comparison import Row, in_turn
 from minitf.benchmark.library import ENVIRONMENT
-from minitf.benchmark.machine import best_peak, peak
+from minitf.benchmark.machine import best_peak, faster_precision, peak
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
 from minitf.benchmark.text import write_text
@@ -80,15 +80,15 @@ def throughput(request: Request, report: Report) -> None:
     else:
         checkout, dataset = request.nanogpt, nanogpt.write_dataset(text, request.work / "nanogpt-data")
         sides["nanoGPT"] = lambda round_: nanogpt_speed(request, checkout, dataset, shape, batch_size)
+    precision = faster_precision()
     missing = hugging_face.unavailable("transformers", "accelerate")
     if missing:
         report.skip("Hugging Face Trainer", missing)
     else:
-        sides["HF Trainer bf16"] = lambda round_: hugging_face_speed(request, shape, batch_size)
+        sides[f"HF Trainer {precision}"] = lambda round_: hugging_face_speed(request, shape, batch_size, precision)
     sides["peak"] = lambda round_: peak(request)
     results = in_turn(sides, request.repeats, report.say)
     peaks = results.pop("peak")
-    precision = best_peak(peaks)
     cost = in_child("library:flops_per_token", {"shape": shape, "vocab_size": 65})
     for name in ("minitf", "minitf adamw"):
         speeds = [result["tokens_per_s"] for result in results[name]]
@@ -150,11 +150,11 @@ def nanogpt_speed(
     return {"tokens_per_s": speed, "ms": ms, "wall_s": run.wall_s}
 
 
-def hugging_face_speed(request: Request, shape: dict[str, int], batch_size: int) -> dict[str, Any]:
+def hugging_face_speed(request: Request, shape: dict[str, int], batch_size: int, precision: str) -> dict[str, Any]:
     """Tokens/s of the Hugging Face Trainer's median step after its first five."""
     arguments = {
         "shape": shape, "vocab_size": 65, "batch_size": batch_size, "num_steps": 6 if request.quick else 20,
-        "work": str(request.work / "hugging-face"),
+        "work": str(request.work / "hugging-face"), "precision": precision,
     }  # fmt: skip
     result = in_child("hugging_face:train", arguments)
     seconds = result["seconds"][2 if request.quick else 5 :]
