@@ -27,7 +27,6 @@ from minitf.attention import (
     joint_linear,
     packed_mask,
     rotary_table,
-    segment_starts,
 )
 from minitf.errors import RequestError
 from minitf.loss import add_product, chunk_loss, linear_cross_entropy
@@ -151,15 +150,15 @@ def final_norm(norm: nn.Module, x_BTD: Tensor) -> Tensor:
 class TrainingFunctions:
     """What a training step spends its time in: the functions above, or faster ones that compute the same.
 
-    With `masks_by_start` the block takes, instead of a mask, the first key each query sees, starts_BT (None: 0), and
-    the rotary table in float32. They serve activations of `dtype` (None: of any).
+    Those with `visible` take, instead of a mask, what that makes of segments_BT (None: all that came before), and the
+    rotary table in float32. They serve activations of `dtype` (None: of any).
     """
 
     train_block: Callable[..., Tensor] = train_block
     final_norm: Callable[..., Tensor] = final_norm
     chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
     add_product: Callable[[Tensor, Tensor, Tensor], None] = add_product
-    masks_by_start: bool = False
+    visible: Callable[[Tensor], Tensor] | None = None
     dtype: torch.dtype | None = None
 
 
@@ -240,7 +239,7 @@ class Transformer(nn.Module):
     @property
     def attention_path(self) -> str:
         """How a training step computes attention: native (by the C kernels), explicit or sdpa."""
-        if self.usable_functions.masks_by_start:
+        if self.usable_functions.visible:
             return "native"
         return "explicit" if self.explicit_attention else "sdpa"
 
@@ -284,8 +283,8 @@ class Transformer(nn.Module):
         plain = cache is not None or weights is not None
         functions = TrainingFunctions() if plain else self.usable_functions
         mask: Tensor | None = None
-        if functions.masks_by_start:
-            mask = None if segments_BT is None else segment_starts(segments_BT)
+        if functions.visible:
+            mask = None if segments_BT is None else functions.visible(segments_BT)
         elif cache is not None and cache.starts_B is not None:
             positions_S = torch.arange(start + T, device=self.device)
             segments_BS = (positions_S >= cache.starts_B[:, None]).int()
@@ -295,7 +294,7 @@ class Transformer(nn.Module):
         elif explicit:
             mask = causal_mask(T, start + T, self.device, self.compute_dtype)
         rotary_2TK = self.rotary[:, start : start + T]
-        rotary_2TK = rotary_2TK if functions.masks_by_start else rotary_2TK.to(self.compute_dtype)
+        rotary_2TK = rotary_2TK if functions.visible else rotary_2TK.to(self.compute_dtype)
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
         for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]
             if plain:

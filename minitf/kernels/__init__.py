@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitf.attention import Attention, Linear
+from minitf.attention import Attention, Linear, packed_mask, segment_starts
 from minitf.kernels.calls import SOURCES, AttentionArguments, HeadsArguments, as_rows, call, library
 from minitf.kernels.muon import MUON
 from minitf.loss import IGNORED
@@ -39,7 +39,9 @@ def obstacle(model: Transformer) -> str | None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        x, weight = as_rows(x), torch.cat([weight.to(x.dtype) for weight in weights])
+        x, weight = as_rows(x), weights[0].to(x.dtype)
+        if len(weights) > 1:
+            weight = torch.cat([weight.to(x.dtype) for weight in weights])
         ctx.save_for_backward(x, weight)
         ctx.kinds = [(len(weight), weight.dtype) for weight in weights]
         return F.linear(x, weight)
@@ -181,43 +183,35 @@ def _positions(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> HeadsAr
     return HeadsArguments(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
 
 
-def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
+def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, visible: Tensor | None) -> Tensor:
     """From queries, keys and values as their product made them to mixed_BTC: norm, positions, match, weigh, gather.
 
     C are the channels of heads side by side: of all queries, then all keys, then all values; of what is gathered.
-    `rotary_2TK` is of float32; `starts_BT`, of int32, is the first key each query sees, ascending in a row; None: 0.
+    `rotary_2TK` is of float32; `visible` what VISIBLE makes of segments for this dtype, or None.
     """
     assert rotary_2TK.dtype == torch.float32
     assert rotary_2TK[0].is_contiguous()
-    if starts_BT is not None:
-        assert starts_BT.dtype == torch.int32
-        starts_BT = starts_BT.contiguous()
     K = attention.head_dim
     heads = attention.q_proj.out_features // K, attention.k_proj.out_features // K, K
     norms = (attention.q_norm, attention.k_norm)
     weights = [norm.weight.float() if isinstance(norm, torch.nn.RMSNorm) else None for norm in norms]
     eps = getattr(attention.q_norm, "eps", 0.0)
     if qkv_BTC.dtype == torch.bfloat16:
-        return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, starts_BT)  # type: ignore[no-any-return, no-untyped-call]
+        return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, visible)  # type: ignore[no-any-return, no-untyped-call]
     made = _Position.apply(heads, eps, qkv_BTC, *weights, rotary_2TK)  # type: ignore[no-untyped-call]
-    mask_B1TS = None
-    if starts_BT is not None:
-        positions_T = torch.arange(starts_BT.shape[1], dtype=torch.int32)
-        seen_BTS = (starts_BT[:, :, None] <= positions_T) & (positions_T <= positions_T[:, None])
-        mask_B1TS = seen_BTS[:, None]
     q_BHTK, k_BHSK, v_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in made)
     mixed_BHTK = F.scaled_dot_product_attention(
-        q_BHTK, k_BHSK, v_BHSK, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=heads[0] != heads[1]
+        q_BHTK, k_BHSK, v_BHSK, visible, is_causal=visible is None, enable_gqa=heads[0] != heads[1]
     )
     return mixed_BHTK.transpose(1, 2).flatten(2)
 
 
-def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, starts_BT: Tensor | None) -> Tensor:
+def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, visible: Tensor | None) -> Tensor:
     """`Block.forward` on the training path."""
     attention, mlp = block.self_attn, block.mlp
     x_BTD, normed_BTD = rms_norm(block.input_layernorm, x_BTD)
     qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
-    mixed_BTD = linear(attend(attention, qkv_BTC, rotary_2TK, starts_BT), attention.o_proj)
+    mixed_BTD = linear(attend(attention, qkv_BTC, rotary_2TK, visible), attention.o_proj)
     x_BTD, normed_BTD = rms_norm(block.post_attention_layernorm, x_BTD, block.dropout(mixed_BTD))
     hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
     return x_BTD + block.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
@@ -248,8 +242,15 @@ def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
         call("weight_gradient", dy_NR.dtype, len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), True, to_RC)
 
 
+def _mask(segments_BT: Tensor) -> Tensor:
+    """Of shape (B, 1, T, S), True where a query may look."""
+    return packed_mask(segments_BT, segments_BT, torch.bool)[:, None]
+
+
+# From segments_BT to what of them `attend` takes: in bfloat16 the first key each query sees, in float32 a mask.
+VISIBLE = {torch.bfloat16: segment_starts, torch.float32: _mask}
 FUNCTIONS = {
-    dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, masks_by_start=True, dtype=dtype)
+    dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, visible=VISIBLE[dtype], dtype=dtype)
     for dtype in SOURCES
 }
 
