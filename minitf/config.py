@@ -7,7 +7,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +184,11 @@ def check_sweep(overrides: Sequence[str]) -> None:
 
 def flat(config: Config) -> dict[str, Any]:
     """All settings as one level of `section.key`; what is no number, truth or text as the text of it."""
-    container = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(container, dict)
     result: dict[str, Any] = {}
-    for key, value in container.items():
-        inner = {f"{key!s}.{name!s}": setting for name, setting in value.items()} if isinstance(value, dict) else None
-        result |= inner if inner is not None else {str(key): value}
+    for key, value in asdict(config).items():
+        result |= (
+            {f"{key}.{name}": setting for name, setting in value.items()} if isinstance(value, dict) else {key: value}
+        )
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in result.items()}
 
 

@@ -85,7 +85,7 @@ def tiny(text_file: Path) -> list[str]:
         "data=text", f"data.files=[{text_file}]", "tokenizer=byte",
         *(f"model.{key}={value}" for key, value in SHAPE.items()),
         "trainer.batch_size=4", "trainer.max_steps=6", "trainer.log_every=1", "trainer.eval_every=3",
-        "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.device=cpu", "trainer.precision=fp32",
+        "trainer.eval_tokens=512", "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.device=cpu", "trainer.precision=fp32",
         "trainer.compile=false",
     ]  # fmt: skip
 
@@ -118,7 +118,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Pa
     run = root / "runs" / "tiny" / "one"
     changes = ["trainer.attention_every=3", "trainer.sample_tokens=8", "trainer.max_steps=40", "trainer.eval_every=20"]
     probes = 'attention.probes=["The cat sat on the mat.","Sir, go = on"]'
-    assert train_here(*tiny, *changes, probes, f"run_dir={run}") == 0
+    assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir={run}") == 0
     return run
 
 
