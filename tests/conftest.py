@@ -85,8 +85,8 @@ def tiny(text_file: Path) -> list[str]:
         "data=text", f"data.files=[{text_file}]", "tokenizer=byte",
         *(f"model.{key}={value}" for key, value in SHAPE.items()),
         "trainer.batch_size=4", "trainer.max_steps=6", "trainer.log_every=1", "trainer.eval_every=3",
-        "trainer.eval_tokens=512", "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.device=cpu", "trainer.precision=fp32",
-        "trainer.compile=false",
+        "trainer.eval_tokens=512", "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.device=cpu",
+        "trainer.precision=fp32", "trainer.compile=false",
     ]  # fmt: skip
 
 

@@ -468,7 +468,7 @@ def test_init_from_takes_weights_shape_and_tokenizer(workdir: Path, tiny: list[s
     assert load_checkpoint("run").tokenizer.to_json() == load_checkpoint(trained_run).tokenizer.to_json()
     assert rows("run", "train")[0]["loss"] == pytest.approx(rows(trained_run, "val")[-1]["loss"], abs=0.3)
     assert train_here("resume=run", "trainer.max_steps=8") == 0
-    still = ["optim.learning_rate=0", "optim.matrix_learning_rate=0"]
+    still = ["optim.learning_rate=0", "optim.matrix_learning_rate=0", "trainer.eval_tokens=100000"]
     assert train_here(*own_shape(tiny), *still, "run_dir=still", f"init_from={trained_run}") == 0
     assert rows("still", "val")[-1]["loss"] == pytest.approx(rows(trained_run, "val")[-1]["loss"], rel=1e-6)
 
