@@ -1,6 +1,8 @@
 """The C kernels compute what attention.py, model.py, loss.py and optim.py compute, as exactly as their dtype allows."""
 
+import ctypes
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,6 +217,20 @@ def test_the_loss_and_its_gradients(V: int, monkeypatch: pytest.MonkeyPatch, dty
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=near(dtype, 0.003))
     for mine, theirs in zip(gradients, torch.autograd.grad(wanted, exact), strict=True):
         assert off(mine, theirs) < near(dtype, 0.01)
+
+
+@pytest.mark.parametrize("dtype", calls.SOURCES, ids=str)
+def test_python_and_c_agree_on_the_arguments(dtype: torch.dtype) -> None:
+    """Also where the processor cannot run them: an argument more or less is memory read at random."""
+    place = Path(calls.__file__).parent
+    source = "".join((place / name).read_text(encoding="utf-8") for name in calls.SOURCES[dtype])
+    kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int64, "float": ctypes.c_float}
+    found = {}
+    for name, parameters in re.findall(r"^void (\w+)\(([^)]*)\) {", source, re.MULTILINE):
+        words = [parameter.replace("const ", "").split() for parameter in parameters.split(",")]
+        found[name] = [ctypes.c_void_p if "*" in last else kinds[first] for first, *_, last in words]
+    for name, types in calls.ARGUMENTS[dtype].items():
+        assert [t if t in kinds.values() else ctypes.c_void_p for t in types] == found[name], name
 
 
 def test_starts_say_what_the_mask_says() -> None:
