@@ -24,9 +24,11 @@ from minitf.training_step import TrainingStep
 
 BF16 = torch.bfloat16
 
+pytestmark = pytest.mark.usefixtures("bf16_kernels")
+
 
 @pytest.fixture(params=[BF16, torch.float32], ids=["bf16", "fp32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+def dtype(request: pytest.FixtureRequest, bf16_kernels: None) -> torch.dtype:
     if isinstance(missing := calls.library(request.param), str):
         pytest.skip(missing)
     return request.param  # type: ignore[no-any-return]
@@ -372,6 +374,8 @@ def test_a_run_goes_on_with_them(
         *tiny,
         f"trainer.precision={precision}",
         "trainer.max_steps=6",
+        "trainer.eval_every=6",
+        "trainer.eval_tokens=64",
         "trainer.log_every=1",
         "trainer.save_every=3",
     ]

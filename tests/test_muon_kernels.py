@@ -9,7 +9,12 @@ from minitf.kernels import calls
 from minitf.kernels.muon import muon_average, muon_move, muon_orthogonalise
 from minitf.optim import average_gradients, move_weights, orthogonalise
 
-pytestmark = pytest.mark.skipif(isinstance(calls.library(BF16), str), reason=f"no kernels here: {calls.library(BF16)}")
+
+
+@pytest.fixture(autouse=True)
+def _kernels(bf16_kernels: None) -> None:
+    if isinstance(missing := calls.library(BF16), str):
+        pytest.skip(missing)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (40, 17), (96, 64), (33, 4096)])
@@ -45,10 +50,10 @@ def spectrum(kind: str, N: int, R: int, C: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["flat", "steep", "low rank", "ruled"])
 @pytest.mark.parametrize(
-    "shape", [(32, 32), (96, 32), (256, 704), (704, 256), (100, 70), (7, 200), (1, 40), (5, 1), (128, 32)]
+    "shape", [(32, 32), (96, 32), (256, 704), (352, 144), (100, 70), (7, 200), (1, 40), (5, 1), (128, 32)]
 )
 def test_matrices_are_orthogonalised_as_well_as_by_full_products(shape: tuple[int, int], kind: str) -> None:
-    matrices = spectrum(kind, max(8, torch.get_num_threads()), *shape).to(BF16)
+    matrices = spectrum(kind, max(3, torch.get_num_threads()), *shape).to(BF16)
     exact = orthogonalise(matrices, torch.float64)
     native, plain = muon_orthogonalise(matrices, BF16), orthogonalise(matrices, BF16)
     if kind != "low rank":  # of few directions each weighs much, and any value from 0.79 to 1.21 is as good
