@@ -10,7 +10,6 @@ from minitf.kernels.muon import muon_average, muon_move, muon_orthogonalise
 from minitf.optim import average_gradients, move_weights, orthogonalise
 
 
-
 @pytest.fixture(autouse=True)
 def _kernels(bf16_kernels: None) -> None:
     if isinstance(missing := calls.library(BF16), str):
