@@ -16,7 +16,7 @@ from minitf.parallel import Parallel
 from minitf.runs import RUNS
 from minitf.task import PairsTask, Task, TextTask
 from minitf.train_state import TrainState
-from minitf.trainer import DEFAULT_MINUTES, Schedule
+from minitf.trainer import DEFAULT_MINUTES, FORWARD_ALONE, Schedule
 from minitf.training_step import TrainingStep
 
 NUM_STEPS = 3  # that are timed
@@ -39,10 +39,8 @@ def dry_run(
     num_steps = _num_steps(config, state, step_s)
     num_tokens = num_steps * tokens_per_step
     parameters = model.num_parameters()
-    schedule = Schedule.of(trainer, num_steps)
-    evaluated = min(trainer.eval_tokens, len(val)) * -(-num_steps // schedule.evaluate)
-    # Forward alone is a third of a step.
-    evaluation_s = evaluated / tokens_per_step * step_s / 3
+    evaluation = task.evaluated_tokens(trainer.eval_tokens) / tokens_per_step / FORWARD_ALONE
+    evaluation_s = evaluation * step_s * -(-num_steps // Schedule.of(trainer, num_steps, evaluation).evaluate)
     saved = 4 * parameters + sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
     kept = trainer.keep_checkpoints + 2  # beside them the best, and the one that is being written
     lines = [

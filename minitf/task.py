@@ -70,6 +70,10 @@ class Task(ABC):
         """How well the held-out part is predicted; `loss_of` takes what a `Batch` begins with."""
 
     @abstractmethod
+    def evaluated_tokens(self, max_tokens: int) -> int:
+        """How many tokens `held_out` computes, about."""
+
+    @abstractmethod
     def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
         """What the model writes in evaluation mode, and metrics of it, if there are any."""
 
@@ -119,6 +123,9 @@ class TextTask(Task):
     ) -> HeldOut:
         text = self.text
         return evaluate(loss_of, text.val, text.val_bytes, context_length, batch_size, device, max_tokens)
+
+    def evaluated_tokens(self, max_tokens: int) -> int:
+        return min(max_tokens, len(self.text.val))
 
     def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
         if not num_tokens:
@@ -178,6 +185,9 @@ class PairsTask(Task):
         return evaluate_pairs(
             loss_of, self.pairs.val, self.data.long_pairs, context_length, batch_size, device, max_tokens
         )
+
+    def evaluated_tokens(self, max_tokens: int) -> int:
+        return min(max_tokens, len(self.pairs.val.ids))
 
     def chosen(self, count: int | None) -> list[int]:
         """Held-out pairs that fit into the context, evenly spread: `count` of them, or all."""

@@ -37,8 +37,11 @@ from minitf.train_state import TrainState
 from minitf.training_step import TrainingStep
 
 DEFAULT_MINUTES = 3.0
-# Rows logged, evaluations and looks at attention in a run, unless set in steps.
-TRAIN_ROWS, EVALUATIONS, LOOKS, ALIGNMENTS = 200, 8, 10, 40
+# Rows logged, checkpoints and looks at attention in a run, unless set in steps.
+TRAIN_ROWS, SAVES, LOOKS, ALIGNMENTS = 200, 8, 10, 40
+# Evaluations: the most of these that take at most such a share of the time of the steps.
+EVALUATIONS, EVALUATED_SHARE = (8, 4, 2), 0.25
+FORWARD_ALONE = 3  # times as fast as a step
 ALIGNED = 0.8  # an alignment score from which on it is there
 NUM_SHOWN = 16  # answers in TensorBoard's table of samples
 # What a scheduler sends to every process torchrun hands on to its own once more: so soon it is the same request.
@@ -59,8 +62,8 @@ class TrainerConfig:
     activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
     compile: str = "auto"  # auto (C kernels where there are any, else torch.compile if it pays) | native | true | false
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
-    eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run
-    save_every: int = 0  # steps between checkpoints; 0: at each evaluation
+    eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run, 4 or 2 where they would take long beside it
+    save_every: int = 0  # steps between checkpoints; 0: at each evaluation, at least 8 a run unless eval_every is set
     attention_every: int = 0  # steps between looks at attention; 0: 10 a run; -1: never
     eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; all, if there are no more
     sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
@@ -97,15 +100,18 @@ class Schedule:
     align: int
 
     @classmethod
-    def of(cls, config: TrainerConfig, num_steps: int) -> "Schedule":
+    def of(cls, config: TrainerConfig, num_steps: int, evaluation: float) -> "Schedule":
+        """That of a run of `num_steps`; an evaluation takes as long as `evaluation` of them."""
+
         def every(times: int) -> int:
             return -(-num_steps // times)  # rounded up: the last one falls on the last step, not just before it
 
-        evaluate = config.eval_every or every(EVALUATIONS)
+        fitting = (times for times in EVALUATIONS if times * evaluation <= EVALUATED_SHARE * num_steps)
+        evaluations = next(fitting, EVALUATIONS[-1])
         return cls(
             log=config.log_every or every(TRAIN_ROWS),
-            evaluate=evaluate,
-            save=config.save_every or evaluate,
+            evaluate=config.eval_every or every(evaluations),
+            save=config.save_every or config.eval_every or every(SAVES),
             look=config.attention_every or every(LOOKS),
             align=every(ALIGNMENTS),
         )
@@ -139,7 +145,7 @@ class Trainer:
         self.training_step = TrainingStep(
             parallel, self.optimizer, batches, hardware, config.grad_accumulation, at_once
         )
-        self.schedule = Schedule.of(config, 1)
+        self.schedule = self._schedule(1)
         self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
         self.last_sample: tuple[str, str] | None = None
         self.origin: Mapping[str, str] = {}  # what the model card says of the model this one began as
@@ -183,6 +189,10 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.grad_accumulation * self.model.config.context_length
 
+    def _schedule(self, num_steps: int) -> Schedule:
+        evaluated = self.task.evaluated_tokens(self.config.eval_tokens)
+        return Schedule.of(self.config, num_steps, evaluated / self.tokens_per_step / FORWARD_ALONE)
+
     def _num_steps(self, step_s: float) -> int:
         minutes, steps = self.config.max_minutes, self.config.max_steps
         if minutes is None and steps is None:
@@ -196,7 +206,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step: evaluate, look, save, stop or step, log."""
         state = self.state
-        self.schedule = Schedule.of(self.config, state.num_steps)
+        self.schedule = self._schedule(state.num_steps)
         self.monitor.start(state.step, state.num_steps)
         first = state.step  # what is due at the step a run resumes from was done before it was saved
         with self._interruptible():
@@ -306,7 +316,7 @@ class Trainer:
                 choices.save(self.run_dir)
         state.num_steps_final = True
         state.num_steps = choices.corrected_num_steps
-        self.schedule = Schedule.of(config, state.num_steps)
+        self.schedule = self._schedule(state.num_steps)
         self.monitor.set_num_steps(state.num_steps)
 
     # -- evaluate, look, save ------------------------------------------------------------------------------------------

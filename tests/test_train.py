@@ -487,6 +487,16 @@ def test_max_minutes_ends_about_in_time(workdir: Path, tiny: list[str], both: bo
     assert 8 <= len(rows("run", "val")) <= 17
 
 
+def test_short_runs_evaluate_less_often_but_save_as_often(workdir: Path, tiny: list[str]) -> None:
+    # 32 steps of 4 x 32 tokens, of whose time evaluation may take a quarter, at a third of a step's a token.
+    settings = [*tiny, "trainer.max_steps=32", "trainer.eval_every=0", "trainer.keep_checkpoints=50"]
+    for times, eval_tokens in ((8, 3072 // 8), (4, 3072 // 4), (2, 1_000_000)):
+        assert train_here(*settings, f"trainer.eval_tokens={eval_tokens}", f"run_dir=run{times}") == 0
+        assert [row["step"] for row in rows(f"run{times}", "val")] == list(range(32 // times, 33, 32 // times))
+        saved = sorted(path.name for path in Path(f"run{times}/checkpoints").glob("step_*"))
+        assert saved == [f"step_{step:08d}" for step in range(4, 33, 4)]
+
+
 def test_the_smaller_of_both_limits_ends_a_run(workdir: Path, tiny: list[str]) -> None:
     assert train_here(*tiny, "trainer.max_minutes=5", "run_dir=run") == 0
     assert rows("run")[-1]["step"] == 6
