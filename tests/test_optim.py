@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minitf.errors import RequestError
 from minitf.model import ModelConfig, Transformer
-from minitf.optim import Muon, OptimConfig, Optimizer, orthogonalise, schedule_factor
+from minitf.optim import POLAR_EXPRESS, Muon, OptimConfig, Optimizer, orthogonalise, schedule_factor
 
 
 def factors(num_steps: int, **settings: Any) -> list[float]:
@@ -91,6 +91,18 @@ def test_an_impossible_setting_is_refused_by_name(settings: dict[str, Any], key:
 
 
 # Muon
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 79), (40, 80), (300, 40), (1, 7)])
+@pytest.mark.parametrize("falling", [0.0, 3.0, 7.0])  # the smallest singular value is 10^-falling of the largest
+def test_each_singular_value_goes_through_the_polynomials(shape: tuple[int, int], falling: float) -> None:
+    U, _, Vh = torch.linalg.svd(torch.randn(3, *shape, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -falling, min(shape), dtype=torch.float64).expand(3, -1)
+    found = orthogonalise(U * values[:, None] @ Vh, torch.float32)
+    values = values / (values.norm(dim=1, keepdim=True) * 1.01 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        values = a * values + b * values**3 + c * values**5
+    torch.testing.assert_close(found.double(), U * values[:, None] @ Vh, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
