@@ -111,11 +111,16 @@ def all_keys() -> list[str]:
     return [s.key for section in SECTIONS for s in settings(section)] + [section for section in SECTIONS if section]
 
 
+def _initials(key: str) -> str:
+    return "".join(part[:1] for part in key.rsplit(".", 1)[-1].split("_"))
+
+
 def nearest(word: str, valid: list[str]) -> str:
     """ "; did you mean ...?" for the closest valid word, or nothing."""
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.4)
+    last = word.rsplit(".", 1)[-1]
+    close = [key for key in valid if len(last) > 1 and _initials(key) == last]  # lr
+    close = close or difflib.get_close_matches(word, valid, n=1, cutoff=0.4)
     if not close:  # the right name in the wrong section
-        last = word.rsplit(".", 1)[-1]
         close = [key for key in valid if key.rsplit(".", 1)[-1] == last]
         close = close or difflib.get_close_matches(last, valid, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else "; --help lists what there is"

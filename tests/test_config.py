@@ -96,6 +96,7 @@ def test_trainer_compile_takes_true_false_and_auto() -> None:
         (["learning_rate=3"], ["learning_rate: no such key", "did you mean optim.learning_rate?"]),
         (["trainer.learning_rate=3"], ["did you mean optim.learning_rate?"]),
         (["max_steps=3"], ["did you mean trainer.max_steps?"]),
+        (["optim.lr=3"], ["optim.lr: no such key", "did you mean optim.learning_rate?"]),
         (["sede=3"], ["did you mean seed?"]),
         (["modle=nano"], ["modle: no such key", "did you mean model?"]),
         (["+model.depth=3"], ["model.depth: no such key"]),

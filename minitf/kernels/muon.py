@@ -21,16 +21,9 @@ def muon_orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     if len(matrices_NRC) < torch.get_num_threads():  # each thread takes whole matrices
         return orthogonalise(matrices_NRC, dtype)
     matrices_NRC = as_rows(matrices_NRC.to(dtype))
-    result_NRC, coefficients = torch.empty_like(matrices_NRC), torch.tensor(POLAR_EXPRESS)
-    call(
-        "muon_orthogonalise",
-        torch.bfloat16,
-        *matrices_NRC.shape,
-        matrices_NRC,
-        len(coefficients),
-        coefficients,
-        result_NRC,
-    )
+    result_NRC, factors = torch.empty_like(matrices_NRC), torch.tensor(POLAR_EXPRESS)
+    shape = matrices_NRC.shape
+    call("muon_orthogonalise", torch.bfloat16, *shape, matrices_NRC, len(factors), factors, result_NRC)
     return result_NRC
 
 
