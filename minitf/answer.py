@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitf.checkpoint import Checkpoint
+from minitf.checkpoints.checkpoint import Checkpoint
+from minitf.data.formats import read_text
 from minitf.decoding import Decoder
 from minitf.decoding.beam import beam_search
 from minitf.decoding.sampling import Sampling, sample
 from minitf.errors import RequestError
-from minitf.formats import read_text
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 

@@ -232,4 +232,4 @@ class Attention(nn.Module):
 if __name__ == "__main__":  # `python -m minitf.attention "TEXT"` looks inside a trained model
     import runpy
 
-    runpy.run_module("minitf.attention_page", run_name="__main__")
+    runpy.run_module("minitf.interpretability.attention_page", run_name="__main__")

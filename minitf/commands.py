@@ -28,13 +28,13 @@ def evaluate() -> int:
 
 def attention() -> int:
     """`minitf-attention`"""
-    from minitf.attention_page import main
+    from minitf.interpretability.attention_page import main
 
     return run_command(main)
 
 
 def export() -> int:
     """`minitf-export`"""
-    from minitf.export import main
+    from minitf.checkpoints.export import main
 
     return run_command(main)

@@ -15,8 +15,8 @@ from minitf.help_page import GROUPS, PACKAGE, SECTIONS, options, settings
 
 # The module each command's parser is in.
 PARSERS = {
-    "generate": "generate.py", "evaluate": "evaluate.py", "attention": "attention_page.py", "export": "export.py",
-    "benchmark": "benchmark/__main__.py",
+    "generate": "generate.py", "evaluate": "evaluate.py", "attention": "interpretability/attention_page.py",
+    "export": "checkpoints/export.py", "benchmark": "benchmark/__main__.py",
 }  # fmt: skip
 COMMAND = re.compile(
     r"(?:\S*python[\d.]* +(?:-m +minitf\.|(?:\S*/)?scripts/)|(?:\S*/)?minitf-)(\w+)(?:\.py)? +(.*)", re.DOTALL

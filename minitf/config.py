@@ -20,15 +20,15 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minitf.attention_maps import AttentionConfig
-from minitf.corpus import DataConfig
+from minitf.data.corpus import DataConfig
 from minitf.errors import MinitfError, RequestError
 from minitf.help_page import CONF, GROUPS, all_keys, nearest, options
+from minitf.interpretability.attention_maps import AttentionConfig
+from minitf.machine.storage import write_whole
 from minitf.model import ModelConfig
 from minitf.optim import OptimConfig
-from minitf.storage import write_whole
 from minitf.tokenizer import TokenizerConfig
-from minitf.trainer import TrainerConfig
+from minitf.training.trainer import TrainerConfig
 from minitf.untrusted import check_size
 
 MAX_CONFIG_BYTES = 1 << 20  # a run's own is 2 kB, with long lists of files more

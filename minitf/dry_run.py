@@ -8,16 +8,16 @@ import numpy as np
 import torch
 
 from minitf import kernels
-from minitf.batches import BatchSource, Tokens
+from minitf.checkpoints.runs import RUNS
+from minitf.checkpoints.train_state import TrainState
 from minitf.config import Config
-from minitf.hardware import Hardware
+from minitf.data.batches import BatchSource, Tokens
+from minitf.machine.hardware import Hardware
 from minitf.optim import Optimizer
-from minitf.parallel import Parallel
-from minitf.runs import RUNS
-from minitf.task import PairsTask, Task, TextTask
-from minitf.train_state import TrainState
-from minitf.trainer import DEFAULT_MINUTES, FORWARD_ALONE, Schedule
-from minitf.training_step import TrainingStep
+from minitf.training.parallel import Parallel
+from minitf.training.task import PairsTask, Task, TextTask
+from minitf.training.trainer import DEFAULT_MINUTES, FORWARD_ALONE, Schedule
+from minitf.training.training_step import TrainingStep
 
 NUM_STEPS = 3  # that are timed
 

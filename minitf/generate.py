@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from minitf.answer import AnswerOptions, answer, answer_file
-from minitf.checkpoint import load_checkpoint
+from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.decoding import ENGINES, Decoder
 from minitf.decoding.sampling import Sampling, sample
 from minitf.errors import CommandParser, MinitfError, RequestError
-from minitf.hardware import set_threads
+from minitf.machine.hardware import set_threads
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 

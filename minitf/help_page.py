@@ -17,12 +17,12 @@ GROUPS = ("experiment", "data", "tokenizer", "model", "optim")
 # Section of the config -> the module and the dataclass that own it.
 SECTIONS = {
     "": ("config", "Config"),
-    "data": ("data_config", "DataConfig"),
+    "data": ("data/data_config", "DataConfig"),
     "tokenizer": ("tokenizer", "TokenizerConfig"),
     "model": ("model", "ModelConfig"),
     "optim": ("optim", "OptimConfig"),
-    "trainer": ("trainer", "TrainerConfig"),
-    "attention": ("attention_maps", "AttentionConfig"),
+    "trainer": ("training/trainer", "TrainerConfig"),
+    "attention": ("interpretability/attention_maps", "AttentionConfig"),
 }
 
 INTRODUCTION = """\

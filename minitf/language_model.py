@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from minitf.answer import AnswerOptions, answer
-from minitf.attention_maps import AttentionMaps, maps_of_checkpoint
-from minitf.checkpoint import Checkpoint, load_checkpoint
+from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.decoding.sampling import Sampling
 from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.generate import Options, generate_text, stream_text
+from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 

@@ -11,20 +11,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from minitf.checkpoints.run_directory import naming, own, own_new
 from minitf.errors import RequestError, run_command
-from minitf.run_directory import naming, own, own_new
 
 # torch and all that needs it are imported below, where they are used: --help answers without them.
 if TYPE_CHECKING:
-    from minitf.checkpoint import Checkpoint
-    from minitf.choices import Choices
+    from minitf.checkpoints.checkpoint import Checkpoint
     from minitf.config import Config
-    from minitf.distributed import Group
-    from minitf.hardware import Hardware
+    from minitf.machine.distributed import Group
+    from minitf.machine.hardware import Hardware
     from minitf.model import Transformer
-    from minitf.parallel import Parallel
-    from minitf.task import Task
-    from minitf.trainer import Trainer
+    from minitf.training.choices import Choices
+    from minitf.training.parallel import Parallel
+    from minitf.training.task import Task
+    from minitf.training.trainer import Trainer
 
     Prepared = tuple[Config, Task, Parallel, Hardware, Mapping[str, str]]
 
@@ -37,8 +37,8 @@ def train(
     A request that cannot be met (RequestError) is found out before the directory is made. Of a `group` of processes
     the first one keeps the directory; the others only compute. `compared`: what a sweep gives this run, by key.
     """
-    from minitf.choices import Choices
-    from minitf.distributed import ALONE
+    from minitf.machine.distributed import ALONE
+    from minitf.training.choices import Choices
 
     group = group or ALONE
     prepared = _prepare(config, None, Choices(), group)
@@ -54,10 +54,10 @@ def _train(
     compared: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
+    from minitf.checkpoints.train_state import TrainState
     from minitf.config import changed_settings, save_config
-    from minitf.monitor import SCALARS, Monitor, Mute, record_environment
-    from minitf.train_state import TrainState
-    from minitf.trainer import Trainer
+    from minitf.training.monitor import SCALARS, Monitor, Mute, record_environment
+    from minitf.training.trainer import Trainer
 
     config, task, parallel, hardware, origin = prepared
     model, group, first = parallel.model, parallel.group, parallel.group.is_first
@@ -109,8 +109,8 @@ def _train(
 
 def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
     """Print what the run would take, without a trace of it."""
+    from minitf.checkpoints.train_state import TrainState
     from minitf.dry_run import dry_run
-    from minitf.train_state import TrainState
 
     config, task, parallel, hardware, _ = prepared
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
@@ -123,9 +123,10 @@ def _say_dry_run(prepared: "Prepared", resumed: "Checkpoint | None") -> None:
 def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices", group: "Group") -> "Prepared":
     """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config,
     in the hands of the group; and the hardware, with the precision that was chosen on it before."""
-    from minitf import kernels, random_state
-    from minitf.hardware import choose_device, choose_hardware, usable_cores
-    from minitf.parallel import Parallel, check_batch_size, choose_strategy
+    from minitf import kernels
+    from minitf.machine import random_state
+    from minitf.machine.hardware import choose_device, choose_hardware, usable_cores
+    from minitf.training.parallel import Parallel, check_batch_size, choose_strategy
 
     check_batch_size(config.trainer.batch_size, group)
     strategy = choose_strategy(config.trainer.strategy, group)
@@ -152,12 +153,12 @@ def _prepare(config: "Config", resumed: "Checkpoint | None", choices: "Choices",
 
 
 def _open(config: "Config", resumed: "Checkpoint | None") -> tuple["Config", "Task", "Transformer", Mapping[str, str]]:
-    from minitf import random_state
-    from minitf.checkpoint import load_checkpoint
+    from minitf.checkpoints.checkpoint import load_checkpoint
+    from minitf.checkpoints.model_card import origin_of
+    from minitf.machine import random_state
     from minitf.model import Transformer
-    from minitf.model_card import origin_of
-    from minitf.task import open_task
     from minitf.tokenizer import TokenizerConfig
+    from minitf.training.task import open_task
 
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
@@ -250,14 +251,14 @@ def _new_run_dir(config: "Config") -> Path:
         if (run_dir / "checkpoints").exists():
             raise RequestError(f"run_dir={run_dir} holds an earlier run: resume={run_dir} goes on with it")
         return run_dir
-    from minitf.runs import RUNS
+    from minitf.checkpoints.runs import RUNS
 
     return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def resume(run: str, overrides: Sequence[str], group: "Group") -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
-    from minitf.runs import find_run
+    from minitf.checkpoints.runs import find_run
 
     for override in overrides:
         fixed = (
@@ -275,9 +276,9 @@ def resume(run: str, overrides: Sequence[str], group: "Group") -> None:
 
 
 def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: "Group") -> None:
-    from minitf.choices import Choices
     from minitf.config import load_config
-    from minitf.corpus import fingerprint
+    from minitf.data.corpus import fingerprint
+    from minitf.training.choices import Choices
 
     ends = [override for override in overrides if override.startswith(("trainer.max_steps", "trainer.max_minutes"))]
     if len(ends) == 1:  # the other limit was that of the run as it was meant: it must not end this one
@@ -314,7 +315,7 @@ def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: "Group") -
 
 def _newest(run: str, run_dir: Path, group: "Group") -> "Checkpoint | None":
     """The checkpoint to go on from, as the first process chooses; None where the run died before it saved anything."""
-    from minitf.checkpoint import load_checkpoint
+    from minitf.checkpoints.checkpoint import load_checkpoint
 
     place = Path(run) if Path(run).absolute().parent.name == "checkpoints" else run_dir
     checkpoint = None
@@ -420,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     from minitf.config import check_sweep
-    from minitf.distributed import joined
+    from minitf.machine.distributed import joined
 
     with joined() as group:
         flags = [arg for arg in args if arg.startswith("-")]

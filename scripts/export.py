@@ -1,7 +1,7 @@
 """Write a model for other programs: python scripts/export.py [--run RUN] [--format gguf] [--type f32|f16|q8_0]."""
 
+from minitf.checkpoints.export import main
 from minitf.errors import run_command
-from minitf.export import main
 
 if __name__ == "__main__":
     raise SystemExit(run_command(main))

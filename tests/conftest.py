@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitf.c_library import FLAGS
 from minitf.errors import run_command
 from minitf.kernels import calls
+from minitf.machine.c_library import FLAGS
 from minitf.model import ModelConfig, Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -112,7 +112,7 @@ def bf16_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "avx512_bf16" not in calls._processor_flags():
             patch.setenv("CPATH", str(Path(__file__).parent / "avx512"))
-            patch.setattr("minitf.c_library.FLAGS", ("-O2", *FLAGS[1:]))  # compiled in a quarter of the time
+            patch.setattr("minitf.machine.c_library.FLAGS", ("-O2", *FLAGS[1:]))  # compiled in a quarter of the time
             patch.setattr(calls, "_processor_flags", lambda: {"avx512_bf16"})
             calls.library.cache_clear()
         yield

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitf.alignment import Units, align_from, find_aligning_heads
-from minitf.attention_maps import maps_of_checkpoint
-from minitf.attention_picture import alignment_picture
-from minitf.checkpoint import load_checkpoint
-from minitf.corpus import DataConfig
-from minitf.packing import prepare_pairs
+from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.data.corpus import DataConfig
+from minitf.data.packing import prepare_pairs
+from minitf.interpretability.alignment import Units, align_from, find_aligning_heads
+from minitf.interpretability.attention_maps import maps_of_checkpoint
+from minitf.interpretability.attention_picture import alignment_picture
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 

@@ -12,7 +12,7 @@ from conftest import train_here
 
 from minitf import answer as answer_module
 from minitf.answer import AnswerOptions, answer, answer_file, answer_ids
-from minitf.checkpoint import Checkpoint, load_checkpoint
+from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.decoding import Decoder
 from minitf.decoding.beam import beam_search
 from minitf.decoding.sampling import Sampling

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitf.attention_maps import AttentionMaps, attention_maps
 from minitf.errors import MinitfError, RequestError
-from minitf.heads import describe_head, head_scores, pattern_scores
+from minitf.interpretability.attention_maps import AttentionMaps, attention_maps
+from minitf.interpretability.heads import describe_head, head_scores, pattern_scores
 from minitf.model import ModelConfig, Transformer
 
 

@@ -16,10 +16,10 @@ import torch
 from test_attention_maps import WordTokenizer
 from test_attention_picture import maps_of
 
-import minitf.attention_page as page_module
-from minitf.attention_maps import attention_maps
-from minitf.attention_page import attention_page, main
+import minitf.interpretability.attention_page as page_module
 from minitf.errors import RequestError
+from minitf.interpretability.attention_maps import attention_maps
+from minitf.interpretability.attention_page import attention_page, main
 from minitf.model import ModelConfig, Transformer
 
 NASTY = ["</script><script>alert(1)</script>", "<!--", "]]>", "\u2028", "\ud800", '"', "&amp;"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minitf.attention_maps import AttentionMaps
-from minitf.attention_picture import MAX_CELL, MAX_SIDE, RAMP, attention_picture
-from minitf.heads import pattern_scores
+from minitf.interpretability.attention_maps import AttentionMaps
+from minitf.interpretability.attention_picture import MAX_CELL, MAX_SIDE, RAMP, attention_picture
+from minitf.interpretability.heads import pattern_scores
 
 BRIGHTEST = RAMP[-1]
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from minitf import batches, books, corpus, preparation, prepared
-from minitf.batches import IGNORED, Batches, TokenizedText, held_out_batches, prepare
-from minitf.corpus import DataConfig
+from minitf.data import batches, books, corpus, preparation, prepared
+from minitf.data.batches import IGNORED, Batches, TokenizedText, held_out_batches, prepare
+from minitf.data.corpus import DataConfig
 from minitf.errors import MinitfError, RequestError
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
@@ -97,7 +97,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
 
 def test_the_second_start_only_opens_files(tmp_path: Path) -> None:
     code = (
-        "import sys, time, torch\nfrom minitf.batches import *\n"
+        "import sys, time, torch\nfrom minitf.data.batches import *\n"
         f"data = DataConfig(cache_dir={str(tmp_path)!r})\n"
         "started = time.monotonic()\nfound = prepare(data, TokenizerConfig(vocab_size=300))\n"
         "print(len(found.train), 'datasets' in sys.modules, 'pythonbible' in sys.modules, time.monotonic() - started)"
@@ -247,7 +247,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         for _ in range(4):
             file.writelines(chapters)
     code = (
-        "import resource, datasets, pyarrow\nfrom minitf.batches import *\n"
+        "import resource, datasets, pyarrow\nfrom minitf.data.batches import *\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = peak()\n"
         f"data = DataConfig(source='files', files=[{str(tmp_path / 'a.txt')!r}], cache_dir={str(tmp_path / 'c')!r})\n"

@@ -35,7 +35,7 @@ from minitf.benchmark.text import write_text
 from minitf.benchmark.training import TOY
 from minitf.errors import MinitfError, RequestError, run_command
 from minitf.model import Transformer
-from minitf.trainer import Trainer
+from minitf.training.trainer import Trainer
 
 SPEEDS = Row("speed", "tokens/s", [30.0, 10.0, 60.0], "peer", [10.0, 10.0, 10.0])
 # What a checkout of nanoGPT would print, iteration 0 and every fourth with an evaluation in it.
@@ -359,7 +359,7 @@ def test_a_checkpoint_converted_for_llama_cpp_holds_the_same_weights(trained_run
     gguf = pytest.importorskip("gguf")
     from safetensors.numpy import load_file
 
-    from minitf.export import gguf_name
+    from minitf.checkpoints.export import gguf_name
 
     checkpoint = trained_run / "checkpoints/latest"
     llama_cpp.convert(str(checkpoint), str(tmp_path / "model.gguf"))

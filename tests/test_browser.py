@@ -20,8 +20,8 @@ from test_attention_picture import maps_of
 from test_tensorboard import logdir, plugin_path, server  # noqa: F401
 
 import minitf
-from minitf.attention_maps import attention_maps
-from minitf.attention_page import attention_page
+from minitf.interpretability.attention_maps import attention_maps
+from minitf.interpretability.attention_page import attention_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitf import checkpoint as checkpoint_module
-from minitf.checkpoint import load_checkpoint, load_optimizer_state, save_checkpoint
+from minitf.checkpoints import checkpoint as checkpoint_module
+from minitf.checkpoints.checkpoint import load_checkpoint, load_optimizer_state, save_checkpoint
+from minitf.checkpoints.runs import find_checkpoint, find_run, newest_run
+from minitf.checkpoints.train_state import TrainState
 from minitf.errors import MinitfError, RequestError
 from minitf.generate import Options, generate_text
 from minitf.model import Transformer
-from minitf.runs import find_checkpoint, find_run, newest_run
 from minitf.tokenizer import Tokenizer
-from minitf.train_state import TrainState
 
 FILES = {
     "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

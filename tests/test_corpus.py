@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from minitf import corpus, formats
-from minitf.books import book_chapters
-from minitf.corpus import DataConfig, Row, fingerprint, is_held_out, open_corpus
+from minitf.data import corpus, formats
+from minitf.data.books import book_chapters
+from minitf.data.corpus import DataConfig, Row, fingerprint, is_held_out, open_corpus
 from minitf.errors import RequestError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -224,7 +224,7 @@ def test_a_streamed_dataset_gives_the_same_rows(tmp_path: Path) -> None:
 
 def test_an_unreachable_hub_is_one_line() -> None:
     code = (
-        "from minitf.corpus import *\nfrom minitf.errors import run_command\nimport sys\n"
+        "from minitf.data.corpus import *\nfrom minitf.errors import run_command\nimport sys\n"
         "sys.exit(run_command(lambda: print(open_corpus(DataConfig(source='hub', hub_path='nobody/nothing')))))"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": "", "HOME": "/nonexistent"}

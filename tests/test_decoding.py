@@ -112,7 +112,7 @@ def test_a_full_cache_is_refused_and_not_overrun() -> None:
 
 
 def test_without_a_compiler_the_model_decodes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitf.c_library.shutil.which", lambda name: None)
+    monkeypatch.setattr("minitf.machine.c_library.shutil.which", lambda name: None)
     native.library.cache_clear()
     try:
         assert Decoder(random_model(), 1, 8).engine == "torch"

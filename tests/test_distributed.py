@@ -18,13 +18,13 @@ from conftest import train_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitf.checkpoint import load_checkpoint
-from minitf.distributed import ALONE, Group, joined
+from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.errors import RequestError
-from minitf.hardware import PRECISIONS
 from minitf.kernels import calls
+from minitf.machine.distributed import ALONE, Group, joined
+from minitf.machine.hardware import PRECISIONS
 from minitf.optim import OptimConfig, Optimizer, orthogonalise
-from minitf.parallel import choose_strategy
+from minitf.training.parallel import choose_strategy
 
 # Sums of other parts, in another order: float32 rounds them differently, in the seventh digit.
 TOLERANCE = 2e-5
@@ -45,7 +45,7 @@ def command(num: int, *arguments: str, options: tuple[str, ...] = (), program: s
         return [*start, "-m", "minitf.train", *arguments]
     Path("program.py").write_text(
         "import os, sys, signal\nfrom minitf.errors import MinitfError, run_command\n"
-        "from minitf.train import main\nfrom minitf.trainer import Trainer\n"
+        "from minitf.train import main\nfrom minitf.training.trainer import Trainer\n"
         f"{program}\nraise SystemExit(run_command(main))\n",
         encoding="utf-8",
     )
@@ -249,7 +249,7 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(workdir: Path, small:
     done = torchrun(2, *small, "run_dir=run", program=fail)
     assert done.returncode == 1
     assert our_lines(done.stderr) == ["minitf: the disk of this machine is on fire (process 1 of 2)"]
-    assert "minitf/trainer.py" not in done.stderr  # torchrun's own traceback is not ours to keep back
+    assert "minitf/training/trainer.py" not in done.stderr  # torchrun's own traceback is not ours to keep back
 
 
 @pytest.mark.machines
@@ -372,7 +372,7 @@ def test_what_processes_tell_each_other() -> None:
 
 
 def test_a_process_alone_does_not_meet_the_machinery(make_model: Callable[..., Any]) -> None:
-    code = "import minitf.train, minitf.trainer, sys; assert 'torch.distributed.fsdp' not in sys.modules"
+    code = "import minitf.train, minitf.training.trainer, sys; assert 'torch.distributed.fsdp' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     optimizer = Optimizer(make_model(), OptimConfig(), torch.float32)
     with joined() as group:

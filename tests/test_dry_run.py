@@ -9,8 +9,8 @@ import pytest
 from conftest import train_here
 
 from minitf.dry_run import longest_document
-from minitf.hardware import PRECISIONS
 from minitf.kernels import calls
+from minitf.machine.hardware import PRECISIONS
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -30,7 +30,7 @@ def test_what_it_says_is_what_the_run_then_is(
     assert said["training"] == f"{last['step']} steps, {last['tokens']} tokens"
     assert re.fullmatch(r"[\d,]+ ms for 128 tokens, [\d,]+ tokens/s on cpu in float32, not compiled", said["step"])
 
-    from minitf.checkpoint import load_checkpoint
+    from minitf.checkpoints.checkpoint import load_checkpoint
 
     parameters = load_checkpoint("runs/real/one").model.num_parameters()
     assert said["parameters"] == f"{parameters:,}, vocabulary 257"

@@ -12,9 +12,9 @@ import torch
 from conftest import make_text
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from minitf.checkpoint import save_checkpoint
+from minitf.checkpoints.checkpoint import save_checkpoint
+from minitf.checkpoints.export import LLAMA3, QWEN2, TENSORS, Vocabulary, export_run, gguf_name, main, vocabulary
 from minitf.errors import RequestError, run_command
-from minitf.export import LLAMA3, QWEN2, TENSORS, Vocabulary, export_run, gguf_name, main, vocabulary
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, chars_of_bytes, train_tokenizer
 

@@ -22,18 +22,19 @@ import torch
 from conftest import train_here
 from test_train import assert_one_line, assert_same_run, losses, rows
 
-from minitf import random_state, saving
-from minitf.checkpoint import load_checkpoint, save_checkpoint
+from minitf.checkpoints import saving
+from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from minitf.checkpoints.runs import find_checkpoints, find_run
+from minitf.checkpoints.saving import Saver
+from minitf.checkpoints.train_state import TrainState
 from minitf.config import load_config
 from minitf.errors import MinitfError, RequestError
-from minitf.event_files import PATTERN, cut_events, records
 from minitf.faults.fuzz import NAMES, Targets, Watch, with_hypothesis
+from minitf.machine import random_state
+from minitf.machine.storage import write_whole
 from minitf.model import Transformer
-from minitf.runs import find_checkpoints, find_run
-from minitf.saving import Saver
-from minitf.storage import write_whole
 from minitf.tokenizer import Tokenizer
-from minitf.train_state import TrainState
+from minitf.training.event_files import PATTERN, cut_events, records
 from minitf.untrusted import read_json, read_tensors, write_tensors
 
 MakeModel = Callable[..., Transformer]
@@ -212,7 +213,7 @@ def test_a_short_write_is_noticed_before_the_checkpoint_is_seen(
     make_save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make_save(1)
-    from minitf import checkpoint
+    from minitf.checkpoints import checkpoint
 
     def short(path: Path, tensors: Any) -> str:
         digest = write_tensors(path, tensors)
@@ -345,7 +346,7 @@ def test_a_large_tokenizer_and_one_with_an_id_far_out_are_refused(tokenizer: Tok
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "a/../../x"])
 def test_a_checkpoint_cannot_name_files_outside_itself(make_save: Callable[..., Path], name: str) -> None:
-    from minitf.checkpoint import own_sha256
+    from minitf.checkpoints.checkpoint import own_sha256
 
     directory = make_save(1)
     path = directory / "trainer_state.json"

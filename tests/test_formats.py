@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitf.corpus import DataConfig, fingerprint, open_corpus
+from minitf.data.corpus import DataConfig, fingerprint, open_corpus
 from minitf.errors import RequestError
 
 TEXTS = ['The cat,\nand "the" mat.', "naïve 世界\r\n", "", "third", *(f"document {i}" for i in range(4, 20))]

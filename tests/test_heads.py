@@ -13,12 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from minitf.attention import causal_mask, gather, match, weigh
-from minitf.attention_maps import attention_maps_of_ids
-from minitf.checkpoint import load_checkpoint
+from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.errors import RequestError
 from minitf.evaluate import evaluate_checkpoint, evaluate_heads
 from minitf.evaluate import main as evaluate_command
-from minitf.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
+from minitf.interpretability.attention_maps import attention_maps_of_ids
+from minitf.interpretability.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
 from minitf.model import ModelConfig, Transformer
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from minitf import formats
-from minitf.batches import prepare
-from minitf.corpus import DataConfig, open_corpus
+from minitf.data import formats
+from minitf.data.batches import prepare
+from minitf.data.corpus import DataConfig, open_corpus
+from minitf.data.packing import prepare_pairs
 from minitf.errors import RequestError
-from minitf.packing import prepare_pairs
 from minitf.tokenizer import TokenizerConfig
 
 MANY = 20_000

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hub_stand_in import HubStandIn
 
-from minitf import hub_data
-from minitf.corpus import DataConfig, open_corpus
-from minitf.pairs import open_pairs
-from minitf.reading import Reader
+from minitf.data import hub_data
+from minitf.data.corpus import DataConfig, open_corpus
+from minitf.data.pairs import open_pairs
+from minitf.data.reading import Reader
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [f"document {i} of a data set." for i in range(400)]
@@ -36,11 +36,11 @@ CLIENT = """
 import json, sys, time
 real_sleep = time.sleep
 time.sleep = lambda seconds: real_sleep(min(seconds, 0.01))  # the client waits 23 s before it gives up
-from minitf.batches import prepare
-from minitf.corpus import DataConfig, open_corpus
+from minitf.data.batches import prepare
+from minitf.data.corpus import DataConfig, open_corpus
 from minitf.errors import MinitfError
-from minitf.preparation import ENCODE_ROWS
-from minitf import preparation
+from minitf.data.preparation import ENCODE_ROWS
+from minitf.data import preparation
 from minitf.tokenizer import TokenizerConfig
 preparation.ENCODE_ROWS = 16
 for line in sys.stdin:

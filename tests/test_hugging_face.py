@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomise
 
-from minitf.checkpoint import load_checkpoint, save_checkpoint
+from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from minitf.decoding.sampling import Sampling
 from minitf.errors import MinitfError
 from minitf.generate import generate

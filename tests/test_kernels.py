@@ -20,7 +20,7 @@ from minitf.kernels.muon import MUON
 from minitf.loss import linear_cross_entropy
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
 from minitf.optim import Muon, MuonFunctions
-from minitf.training_step import TrainingStep
+from minitf.training.training_step import TrainingStep
 
 BF16 = torch.bfloat16
 
@@ -419,7 +419,7 @@ def test_a_run_takes_them_unless_they_are_slower(
     ("precision", "where", "words"),
     [
         ("bf16", "minitf.kernels.calls._processor_flags", "the processor has no AVX-512 BF16"),
-        ("fp32", "minitf.c_library.shutil.which", "no gcc found"),
+        ("fp32", "minitf.machine.c_library.shutil.which", "no gcc found"),
     ],
 )
 def test_where_there_are_none_asking_for_them_is_an_error(

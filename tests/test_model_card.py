@@ -12,11 +12,11 @@ import pytest
 from conftest import train_here
 from hub_stand_in import HubStandIn
 
-from minitf.checkpoint import load_checkpoint
-from minitf.corpus import DataConfig
+from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.checkpoints.model_card import model_card, origin_of
+from minitf.checkpoints.train_state import TrainState
+from minitf.data.corpus import DataConfig
 from minitf.model import Transformer
-from minitf.model_card import model_card, origin_of
-from minitf.train_state import TrainState
 
 
 def test_the_card_says_what_the_run_was(trained_run: Path) -> None:

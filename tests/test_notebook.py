@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minitf.attention_maps import AttentionMaps
+from minitf.interpretability.attention_maps import AttentionMaps
 
 NOTEBOOK = Path(__file__).parent.parent / ".github/notebook.ipynb"
 

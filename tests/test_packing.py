@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from minitf.batches import IGNORED, Batch
-from minitf.corpus import DataConfig
+from minitf.data.batches import IGNORED, Batch
+from minitf.data.corpus import DataConfig
+from minitf.data.packing import PairBatches, TokenizedPairs, fit, held_out_pairs, pack, prepare_pairs
 from minitf.errors import RequestError
 from minitf.loss import linear_cross_entropy
-from minitf.packing import PairBatches, TokenizedPairs, fit, held_out_pairs, pack, prepare_pairs
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 BYTE = TokenizerConfig(kind="byte")

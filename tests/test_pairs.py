@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from minitf.books import aligned_verses
-from minitf.corpus import DataConfig, fingerprint
+from minitf.data.books import aligned_verses
+from minitf.data.corpus import DataConfig, fingerprint
+from minitf.data.exercises import EXERCISES, exercise_pairs
+from minitf.data.pairs import Pair, open_pairs
 from minitf.errors import RequestError
-from minitf.exercises import EXERCISES, exercise_pairs
-from minitf.pairs import Pair, open_pairs
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(25)]
 

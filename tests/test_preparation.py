@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from conftest import make_text
 
-from minitf import preparation, prepared
-from minitf.batches import TextPreparation, prepare
-from minitf.corpus import DataConfig
+from minitf.data import preparation, prepared
+from minitf.data.batches import TextPreparation, prepare
+from minitf.data.corpus import DataConfig
+from minitf.data.packing import PairPreparation, prepare_pairs
+from minitf.data.preparation import Progress
 from minitf.errors import MinitfError, RequestError, run_command
-from minitf.packing import PairPreparation, prepare_pairs
-from minitf.preparation import Progress
 from minitf.tokenizer import TokenizerConfig
 
 BPE = TokenizerConfig(vocab_size=300)
@@ -56,7 +56,7 @@ def text_data(tmp_path: Path) -> dict[str, Any]:
 def test_interrupted_text_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("minitf.corpus.PIECE_CHARS", 2000)
+    monkeypatch.setattr("minitf.data.corpus.PIECE_CHARS", 2000)
     settings = text_data(tmp_path)[name]
     whole = prepare(DataConfig(cache_dir=str(tmp_path / "a"), **settings), BPE, log=lambda _: None)
     data = DataConfig(cache_dir=str(tmp_path / "b"), **settings)
@@ -116,9 +116,9 @@ def test_interrupted_pairs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 KILLED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-from minitf import preparation
-from minitf.batches import TextPreparation, prepare
-from minitf.corpus import DataConfig
+from minitf.data import preparation
+from minitf.data.batches import TextPreparation, prepare
+from minitf.data.corpus import DataConfig
 from minitf.errors import run_command
 from minitf.tokenizer import TokenizerConfig
 preparation.ENCODE_ROWS, preparation.SAVE_EVERY_S = 10, 0.0
@@ -182,7 +182,7 @@ def test_a_second_process_waits_for_the_first_and_takes_what_that_made(
 ) -> None:
     data = DataConfig(cache_dir=str(tmp_path / "b"), **text_data(tmp_path)["rows"])
     code = (
-        "import sys, time\nfrom minitf import batches, corpus\nencode = batches.TextPreparation.encode\n"
+        "import sys, time\nfrom minitf.data import batches, corpus\nencode = batches.TextPreparation.encode\n"
         "def slow(*arguments):\n    print('encoding', flush=True)\n    sys.stdin.readline()\n"
         "    return encode(*arguments)\n"
         "batches.TextPreparation.encode = slow\n"

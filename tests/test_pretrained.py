@@ -13,10 +13,10 @@ import torch
 from conftest import make_text, randomise, train_here
 from hub_stand_in import HubStandIn
 
-from minitf.checkpoint import load_checkpoint, save_checkpoint
+from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from minitf.checkpoints.hugging_face import is_hub_name
 from minitf.errors import MinitfError, RequestError
 from minitf.generate import Options, Sampling, encode_prompt, generate, generate_text
-from minitf.hugging_face import is_hub_name
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -212,8 +212,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -
 def test_it_can_be_looked_at_evaluated_and_trained_further(
     pretrained: Path, workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from minitf import attention_page, evaluate
+    from minitf import evaluate
     from minitf.generate import main as generate_main
+    from minitf.interpretability import attention_page
 
     (workdir / "mine.txt").write_text(make_text(100), encoding="utf-8")
     assert generate_main(["The cat", "--run", str(pretrained), "--max-tokens", "5", "--temperature", "0"]) == 0

@@ -10,25 +10,41 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "minitf"
-# From the bottom of the house up; a module may import only what stands before it.
+# From the bottom of the house up, room by room; a module may import only what stands before it.
 ORDER = [
-    "errors", "storage", "distributed", "sharded", "untrusted", "random_state", "choices", "run_directory",
-    "hardware", "c_library", "loss", "books", "exercises", "data_config", "reading", "formats", "hub_data",
-    "corpus", "pairs", "tokenizer", "prepared", "preparation", "batches", "packing", "rope_scaling", "attention",
-    "model", "optim", "kernels", "hugging_face", "runs", "train_state", "checkpoint", "saving", "decoding",
-    "answer", "generate", "heads", "alignment", "viewer", "attention_maps", "attention_picture", "attention_page",
-    "export", "tensorboard", "answer_scores", "evaluate", "language_model", "event_files", "monitor", "parallel",
-    "training_step", "task", "model_card", "trainer", "help_page", "completion", "config", "dry_run", "train",
-    "commands",
+    "errors", "untrusted",
+    "machine.storage", "machine.distributed", "machine.sharded", "machine.random_state", "machine.hardware",
+    "machine.c_library",
+    "loss", "tokenizer",
+    "data.books", "data.exercises", "data.data_config", "data.reading", "data.formats", "data.hub_data", "data.corpus",
+    "data.pairs", "data.prepared", "data.preparation", "data.batches", "data.packing",
+    "rope_scaling", "attention", "model", "optim", "kernels",
+    "checkpoints.run_directory", "checkpoints.hugging_face", "checkpoints.runs", "checkpoints.train_state",
+    "checkpoints.checkpoint", "checkpoints.saving", "checkpoints.model_card", "checkpoints.export",
+    "decoding", "answer", "generate", "viewer",
+    "interpretability.heads", "interpretability.alignment", "interpretability.attention_maps",
+    "interpretability.attention_picture", "interpretability.attention_page",
+    "tensorboard", "answer_scores", "evaluate", "language_model",
+    "training.choices", "training.event_files", "training.monitor", "training.parallel", "training.training_step",
+    "training.task", "training.trainer",
+    "help_page", "completion", "config", "dry_run", "train", "commands",
 ]  # fmt: skip
+ROOMS = {name.partition(".")[0] for name in ORDER if "." in name}  # whose modules are ordered among themselves
 # Beside the house: the commands that measure and torment it. They may import anything; nothing imports it.
 BESIDE = {"benchmark", "faults"}
 HEAVY = ("datasets", "tensorboard", "torch._dynamo", "torch.utils.tensorboard", "transformers", "hydra", "matplotlib")
 
 
+def place(module: str) -> str:
+    """What `module` (without "minitf.") stands as in the order: a module of a room, or its first name."""
+    first, _, rest = module.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first in ROOMS and rest else first
+
+
 def module_names() -> list[str]:
-    files = {path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    return sorted((files | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}) - BESIDE)
+    files = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    places = {place(".".join(path.parts).removesuffix(".__init__")) for path in files}
+    return sorted(places - {"__init__"} - ROOMS - BESIDE)
 
 
 def is_test_of(node: ast.stmt, name: str) -> bool:
@@ -41,10 +57,11 @@ def imports(node: ast.AST) -> Iterator[str]:
         if isinstance(child, ast.If) and (is_test_of(child, "TYPE_CHECKING") or is_test_of(child, "__main__")):
             continue
         if isinstance(child, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in child.names if alias.name.startswith("minitf."))
+            yield from (place(alias.name[7:]) for alias in child.names if alias.name.startswith("minitf."))
         elif isinstance(child, ast.ImportFrom) and child.module and child.module.split(".")[0] == "minitf":
             _, _, name = child.module.partition(".")
-            yield from [name.split(".")[0]] if name else [alias.name for alias in child.names]
+            whole = not name or name in ROOMS  # `from minitf.data import corpus`: what is imported is a module
+            yield from [place(f"{name}.{a.name}".strip(".")) for a in child.names] if whole else [place(name)]
         else:
             yield from imports(child)
 
@@ -55,12 +72,20 @@ def test_every_module_has_its_place() -> None:
 
 def test_the_readme_lists_the_modules_in_this_order() -> None:
     readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^    (\w+)(?:\.py|/) +\S", readme, flags=re.MULTILINE) == ORDER
+    lines = re.findall(r"^    (    )?(\w+)(?:\.py|/) +\S", readme, flags=re.MULTILINE)
+    listed, room = [], ""
+    for inside, name in lines:
+        room = room if inside else name
+        listed.append(f"{room}.{name}" if inside else name)
+    assert [name for name in listed if name not in ROOMS] == ORDER
+    assert [name for name in listed if name in ROOMS] == list(
+        dict.fromkeys(n.partition(".")[0] for n in ORDER if "." in n)
+    )
 
 
 @pytest.mark.parametrize("module", module_names())
 def test_a_module_imports_only_those_before_it(module: str) -> None:
-    path = PACKAGE / f"{module}.py"
+    path = PACKAGE / f"{module.replace('.', '/')}.py"
     above = ORDER[ORDER.index(module) + 1 :] if module in ORDER else []
     for part in [path] if path.is_file() else sorted((PACKAGE / module).glob("*.py")):
         tree = ast.parse(part.read_text(encoding="utf-8"))
@@ -71,13 +96,14 @@ def test_a_module_imports_only_those_before_it(module: str) -> None:
 def test_the_check_sees_imports_wherever_they_are() -> None:
     source = """
 from typing import TYPE_CHECKING
-import minitf.corpus
+import minitf.data.corpus
 from minitf import train
+from minitf.data import batches
 from minitf.model import Transformer
 if TYPE_CHECKING:
-    from minitf.monitor import Monitor
+    from minitf.training.monitor import Monitor
 def f():
-    from minitf.trainer import Trainer
+    from minitf.training.trainer import Trainer
     try:
         import minitf.optim
     except ImportError:
@@ -85,7 +111,14 @@ def f():
 if __name__ == "__main__":
     from minitf.errors import run_command
 """
-    assert sorted(imports(ast.parse(source))) == ["corpus", "model", "optim", "train", "trainer"]
+    assert sorted(imports(ast.parse(source))) == [
+        "data.batches",
+        "data.corpus",
+        "model",
+        "optim",
+        "train",
+        "training.trainer",
+    ]
 
 
 def test_importing_says_nothing_and_loads_nothing_heavy() -> None:

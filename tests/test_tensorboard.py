@@ -26,16 +26,16 @@ from test_attention_picture import maps_of
 from werkzeug.test import Client, TestResponse
 
 import minitf
-from minitf.attention_maps import attention_maps
-from minitf.attention_picture import attention_picture
-from minitf.heads import heads_off
-from minitf.monitor import Monitor
+from minitf.interpretability.attention_maps import attention_maps
+from minitf.interpretability.attention_picture import attention_picture
+from minitf.interpretability.heads import heads_off
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
 from minitf.tensorboard.loader import Loader
 from minitf.tensorboard.plugin import AttentionPlugin
 from minitf.tensorboard.summary import sentence_tag
+from minitf.training.monitor import Monitor
 
 RUN = "tiny/one"
 TEXT = "The cat sat on the mat."

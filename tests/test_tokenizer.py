@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from minitf import books, corpus
 from minitf import tokenizer as tokenizer_module
+from minitf.data import books, corpus
 from minitf.errors import RequestError
 from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -234,6 +234,7 @@ def test_text_without_breaks_trains_on_a_bounded_part(monkeypatch: pytest.Monkey
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, minitf.corpus, minitf.tokenizer\nprint({'torch', 'datasets', 'pythonbible'} & set(sys.modules))"
+    code = "import sys, minitf.data.corpus, minitf.tokenizer\n"
+    code += "print({'torch', 'datasets', 'pythonbible'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"

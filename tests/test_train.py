@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 
 import minitf
 from minitf import evaluate
-from minitf.checkpoint import load_checkpoint
+from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.checkpoints.runs import find_checkpoint
 from minitf.decoding.sampling import Sampling
 from minitf.errors import run_command
 from minitf.generate import Options
 from minitf.optim import OptimConfig, schedule_factor
-from minitf.runs import find_checkpoint
-from minitf.trainer import Trainer
-from minitf.training_step import TrainingStep
+from minitf.training.trainer import Trainer
+from minitf.training.training_step import TrainingStep
 
 TRAIN_KEYS = {"step", "split", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "train_s", "warmup_s", "elapsed_s"}
 VAL_KEYS = {"step", "split", "loss", "bits_per_byte", "perplexity"}
@@ -615,7 +615,7 @@ def test_a_sweep_of_two_values_is_two_runs(workdir: Path, tiny: list[str], capsy
 
 @pytest.mark.slow
 def test_compiled_training_is_the_training(workdir: Path, tiny: list[str]) -> None:
-    from minitf.hardware import compiler_missing
+    from minitf.machine.hardware import compiler_missing
 
     if missing := compiler_missing(torch.device("cpu")):
         pytest.skip(missing)
@@ -683,7 +683,7 @@ def test_what_a_sweep_cannot_do_is_one_line(
 def test_a_run_by_the_clock_corrects_its_number_of_steps_once(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minitf.training_step import TrainingStep
+    from minitf.training.training_step import TrainingStep
 
     # A warm-up that thinks a step takes a tenth of a millisecond: ten times as many steps as fit into the time.
     monkeypatch.setattr(TrainingStep, "warm_up", lambda *_: (1e-4, "false", "off"))

@@ -13,13 +13,13 @@ from conftest import train_here
 from test_train import assert_one_line, losses
 from torch import Tensor
 
-from minitf.batches import Batch
-from minitf.hardware import Hardware, free_memory, growth_of, set_threads, usable_cores
+from minitf.data.batches import Batch
 from minitf.loss import IGNORED
+from minitf.machine.hardware import Hardware, free_memory, growth_of, set_threads, usable_cores
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
-from minitf.parallel import Parallel
-from minitf.training_step import TrainingStep
+from minitf.training.parallel import Parallel
+from minitf.training.training_step import TrainingStep
 
 QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
 
@@ -145,8 +145,10 @@ def test_on_a_cpu_what_a_few_sequences_take_decides(
         grown.append(2_500_000)  # of two sequences: 1 MB each, beside 0.5 MB for 42,656 weights
         return grown[-1]
 
-    monkeypatch.setattr("minitf.training_step.free_memory", lambda: None if free_mb is None else int(free_mb * 1e6))
-    monkeypatch.setattr("minitf.training_step.growth_of", growth_of)
+    monkeypatch.setattr(
+        "minitf.training.training_step.free_memory", lambda: None if free_mb is None else int(free_mb * 1e6)
+    )
+    monkeypatch.setattr("minitf.training.training_step.growth_of", growth_of)
     assert train_here(*tiny, "trainer.batch_size=16", *settings, "run_dir=run") == 0
     assert json.loads(Path("run/choices.json").read_text(encoding="utf-8"))["micro_batch_size"] == at_once
     assert len(grown) == (at_once < 16)
@@ -199,7 +201,7 @@ def test_memory_that_runs_out_later_is_one_line(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("minitf.trainer.Trainer.look", fail)
+    monkeypatch.setattr("minitf.training.trainer.Trainer.look", fail)
     assert train_here(*tiny, "trainer.attention_every=10", "run_dir=run") == 1
     assert_one_line(capsys.readouterr().err, "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
 

@@ -14,8 +14,8 @@ import torch
 from test_attention_page import NASTY
 
 from minitf.attention import causal_mask, gather, match, weigh
-from minitf.attention_maps import AttentionMaps, attention_maps_of_ids
-from minitf.heads import NAMES, PATTERN_THRESHOLD
+from minitf.interpretability.attention_maps import AttentionMaps, attention_maps_of_ids
+from minitf.interpretability.heads import NAMES, PATTERN_THRESHOLD
 from minitf.model import Transformer
 from minitf.tokenizer import TokenizerConfig, join_bytes, train_tokenizer
 from minitf.viewer import FOLDER, MODULES, viewer_page

@@ -114,7 +114,7 @@ def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_token
 
     from minitf.decoding.sampling import Sampling
     from minitf.generate import generate
-    from minitf.hardware import choose_hardware
+    from minitf.machine.hardware import choose_hardware
     from minitf.model import ModelConfig, Transformer
 
     model = Transformer(ModelConfig(**shape), vocab_size).to(device).eval()  # type: ignore[arg-type]

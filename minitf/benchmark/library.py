@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minitf.model import Transformer
-    from minitf.training_step import TrainingStep
+    from minitf.training.training_step import TrainingStep
 
 # What `python -m minitf.train` sets before torch is imported; the functions that do not go through it need it given.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
@@ -30,7 +30,7 @@ def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> 
     """
     seconds: dict[str, float] = defaultdict(float)
     if timed:
-        from minitf.trainer import Trainer
+        from minitf.training.trainer import Trainer
 
         for name in timed:
             setattr(Trainer, name, _timed(getattr(Trainer, name), name, seconds))
@@ -75,8 +75,8 @@ def held_out(run: str) -> dict[str, Any]:
 
 def prepare_text(file: str) -> dict[str, Any]:
     """Tokenize a text as training does; seconds of that."""
-    from minitf.batches import prepare
-    from minitf.corpus import DataConfig
+    from minitf.data.batches import prepare
+    from minitf.data.corpus import DataConfig
     from minitf.tokenizer import TokenizerConfig
 
     start = time.perf_counter()
@@ -100,12 +100,12 @@ def step_parts(
     import numpy as np
     import torch
 
-    from minitf.batches import Batches
-    from minitf.hardware import choose_hardware
+    from minitf.data.batches import Batches
+    from minitf.machine.hardware import choose_hardware
     from minitf.model import ModelConfig, Transformer
     from minitf.optim import OptimConfig, Optimizer
-    from minitf.parallel import Parallel
-    from minitf.training_step import TrainingStep
+    from minitf.training.parallel import Parallel
+    from minitf.training.training_step import TrainingStep
 
     hardware = choose_hardware(device, "auto")
     torch.manual_seed(0)
@@ -206,8 +206,8 @@ def _optimizer_floor(model: "Transformer", matrices: "Sequence[Tensor]", optim: 
 
 def fastest() -> dict[str, Any]:
     """The value of trainer.compile a long run would come to here."""
-    from minitf.hardware import choose_hardware
     from minitf.kernels.calls import library
+    from minitf.machine.hardware import choose_hardware
 
     missing = isinstance(library(choose_hardware("cpu", "auto").dtype), str)
     return {"compile": "true" if missing else "native"}

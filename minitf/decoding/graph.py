@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
-from minitf.hardware import compiled, compiler_missing
+from minitf.machine.hardware import compiled, compiler_missing
 from minitf.model import Transformer
 
 

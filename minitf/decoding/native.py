@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
-from minitf.c_library import compiled_library
+from minitf.machine.c_library import compiled_library
 from minitf.model import Transformer
 
 SOURCE = Path(__file__).with_name("decode.c")

@@ -163,11 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import_targets() -> None:
-    import minitf.checkpoint
+    import minitf.checkpoints.checkpoint
     import minitf.config
     import minitf.generate
-    import minitf.task
     import minitf.tokenizer
+    import minitf.training.task
     import minitf.untrusted  # noqa: F401
 
 

@@ -64,9 +64,9 @@ class Lives:
             os.dup2(log, stream)
         import torch
 
-        from minitf import saving
+        from minitf.checkpoints import saving
         from minitf.train import main as train
-        from minitf.trainer import Trainer
+        from minitf.training.trainer import Trainer
 
         torch.set_num_threads(1)
         for owner, name, phase in (
@@ -177,7 +177,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _events(run: Path) -> list[tuple[int, str, str]]:
     from tensorboard.compat.proto.event_pb2 import Event
 
-    from minitf.event_files import PATTERN, records
+    from minitf.training.event_files import PATTERN, records
 
     found = []
     for path in run.glob(PATTERN):
@@ -196,10 +196,10 @@ def _import_everything() -> None:
         "torch._dynamo",
         "torch.utils.tensorboard",
         "minitf.config",
-        "minitf.monitor",
+        "minitf.training.monitor",
         "minitf.train",
     )
-    for module in (*modules, "minitf.trainer"):
+    for module in (*modules, "minitf.training.trainer"):
         importlib.import_module(module)
 
 

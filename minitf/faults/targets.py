@@ -39,8 +39,8 @@ class Targets:
         self.tables = _tables()
 
     def _checkpoint(self) -> dict[str, bytes]:
-        from minitf.checkpoint import save_checkpoint
-        from minitf.train_state import TrainState
+        from minitf.checkpoints.checkpoint import save_checkpoint
+        from minitf.checkpoints.train_state import TrainState
 
         place = self.directory / "good"
         tensors = {"random_state": self.model.rotary.flatten(), "pending": self.model.rotary[:, :0]}
@@ -51,8 +51,8 @@ class Targets:
 
     def checkpoint(self, data: bytes) -> None:
         """One file of a checkpoint changed, with digests that fit it, or none: as a stranger would send it."""
-        from minitf.checkpoint import load_checkpoint, load_optimizer_state
-        from minitf.train_state import TrainState
+        from minitf.checkpoints.checkpoint import load_checkpoint, load_optimizer_state
+        from minitf.checkpoints.train_state import TrainState
 
         chance = random.Random(data)
         place = self.directory / "checkpoint"
@@ -72,9 +72,9 @@ class Targets:
 
     def data(self, data: bytes) -> None:
         """A file to train on, prepared as text and as pairs; of a kind of file that its content may not be."""
-        from minitf.data_config import DataConfig
-        from minitf.task import open_task
+        from minitf.data.data_config import DataConfig
         from minitf.tokenizer import TokenizerConfig
+        from minitf.training.task import open_task
 
         chance = random.Random(data)
         name, content = chance.choice(self.tables)
@@ -174,7 +174,7 @@ class Targets:
 
 def _sign(path: Path) -> None:
     """Have trainer_state.json say of itself that it is whole, as a stranger can."""
-    from minitf.checkpoint import own_sha256
+    from minitf.checkpoints.checkpoint import own_sha256
 
     try:
         state = json.loads(path.read_text(encoding="utf-8"))

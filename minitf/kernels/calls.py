@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitf.c_library import compiled_library
+from minitf.machine.c_library import compiled_library
 
 SOURCES = {
     torch.bfloat16: ("linear.c", "rows.c", "attention.c", "muon.c"),  # with AVX-512 BF16

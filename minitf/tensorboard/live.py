@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 
-from minitf.attention_maps import ARROW, AttentionMaps, attention_maps_of_ids, maps_of_checkpoint, pair_maps
-from minitf.checkpoint import Checkpoint, load_checkpoint
+from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.decoding.sampling import Sampling
 from minitf.errors import MinitfError
 from minitf.generate import encode_prompt, generate
-from minitf.heads import Head, head_scores, heads_off
+from minitf.interpretability.attention_maps import (
+    ARROW,
+    AttentionMaps,
+    attention_maps_of_ids,
+    maps_of_checkpoint,
+    pair_maps,
+)
+from minitf.interpretability.heads import Head, head_scores, heads_off
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import RefusedError
 

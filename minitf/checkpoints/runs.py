@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from minitf.checkpoints.hugging_face import fetch_model, is_hub_name
 from minitf.errors import RequestError
-from minitf.hugging_face import fetch_model, is_hub_name
 
 RUNS = Path("runs")
 STEP_NAME = re.compile(r"step_(\d{8,15})")

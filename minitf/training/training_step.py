@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minitf import kernels, random_state
-from minitf.batches import BatchSource
+from minitf import kernels
+from minitf.data.batches import BatchSource
 from minitf.errors import MinitfError, out_of_memory
-from minitf.hardware import Hardware, compiled, compiler_missing, free_memory, growth_of
+from minitf.machine import random_state
+from minitf.machine.hardware import Hardware, compiled, compiler_missing, free_memory, growth_of
 from minitf.model import TrainingFunctions
 from minitf.optim import Optimizer
-from minitf.parallel import Parallel
+from minitf.training.parallel import Parallel
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
 # this much training on.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minitf.errors import MinitfError
-from minitf.storage import write_whole
+from minitf.machine.storage import write_whole
 from minitf.untrusted import read_json
 
 NAME = "choices.json"

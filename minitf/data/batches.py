@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minitf.corpus import Corpus, DataConfig, Row, num_bytes_of, open_corpus
+from minitf.data.corpus import Corpus, DataConfig, Row, num_bytes_of, open_corpus
+from minitf.data.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
-from minitf.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from minitf.errors import MinitfError, RequestError
-from minitf.storage import flush, write_whole
+from minitf.machine.storage import flush, write_whole
 
 POSITION = "position.json"
 STALE_S = 24 * 3600.0  # a temporary directory untouched for so long belongs to no living run

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitf import formats
-from minitf.books import aligned_verses
-from minitf.corpus import PAIR_SUFFIXES, every, is_held_out, num_bytes_of
-from minitf.data_config import DataConfig
+from minitf.data import formats
+from minitf.data.books import aligned_verses
+from minitf.data.corpus import PAIR_SUFFIXES, every, is_held_out, num_bytes_of
+from minitf.data.data_config import DataConfig
+from minitf.data.exercises import EXERCISES, exercise_pairs
+from minitf.data.hub_data import HubData
+from minitf.data.reading import Mark, Reader
 from minitf.errors import RequestError
-from minitf.exercises import EXERCISES, exercise_pairs
-from minitf.hub_data import HubData
-from minitf.reading import Mark, Reader
 
 # Columns that hold a pair, in the order in which they are looked for.
 COLUMN_NAMES = (

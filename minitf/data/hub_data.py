@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from minitf.data_config import DataConfig
+from minitf.data.data_config import DataConfig
+from minitf.data.formats import PLAIN, TABLES, find_files
+from minitf.data.reading import Mark
 from minitf.errors import MinitfError, RequestError
-from minitf.formats import PLAIN, TABLES, find_files
-from minitf.reading import Mark
 
 LOADABLE = (*TABLES, *PLAIN, ".json", ".ndjson")  # of a folder, by data.hub_path=json and the like
 BLOCK_ROWS = 64  # read at once where none are shuffled

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from minitf.books import BOOKS
+from minitf.data.books import BOOKS
+from minitf.data.exercises import EXERCISES, MOST_PAIRS
 from minitf.errors import RequestError
-from minitf.exercises import EXERCISES, MOST_PAIRS
 
 
 @dataclass

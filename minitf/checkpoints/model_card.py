@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitf.corpus import DataConfig
+from minitf.checkpoints.hugging_face import HUB_NAME, is_hub_name
+from minitf.checkpoints.train_state import TrainState
+from minitf.data.corpus import DataConfig
 from minitf.errors import MinitfError
-from minitf.hugging_face import HUB_NAME, is_hub_name
 from minitf.model import Transformer
-from minitf.train_state import TrainState
 from minitf.untrusted import check_size
 
 MAX_CARD_BYTES = 1 << 20

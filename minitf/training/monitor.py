@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from minitf.alignment import AligningHeads
-from minitf.event_files import cut_events
-from minitf.hardware import Hardware, describe_processor
-from minitf.storage import write_whole
+from minitf.interpretability.alignment import AligningHeads
+from minitf.machine.hardware import Hardware, describe_processor
+from minitf.machine.storage import write_whole
 from minitf.tensorboard.summary import attention_summary, picture_summary
+from minitf.training.event_files import cut_events
 from minitf.viewer import viewer_page
 
 # The contract's TensorBoard tags of the columns of metrics.jsonl.

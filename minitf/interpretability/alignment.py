@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitf.batches import Batch
-from minitf.heads import Head, evaluating
+from minitf.data.batches import Batch
+from minitf.data.packing import PairIds, packed
+from minitf.interpretability.heads import Head, evaluating
 from minitf.model import Transformer
-from minitf.packing import PairIds, packed
 from minitf.tokenizer import Tokenizer
 
 MOST_HEADS = 8  # averaged at most

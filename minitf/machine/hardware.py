@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from minitf.distributed import ALONE, Group
 from minitf.errors import RequestError
+from minitf.machine.distributed import ALONE, Group
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,8 +10,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitf.hardware import processor_name
-from minitf.storage import cache_root
+from minitf.machine.hardware import processor_name
+from minitf.machine.storage import cache_root
 
 # Sums may be taken in any order and square roots need no error number; infinities and rounding stay as they are.
 FLAGS = (

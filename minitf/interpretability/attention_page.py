@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from minitf.attention_maps import AttentionMaps, maps_of_checkpoint
-from minitf.checkpoint import load_checkpoint
+from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.errors import CommandParser, RequestError, run_command
-from minitf.hardware import set_threads
-from minitf.heads import head_scores
+from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
+from minitf.interpretability.heads import head_scores
+from minitf.machine.hardware import set_threads
 from minitf.viewer import viewer_page
 
 

@@ -13,28 +13,28 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from minitf import random_state
-from minitf.alignment import AligningHeads
-from minitf.attention_maps import ARROW, AttentionConfig
-from minitf.attention_picture import alignment_picture, attention_picture
-from minitf.batches import BatchSource
-from minitf.checkpoint import load_optimizer_state
-from minitf.choices import Choices
+from minitf.checkpoints.checkpoint import load_optimizer_state
+from minitf.checkpoints.model_card import model_card
+from minitf.checkpoints.saving import Saver
+from minitf.checkpoints.train_state import TrainState
+from minitf.data.batches import BatchSource
 from minitf.decoding import native
 from minitf.errors import MinitfError, RequestError
-from minitf.hardware import Hardware
-from minitf.heads import HeadScores, head_scores
+from minitf.interpretability.alignment import AligningHeads
+from minitf.interpretability.attention_maps import ARROW, AttentionConfig
+from minitf.interpretability.attention_picture import alignment_picture, attention_picture
+from minitf.interpretability.heads import HeadScores, head_scores
 from minitf.loss import linear_cross_entropy
+from minitf.machine import random_state
+from minitf.machine.hardware import Hardware
+from minitf.machine.sharded import read_shards, write_shards
 from minitf.model import Transformer
-from minitf.model_card import model_card
-from minitf.monitor import Monitor
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
-from minitf.parallel import STRATEGIES, Parallel
-from minitf.saving import Saver
-from minitf.sharded import read_shards, write_shards
-from minitf.task import Sample, Task
-from minitf.train_state import TrainState
-from minitf.training_step import TrainingStep
+from minitf.training.choices import Choices
+from minitf.training.monitor import Monitor
+from minitf.training.parallel import STRATEGIES, Parallel
+from minitf.training.task import Sample, Task
+from minitf.training.training_step import TrainingStep
 
 DEFAULT_MINUTES = 3.0
 # Rows logged, checkpoints and looks at attention in a run, unless set in steps.

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitf.alignment import NUM_PAIRS as NUM_ALIGNED
-from minitf.alignment import AligningHeads, find_aligning_heads
 from minitf.answer import AnswerOptions, answer
 from minitf.answer_scores import score_answers
-from minitf.attention_maps import ARROW, GENERAL_PROBE, AttentionMaps, attention_maps, pair_maps
-from minitf.batches import Batches, BatchSource, TokenizedText, prepare
-from minitf.corpus import DataConfig, fingerprint
+from minitf.data.batches import Batches, BatchSource, TokenizedText, prepare
+from minitf.data.corpus import DataConfig, fingerprint
+from minitf.data.packing import PairBatches, TokenizedPairs, fit, prepare_pairs
 from minitf.decoding.sampling import Sampling
 from minitf.errors import RequestError
 from minitf.evaluate import HeldOut, evaluate, evaluate_pairs
 from minitf.generate import Options, generate_text
-from minitf.heads import HeadScores
+from minitf.interpretability.alignment import NUM_PAIRS as NUM_ALIGNED
+from minitf.interpretability.alignment import AligningHeads, find_aligning_heads
+from minitf.interpretability.attention_maps import ARROW, GENERAL_PROBE, AttentionMaps, attention_maps, pair_maps
+from minitf.interpretability.heads import HeadScores
 from minitf.model import Transformer
-from minitf.packing import PairBatches, TokenizedPairs, fit, prepare_pairs
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 NUM_PROBES = 3  # held-out pairs looked at where none are named

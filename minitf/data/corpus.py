@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from minitf import formats
-from minitf.books import BOOKS, book_chapters
-from minitf.data_config import DataConfig as DataConfig
+from minitf.data import formats
+from minitf.data.books import BOOKS, book_chapters
+from minitf.data.data_config import DataConfig as DataConfig
+from minitf.data.formats import find_files, read_text
+from minitf.data.hub_data import HubData
+from minitf.data.reading import Mark, Reader
 from minitf.errors import RequestError
-from minitf.formats import find_files, read_text
-from minitf.hub_data import HubData
-from minitf.reading import Mark, Reader
 
 FORMAT_VERSION = 2  # raise it when the same source and settings give other rows than before
 PIECE_CHARS = 1 << 17  # the longest text of a row

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minitf.batches import Batch, Tokens
-from minitf.corpus import DataConfig, num_bytes_of
+from minitf.data.batches import Batch, Tokens
+from minitf.data.corpus import DataConfig, num_bytes_of
+from minitf.data.pairs import Pair, PairCorpus, open_pairs
+from minitf.data.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
-from minitf.pairs import Pair, PairCorpus, open_pairs
-from minitf.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 Lengths = npt.NDArray[np.int32]

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minitf.alignment import Alignment, align_from
 from minitf.answer import answer
 from minitf.attention import rotate
 from minitf.errors import MinitfError, RequestError
-from minitf.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
+from minitf.interpretability.alignment import Alignment, align_from
+from minitf.interpretability.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
 from minitf.tokenizer import join_bytes
 from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:
-    from minitf.checkpoint import Checkpoint
+    from minitf.checkpoints.checkpoint import Checkpoint
     from minitf.model import Transformer
     from minitf.tokenizer import Tokenizer
 

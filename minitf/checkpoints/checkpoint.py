@@ -22,12 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minitf.checkpoints.hugging_face import from_hugging_face, is_hub_name, load_weights, to_hugging_face
+from minitf.checkpoints.runs import LINKS, STEP_NAME, find_checkpoints, step_of
 from minitf.errors import MinitfError, RequestError
-from minitf.hardware import choose_device
-from minitf.hugging_face import from_hugging_face, is_hub_name, load_weights, to_hugging_face
+from minitf.machine.hardware import choose_device
+from minitf.machine.storage import flush
 from minitf.model import ModelConfig, Transformer
-from minitf.runs import LINKS, STEP_NAME, find_checkpoints, step_of
-from minitf.storage import flush
 from minitf.tokenizer import Tokenizer
 from minitf.untrusted import read_json, read_tensors, write_tensors
 

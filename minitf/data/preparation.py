@@ -15,12 +15,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from minitf.corpus import fingerprint, num_bytes_of
-from minitf.data_config import DataConfig
+from minitf.data.corpus import fingerprint, num_bytes_of
+from minitf.data.data_config import DataConfig
+from minitf.data.prepared import Partial, keep, open_kept
+from minitf.data.reading import Mark, Reader
 from minitf.errors import MinitfError
-from minitf.prepared import Partial, keep, open_kept
-from minitf.reading import Mark, Reader
-from minitf.storage import cache_root
+from minitf.machine.storage import cache_root
 from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig
 
 FORMAT_VERSION = 1  # raise it when the same text and settings give other files than before

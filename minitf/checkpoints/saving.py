@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitf.checkpoint import SavedModel, save_checkpoint
+from minitf.checkpoints.checkpoint import SavedModel, save_checkpoint
 from minitf.model import ModelConfig
 from minitf.tokenizer import Tokenizer
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitf.batches import Batch
-from minitf.distributed import ALONE, Group
+from minitf.data.batches import Batch
 from minitf.errors import RequestError
+from minitf.machine.distributed import ALONE, Group
+from minitf.machine.sharded import whole as full
 from minitf.model import Block, Transformer
-from minitf.sharded import whole as full
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
 

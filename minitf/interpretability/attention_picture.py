@@ -15,9 +15,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.alignment import Alignment
-from minitf.attention_maps import AttentionMaps
-from minitf.heads import HeadScores, describe_head
+from minitf.interpretability.alignment import Alignment
+from minitf.interpretability.attention_maps import AttentionMaps
+from minitf.interpretability.heads import HeadScores, describe_head
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from minitf.checkpoint import load_checkpoint
+from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.checkpoints.runs import find_checkpoint
 from minitf.errors import CommandParser, RequestError
 from minitf.model import ModelConfig
 from minitf.rope_scaling import scaled_frequencies
-from minitf.runs import find_checkpoint
 from minitf.tokenizer import Tokenizer, chars_of_bytes
 
 FORMATS = ("gguf",)

@@ -1,0 +1,1 @@
+"""What attention does: its weights, scores and pictures, head by head."""

@@ -1,0 +1,1 @@
+"""What the rest stands on: processors and memory, the processes of a run, files that last, libraries in C."""

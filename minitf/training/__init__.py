@@ -1,0 +1,1 @@
+"""The training itself: a task, a step, the loop around it, and what it shows and keeps."""
