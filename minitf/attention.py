@@ -10,7 +10,7 @@ queries and keys (Henry et al., 2020) and grouped queries (Ainslie et al., 2023)
 Axes in names, as everywhere: B batch, T query position, S key position, D hidden, H heads, K head width.
 
 This is what attention is, and what looks inside a model computes; where a processor allows, training computes the same
-by kernels/attention.c.
+by attention.c of kernels/bfloat16 or float32.
 """
 
 import math

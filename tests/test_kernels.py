@@ -157,7 +157,7 @@ def test_attention_and_its_gradients(
             attention.k_norm.weight.copy_(1 + 0.3 * random(K, seed=2))  # type: ignore[operator]
     rotary_2TK = rotary_table(K, T, 100.0)
     segments_BT = segments(B, T) if packed else None
-    visible = None if segments_BT is None else kernels.VISIBLE[dtype](segments_BT)
+    visible = None if segments_BT is None else segment_starts(segments_BT)
     content, dmixed = (2 * random(B, T, (H + 2 * G) * K)).to(dtype), random(B, T, H * K, seed=3).to(dtype)
 
     def outcome(dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -192,7 +192,7 @@ def test_attention_withstands_scores_of_any_size(dtype: torch.dtype) -> None:
 def test_what_comes_later_or_belongs_to_another_text_changes_nothing(packed: bool, dtype: torch.dtype) -> None:
     attention, T = Attention(8, 4, 2, 32, True), 150
     segments_BT = segments(1, T) if packed else torch.zeros(1, T, dtype=torch.long)
-    starts_BT, visible, cut = segment_starts(segments_BT), kernels.VISIBLE[dtype](segments_BT), 90
+    starts_BT, visible, cut = segment_starts(segments_BT), segment_starts(segments_BT), 90
     qkv = random(1, T, 8 * 32).to(dtype)
     before = kernels.attend(attention, qkv, rotary_table(32, T, 1e4), visible)
     changed = qkv.clone()

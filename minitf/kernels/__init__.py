@@ -4,8 +4,8 @@ They compute what attention.py, model.py, loss.py and optim.py compute, each wit
 once or twice where PyTorch's operations go over them ten times. torch.compile comes close after half a minute of
 compiling; these take two seconds, once. Products of activations and weights stay with PyTorch, whose are as fast.
 
-In bfloat16, with sums in float32, they are for processors with AVX-512 BF16; in float32 (float32.c) for all, and there
-attention's three steps, Muon and the gradients of weights are PyTorch's too.
+In bfloat16, with sums in float32, they are for processors with AVX-512 BF16; in float32 for all, and there Muon and the
+gradients of weights are PyTorch's too.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitf.attention import Attention, Linear, packed_mask, segment_starts
-from minitf.kernels.calls import SOURCES, AttentionArguments, HeadsArguments, as_rows, call, library
+from minitf.attention import Attention, Linear, segment_starts
+from minitf.kernels.calls import SOURCES, AttentionArguments, as_rows, call, library
 from minitf.kernels.muon import MUON
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
@@ -132,7 +132,7 @@ class _Attend(torch.autograd.Function):
         kept = qkv, *others, mixed, log_sums
         ctx.save_for_backward(*kept)
         ctx.heads, ctx.eps = heads, eps
-        call("attention_forward", torch.bfloat16, _description(heads, eps, kept))
+        call("attention_forward", qkv.dtype, _description(heads, eps, kept))
         return mixed
 
     @staticmethod
@@ -141,7 +141,7 @@ class _Attend(torch.autograd.Function):
         qkv, q_norm, *_ = kept = ctx.saved_tensors
         dmixed, dqkv, (_, G, K) = as_rows(gradients[0]), torch.empty_like(qkv), ctx.heads
         parts = torch.empty(qkv.shape[0] * G, 2, K)
-        call("attention_backward", torch.bfloat16, _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
+        call("attention_backward", qkv.dtype, _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
         dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
         return None, None, dqkv, dq_norm, dk_norm, None, None
 
@@ -152,42 +152,11 @@ def _description(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> Atten
     return AttentionArguments(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
 
 
-class _Position(torch.autograd.Function):
-    """Of the same but the starts: queries, keys and values, normed and turned, each of shape (B, T, heads, K)."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: Sequence[int], eps: float, qkv: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-        qkv, (B, T), (H, G, K) = as_rows(qkv), qkv.shape[:2], heads
-        kept = qkv, *others
-        ctx.save_for_backward(*kept)
-        ctx.heads, ctx.eps = heads, eps
-        made = tuple(qkv.new_empty(B, T, num, K) for num in (H, G, G))
-        call("position_forward", qkv.dtype, _positions(heads, eps, kept), *made)
-        return made
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_norm, *_ = kept = ctx.saved_tensors
-        given, dqkv = [as_rows(gradient) for gradient in gradients], torch.empty_like(qkv)
-        parts = torch.empty(-(-qkv.shape[0] * qkv.shape[1] // PIECE_ROWS), 2, ctx.heads[-1])
-        call("position_backward", qkv.dtype, _positions(ctx.heads, ctx.eps, kept), PIECE_ROWS, *given, dqkv, parts)
-        dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
-        return None, None, dqkv, dq_norm, dk_norm, None
-
-
-def _positions(heads: Sequence[int], eps: float, kept: Sequence[Any]) -> HeadsArguments:
-    qkv, q_norm, k_norm, rotary = kept
-    B, T = qkv.shape[:2]
-    given = (B * T, T, *heads, qkv, q_norm, k_norm, eps, rotary[0], rotary[1])
-    return HeadsArguments(*[a.data_ptr() if isinstance(a, Tensor) else a for a in given])
-
-
 def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, visible: Tensor | None) -> Tensor:
     """From queries, keys and values as their product made them to mixed_BTC: norm, positions, match, weigh, gather.
 
     C are the channels of heads side by side: of all queries, then all keys, then all values; of what is gathered.
-    `rotary_2TK` is of float32; `visible` what VISIBLE makes of segments for this dtype, or None.
+    `rotary_2TK` is of float32; `visible` what `segment_starts` makes of segments, or None.
     """
     assert rotary_2TK.dtype == torch.float32
     assert rotary_2TK[0].is_contiguous()
@@ -196,14 +165,7 @@ def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, visible: T
     norms = (attention.q_norm, attention.k_norm)
     weights = [norm.weight.float() if isinstance(norm, torch.nn.RMSNorm) else None for norm in norms]
     eps = getattr(attention.q_norm, "eps", 0.0)
-    if qkv_BTC.dtype == torch.bfloat16:
-        return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, visible)  # type: ignore[no-any-return, no-untyped-call]
-    made = _Position.apply(heads, eps, qkv_BTC, *weights, rotary_2TK)  # type: ignore[no-untyped-call]
-    q_BHTK, k_BHSK, v_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in made)
-    mixed_BHTK = F.scaled_dot_product_attention(
-        q_BHTK, k_BHSK, v_BHSK, visible, is_causal=visible is None, enable_gqa=heads[0] != heads[1]
-    )
-    return mixed_BHTK.transpose(1, 2).flatten(2)
+    return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, visible)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, visible: Tensor | None) -> Tensor:
@@ -242,15 +204,8 @@ def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
         call("weight_gradient", dy_NR.dtype, len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), True, to_RC)
 
 
-def _mask(segments_BT: Tensor) -> Tensor:
-    """Of shape (B, 1, T, S), True where a query may look."""
-    return packed_mask(segments_BT, segments_BT, torch.bool)[:, None]
-
-
-# From segments_BT to what of them `attend` takes: in bfloat16 the first key each query sees, in float32 a mask.
-VISIBLE = {torch.bfloat16: segment_starts, torch.float32: _mask}
 FUNCTIONS = {
-    dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, visible=VISIBLE[dtype], dtype=dtype)
+    dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, visible=segment_starts, dtype=dtype)
     for dtype in SOURCES
 }
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from minitf.machine.c_library import compiled_library
 
 SOURCES = {
-    torch.bfloat16: ("linear.c", "rows.c", "attention.c", "muon.c"),  # with AVX-512 BF16
-    torch.float32: ("float32.c",),  # on any processor
+    torch.bfloat16: [f"bfloat16/{name}.c" for name in ("linear", "rows", "attention", "muon")],  # with AVX-512 BF16
+    torch.float32: [f"float32/{name}.c" for name in ("rows", "attention")],  # on any processor
 }
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -28,35 +28,22 @@ class AttentionArguments(ctypes.Structure):
     ]
 
 
-class HeadsArguments(ctypes.Structure):
-    _fields_ = [
-        *[(name, _INT) for name in "NTHGK"],
-        *[(name, _POINTER) for name in ("qkv", "q_norm", "k_norm")],
-        ("eps", _FLOAT),
-        *[(name, _POINTER) for name in ("cosines", "sines")],
-    ]
-
-
 _IN_BOTH: dict[str, list[Any]] = {
     "rms_norm_forward": [_INT, _INT, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER],
     "rms_norm_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
     "swiglu_forward": [_INT, _INT, _POINTER, _POINTER],
     "swiglu_backward": [_INT, _INT, _POINTER, _POINTER, _POINTER],
+    "attention_forward": [ctypes.POINTER(AttentionArguments)],
+    "attention_backward": [ctypes.POINTER(AttentionArguments), _POINTER, _POINTER, _POINTER],
     "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
 }
 _IN_BFLOAT16: dict[str, list[Any]] = {
     "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
-    "attention_forward": [ctypes.POINTER(AttentionArguments)],
-    "attention_backward": [ctypes.POINTER(AttentionArguments), _POINTER, _POINTER, _POINTER],
     "muon_average": [_INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER],
     "muon_orthogonalise": [_INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
     "muon_move": [_INT, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT],
 }
-_IN_FLOAT32: dict[str, list[Any]] = {
-    "position_forward": [ctypes.POINTER(HeadsArguments), _POINTER, _POINTER, _POINTER],
-    "position_backward": [ctypes.POINTER(HeadsArguments), _INT, *[_POINTER] * 5],
-}
-ARGUMENTS = {torch.bfloat16: _IN_BOTH | _IN_BFLOAT16, torch.float32: _IN_BOTH | _IN_FLOAT32}
+ARGUMENTS = {torch.bfloat16: _IN_BOTH | _IN_BFLOAT16, torch.float32: _IN_BOTH}
 
 
 @functools.cache
@@ -70,7 +57,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | str:
     shared = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
     if not shared:
         return "this PyTorch does not bring gcc's threads (libgomp), which the C kernels share with it"
-    sources = [Path(__file__).with_name(name) for name in SOURCES[dtype]]
+    sources = [Path(__file__).parent / name for name in SOURCES[dtype]]
     found = compiled_library(sources, ["-fopenmp", "-Wl,--as-needed", *shared], "gcc")
     if not isinstance(found, str):
         for name, types in ARGUMENTS[dtype].items():

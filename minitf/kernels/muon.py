@@ -1,4 +1,4 @@
-"""Muon's part of a step by muon.c, in bfloat16."""
+"""Muon's part of a step by bfloat16/muon.c."""
 
 import torch
 from torch import Tensor
