@@ -28,7 +28,7 @@ from minitf.machine.storage import write_whole
 from minitf.model import ModelConfig
 from minitf.optim import OptimConfig
 from minitf.tokenizer import TokenizerConfig
-from minitf.training.trainer import TrainerConfig
+from minitf.training.trainer_config import TrainerConfig
 from minitf.untrusted import check_size
 
 MAX_CONFIG_BYTES = 1 << 20  # a run's own is 2 kB, with long lists of files more

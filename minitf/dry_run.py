@@ -16,7 +16,7 @@ from minitf.machine.hardware import Hardware
 from minitf.optim import Optimizer
 from minitf.training.parallel import Parallel
 from minitf.training.task import PairsTask, Task, TextTask
-from minitf.training.trainer import DEFAULT_MINUTES, FORWARD_ALONE, Schedule
+from minitf.training.trainer_config import FORWARD_ALONE, Schedule
 from minitf.training.training_step import TrainingStep
 
 NUM_STEPS = 3  # that are timed
@@ -109,9 +109,7 @@ def longest_document(tokens: Tokens, end_id: int) -> int | None:
 
 def _num_steps(config: Config, state: TrainState, step_s: float) -> int:
     """Steps that are left to do."""
-    minutes, steps = config.trainer.max_minutes, config.trainer.max_steps
-    if minutes is None and steps is None:
-        minutes = DEFAULT_MINUTES
+    minutes, steps = config.trainer.minutes, config.trainer.max_steps
     limits = [] if steps is None else [steps - state.step]
     if minutes is not None:
         limits.append(int((minutes * 60 - state.train_s) / step_s))

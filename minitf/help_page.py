@@ -21,7 +21,7 @@ SECTIONS = {
     "tokenizer": ("tokenizer", "TokenizerConfig"),
     "model": ("model", "ModelConfig"),
     "optim": ("optim", "OptimConfig"),
-    "trainer": ("training/trainer", "TrainerConfig"),
+    "trainer": ("training/trainer_config", "TrainerConfig"),
     "attention": ("interpretability/attention_maps", "AttentionConfig"),
 }
 

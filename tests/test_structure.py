@@ -26,7 +26,8 @@ ORDER = [
     "interpretability.attention_picture", "interpretability.attention_page",
     "tensorboard", "answer_scores", "evaluate", "language_model",
     "training.choices", "training.event_files", "training.monitor", "training.parallel", "training.training_step",
-    "training.task", "training.trainer",
+    "training.task", "training.looks", "training.resumption", "training.signals", "training.trainer_config",
+    "training.trainer",
     "help_page", "completion", "config", "dry_run", "train", "commands",
 ]  # fmt: skip
 ROOMS = {name.partition(".")[0] for name in ORDER if "." in name}  # whose modules are ordered among themselves

@@ -92,6 +92,13 @@ class Saver:
             self._thread.join(timeout_s)
             self._thread = None
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What is being written is waited for; not by a second Ctrl-C: half of it is no checkpoint."""
+        self.wait(timeout_s=0.5 if kind is KeyboardInterrupt else None)
+
     def _copy(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
         for name, tensor in tensors.items():
