@@ -27,8 +27,8 @@ ORDER = [
     "tensorboard", "answer_scores", "evaluate", "language_model",
     "training.choices", "training.event_files", "training.monitor", "training.parallel", "training.training_step",
     "training.task", "training.looks", "training.resumption", "training.signals", "training.trainer_config",
-    "training.trainer",
-    "help_page", "completion", "config", "dry_run", "train", "commands",
+    "training.trainer", "training.narration",
+    "help_page", "completion", "config", "dry_run", "run", "sweep", "train", "commands",
 ]  # fmt: skip
 ROOMS = {name.partition(".")[0] for name in ORDER if "." in name}  # whose modules are ordered among themselves
 # Beside the house: the commands that measure and torment it. They may import anything; nothing imports it.
@@ -132,7 +132,7 @@ import torch
 for name in {ORDER!r}:
     importlib.import_module("minitf." + name)
     heavy = [h for h in {HEAVY!r} if h in sys.modules]
-    heavy = [h for h in heavy if h != "hydra" or name not in ("config", "dry_run", "train", "commands")]
+    heavy = [h for h in heavy if h != "hydra" or name not in ("config", "dry_run", "run", "sweep", "train", "commands")]
     assert not heavy, (name, heavy)
 assert set(os.listdir(".")) == before
 assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()

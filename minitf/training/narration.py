@@ -1,0 +1,74 @@
+"""What a run says in the terminal: before its first step what is going to happen, after its last what came of it."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from minitf.training.trainer import Trainer
+
+
+def introduce(trainer: Trainer, choices: Mapping[str, str]) -> None:
+    """Say what is going to happen."""
+    model, state, say = trainer.model, trainer.state, trainer.monitor.say
+    c = model.config
+    shape = f"{c.num_layers} layers of {c.hidden_size}, {c.num_heads} heads, context {c.context_length}"
+    say(f"{'pairs' if trainer.task.data.kind == 'pairs' else 'text '}      {trainer.task.description}")
+    for note in trainer.task.notes():
+        say(note)
+    say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
+    device = f"{choices['device']}, {choices['threads']}" if choices["device"] == "cpu" else choices["device"]
+    attention = f"{choices['attention']} attention"
+    say(f"chosen     {device}; {choices['precision']}; {attention}; {choices['micro_batch']}")
+    say(f"compile    {choices['compile']}")
+    if choices["processes"]:
+        say(f"processes  {choices['processes']}")
+    epochs = state.num_steps * trainer.tokens_per_step / trainer.batches.tokens_per_epoch
+    say(f"training   {state.num_steps:,} steps of {trainer.tokens_per_step:,} tokens, {epochs:.1f} times the text")
+    say(f"run        {trainer.run_dir}   watch it: tensorboard --logdir {_runs_root(trainer.run_dir)}")
+
+
+def conclude(trainer: Trainer) -> None:
+    """Say what came out, where it is, and what to type next."""
+    state, say = trainer.state, trainer.monitor.say
+    run_dir = os.path.relpath(trainer.run_dir)
+    if trainer.interrupted:
+        say(f"stopped after step {state.step:,}; go on with: python -m minitf.train resume={run_dir}")
+        return
+    val = state.last_val
+    say("")
+    if val:
+        say(
+            f"held-out   {val['bits_per_byte']:.3f} bits per byte, loss {val['loss']:.3f} nats per token, "
+            f"perplexity {val['perplexity']:.1f}, over {val['num_tokens']:,} tokens"
+        )
+    if "chrf" in val:
+        # BLEU counts runs of four words: answers of a word or two have none.
+        bleu = f"BLEU {val['bleu']:.1f} ({val['copy_bleu']:.1f}), " if val["bleu"] else ""
+        say(
+            f"answers    chrF {val['chrf']:.1f} (copying the source: {val['copy_chrf']:.1f}), {bleu}exact "
+            f"{val['exact_match']:.1%}, over {trainer.config.eval_answers} pairs; all: python scripts/evaluate.py"
+        )
+    say(
+        f"trained    {state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {_clock(state.train_s)} "
+        f"({state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s), {_clock(state.elapsed_s)} in all"
+    )
+    say(f"saved in   {run_dir}/checkpoints/latest (a Hugging Face model) and best")
+    if trainer.config.attention_every >= 0:
+        say(f"attention  {run_dir}/attention.html (open it in a browser)")
+    root = _runs_root(trainer.run_dir)
+    place = "" if root == "runs" else f" --run {root}"
+    # An installed wheel has no scripts/.
+    generate = "scripts/generate.py" if Path("scripts/generate.py").is_file() else "-m minitf.generate"
+    say(f"next       python {generate} {shlex.quote(trainer.task.example_prompt())}{place}")
+    say(f"           tensorboard --logdir {root}")
+    say(f"           python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}")
+
+
+def _runs_root(run_dir: Path) -> str:
+    """What TensorBoard is to be pointed at: `runs` here, or the directory of a run that lies elsewhere."""
+    return "runs" if Path("runs").resolve() in run_dir.resolve().parents else shlex.quote(os.path.relpath(run_dir))
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
