@@ -14,6 +14,7 @@ from minitf.config import Config
 from minitf.data.batches import BatchSource, Tokens
 from minitf.machine.hardware import Hardware
 from minitf.optim import Optimizer
+from minitf.training.narration import too_large
 from minitf.training.parallel import Parallel
 from minitf.training.task import PairsTask, Task, TextTask
 from minitf.training.trainer_config import FORWARD_ALONE, Schedule
@@ -61,7 +62,9 @@ def dry_run(
     free = _free_bytes(Path(config.run_dir) if config.run_dir else RUNS)
     if saved * kept > free:
         report.append(f"warning    the disk has {free / 1e6:,.1f} MB left: set trainer.keep_checkpoints=1, or run_dir")
-    report += [f"warning    {warning}" for warning in warnings(config, task, parameters)]
+    advice = too_large(model, num_tokens) if trainer.max_steps is None and not config.init_from else None
+    found = [*warnings(config, task, parameters), *([advice] if advice else [])]
+    report += [f"warning    {warning}" for warning in found]
     return "\n".join([*report, "nothing was trained or written: this was trainer.dry_run=true"])
 
 

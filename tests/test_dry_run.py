@@ -76,6 +76,21 @@ def test_it_warns_of_what_is_likely_not_meant(
     assert "the longest document has 390 tokens, the context is 512" in warnings[2]
 
 
+def test_a_model_too_large_for_its_time_is_named_before_it_is_trained(
+    tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [word for word in tiny if not word.startswith("trainer.max_steps")]
+    for minutes, asked in (("1e-6", "a smaller model learns more in it"), ("1000", "")):
+        assert train_here(*settings, f"trainer.max_minutes={minutes}", "trainer.dry_run=true") == 0
+        found = [line for line in capsys.readouterr().out.splitlines() if "in this time for" in line]
+        assert len(found) == bool(asked)
+        assert all(line.startswith("warning") and asked in line for line in found)
+    assert train_here(*settings, "trainer.max_minutes=1e-6") == 0
+    assert "note       128 tokens in this time for" in capsys.readouterr().err
+    assert train_here(*tiny) == 0  # who asks for so many steps, means them
+    assert "in this time for" not in capsys.readouterr().err
+
+
 def test_a_resumed_run_can_be_asked_too(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_here(*tiny, "run_dir=runs/real/one") == 0
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
