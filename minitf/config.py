@@ -31,6 +31,8 @@ from minitf.tokenizer import TokenizerConfig
 from minitf.training.trainer_config import TrainerConfig
 from minitf.untrusted import check_size
 
+# What follows from a model's size unless it is set.
+DERIVED = ("num_kv_heads", "head_dim", "intermediate_size")
 MAX_CONFIG_BYTES = 1 << 20  # a run's own is 2 kB, with long lists of files more
 
 
@@ -47,6 +49,9 @@ class Config:
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     attention: AttentionConfig = MISSING
+
+    # No setting, and not saved: nobody asked for the size that `model` has, and there is a time to choose one for.
+    size_is_open = False
 
     def __post_init__(self) -> None:
         if not -(1 << 63) <= self.seed < 1 << 63:
@@ -74,14 +79,34 @@ def to_config(composed: DictConfig, choices: Any) -> Config:
     """Plain dataclasses of a composed config; `choices` are Hydra's: the option taken of each group."""
     try:
         sections = {key: composed[key] for key in Config.__dataclass_fields__}
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), sections))
+        opened = _open_size(sections["model"]) if choices.get("model") == "auto" else {}
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), sections, {"model": opened}))
     except OmegaConfBaseException as error:
         raise RequestError(_explain(error)) from None
     assert isinstance(config, Config)
+    asked = opened != _preset("mini") or any(sections["model"][key] for key in DERIVED)
+    # The same steps are to be the same run on every machine.
+    config.size_is_open = not asked and config.trainer.minutes is not None
     config.name = config.name or str(choices.get("experiment") or choices["data"])
     if not re.fullmatch(r"[\w.+-]+", config.name) or config.name.startswith("."):
         raise RequestError(f"name={config.name!r} must be a plain directory name: letters, digits, _ . + -")
     return config
+
+
+def model_sizes(model: ModelConfig) -> dict[str, ModelConfig]:
+    """`model` in each of the sizes a run chooses from where none is asked for, by the names of their presets."""
+    fixed = asdict(model) | dict.fromkeys(DERIVED, 0)
+    return {name: ModelConfig(**fixed | _preset(name)) for name in ("nano", "mini", "small")}
+
+
+def _open_size(model: DictConfig) -> dict[str, int]:
+    """What `model=auto` leaves open (0), as in `mini`: the rest of a size of which a part is asked for."""
+    return {key: value for key, value in _preset("mini").items() if model[key] == 0}
+
+
+def _preset(name: str) -> dict[str, int]:
+    sizes: dict[str, int] = yaml.safe_load((CONF / f"model/{name}.yaml").read_text(encoding="utf-8"))
+    return sizes
 
 
 def save_config(config: Config, path: Path) -> None:

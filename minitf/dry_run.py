@@ -24,9 +24,13 @@ NUM_STEPS = 3  # that are timed
 
 
 def dry_run(
-    config: Config, task: Task, parallel: Parallel, batches: BatchSource, hardware: Hardware, state: TrainState
-) -> str:
-    """The report, a line for each thing; warnings are at its end. Of several processes all must ask for it."""
+    config: Config, task: Task, parallel: Parallel, batches: BatchSource, hardware: Hardware, state: TrainState,
+    size: str = "",
+) -> str:  # fmt: skip
+    """The report, a line for each thing; warnings are at its end. Of several processes all must ask for it.
+
+    `size`: why the model has its size, if it was chosen.
+    """
     trainer, model = config.trainer, parallel.model
     train, val = tokens_of(task)
     optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
@@ -47,6 +51,7 @@ def dry_run(
     lines = [
         ("text", f"{task.description}: {len(train):,} tokens to train on, {len(val):,} held out"),
         ("parameters", f"{parameters:,}, vocabulary {model.vocab_size:,}"),
+        *([("size", size)] if size else []),
         ("step", f"{step_s * 1000:,.0f} ms for {tokens_per_step:,} tokens, {tokens_per_step / step_s:,.0f} tokens/s "
                  f"on {hardware.device.type} in {str(hardware.dtype).removeprefix('torch.')}, "
                  + ("by C kernels" if native else "not compiled")),

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from minitf import kernels
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -15,23 +15,33 @@ from minitf.checkpoints.model_card import origin_of
 from minitf.checkpoints.run_directory import naming, own, own_new
 from minitf.checkpoints.runs import RUNS, find_run
 from minitf.checkpoints.train_state import TrainState
-from minitf.config import Config, changed_settings, load_config, save_config
+from minitf.config import Config, changed_settings, load_config, model_sizes, save_config
 from minitf.data.corpus import fingerprint
 from minitf.dry_run import dry_run
 from minitf.errors import RequestError
 from minitf.machine import random_state
 from minitf.machine.distributed import ALONE, Group
-from minitf.machine.hardware import Hardware, choose_device, choose_hardware, usable_cores
+from minitf.machine.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul, usable_cores
 from minitf.model import Transformer
 from minitf.tokenizer import TokenizerConfig
 from minitf.training.choices import Choices
+from minitf.training.model_size import Budget, choose_size
 from minitf.training.monitor import SCALARS, Monitor, Mute, record_environment
 from minitf.training.narration import conclude, introduce
 from minitf.training.parallel import Parallel, check_batch_size, choose_strategy
 from minitf.training.task import Task, open_task
 from minitf.training.trainer import Trainer
 
-Prepared = tuple[Config, Task, Parallel, Hardware, Mapping[str, str]]
+
+class Prepared(NamedTuple):
+    """All that a run needs before it has a directory."""
+
+    config: Config
+    task: Task
+    parallel: Parallel
+    hardware: Hardware
+    origin: Mapping[str, str]  # what the model card says of the model this one begins as
+    size: str  # why the model has its size, where nobody asked for one
 
 
 def train(config: Config, run_dir: Path, group: Group | None = None, compared: Mapping[str, Any] | None = None) -> None:
@@ -42,7 +52,7 @@ def train(config: Config, run_dir: Path, group: Group | None = None, compared: M
     """
     group = group or ALONE
     prepared = _prepare(config, None, Choices(), group)
-    if prepared[0].trainer.dry_run:
+    if prepared.config.trainer.dry_run:
         _say_dry_run(prepared, None)
         return
     with own_new(run_dir, numbered=not config.run_dir) if group.is_first else nullcontext(run_dir) as owned:
@@ -54,7 +64,7 @@ def _train(
     compared: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
-    config, task, parallel, hardware, origin = prepared
+    config, task, parallel, hardware, origin, size = prepared
     model, group, first = parallel.model, parallel.group, parallel.group.is_first
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
@@ -72,6 +82,7 @@ def _train(
         before = replace(choices)
         compilation = trainer.warm_up()  # which also decides how attention is computed
         said = {
+            "size": size,
             "device": hardware.device.type,
             "threads": trainer.training_step.threads,
             "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
@@ -104,10 +115,10 @@ def _train(
 
 def _say_dry_run(prepared: Prepared, resumed: Checkpoint | None) -> None:
     """Print what the run would take, without a trace of it."""
-    config, task, parallel, hardware, _ = prepared
+    config, task, parallel, hardware, _, size = prepared
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
-    report = dry_run(config, task, parallel, batches, hardware, state)
+    report = dry_run(config, task, parallel, batches, hardware, state, size)
     if parallel.group.is_first:
         print(report)
 
@@ -126,8 +137,10 @@ def _prepare(config: Config, resumed: Checkpoint | None, choices: Choices, group
     hardware = choose_hardware(config.trainer.device, choices.precision if decided else precision, group, threads)
     if decided:
         hardware = replace(hardware, reason="as the run began")
+    # One measurement: all processes choose the same size.
+    flops = group.agree(measure_quiet_matmul(hardware)) * group.size if config.size_is_open else 0.0
     with group.in_turn():
-        config, task, model, origin = _open(config, resumed)
+        config, task, model, origin, size = _open(config, resumed, flops)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
@@ -136,10 +149,12 @@ def _prepare(config: Config, resumed: Checkpoint | None, choices: Choices, group
     parallel = Parallel(model, group, strategy)
     if group.rank:  # the first weights are those of all; what is dropped in other rows is not
         random_state.seed(config.seed + group.rank)
-    return config, task, parallel, hardware, origin
+    return Prepared(config, task, parallel, hardware, origin, size)
 
 
-def _open(config: Config, resumed: Checkpoint | None) -> tuple[Config, Task, Transformer, Mapping[str, str]]:
+def _open(
+    config: Config, resumed: Checkpoint | None, flops: float
+) -> tuple[Config, Task, Transformer, Mapping[str, str], str]:
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
@@ -149,13 +164,21 @@ def _open(config: Config, resumed: Checkpoint | None) -> tuple[Config, Task, Tra
         )
         tokenizer = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
         config = replace(config, model=shape, tokenizer=tokenizer)
+    config, size = _choose_size(config, task, flops) if config.size_is_open and not loaded else (config, "")
     random_state.seed(config.seed)
     # A pretrained model may have room for more tokens than its tokenizer has.
     model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
         model.take_over(loaded.model)
     origin = origin_of(None if resumed else config.init_from, loaded.directory if loaded else None)
-    return config, task, model, origin
+    return config, task, model, origin, size
+
+
+def _choose_size(config: Config, task: Task, flops: float) -> tuple[Config, str]:
+    """The config with the model's size for the time on a machine of so many `flops`, and why that."""
+    sizes = model_sizes(config.model)
+    name, reason = choose_size(sizes, Budget(config.trainer, flops, task.tokenizer.vocab_size))
+    return replace(config, model=sizes[name]), reason
 
 
 def new_run_dir(config: Config) -> Path:

@@ -15,7 +15,7 @@ from minitf.help_page import all_keys
 def test_words_a_training_may_go_on_with(workdir: Path) -> None:
     assert candidates("python -m minitf.train trainer.prec") == ["trainer.precision="]
     assert candidates("python3 -m minitf.train model=nano trainer.precision=b") == ["trainer.precision=bf16"]
-    assert candidates("minitf-train model=") == [f"model={size}" for size in ("gpt2", "mini", "nano", "small")]
+    assert candidates("minitf-train model=") == [f"model={size}" for size in ("auto", "gpt2", "mini", "nano", "small")]
     assert candidates("/some/bin/python -m minitf.train data.streaming=") == [
         "data.streaming=true", "data.streaming=false"
     ]  # fmt: skip

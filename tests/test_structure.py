@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "minitf"
 # From the bottom of the house up, room by room; a module may import only what stands before it.
 ORDER = [
     "errors", "untrusted",
-    "machine.storage", "machine.distributed", "machine.sharded", "machine.random_state", "machine.hardware",
-    "machine.c_library",
+    "machine.storage", "machine.distributed", "machine.sharded", "machine.random_state",
+    "machine.processor", "machine.hardware", "machine.c_library",
     "loss", "tokenizer",
     "data.books", "data.exercises", "data.data_config", "data.reading", "data.formats", "data.hub_data", "data.corpus",
     "data.pairs", "data.prepared", "data.preparation", "data.batches", "data.packing",
@@ -27,7 +27,7 @@ ORDER = [
     "tensorboard", "answer_scores", "evaluate", "language_model",
     "training.choices", "training.event_files", "training.monitor", "training.parallel", "training.training_step",
     "training.task", "training.looks", "training.resumption", "training.signals", "training.trainer_config",
-    "training.trainer", "training.narration",
+    "training.trainer", "training.model_size", "training.narration",
     "help_page", "completion", "config", "dry_run", "run", "sweep", "train", "commands",
 ]  # fmt: skip
 ROOMS = {name.partition(".")[0] for name in ORDER if "." in name}  # whose modules are ordered among themselves

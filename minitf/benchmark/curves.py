@@ -95,9 +95,8 @@ def corpus(request: Request, report: Report) -> None:
         report.add(
             Row(f"{name}, tokenizing", "s", [prepared["seconds"]], more_is_better=False, note=note, raw=prepared)
         )
-        overrides = ["data=text", f"data.files=[{text}]", *speed(request, 16)]
-        if request.quick:
-            overrides += ["model=nano", "model.context_length=32"]
+        size = ["model=nano", "model.context_length=32"] if request.quick else ["model=mini"]
+        overrides = ["data=text", f"data.files=[{text}]", *size, *speed(request, 16)]
         sides[f"{name}, training"] = training(request, overrides, f"corpus-{megabytes}", environment=cache)
     rows = [speed_row(name, results) for name, results in in_turn(sides, request.repeats, report.say).items()]
     for row in rows:
@@ -116,8 +115,8 @@ def corpus(request: Request, report: Report) -> None:
 def precision(request: Request, report: Report) -> None:
     """The benchmark of that name: one seed in bf16 and fp32, and twice the same."""
     steps = 12 if request.quick else 300
-    small = ["model=nano", "tokenizer=byte", "model.context_length=32"] if request.quick else []
-    base = [*QUIET, f"trainer.max_steps={steps}", "trainer.log_every=1", *small]
+    size = ["model=nano", "tokenizer=byte", "model.context_length=32"] if request.quick else ["model=mini"]
+    base = [*QUIET, f"trainer.max_steps={steps}", "trainer.log_every=1", *size]
 
     def losses(kind: str, name: str) -> list[float]:
         report.say(name)
@@ -151,12 +150,12 @@ def logging(request: Request, report: Report) -> None:
     the steps around them included).
     """
     minutes = 0.02 if request.quick else 3.0
-    small = ["model=nano", "model.context_length=128", "trainer.eval_tokens=2000"] if request.quick else []
+    size = ["model=nano", "trainer.eval_tokens=2000"] if request.quick else ["model=mini"]
     off = ["attention.heads=false", "trainer.attention_every=-1", "trainer.sample_tokens=0"]
     timed = {"timed": ["run", "look", "sample"], "environment": ENVIRONMENT}
     report.say("finding the number of steps")
-    first = train(request, [*small, *off, f"trainer.max_minutes={minutes}"], "logging-steps")
-    steps = [*small, f"trainer.max_steps={first['train'][-1]['step']}", f"trainer.compile={first['compile']}"]
+    first = train(request, [*size, *off, f"trainer.max_minutes={minutes}"], "logging-steps")
+    steps = [*size, f"trainer.max_steps={first['train'][-1]['step']}", f"trainer.compile={first['compile']}"]
     sides = {
         "on": lambda round_: train(request, steps, f"logging-on-{round_}", **timed),
         "off": lambda round_: train(request, [*steps, *off], f"logging-off-{round_}", **timed),

@@ -198,6 +198,7 @@ def _import_everything() -> None:
         "minitf.config",
         "minitf.training.monitor",
         "minitf.train",
+        "minitf.run",
     )
     for module in (*modules, "minitf.training.trainer"):
         importlib.import_module(module)

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitf.machine.hardware import processor_name
+from minitf.machine import processor
 from minitf.machine.storage import cache_root
 
 # Sums may be taken in any order and square roots need no error number; infinities and rounding stay as they are.
@@ -36,7 +36,7 @@ def compiled_library(sources: Sequence[Path], extra: Sequence[str] = (), compile
         return f"no {compiler or 'C compiler'} found"
     flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
     contents = [path.read_bytes() for path in [*sources, *sorted(sources[0].parent.glob("*.h"))]]
-    identity = repr([contents, found, flags, tuple(extra), processor_name(), platform.machine()])
+    identity = repr([contents, found, flags, tuple(extra), processor.name(), platform.machine()])
     built = cache_root() / f"{sources[0].stem}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     names = [str(path) for path in sources]
     try:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from minitf.errors import RequestError
+from minitf.machine import processor
 from minitf.machine.distributed import ALONE, Group
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -180,6 +181,20 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0
     return 2 * size**3 / best
 
 
+def measure_quiet_matmul(hardware: Hardware) -> float:
+    """What `measure_matmul` finds, or on a CPU what its threads would do if other programs left them alone.
+
+    Threads that wait for each other on a busy machine can take ten times as long.
+    """
+    if hardware.device.type != "cpu":
+        return hardware.peak_flops
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = measure_matmul(hardware.device, hardware.dtype)
+    torch.set_num_threads(num_threads)
+    return num_threads * one
+
+
 def choose_hardware(device_name: str, precision: str, group: Group = ALONE, threads: int = 0) -> Hardware:
     """Resolve `trainer.device`, `trainer.precision` (auto | bf16 | fp32) and `trainer.threads` (0: all that help).
 
@@ -241,17 +256,6 @@ def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
     return torch.compile(function, dynamic=False)
 
 
-def processor_name() -> str:
-    """The processor as its maker calls it."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux
-    return name
-
-
 def describe_processor() -> str:
     """The processor's name and the threads used of it, as recorded with a run."""
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{processor.name()}, {torch.get_num_threads()} threads"

@@ -34,6 +34,8 @@ def introduce(trainer: Trainer, choices: Mapping[str, str]) -> None:
     for note in trainer.task.notes():
         say(note)
     say(f"model      {model.num_parameters() / 1e6:.2f}M parameters: {shape}, vocabulary {model.vocab_size:,}")
+    if choices["size"]:
+        say(f"size       {choices['size']}")
     device = f"{choices['device']}, {choices['threads']}" if choices["device"] == "cpu" else choices["device"]
     attention = f"{choices['attention']} attention"
     say(f"chosen     {device}; {choices['precision']}; {attention}; {choices['micro_batch']}")
