@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # against 188 ms on two quiet cores, and beside other programs the same or less. OpenMP reads it when torch is
     # first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # on a new machine: two or three seconds, while torch is imported
+        from minitf.c_sources import compile_ahead
+
+        compile_ahead()
     from minitf.config import check_sweep
     from minitf.machine.distributed import joined
 

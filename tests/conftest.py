@@ -16,6 +16,7 @@ import torch
 
 from minitf.errors import run_command
 from minitf.kernels import calls
+from minitf.machine import processor
 from minitf.machine.c_library import FLAGS
 from minitf.model import ModelConfig, Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
@@ -110,10 +111,10 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def bf16_kernels() -> Iterator[None]:
     """The C kernels in bfloat16 run, on a processor without AVX-512 BF16 by the functions of avx512/immintrin.h."""
     with pytest.MonkeyPatch.context() as patch:
-        if "avx512_bf16" not in calls._processor_flags():
+        if "avx512_bf16" not in processor.flags():
             patch.setenv("CPATH", str(Path(__file__).parent / "avx512"))
             patch.setattr("minitf.machine.c_library.FLAGS", ("-O2", *FLAGS[1:]))  # compiled in a quarter of the time
-            patch.setattr(calls, "_processor_flags", lambda: {"avx512_bf16"})
+            patch.setattr(processor, "flags", lambda: {"avx512_bf16"})
             calls.library.cache_clear()
         yield
     calls.library.cache_clear()

@@ -13,7 +13,7 @@ from conftest import train_here
 from test_train import assert_one_line, interrupt_at, losses
 from torch import Tensor
 
-from minitf import kernels
+from minitf import c_sources, kernels
 from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
 from minitf.kernels import calls
 from minitf.kernels.muon import MUON
@@ -221,11 +221,11 @@ def test_the_loss_and_its_gradients(V: int, monkeypatch: pytest.MonkeyPatch, dty
         assert off(mine, theirs) < near(dtype, 0.01)
 
 
-@pytest.mark.parametrize("dtype", calls.SOURCES, ids=str)
+@pytest.mark.parametrize("dtype", calls.ARGUMENTS, ids=str)
 def test_python_and_c_agree_on_the_arguments(dtype: torch.dtype) -> None:
     """Also where the processor cannot run them: an argument more or less is memory read at random."""
-    place = Path(calls.__file__).parent
-    source = "".join((place / name).read_text(encoding="utf-8") for name in calls.SOURCES[dtype])
+    files = c_sources.KERNELS[calls.PRECISIONS[dtype]]
+    source = "".join((c_sources.PACKAGE / "kernels" / name).read_text(encoding="utf-8") for name in files)
     kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int64, "float": ctypes.c_float}
     found = {}
     for name, parameters in re.findall(r"^void (\w+)\(([^)]*)\) {", source, re.MULTILINE):
@@ -418,7 +418,7 @@ def test_a_run_takes_them_unless_they_are_slower(
 @pytest.mark.parametrize(
     ("precision", "where", "words"),
     [
-        ("bf16", "minitf.kernels.calls._processor_flags", "the processor has no AVX-512 BF16"),
+        ("bf16", "minitf.machine.processor.flags", "the processor has no AVX-512 BF16"),
         ("fp32", "minitf.machine.c_library.shutil.which", "no gcc found"),
     ],
 )

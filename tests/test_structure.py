@@ -15,7 +15,7 @@ ORDER = [
     "errors", "untrusted",
     "machine.storage", "machine.distributed", "machine.sharded", "machine.random_state",
     "machine.processor", "machine.hardware", "machine.c_library",
-    "loss", "tokenizer",
+    "c_sources", "loss", "tokenizer",
     "data.books", "data.exercises", "data.data_config", "data.reading", "data.formats", "data.hub_data", "data.corpus",
     "data.pairs", "data.prepared", "data.preparation", "data.batches", "data.packing",
     "rope_scaling", "attention", "model", "optim", "kernels",

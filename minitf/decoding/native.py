@@ -8,16 +8,13 @@ takes 0.2 ms (4 layers of 256 on one core); at 124M parameters it is still twice
 import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minitf import c_sources
 from minitf.attention import KeyValueCache
-from minitf.machine.c_library import compiled_library
 from minitf.model import Transformer
-
-SOURCE = Path(__file__).with_name("decode.c")
 
 
 class _Layer(ctypes.Structure):
@@ -45,7 +42,7 @@ class _Model(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """decode.c as a library, or why there is none."""
-    found = compiled_library([SOURCE])
+    found = c_sources.DECODING.load()
     if not isinstance(found, str):
         found.decode_scratch.restype = ctypes.c_int64
         found.decode.restype = None

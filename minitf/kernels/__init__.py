@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitf.attention import Attention, Linear, segment_starts
-from minitf.kernels.calls import SOURCES, AttentionArguments, as_rows, call, library
+from minitf.kernels.calls import ARGUMENTS, AttentionArguments, as_rows, call, library
 from minitf.kernels.muon import MUON
 from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
@@ -206,7 +206,7 @@ def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
 
 FUNCTIONS = {
     dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, visible=segment_starts, dtype=dtype)
-    for dtype in SOURCES
+    for dtype in ARGUMENTS
 }
 
 

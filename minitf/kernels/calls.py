@@ -1,20 +1,16 @@
-"""The C sources of the kernels as a library for each dtype, and how tensors are handed to it."""
+"""The kernels' C library for each dtype, and how tensors are handed to it."""
 
 import ctypes
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minitf.machine.c_library import compiled_library
+from minitf import c_sources
 
-SOURCES = {
-    torch.bfloat16: [f"bfloat16/{name}.c" for name in ("linear", "rows", "attention", "muon")],  # with AVX-512 BF16
-    torch.float32: [f"float32/{name}.c" for name in ("rows", "attention")],  # on any processor
-}
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -49,29 +45,15 @@ ARGUMENTS = {torch.bfloat16: _IN_BOTH | _IN_BFLOAT16, torch.float32: _IN_BOTH}
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | str:
     """The C sources for activations of a dtype as a library, compiled now or earlier, or why there is none."""
-    if dtype not in SOURCES:
+    if dtype not in ARGUMENTS:
         return f"the C kernels do not compute in {str(dtype).removeprefix('torch.')}"
-    if dtype == torch.bfloat16 and "avx512_bf16" not in _processor_flags():
-        return "the processor has no AVX-512 BF16, with which the C kernels compute in bf16; set trainer.precision=fp32"
-    # The threads must be those PyTorch has, which are gcc's: two sets of them would wait for work on the same cores.
-    shared = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    if not shared:
-        return "this PyTorch does not bring gcc's threads (libgomp), which the C kernels share with it"
-    sources = [Path(__file__).parent / name for name in SOURCES[dtype]]
-    found = compiled_library(sources, ["-fopenmp", "-Wl,--as-needed", *shared], "gcc")
+    sources = c_sources.kernels(PRECISIONS[dtype])
+    found = sources if isinstance(sources, str) else sources.load()
     if not isinstance(found, str):
         for name, types in ARGUMENTS[dtype].items():
             function = getattr(found, name)
             function.argtypes, function.restype = types, None
     return found
-
-
-def _processor_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
@@ -83,7 +65,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
 
 def as_rows(x: Tensor) -> Tensor:
     """x as C reads it."""
-    assert x.dtype in SOURCES
+    assert x.dtype in ARGUMENTS
     assert x.device.type == "cpu"
     return x.contiguous()
 

@@ -1,0 +1,36 @@
+"""Which C sources there are and how each becomes a library, without PyTorch: compilers work while it is imported."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from minitf.machine import processor
+from minitf.machine.c_library import CLibrary
+
+PACKAGE = Path(__file__).parent
+DECODING = CLibrary((PACKAGE / "decoding/decode.c",))
+KERNELS = {
+    "bf16": [f"bfloat16/{name}.c" for name in ("linear", "rows", "attention", "muon")],  # with AVX-512 BF16
+    "fp32": [f"float32/{name}.c" for name in ("rows", "attention")],  # on any processor
+}
+
+
+def kernels(precision: str) -> CLibrary | str:
+    """The kernels that train in `bf16` or `fp32`, or why they cannot be had here."""
+    if precision == "bf16" and "avx512_bf16" not in processor.flags():
+        return "the processor has no AVX-512 BF16, with which the C kernels compute in bf16; set trainer.precision=fp32"
+    # The threads must be those PyTorch has, which are gcc's: two sets of them would wait for work on the same cores.
+    torch = find_spec("torch")
+    shared = sorted((Path(torch.origin).parent / "lib").glob("libgomp*")) if torch and torch.origin else []
+    if not shared:
+        return "this PyTorch does not bring gcc's threads (libgomp), which the C kernels share with it"
+    sources = tuple(PACKAGE / "kernels" / name for name in KERNELS[precision])
+    return CLibrary(sources, ("-fopenmp", "-Wl,--as-needed", *map(str, shared)), "gcc")
+
+
+def compile_ahead() -> None:
+    """Have compiled what training will most likely ask for."""
+    trained = kernels("bf16")
+    trained = kernels("fp32") if isinstance(trained, str) else trained
+    for library in (trained, DECODING):
+        if isinstance(library, CLibrary):
+            library.compile_ahead()
