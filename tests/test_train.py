@@ -107,7 +107,7 @@ def test_two_batches_accumulated_are_one_of_twice_the_size(workdir: Path, tiny: 
 
 def test_warming_up_moves_nothing(workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert train_here(*tiny, "run_dir=a", "model.dropout=0.1") == 0
-    monkeypatch.setattr(TrainingStep, "warm_up", lambda *_: (0.001, "false", "off"))
+    monkeypatch.setattr(TrainingStep, "warm_up", lambda *_, **__: (0.001, "false", "off"))
     assert train_here(*tiny, "run_dir=b", "model.dropout=0.1") == 0
     assert_same_run("b", "a")
 
@@ -686,7 +686,7 @@ def test_a_run_by_the_clock_corrects_its_number_of_steps_once(
     from minitf.training.training_step import TrainingStep
 
     # A warm-up that thinks a step takes a tenth of a millisecond: ten times as many steps as fit into the time.
-    monkeypatch.setattr(TrainingStep, "warm_up", lambda *_: (1e-4, "false", "off"))
+    monkeypatch.setattr(TrainingStep, "warm_up", lambda *_, **__: (1e-4, "false", "off"))
     limits = ["trainer.max_steps=null", "trainer.max_minutes=0.05", "trainer.eval_every=0", "trainer.log_every=0"]
     assert train_here(*tiny, *limits, "run_dir=run") == 0
     state = load_checkpoint("run", prefer="latest").state

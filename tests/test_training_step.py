@@ -245,6 +245,24 @@ def test_fewer_threads_are_taken_while_they_are_faster(
     assert step.threads == ("16 threads" if chosen == 16 else f"{chosen} of 16 threads, which is faster")
 
 
+@pytest.mark.parametrize(
+    ("limits", "threads", "most"),
+    [
+        (["trainer.max_steps=2"], 2, 1),
+        (["trainer.max_steps=2", "trainer.max_minutes=1"], 2, 8),
+        (["trainer.max_steps=2"], 4, 8),
+    ],
+)
+def test_a_step_is_measured_where_the_number_of_steps_or_threads_hangs_on_it(
+    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, limits: list[str], threads: int, most: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(TrainingStep, "measure", lambda step, most: (asked.append(most), 0.6)[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert train_here(*tiny, *limits, "trainer.compile=false") == 0
+    assert asked == [most]
+
+
 def test_the_number_of_threads_can_be_set(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

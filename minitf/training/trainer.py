@@ -89,6 +89,7 @@ class Trainer:
         step_s, choices.compile, words = self.training_step.warm_up(
             decided or config.compile,
             lambda step_s: (self._num_steps(step_s) - state.step) * step_s,
+            by_time=config.minutes is not None,
         )
         if decided and words.startswith("off, as set"):
             words = "off, as the run began"

@@ -27,6 +27,7 @@ THREADS_MATTER_BELOW_S = 0.5
 MOST_ACTIVATION_BYTES = 300  # a token, layer and channel: about 100 measured in bf16, 200 in fp32
 STATE_BYTES = 12  # a parameter: gradient and averages in float32
 MEMORY_SHARE = 0.7  # of what is free, that other programs, evaluation and looks have some too
+FEWEST_TO_HALVE = 4  # threads
 FEWER_THREADS_WITHIN = 0.95  # clearly faster: a measure of eight steps is off by a few per cent
 
 
@@ -141,18 +142,22 @@ class TrainingStep:
             torch.cuda.empty_cache()  # of pieces that are too small for the next try
         return False
 
-    def warm_up(self, wanted: str, seconds_left: Callable[[float], float]) -> tuple[float, str, str]:
+    def warm_up(
+        self, wanted: str, seconds_left: Callable[[float], float], by_time: bool = True
+    ) -> tuple[float, str, str]:
         """Choose the functions and measure a step, leaving weights, optimiser and random state as they were.
 
         `wanted` is a value of `trainer.compile`; what cannot be had here is done without. `seconds_left(step_s)` is
-        what the run would take at that speed. Returns the seconds of a step, what was chosen (a value that leads to it
-        again), and why, in words.
+        what the run would take at that speed; `by_time` is whether it ends by it. Returns the seconds of a step, what
+        was chosen (a value that leads to it again), and why, in words.
         """
         before = random_state.capture()
         self.first_step()
         chosen, words = ("false", "off, as set") if wanted == "false" else self._choose(wanted, seconds_left)
-        step_s = self.measure(8)
-        if self.hardware.device.type == "cpu" and not self.hardware.threads_set:
+        threads_are_open = self.hardware.device.type == "cpu" and not self.hardware.threads_set
+        threads_are_open = threads_are_open and torch.get_num_threads() >= FEWEST_TO_HALVE
+        step_s = self.measure(8 if by_time or threads_are_open else 1)  # on which the number of steps or threads hangs
+        if threads_are_open:
             step_s = self._choose_threads(step_s)
         self.optimizer.reset()
         random_state.restore(before)
@@ -185,7 +190,7 @@ class TrainingStep:
     def _choose_threads(self, step_s: float) -> float:
         """Halve the number of threads as long as that makes a step faster; returns its seconds."""
         most = num_threads = torch.get_num_threads()
-        while num_threads >= 4 and step_s < THREADS_MATTER_BELOW_S:
+        while num_threads >= FEWEST_TO_HALVE and step_s < THREADS_MATTER_BELOW_S:
             torch.set_num_threads(num_threads // 2)
             fewer_s = self.measure(8)
             if fewer_s > FEWER_THREADS_WITHIN * step_s:
