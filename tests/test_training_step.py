@@ -259,6 +259,7 @@ def test_a_step_is_measured_where_the_number_of_steps_or_threads_hangs_on_it(
     asked: list[int] = []
     monkeypatch.setattr(TrainingStep, "measure", lambda step, most: (asked.append(most), 0.6)[1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # where it is set, the number of threads is no question
     assert train_here(*tiny, *limits, "trainer.compile=false") == 0
     assert asked == [most]
 
