@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a target that does not count, PyTorch's convention
-# Logits held at a time: about the size of a cache on a CPU; on a GPU large enough to fill it.
-CHUNK_LOGITS = {"cpu": 1 << 21}
+# Logits held at a time: about the size of a cache on a CPU; on a GPU enough to fill it, a fiftieth of its memory in bf16.
+CHUNK_LOGITS = 1 << 21
 CHUNK_LOGITS_ELSEWHERE = 1 << 28
+BYTES_OF_MEMORY_FOR_A_LOGIT = 200
 
 
 def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,21 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
 
 def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
     """`to += dy^T x` in place: some rows' part of the gradient of weights."""
-    to_RC += dy_NR.mT @ x_NC
+    if to_RC.device.type == "cuda" and to_RC.dtype != x_NC.dtype:  # added up as it is multiplied, and not rounded before
+        torch.addmm(to_RC, dy_NR.mT, x_NC, out_dtype=to_RC.dtype, out=to_RC)
+    else:
+        to_RC += dy_NR.mT @ x_NC
+
+
+def rows_at_a_time(num_rows: int, vocab_size: int, device: torch.device) -> int:
+    """How many rows of logits are held at a time: chunks of one size where possible, for each size is compiled anew."""
+    most_logits = CHUNK_LOGITS if device.type == "cpu" else CHUNK_LOGITS_ELSEWHERE
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        most_logits = max(most_logits, memory // BYTES_OF_MEMORY_FOR_A_LOGIT)
+    fewest = -(-num_rows // max(1, most_logits // vocab_size))
+    num_chunks = next((n for n in range(fewest, 2 * fewest + 1) if num_rows % n == 0), fewest)
+    return -(-num_rows // num_chunks)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -98,9 +113,7 @@ def linear_cross_entropy(
         counts_N = counts_N * weights_BT.flatten()
     scales_N = counts_N / counts_N.sum().clamp(min=1e-9)
     N, on_cpu = len(x_ND), x_ND.device.type == "cpu"
-    most_rows = max(1, CHUNK_LOGITS.get(x_ND.device.type, CHUNK_LOGITS_ELSEWHERE) // vocabulary_VD.shape[0])
-    # Chunks of one size, as far as possible: a compiled chunk_loss is made for one.
-    num_rows = -(-N // -(-N // most_rows))
+    num_rows = rows_at_a_time(N, vocabulary_VD.shape[0], x_ND.device)
     if on_cpu and (num_counted := int((counts_N != 0).sum())) <= N - num_rows:  # elsewhere asking would wait
         # Of pairs only about every other target counts: the rest is left out, but for what fills the last chunk.
         counted = (counts_N == 0).to(torch.int8).argsort(stable=True)[: max(1, -(-num_counted // num_rows)) * num_rows]

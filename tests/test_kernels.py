@@ -205,7 +205,7 @@ def test_what_comes_later_or_belongs_to_another_text_changes_nothing(packed: boo
 
 @pytest.mark.parametrize("V", [3, 65, 1000])
 def test_the_loss_and_its_gradients(V: int, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("minitf.loss.CHUNK_LOGITS", {"cpu": 40 * V})  # three chunks, whose gradients are added up
+    monkeypatch.setattr("minitf.loss.CHUNK_LOGITS", 40 * V)  # three chunks, whose gradients are added up
     x = random(2, 50, 16).to(dtype).requires_grad_()
     vocabulary = random(V, 16, seed=1).requires_grad_()
     targets = torch.randint(V, (2, 50), generator=torch.Generator().manual_seed(2))

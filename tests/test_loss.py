@@ -27,7 +27,7 @@ def naive(x_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, 4, 33, 1000])
 def test_value_and_gradients_are_those_of_the_full_logits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", rows * 50)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", rows * 50)
     x_BTD, vocabulary_VD, targets_BT = inputs()
     expected = naive(x_BTD, vocabulary_VD, targets_BT)
     wanted = torch.autograd.grad(expected * 3, (x_BTD, vocabulary_VD))
@@ -76,6 +76,14 @@ def test_at_most_a_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPa
         shapes.append(tuple(logits_NV.shape))
         return loss_module.chunk_loss(logits_NV, targets_N, scales_N)
 
-    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", 500)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 500)
     linear_cross_entropy(*inputs(), chunk_loss=recording)
     assert shapes == [(9, 50), (9, 50), (9, 50), (6, 50)]
+
+
+def test_chunks_are_of_one_size_where_that_is_possible() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert loss_module.rows_at_a_time(2048, 4096, cpu) == 512
+    assert loss_module.rows_at_a_time(32 * 1024, 50_304, meta) == 4096  # seven of 5,336 would do, and leave a rest
+    assert loss_module.rows_at_a_time(31, 1 << 19, cpu) == 4  # a prime number leaves one
+    assert loss_module.rows_at_a_time(8, 1 << 22, cpu) == 1

@@ -152,7 +152,7 @@ def test_the_prompt_counts_by_its_share(pairs: TokenizedPairs, make_model: Any) 
 def test_leaving_out_what_does_not_count_changes_nothing(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     import minitf.loss
 
-    monkeypatch.setitem(minitf.loss.CHUNK_LOGITS, "cpu", 40 * 8)  # chunks of eight rows
+    monkeypatch.setattr(minitf.loss, "CHUNK_LOGITS", 40 * 8)  # chunks of eight rows
     torch.manual_seed(0)
     x, words = torch.randn(4, 25, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
     targets = torch.randint(40, (4, 25)).masked_fill(torch.rand(4, 25) >= share, IGNORED)
