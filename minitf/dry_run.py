@@ -37,7 +37,7 @@ def dry_run(
     step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation, trainer.micro_batch_size)
     native = not step.kernels_obstacle() and trainer.compile in ("auto", "native")
     if native:
-        step.use(kernels.FUNCTIONS[model.compute_dtype])
+        step.use(kernels.functions(model))
     step.first_step()
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length
@@ -54,7 +54,7 @@ def dry_run(
         *([("size", size)] if size else []),
         ("step", f"{step_s * 1000:,.0f} ms for {tokens_per_step:,} tokens, {tokens_per_step / step_s:,.0f} tokens/s "
                  f"on {hardware.device.type} in {str(hardware.dtype).removeprefix('torch.')}, "
-                 + ("by C kernels" if native else "not compiled")),
+                 + ("by our kernels" if native else "not compiled")),
         *([("processes", words)] if (words := parallel.describe(trainer.batch_size)) else []),
         ("training", f"{num_steps:,} steps, {num_tokens:,} tokens"),
         ("tokens", f"{num_tokens / parameters:.2g} per parameter, {len(train) / parameters:.2g} different ones"),

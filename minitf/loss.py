@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a target that does not count, PyTorch's convention
-# Logits held at a time: about the size of a cache on a CPU; on a GPU enough to fill it, a fiftieth of its memory in bf16.
+# Logits held at a time: about the size of a cache on a CPU; on a GPU enough to fill it, a hundredth of its memory.
 CHUNK_LOGITS = 1 << 21
 CHUNK_LOGITS_ELSEWHERE = 1 << 28
 BYTES_OF_MEMORY_FOR_A_LOGIT = 200
@@ -33,7 +33,9 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
 
 def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
     """`to += dy^T x` in place: some rows' part of the gradient of weights."""
-    if to_RC.device.type == "cuda" and to_RC.dtype != x_NC.dtype:  # added up as it is multiplied, and not rounded before
+    if (
+        to_RC.device.type == "cuda" and to_RC.dtype != x_NC.dtype
+    ):  # added up as it is multiplied, and not rounded before
         torch.addmm(to_RC, dy_NR.mT, x_NC, out_dtype=to_RC.dtype, out=to_RC)
     else:
         to_RC += dy_NR.mT @ x_NC

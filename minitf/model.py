@@ -239,7 +239,7 @@ class Transformer(nn.Module):
     @property
     def attention_path(self) -> str:
         """How a training step computes attention: native (by the C kernels), explicit or sdpa."""
-        if self.usable_functions.visible:
+        if self.usable_functions.visible and self.device.type == "cpu":
             return "native"
         return "explicit" if self.explicit_attention else "sdpa"
 

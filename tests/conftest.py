@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run without a GPU
+
 from minitf.errors import run_command
 from minitf.kernels import calls
 from minitf.machine import processor

@@ -43,7 +43,7 @@ def test_what_it_says_is_what_the_run_then_is(
 
 def test_it_computes_as_the_run_would(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for precision, dtype in PRECISIONS.items():
-        native = "not compiled" if isinstance(calls.library(dtype), str) else "by C kernels"
+        native = "not compiled" if isinstance(calls.library(dtype), str) else "by our kernels"
         for compilation, words in (("auto", native), ("true", "not compiled")):
             settings = [f"trainer.precision={precision}", f"trainer.compile={compilation}", "trainer.dry_run=true"]
             assert train_here(*tiny, *settings) == 0

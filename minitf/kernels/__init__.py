@@ -5,10 +5,11 @@ once or twice where PyTorch's operations go over them ten times. torch.compile c
 compiling; these take two seconds, once. Products of activations and weights stay with PyTorch, whose are as fast.
 
 In bfloat16, with sums in float32, they are for processors with AVX-512 BF16; in float32 for all, and there Muon and the
-gradients of weights are PyTorch's too.
+gradients of weights are PyTorch's too. A CUDA device has kernels of its own (kernels/cuda/), in Triton.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,17 +24,34 @@ from minitf.loss import IGNORED
 from minitf.model import Block, TrainingFunctions, Transformer
 from minitf.optim import MuonFunctions
 
+MOST_WIDTH = 16384  # of a row that a program of Triton's holds at once
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
 
 
 def obstacle(model: Transformer) -> str | None:
     """Why the kernels cannot train this model, or None."""
-    if model.device.type != "cpu":
-        return f"the C kernels are for a processor, and the model is on {model.device.type}; set trainer.device=cpu"
-    if model.config.attention != "auto":
-        return f"model.attention={model.config.attention} is another way to compute attention; leave it at auto"
+    device, c = model.device.type, model.config
+    if device not in ("cpu", "cuda"):
+        return f"there are kernels for cpu and cuda, and the model is on {device}; set trainer.device=cpu"
+    if c.attention != "auto":
+        return f"model.attention={c.attention} is another way to compute attention; leave it at auto"
+    if device == "cuda":
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if c.head_dim & (c.head_dim - 1) or max(c.head_dim, c.hidden_size) > MOST_WIDTH:
+            return f"heads of {c.head_dim} channels in {c.hidden_size}: the Triton kernels take powers of 2"
+        return None
     found = library(model.compute_dtype)
     return found if isinstance(found, str) else None
+
+
+def functions(model: Transformer) -> TrainingFunctions:
+    """The kernels that train this model, where there is no obstacle."""
+    if model.device.type == "cuda":
+        from minitf.kernels import cuda
+
+        return cuda.FUNCTIONS[model.compute_dtype]
+    return FUNCTIONS[model.compute_dtype]
 
 
 class _Linear(torch.autograd.Function):

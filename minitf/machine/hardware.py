@@ -246,7 +246,7 @@ def compiler_missing(device: torch.device) -> str | None:
             return f"no C++ compiler found ({compiler})"
     if device.type == "cuda":
         try:
-            import triton  # type: ignore  # noqa: F401
+            import triton  # noqa: F401
         except ImportError:
             return "triton is not installed"
     return None

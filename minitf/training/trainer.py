@@ -58,7 +58,7 @@ class Trainer:
         self.optimizer = Optimizer(model, optim, hardware.dtype, self.group)
         at_once = config.micro_batch_size or choices.micro_batch_size
         self.training_step = TrainingStep(
-            parallel, self.optimizer, batches, hardware, config.grad_accumulation, at_once
+            parallel, self.optimizer, batches, hardware, config.grad_accumulation, at_once, config.cuda_graph
         )
         self.schedule = self._schedule(1)
         self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
@@ -267,8 +267,9 @@ class Trainer:
         if not self.group.is_first:
             return [], {}
         model.eval()
-        # Token by token, casting the float32 weights takes longer than bfloat16 products save.
-        model.compute_dtype = torch.float32
+        if self.hardware.device.type == "cpu":
+            # Token by token, casting the float32 weights takes longer than bfloat16 products save.
+            model.compute_dtype = torch.float32
         made = self.task.samples(model, config.sample_tokens, config.eval_answers)
         model.compute_dtype = self.hardware.dtype
         model.train()

@@ -26,6 +26,7 @@ class TrainerConfig:
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
     compile: str = "auto"  # auto (C kernels where there are any, else torch.compile if it pays) | native | true | false
+    cuda_graph: str = "auto"  # record a step on a CUDA device and start it as a whole: auto (if faster) | true | false
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
     eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run, 4 or 2 where they would take long beside it
     save_every: int = 0  # steps between checkpoints; 0: at each evaluation, at least 8 a run unless eval_every is set
@@ -37,7 +38,9 @@ class TrainerConfig:
     dry_run: bool = False  # only say what the run would be and take, by timing three steps; nothing is written
 
     def __post_init__(self) -> None:
-        self.compile = self.compile.lower()
+        self.compile, self.cuda_graph = self.compile.lower(), self.cuda_graph.lower()
+        if self.cuda_graph not in ("auto", "true", "false"):
+            raise RequestError(f"trainer.cuda_graph={self.cuda_graph} must be auto, true or false")
         if self.compile not in ("auto", "native", "true", "false"):
             raise RequestError(f"trainer.compile={self.compile} must be auto, native, true or false")
         if self.strategy not in STRATEGIES:

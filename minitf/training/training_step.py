@@ -14,6 +14,7 @@ from minitf.machine import random_state
 from minitf.machine.hardware import Hardware, compiled, compiler_missing, free_memory, growth_of
 from minitf.model import TrainingFunctions
 from minitf.optim import Optimizer
+from minitf.training.captured import CapturedGradients
 from minitf.training.parallel import Parallel
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
@@ -29,6 +30,7 @@ STATE_BYTES = 12  # a parameter: gradient and averages in float32
 MEMORY_SHARE = 0.7  # of what is free, that other programs, evaluation and looks have some too
 FEWEST_TO_HALVE = 4  # threads
 FEWER_THREADS_WITHIN = 0.95  # clearly faster: a measure of eight steps is off by a few per cent
+CAPTURED_WITHIN = 0.9  # of the time of a step: a graph keeps the memory of its activations, for which it has to pay
 
 
 class TrainingStep:
@@ -42,14 +44,20 @@ class TrainingStep:
         hardware: Hardware,
         grad_accumulation: int = 1,
         micro_batch_size: int = 0,
+        cuda_graph: str = "auto",
     ) -> None:
-        """`micro_batch_size`: sequences a process computes at a time; 0: its part of a batch, if memory allows."""
+        """`micro_batch_size`: sequences a process computes at a time; 0: its part of a batch, if memory allows.
+
+        `cuda_graph`: whether forward and backward are recorded as one graph: true, false, or auto, if that is faster.
+        """
         self.parallel, self.model, self.group = parallel, parallel.model, parallel.group
         self.optimizer, self.batches, self.hardware = optimizer, batches, hardware
         self.grad_accumulation = grad_accumulation
         num_rows = len(batches.batch(0).inputs_BT) // self.group.size
         self.micro_batch_size = min(micro_batch_size or num_rows, num_rows)
         self.micro_batch_is_set = micro_batch_size > 0
+        self.cuda_graph = cuda_graph
+        self.captured: CapturedGradients | None = None
         num_threads = torch.get_num_threads()
         self.threads = f"{num_threads} thread{'s' * (num_threads > 1)}"  # in words
 
@@ -60,6 +68,15 @@ class TrainingStep:
 
     def run(self, index: int, learning_rate_factor: float) -> tuple[Tensor, Tensor]:
         """Step number `index`, from 0; returns the mean loss in nats a token and the norm of the gradient."""
+        if self.captured is not None and self.captured.fits(batch := self.batches.batch(index)):
+            total = self.captured.run(batch)
+        else:
+            total = self._gradients(index)
+        self.optimizer.set_factor(learning_rate_factor)
+        return self.group.mean(total), self.optimizer.step()
+
+    def _gradients(self, index: int) -> Tensor:
+        """Forward and backward of step number `index`; returns this process's mean loss."""
         device, count = self.hardware.device, self.grad_accumulation
         total = torch.zeros((), device=device)
         for part in range(count):
@@ -70,8 +87,7 @@ class TrainingStep:
                     loss = self.parallel.loss(*piece.to(device)) * (share * piece_share)
                     (loss / count).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach() / count
-        self.optimizer.set_factor(learning_rate_factor)
-        return self.group.mean(total), self.optimizer.step()
+        return total
 
     def measure(self, most: int, budget_s: float = 1.0) -> float:
         """Median seconds of a step over `most` steps, or fewer (at least 3) in `budget_s`; no weight moves.
@@ -154,6 +170,8 @@ class TrainingStep:
         before = random_state.capture()
         self.first_step()
         chosen, words = ("false", "off, as set") if wanted == "false" else self._choose(wanted, seconds_left)
+        if self._can_capture():
+            words += self._try_capture()
         threads_are_open = self.hardware.device.type == "cpu" and not self.hardware.threads_set
         threads_are_open = threads_are_open and torch.get_num_threads() >= FEWEST_TO_HALVE
         step_s = self.measure(8 if by_time or threads_are_open else 1)  # on which the number of steps or threads hangs
@@ -165,11 +183,21 @@ class TrainingStep:
 
     def _choose(self, wanted: str, seconds_left: Callable[[float], float]) -> tuple[str, str]:
         plain_s = self.measure(1)
+        failed = ""
         if wanted != "true" and not self.kernels_obstacle():
-            native_s = self._try(kernels.FUNCTIONS[self.model.compute_dtype])
-            if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
-                return "native", f"by our C kernels: {_milliseconds(native_s, plain_s)}"
+            language = "C" if self.hardware.device.type == "cpu" else "Triton"
+            try:
+                native_s = self._try(kernels.functions(self.model))
+                if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
+                    return "native", f"by our {language} kernels: {_milliseconds(native_s, plain_s)}"
+            except Exception as error:  # Triton's compiler fails in as many ways as PyTorch's
+                failed = f"; our {language} kernels failed: {_first_line(error)}"
+                self.model.zero_grad()
             self.use(PLAIN)
+        choice, words = self._choose_compiled(wanted, plain_s, seconds_left)
+        return choice, words + failed
+
+    def _choose_compiled(self, wanted: str, plain_s: float, seconds_left: Callable[[float], float]) -> tuple[str, str]:
         left_s = seconds_left(plain_s)
         if wanted != "true" and left_s < COMPILE_PAYS_FROM_S:
             return "false", f"off, does not pay in {left_s:.0f} s of training"
@@ -181,7 +209,7 @@ class TrainingStep:
             compiled_s = self._try(TrainingFunctions(compiled(block), compiled(norm), compiled(loss)))
         except Exception as error:  # a broken compiler surfaces as any of many classes; training goes on without it
             self.use(PLAIN)
-            return "false", f"off, it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+            return "false", f"off, it failed: {_first_line(error)}"
         if wanted != "true" and compiled_s > plain_s:
             self.use(PLAIN)
             return "false", f"off, a step takes {compiled_s * 1000:.0f} ms compiled and {plain_s * 1000:.0f} ms without"
@@ -201,6 +229,29 @@ class TrainingStep:
             self.threads = f"{num_threads} of {most} threads, which is faster"
         return step_s
 
+    def _can_capture(self) -> bool:
+        """Whether a step is one batch on one CUDA device, always computed alike."""
+        whole = self.grad_accumulation == 1 and self.micro_batch_size >= len(self.batches.batch(0).inputs_BT)
+        alone = self.group.size == 1 and self.model.config.dropout == 0
+        return self.cuda_graph != "false" and self.hardware.device.type == "cuda" and whole and alone
+
+    def _try_capture(self) -> str:
+        """Record forward and backward, and keep that if it is faster or wished for; returns what came of it."""
+        before_s = self.measure(4)
+        try:
+            batch = self.batches.batch(0).to(self.hardware.device)
+            self.captured = CapturedGradients(self.parallel.loss, self.optimizer.parameters, batch)
+            captured_s = self.measure(4)
+        except RuntimeError as error:  # what cannot be recorded is many things, memory among them
+            self.captured = None
+            self.model.zero_grad()
+            torch.cuda.empty_cache()
+            return f"; not as a CUDA graph: {_first_line(error)}"
+        if self.cuda_graph == "auto" and captured_s > CAPTURED_WITHIN * before_s:
+            self.captured = None
+            return ""
+        return f"; as a CUDA graph, {_milliseconds(captured_s, before_s)}"
+
     def kernels_obstacle(self) -> str | None:
         """Why the C kernels cannot do this step in all processes, or None."""
         obstacle = kernels.obstacle(self.model)
@@ -212,6 +263,10 @@ class TrainingStep:
         self.use(functions)
         self.run(0, 0.0)
         return min(self.measure(1), self.measure(1))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
 
 
 def _milliseconds(step_s: float, plain_s: float) -> str:
