@@ -28,7 +28,7 @@ from minitf.benchmark import (
 )
 from minitf.benchmark.__main__ import BENCHMARKS, main
 from minitf.benchmark.comparison import Row, in_turn
-from minitf.benchmark.gpu import compare, gpu
+from minitf.benchmark.gpu import compare, gpu, learn
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
 from minitf.benchmark.text import write_text
@@ -451,10 +451,22 @@ def test_throughput_end_to_end(tmp_path: Path, checkout: Path, capsys: pytest.Ca
 def test_what_a_gpu_would_be_asked_runs_on_a_cpu(request_here: Request, checkout: Path) -> None:
     report = Report("gpu")
     request_here.nanogpt = checkout
-    compare(request_here, report, TOY, vocab_size=65, batch_size=2, num_steps=2, device="cpu")
+    compare(request_here, report, TOY, vocab_size=65, batch_size=2, accumulation=3, num_steps=2, device="cpu")
     units = [row.unit for row in report.rows]
     assert units == ["share of bf16 peak", "tokens/s", "tokens/s", "share of bandwidth"]
     assert all(row.median > 0 for row in report.rows)
-    # The iterations of the stand-in after its fifth: 15 and 16 ms of 2 x 32 tokens.
-    assert report.rows[1].peer_median == pytest.approx(2 * 2 * 32 / 0.031)
+    # The iterations of the stand-in after its fifth: 15 and 16 ms of 3 x 2 x 32 tokens.
+    assert report.rows[1].peer_median == pytest.approx(2 * 3 * 2 * 32 / 0.031)
     assert (request_here.work / "gpu-data/train.bin").stat().st_size == 2_000_000
+
+
+@pytest.mark.slow
+def test_a_gpu_would_learn_tiny_shakespeare_once_a_round(request_here: Request) -> None:
+    report = Report("gpu")
+    learn(request_here, report, ["trainer.device=cpu"])
+    assert report.skipped == ["shakespeare_best skipped: give the text with --text FILE"]
+    request_here.text, request_here.repeats = request_here.work / "text.txt", 2
+    request_here.text.write_text(make_text(20_000), encoding="utf-8")
+    learn(request_here, report, ["trainer.device=cpu"])
+    assert [(row.unit, len(row.samples)) for row in report.rows] == [("nats", 2), ("s of steps", 2)]
+    assert report.rows[0].raw["steps"] == [3, 3]

@@ -1,4 +1,4 @@
-"""The same questions on a GPU: share of its peak, nanoGPT compiled at the same shape, decoding against bandwidth."""
+"""The same questions on a GPU: share of its peak, nanoGPT compiled at the same shape, decoding, a text learnt."""
 
 from typing import Any
 
@@ -7,9 +7,13 @@ from minitf.benchmark.comparison import Row, in_turn
 from minitf.benchmark.machine import peak
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
+from minitf.benchmark.training import train
 
+# conf/experiment/gpt2.yaml
 GPT2 = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "context_length": 1024, "intermediate_size": 2048}
-VOCABULARY, BATCH_SIZE = 50_304, 32
+VOCABULARY, BATCH_SIZE, ACCUMULATION = 50_304, 32, 8
+SETTLING = 5  # of nanoGPT's iterations, that compile and settle
+TARGET_LOSS = 1.4697  # held-out nats a character of Tiny Shakespeare: nanoGPT's README, on an A100
 
 
 def unavailable() -> str | None:
@@ -20,12 +24,13 @@ def unavailable() -> str | None:
 
 
 def gpu(request: Request, report: Report) -> None:
-    """The benchmark of that name: `experiment=gpt2`'s step, and greedy decoding at batch 1."""
+    """The benchmark of that name: `experiment=gpt2`'s step, greedy decoding at batch 1, and Tiny Shakespeare."""
     missing = unavailable()
     if missing:
         report.skip("gpu", missing)
         return
-    compare(request, report, GPT2, VOCABULARY, BATCH_SIZE, 40, "cuda")
+    compare(request, report, GPT2, VOCABULARY, BATCH_SIZE, ACCUMULATION, 6, "cuda")
+    learn(request, report, ["trainer.device=cuda"])
 
 
 def compare(
@@ -34,16 +39,16 @@ def compare(
     shape: dict[str, int],
     vocab_size: int,
     batch_size: int,
+    accumulation: int,
     num_steps: int,
     device: str,
 ) -> None:
-    """Rows of `gpu` for any shape and device."""
-    compilation = "true" if device == "cuda" else "false"
+    """Rows of `gpu` for any shape and device; a step is `accumulation` batches on both sides."""
     step: dict[str, Any] = {
         "shape": shape, "vocab_size": vocab_size, "batch_size": batch_size, "num_steps": num_steps,
-        "device": device, "compilation": compilation,
+        "device": device, "compilation": "auto" if device == "cuda" else "false", "accumulation": accumulation,
     }  # fmt: skip
-    tokens = batch_size * shape["context_length"]
+    tokens = accumulation * batch_size * shape["context_length"]
     sides = {
         "peak": lambda round_: peak(request, device, {}),
         "minitf": lambda round_: in_child("library:step_parts", step),
@@ -56,13 +61,14 @@ def compare(
         in_child("gpu:write_random", {"directory": str(dataset), "vocab_size": min(vocab_size, 50_257)})
         arguments = [
             f"--device={device}", f"--compile={device == 'cuda'}", "--eval_iters=1", "--eval_interval=1000000",
-            "--log_interval=1", f"--max_iters={num_steps + 5}", *nanogpt.shape_arguments(shape, batch_size),
+            "--log_interval=1", f"--max_iters={num_steps + SETTLING}", *nanogpt.shape_arguments(shape, batch_size),
+            f"--gradient_accumulation_steps={accumulation}",
         ]  # fmt: skip
         out_dir = request.work / "gpu-out"
 
         def other(round_: int) -> dict[str, Any]:
             # log_interval=1 waits for the device at each iteration, a few microseconds of a step of this size.
-            ms = nanogpt.train(checkout, dataset, out_dir, arguments, config="").ms[5:]
+            ms = nanogpt.train(checkout, dataset, out_dir, arguments, config="").ms[SETTLING:]
             return {"tokens_per_s": tokens * len(ms) / sum(ms) * 1000, "ms": ms}
 
         sides["nanoGPT compiled"] = other
@@ -90,6 +96,25 @@ def decoding(
     shares = [speed * result["weight_bytes"] / bandwidth for speed, result, bandwidth in pairs]
     report.add(Row("decoding, batch 1", "tokens/s", speeds, raw={"runs": results}))
     report.add(Row("decoding, batch 1", "share of bandwidth", shares, note="weights read once a token"))
+
+
+def learn(request: Request, report: Report, device: list[str]) -> None:
+    """Seconds of training of `experiment=shakespeare_best`, a seed each round, and the held-out loss they end at."""
+    if request.text is None:
+        report.skip("shakespeare_best", "give the text with --text FILE")
+        return
+    overrides = ["experiment=shakespeare_best", "data=text", f"data.files=[{request.text}]", *device]
+    quick = ["trainer.max_steps=3", "model.num_layers=1", "trainer.eval_tokens=1000"] if request.quick else []
+    runs = [
+        train(request, [*overrides, *quick, f"seed={seed}"], f"gpu-shakespeare-{seed}")
+        for seed in range(request.repeats)
+    ]
+    losses = [run["val"][-1]["loss"] for run in runs]
+    reached = f"target {TARGET_LOSS}: {sum(loss <= TARGET_LOSS for loss in losses)} of {len(losses)} seeds reach it"
+    raw = {"choices": runs[0]["choices"], "steps": [run["train"][-1]["step"] for run in runs]}
+    report.add(Row("Tiny Shakespeare", "nats", losses, more_is_better=False, note=reached, raw=raw))
+    seconds = [run["train"][-1]["train_s"] for run in runs]
+    report.add(Row("Tiny Shakespeare", "s of steps", seconds, more_is_better=False))
 
 
 def write_random(directory: str, vocab_size: int) -> dict[str, Any]:

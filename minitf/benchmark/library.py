@@ -92,6 +92,7 @@ def step_parts(
     optim: str = "muon",
     device: str = "auto",
     compilation: str = "auto",
+    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Median milliseconds of each part of a training step on random tokens, with the least it has to compute and move.
 
@@ -115,7 +116,7 @@ def step_parts(
     tokens = np.random.default_rng(0).integers(vocab_size, size=200 * config.context_length * batch_size)
     batches = Batches(tokens.astype(np.uint32), config.context_length, batch_size, 0)
     optimizer = Optimizer(model, OptimConfig(kind=optim), hardware.dtype)
-    step = TrainingStep(Parallel(model), optimizer, batches, hardware, 1)
+    step = TrainingStep(Parallel(model), optimizer, batches, hardware, accumulation)
     *_, choice = step.warm_up(compilation, lambda step_s: 1e9)
     hardware.synchronize()
     started = time.perf_counter()
