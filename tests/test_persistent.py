@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
-from minitf.decoding import persistent
 from minitf.decoding.persistent import PersistentStep, Plan, plan
 from minitf.model import ModelConfig, Transformer
 
@@ -114,8 +113,10 @@ def test_the_kernel_computes_the_model(case: str, tmp_path: Path) -> None:
         found_1V = step(ids_1)
         scale = float(wanted_1V.std())
         torch.testing.assert_close(found_1V, wanted_1V, rtol=0, atol=2e-3 * scale)
-        assert step.told.tolist() == [int(found_1V.argmax()), 1]
-        assert int(step.likeliest_B) == int(found_1V.argmax())
+        assert step.chosen is not None
+        logits_1V, likeliest_1, told = step.chosen
+        assert logits_1V is found_1V
+        assert told.tolist() == [int(likeliest_1), 1] == [int(found_1V.argmax()), 1]
         cache.length += 1
     for part, wanted in ((cache.keys, expected.keys), (cache.values, expected.values)):
         found = part[..., : cache.length, :].float()

@@ -11,24 +11,27 @@ DEVICE Eight eight_at(const float *x, int first, int second) {
 
 /* How a lane turns its 8 columns of a head by the position. */
 struct Turn {
+    const float *rotary;     /* cosines of the position; the sines come NUM_POSITIONS rows later */
     int column, partner[2]; /* the partners of 4 neighbouring columns are neighbours too, half a head away */
     bool inside;
-    Eight cosines = {}, sines = {};
-    DEVICE Turn(const float *rotary, long long position) : column(threadIdx.x % LANES * 8), inside(column < K) {
+    DEVICE Turn(const float *rotary, long long position)
+        : rotary(rotary + position * K), column(threadIdx.x % LANES * 8), inside(column < K) {
         partner[0] = (column + K / 2) % K, partner[1] = (column + 4 + K / 2) % K;
-        if (!inside) return;
-        cosines = eight_at(rotary + position * K, column, column + 4);
-        sines = eight_at(rotary + (NUM_POSITIONS + position) * K, column, column + 4);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sines.at[j] = column + j < K / 2 ? -sines.at[j] : sines.at[j];
     }
     /* A query or key as soon as it is there: normalised, if the model does, and turned. */
     DEVICE Eight operator()(const float *from, const float *norm) const {
-        Eight own = {}, pair = {}, own_norm = {}, pair_norm = {};
-        if (inside) {
-            if (QK_NORM) { /* before the wait */
-                own_norm = eight_at(norm, column, column + 4);
-                pair_norm = eight_at(norm, partner[0], partner[1]);
+        Eight own = {}, pair = {}, by_own = {}, by_pair = {};
+        if (inside) { /* what needs no waiting comes first */
+            by_own = eight_at(rotary, column, column + 4);
+            by_pair = eight_at(rotary + (long long)NUM_POSITIONS * K, column, column + 4);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                if (column + j < K / 2) by_pair.at[j] = -by_pair.at[j];
+            }
+            if (QK_NORM) {
+                Eight norm_own = eight_at(norm, column, column + 4), norm_pair = eight_at(norm, partner[0], partner[1]);
+#pragma unroll
+                for (int j = 0; j < 8; j++) by_own.at[j] *= norm_own.at[j], by_pair.at[j] *= norm_pair.at[j];
             }
             const float4 *at[4] = {(const float4 *)(from + column), (const float4 *)(from + column + 4),
                                    (const float4 *)(from + partner[0]), (const float4 *)(from + partner[1])};
@@ -39,16 +42,15 @@ struct Turn {
             for (int i = 0; i < 4; i++) seen[i] = awaited(at[i], seen[i]);
             own = both(seen[0], seen[1]), pair = both(seen[2], seen[3]);
         }
+        float scale = 1;
         if (QK_NORM) {
             float squares = 0;
 #pragma unroll
             for (int j = 0; j < 8; j++) squares += own.at[j] * own.at[j];
-            float scale = rsqrtf(lanes_sum<LANES>(squares) / K + NORM_EPS);
-#pragma unroll
-            for (int j = 0; j < 8; j++) own.at[j] *= scale * own_norm.at[j], pair.at[j] *= scale * pair_norm.at[j];
+            scale = rsqrtf(lanes_sum<LANES>(squares) / K + NORM_EPS);
         }
 #pragma unroll
-        for (int j = 0; j < 8; j++) own.at[j] = own.at[j] * cosines.at[j] + pair.at[j] * sines.at[j];
+        for (int j = 0; j < 8; j++) own.at[j] = (own.at[j] * by_own.at[j] + pair.at[j] * by_pair.at[j]) * scale;
         return own;
     }
 };
@@ -157,18 +159,17 @@ DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, const Tur
 
 /* What all heads gathered, from the parts of each. */
 DEVICE void receive_mixed(float *x, const float *partials, int splits) {
-    constexpr int at_once = 6;
-    for (int i = threadIdx.x * 4; i < H * K; i += THREADS * 4) {
+    constexpr int at_once = 5;
+    for (int i = threadIdx.x * 2; i < H * K; i += THREADS * 2) {
         const float *from = partials + i / K * splits * PARTIAL;
         float largest = LOWEST, total = 0;
-        float4 mixed = make_float4(0, 0, 0, 0);
+        float2 mixed = {0, 0};
         for (int first = 0; first < splits; first += at_once) {
-            float4 sums[at_once];
-            float2 ends[at_once];
+            float2 sums[at_once], ends[at_once];
 #pragma unroll
             for (int j = 0; j < at_once; j++) {
                 if (first + j < splits) {
-                    sums[j] = load_published((const float4 *)(from + (first + j) * PARTIAL + i % K));
+                    sums[j] = load_published((const float2 *)(from + (first + j) * PARTIAL + i % K));
                     ends[j] = load_published((const float2 *)(from + (first + j) * PARTIAL + K));
                 }
             }
@@ -176,17 +177,15 @@ DEVICE void receive_mixed(float *x, const float *partials, int splits) {
             for (int j = 0; j < at_once; j++) {
                 if (first + j < splits) {
                     float2 end = awaited((const float2 *)(from + (first + j) * PARTIAL + K), ends[j]);
-                    float4 sum = awaited((const float4 *)(from + (first + j) * PARTIAL + i % K), sums[j]);
+                    float2 sum = awaited((const float2 *)(from + (first + j) * PARTIAL + i % K), sums[j]);
                     float now = fmaxf(largest, end.x), before = exp2f(largest - now), share = exp2f(end.x - now);
                     largest = now;
                     total = total * before + end.y * share;
                     mixed.x = mixed.x * before + sum.x * share, mixed.y = mixed.y * before + sum.y * share;
-                    mixed.z = mixed.z * before + sum.z * share, mixed.w = mixed.w * before + sum.w * share;
                 }
             }
         }
-        *(float4 *)(x + place(i)) =
-            make_float4(mixed.x / total, mixed.y / total, mixed.z / total, mixed.w / total);
+        *(float2 *)(x + place(i) + i % 4) = {mixed.x / total, mixed.y / total};
     }
     threads_meet<THREADS>();
 }

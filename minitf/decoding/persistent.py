@@ -5,6 +5,7 @@ multiprocessor to multiprocessor, five times a layer, while the weights stream i
 """
 
 import ctypes
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,15 +53,18 @@ class Plan:
 
 
 def plan(
-    model: Transformer, num_blocks: int, most_shared_bytes: int, num_warps: int = NUM_WARPS, slot_bytes: int = SLOT_BYTES
+    model: Transformer,
+    num_blocks: int,
+    most_shared_bytes: int,
+    num_warps: int = NUM_WARPS,
+    slot_bytes: int = SLOT_BYTES,
 ) -> Plan | str:
     """The layout for so many multiprocessors with so much shared memory, or why there is none."""
     c = model.config
     D, H, G, K, F = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
     for name, size in (("hidden_size", D), ("head_dim", K), ("intermediate_size", F)):
         if size % 8:
-            raise_to = f"model.{name}={size} is not a multiple of 8"
-            return raise_to
+            return f"model.{name}={size} is not a multiple of 8"
     if K > 256:
         return f"model.head_dim={K} is above 256"
 
@@ -91,7 +95,8 @@ def plan(
 
 def _plan_for(model: Transformer) -> Plan | str:
     properties = torch.cuda.get_device_properties(model.device)
-    return plan(model, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return plan(model, properties.multi_processor_count, shared_bytes)
 
 
 def obstacle(model: Transformer, batch_size: int) -> str | None:
@@ -155,12 +160,18 @@ class Weights:
             )
 
 
-class PersistentStep:
-    """Reads one token into `cache` and scores the next; `likeliest_B` is then the id with the largest score.
+# Memory of the host for what the kernel tells. It is not given back: a step that nobody waits for any more writes, too.
+_spare: list[Tensor] = []
 
-    Nothing waits for the GPU. When the step is done, `told` holds that id and whether all scores are finite; it is the
-    host's memory, which later steps write elsewhere.
+
+class PersistentStep:
+    """Reads one token into `cache` and scores the next, without waiting for the GPU.
+
+    `chosen` is then the last logits, the id with the largest of them, and where in the host's memory that id and
+    whether all scores are finite will be once the step is done.
     """
+
+    chosen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
         planned = _plan_for(model)
@@ -174,7 +185,9 @@ class PersistentStep:
         self.cache, self.device, self.vocab_size, self.kernel = cache, device, model.vocab_size, found
         self.weights = Weights(model)
         self.exchange = torch.full((2, planned.exchange_floats), -1, dtype=torch.int32, device=device)
-        self.all_told = torch.zeros(MOST_UNHEARD, 2, dtype=torch.long, pin_memory=device.type == "cuda")
+        on_cuda = device.type == "cuda"
+        self.all_told = _spare.pop() if _spare else torch.zeros(MOST_UNHEARD, 2, dtype=torch.long, pin_memory=on_cuda)
+        weakref.finalize(self, _spare.append, self.all_told)
         self.num_steps = 0
         a = self.arguments = Arguments(capacity=cache.capacity)
         for name, tensor in vars(self.weights).items():
@@ -186,11 +199,12 @@ class PersistentStep:
         """Logits_BV after ids_B at the position `cache.length`, which the caller advances."""
         ids_B, a, starts_B = ids_B.contiguous(), self.arguments, self.cache.starts_B
         logits_BV = torch.empty(1, self.vocab_size, device=self.device)
-        self.likeliest_B = torch.empty(1, dtype=torch.long, device=self.device)
-        self.told = self.all_told[self.num_steps % MOST_UNHEARD]
-        a.ids, a.logits, a.likeliest = ids_B.data_ptr(), logits_BV.data_ptr(), self.likeliest_B.data_ptr()
-        a.told, a.starts = self.told.data_ptr(), None if starts_B is None else starts_B.data_ptr()
+        likeliest_B = torch.empty(1, dtype=torch.long, device=self.device)
+        told = self.all_told[self.num_steps % MOST_UNHEARD]
+        a.ids, a.logits, a.likeliest = ids_B.data_ptr(), logits_BV.data_ptr(), likeliest_B.data_ptr()
+        a.told, a.starts = told.data_ptr(), None if starts_B is None else starts_B.data_ptr()
         a.position, a.set = self.cache.length, self.num_steps % 2
         self.num_steps += 1
         self.kernel.launch()
+        self.chosen = logits_BV, likeliest_B, told
         return logits_BV

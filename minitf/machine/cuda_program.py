@@ -77,7 +77,7 @@ def _nvrtc() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(f"libnvrtc.so.{major}")
     except OSError:
-        raise CudaError(f"NVRTC, CUDA's compiler at run time, is not there: pip install nvidia-cuda-nvrtc") from None
+        raise CudaError("NVRTC, CUDA's compiler at run time, is not there: pip install nvidia-cuda-nvrtc") from None
 
 
 def compile_cuda(source: Path, options: list[str]) -> bytes:
@@ -127,10 +127,9 @@ class CudaKernel:
 
     def __init__(self, binary: bytes, function: str, device: torch.device) -> None:
         driver, self.device = _driver(), device
-        torch.cuda.current_stream(device).synchronize()  # from now on there is a context
         self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
-            torch.empty(1, device=device)
+            torch.empty(1, device=device)  # from now on PyTorch has a context
             _check(driver.cuModuleLoadData(ctypes.byref(self.module), binary), "the driver does not load the kernel")
             named = driver.cuModuleGetFunction(ctypes.byref(self.function), self.module, function.encode())
         _check(named, f"the kernel has no function {function}")
@@ -139,7 +138,9 @@ class CudaKernel:
     def prepare(self, blocks: int, threads: int, shared_bytes: int, arguments: ctypes.Structure) -> None:
         """Fix all of a launch but what the structure `arguments`, its one parameter, holds at the time."""
         kind = ctypes.c_int(MAX_DYNAMIC_SHARED_SIZE_BYTES)
-        _check(_driver().cuFuncSetAttribute(self.function, kind, shared_bytes), f"{shared_bytes} bytes of shared memory")
+        _check(
+            _driver().cuFuncSetAttribute(self.function, kind, shared_bytes), f"{shared_bytes} bytes of shared memory"
+        )
         self.arguments = arguments  # must not go away
         self.parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         one = ctypes.c_uint(1)
@@ -148,4 +149,6 @@ class CudaKernel:
     def launch(self) -> None:
         """On PyTorch's current stream; all blocks are there at once, so they may wait for each other."""
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        _check(self.launch_cooperative(self.function, *self.sizes, stream, self.parameters), "the kernel was not launched")
+        _check(
+            self.launch_cooperative(self.function, *self.sizes, stream, self.parameters), "the kernel was not launched"
+        )
