@@ -5,6 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -63,21 +64,25 @@ def generate(
     engine: str = "auto",
     most: int | None = None,
 ) -> Iterator[NextToken]:
-    """Continue `prompt_T` without end, `num_samples` times as one batch, each token computed once over a cache.
+    """Continue `prompt_T` by `most` tokens (None: without end), `num_samples` times as one batch, over a cache.
 
     When the context is full the model reads the last half of it again as a fresh beginning, which is what it was
     trained on, and goes on from there: every token is chosen from at least half a context of text.
-    `engine` is that of `Decoder`. No more than `most` tokens will be asked for: room is made for those alone, which
-    counts where a pretrained model could look back on 40,960.
+    `engine` is that of `Decoder`. Room is made for `most` tokens alone, which counts where a pretrained model could look
+    back on 40,960.
     """
     # A CUDA device begins with the next step before the host looks at this one's ids: neither waits for the other.
-    num_ahead = 1 if model.device.type == "cuda" else 0
     queued: deque[tuple[Arrival, Tensor | None]] = deque()
-    for step in _steps(model, prompt_T, num_samples, sampling, seed, with_weights, engine, most):
+    for step in islice(_steps(model, prompt_T, num_samples, sampling, seed, with_weights, engine, most), most):
         queued.append(step)
-        if len(queued) > num_ahead:
-            arrival, weights_LBHS = queued.popleft()
-            yield NextToken(arrival.wait(), weights_LBHS)
+        if len(queued) > 1 or step[0].is_here:
+            yield _arrived(*queued.popleft())
+    for step in queued:
+        yield _arrived(*step)
+
+
+def _arrived(arrival: Arrival, weights_LBHS: Tensor | None) -> NextToken:
+    return NextToken(arrival.wait(), weights_LBHS)
 
 
 def _steps(

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
+from minitf.decoding import persistent
+from minitf.decoding.arrival import Arrival
 from minitf.decoding.persistent import PersistentStep, Plan, plan
+from minitf.decoding.sampling import Sampling
+from minitf.errors import MinitfError
+from minitf.generate import generate
 from minitf.model import ModelConfig, Transformer
 
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "minitf/decoding"
 
@@ -91,7 +97,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_the_kernel_computes_the_model(case: str, tmp_path: Path) -> None:
@@ -122,3 +127,34 @@ def test_the_kernel_computes_the_model(case: str, tmp_path: Path) -> None:
         found = part[..., : cache.length, :].float()
         torch.testing.assert_close(found, wanted[..., : cache.length, :], rtol=1e-2, atol=1e-3)
         assert part[..., cache.length :, :].isnan().all()
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    """A model of a short context that the emulated kernel serves as if it were on a GPU, whose ids take time to come."""
+    model = random_model(context_length=16)
+    model.compute_dtype = torch.bfloat16
+
+    def step(model: Transformer, cache: KeyValueCache) -> PersistentStep:
+        return emulated_step(model, cache, tmp_path)
+
+    monkeypatch.setattr(persistent, "obstacle", lambda model, batch_size: None)
+    monkeypatch.setattr(persistent, "PersistentStep", step)
+    monkeypatch.setattr(Arrival, "is_here", False)
+    return model
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0, repetition_penalty=1.3)])
+def test_texts_past_the_context_are_those_of_the_model(served: Transformer, sampling: Sampling) -> None:
+    steps = generate(served, [1, 2, 3], 1, sampling, engine="persistent", most=30)
+    found = [step.ids_B.tolist() for step in steps]
+    served.compute_dtype = torch.float32
+    expected = [step.ids_B.tolist() for step in generate(served, [1, 2, 3], 1, sampling, engine="torch", most=30)]
+    assert found == expected
+    assert len(expected) == 30
+
+
+def test_scores_that_are_no_numbers_are_an_error(served: Transformer) -> None:
+    torch.nn.init.constant_(served.model.layers[0].mlp.up_proj.weight, torch.nan)  # type: ignore[union-attr,index,arg-type]
+    with pytest.raises(MinitfError, match="not finite"):
+        next(generate(served, [1, 2, 3], 1, Sampling(0), engine="persistent"))

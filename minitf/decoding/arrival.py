@@ -25,6 +25,11 @@ class Arrival:
             told = torch.empty_like(told, device="cpu", pin_memory=True).copy_(told, non_blocking=True)
         return Arrival(ids_B, told)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether `wait` does not wait: nothing but a CUDA device works for itself."""
+        return self.event is None
+
     def wait(self) -> Tensor:
         """The ids_B in the host's memory; MinitfError if the scores behind them are not finite."""
         if self.event is not None:
