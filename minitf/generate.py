@@ -68,8 +68,8 @@ def generate(
 
     When the context is full the model reads the last half of it again as a fresh beginning, which is what it was
     trained on, and goes on from there: every token is chosen from at least half a context of text.
-    `engine` is that of `Decoder`. Room is made for `most` tokens alone, which counts where a pretrained model could look
-    back on 40,960.
+    `engine` is that of `Decoder`. Room is made for `most` tokens alone, which counts where a pretrained model could
+    look back on 40,960.
     """
     # A CUDA device begins with the next step before the host looks at this one's ids: neither waits for the other.
     queued: deque[tuple[Arrival, Tensor | None]] = deque()

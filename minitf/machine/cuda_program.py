@@ -65,11 +65,12 @@ class CudaProgram:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
+    """The compiler as PyTorch's packages bring it, or the machine's own."""
     major = (torch.version.cuda or "0").partition(".")[0]
-    spec = find_spec("nvidia")
-    folders = [Path(folder) / part / "lib" for folder in (spec and spec.submodule_search_locations) or [] for part in
-               (f"cu{major}", "cuda_nvrtc")]  # fmt: skip
-    for folder in folders:
+    nvidia = find_spec("nvidia")
+    packages = [Path(folder) for folder in (nvidia and nvidia.submodule_search_locations) or []]
+    folders = [folder / part / "lib" for folder in packages for part in (f"cu{major}", "cuda_nvrtc")]
+    for folder in [*folders, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "lib64"]:
         for builtins in folder.glob("libnvrtc-builtins.so.*"):  # it asks for them by name alone
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         for library in folder.glob(f"libnvrtc.so.{major}*"):
