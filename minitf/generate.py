@@ -1,10 +1,11 @@
 """Continue a text: ids -> ids token by token over the key/value cache, and text -> text around it."""
 
 import argparse
-import math
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from minitf.answer import AnswerOptions, answer, answer_file
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.decoding import ENGINES, Decoder
-from minitf.decoding.sampling import Sampling, sample
-from minitf.errors import CommandParser, MinitfError, RequestError
+from minitf.decoding.arrival import Arrival
+from minitf.decoding.sampling import Sampling
+from minitf.errors import CommandParser, RequestError
 from minitf.machine.hardware import set_threads
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
@@ -28,7 +30,7 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
-    engine: str = "auto"  # who decodes: native, graph, torch, or auto for the fastest there is
+    engine: str = "auto"  # who decodes: native, persistent, graph, torch, or auto for the fastest there is
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "seed"):
@@ -44,7 +46,8 @@ class Options:
 
 @dataclass(frozen=True)
 class NextToken:
-    """One decoding step of a batch: the new ids_B and, on request, `weights_LBHS`, where each head looked to choose."""
+    """One decoding step of a batch: the new ids_B, in the host's memory, and on request `weights_LBHS`, where each head
+    looked to choose."""
 
     ids_B: Tensor  # noqa: N815
     weights_LBHS: Tensor | None = None  # noqa: N815
@@ -61,13 +64,38 @@ def generate(
     engine: str = "auto",
     most: int | None = None,
 ) -> Iterator[NextToken]:
-    """Continue `prompt_T` without end, `num_samples` times as one batch, each token computed once over a cache.
+    """Continue `prompt_T` by `most` tokens (None: without end), `num_samples` times as one batch, over a cache.
 
     When the context is full the model reads the last half of it again as a fresh beginning, which is what it was
     trained on, and goes on from there: every token is chosen from at least half a context of text.
-    `engine` is that of `Decoder`. No more than `most` tokens will be asked for: room is made for those alone, which
-    counts where a pretrained model could look back on 40,960.
+    `engine` is that of `Decoder`. Room is made for `most` tokens alone, which counts where a pretrained model could
+    look back on 40,960.
     """
+    # A CUDA device begins with the next step before the host looks at this one's ids: neither waits for the other.
+    queued: deque[tuple[Arrival, Tensor | None]] = deque()
+    for step in islice(_steps(model, prompt_T, num_samples, sampling, seed, with_weights, engine, most), most):
+        queued.append(step)
+        if len(queued) > 1 or step[0].is_here:
+            yield _arrived(*queued.popleft())
+    for step in queued:
+        yield _arrived(*step)
+
+
+def _arrived(arrival: Arrival, weights_LBHS: Tensor | None) -> NextToken:
+    return NextToken(arrival.wait(), weights_LBHS)
+
+
+def _steps(
+    model: Transformer,
+    prompt_T: list[int],
+    num_samples: int,
+    sampling: Sampling,
+    seed: int | None,
+    with_weights: bool,
+    engine: str,
+    most: int | None,
+) -> Iterator[tuple[Arrival, Tensor | None]]:
+    """The steps of `generate` as they are queued: chosen ids that arrive at some time, and `weights_LBHS`."""
     context = model.config.context_length
     capacity = context if most is None else min(context, len(prompt_T) + most)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
@@ -86,14 +114,11 @@ def generate(
         weights: list[Tensor] | None = [] if with_weights else None
         logits_BV = decoder.read(unread[:1] if shared and not with_weights else unread, weights)
         shared = False  # from now on each row has a text of its own
-        with decoder.sparing_cores():
-            if not math.isfinite(float(logits_BV.sum())):
-                raise MinitfError("the model's scores are not finite: its training diverged, take an earlier step")
-            ids_B = sample(logits_BV, seen_BV, sampling, generator)
+        arrival = decoder.choose(logits_BV, seen_BV, sampling, generator)
         if seen_BV is not None:
-            seen_BV.scatter_(1, ids_B[:, None], True)
-        yield NextToken(ids_B, torch.stack([w[:, :, -1] for w in weights]) if weights is not None else None)
-        unread = ids_B[:, None]
+            seen_BV.scatter_(1, arrival.ids_B[:, None], True)
+        yield arrival, torch.stack([w[:, :, -1] for w in weights]) if weights is not None else None
+        unread = arrival.ids_B[:, None]
         seen.append(unread)
 
 

@@ -145,10 +145,12 @@ def test_a_compiler_that_fails_and_a_damaged_library_are_no_end(
 
 def test_engines_that_cannot_serve_say_why() -> None:
     model = random_model()
-    with pytest.raises(RequestError, match="--engine quick must be one of auto, native, graph, torch"):
+    with pytest.raises(RequestError, match="--engine quick must be one of auto, native, persistent, graph, torch"):
         Decoder(model, 1, 8, "quick")
     with pytest.raises(RequestError, match="CUDA graphs need a CUDA device"):
         Decoder(model, 1, 8, "graph")
+    with pytest.raises(RequestError, match="--engine persistent: it runs on a CUDA device, and the model is on cpu"):
+        Decoder(model, 1, 8, "persistent")
     model.compute_dtype = torch.bfloat16
     assert Decoder(model, 1, 8).engine == "torch"
     with pytest.raises(RequestError, match="computes in float32, and the model in bfloat16"):

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "minitf"
 ORDER = [
     "errors", "untrusted",
     "machine.storage", "machine.distributed", "machine.sharded", "machine.random_state",
-    "machine.processor", "machine.hardware", "machine.c_library",
+    "machine.processor", "machine.hardware", "machine.c_library", "machine.cuda_program",
     "c_sources", "loss", "tokenizer",
     "data.books", "data.exercises", "data.data_config", "data.reading", "data.formats", "data.hub_data", "data.corpus",
     "data.pairs", "data.prepared", "data.preparation", "data.batches", "data.packing",

@@ -1,5 +1,6 @@
 """One token after another: the model behind a key/value cache, by the fastest step this machine and model allow."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -7,17 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.errors import RequestError
+from minitf.decoding.arrival import NOT_FINITE, Arrival
+from minitf.decoding.sampling import Sampling, sample
+from minitf.errors import MinitfError, RequestError
 from minitf.model import Transformer
 
-ENGINES = ("auto", "native", "graph", "torch")
+ENGINES = ("auto", "native", "persistent", "graph", "torch")
+FEW = 32  # tokens of a text that the persistent step reads one by one sooner than PyTorch starts to read them together
 
 
 class Decoder:
     """Reads ids into a cache that is made once, and scores what comes next; no position is computed twice.
 
-    `engine` is who reads a single token: `native`, a C function (see native.py); `graph`, the compiled model as one
-    CUDA graph (see graph.py); `torch`, the model as it is; `auto`, the first of them that this machine and model allow.
+    `engine` is who reads a single token: `native`, a C function (see native.py); `persistent`, one CUDA kernel (see
+    persistent.py); `graph`, the compiled model as one CUDA graph (see graph.py); `torch`, the model as it is; `auto`,
+    the first of them that this machine and model allow.
     Asking for one that they do not allow is a RequestError that says why.
     """
 
@@ -32,6 +37,14 @@ class Decoder:
         on_cuda = self.model.device.type == "cuda"
         if engine == "graph" and not on_cuda:
             raise RequestError("--engine graph: CUDA graphs need a CUDA device")
+        if engine == "persistent" or (on_cuda and engine == "auto"):
+            from minitf.decoding import persistent
+
+            reason = persistent.obstacle(self.model, self.cache.keys.shape[1])
+            if reason is None:
+                return "persistent", persistent.PersistentStep(self.model, self.cache)
+            if engine == "persistent":
+                raise RequestError(f"--engine persistent: {reason}")
         if on_cuda and engine in ("auto", "graph"):
             from minitf.decoding.graph import GraphStep
 
@@ -61,6 +74,22 @@ class Decoder:
             yield
         finally:
             torch.set_num_threads(num_threads)
+
+    def choose(
+        self, logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, generator: torch.Generator | None
+    ) -> Arrival:
+        """The next ids after the logits of the last `read`, without waiting for a CUDA device.
+
+        MinitfError if the scores are not finite: here, or of a CUDA device when the ids arrive.
+        """
+        if sampling.temperature == 0 and seen_BV is None:
+            chosen: tuple[Tensor, Tensor, Tensor] | None = getattr(self.step, "chosen", None)
+            if chosen is not None and chosen[0] is logits_BV:  # the step has taken the likeliest already
+                return Arrival(*chosen[1:])
+        with self.sparing_cores():
+            if not logits_BV.is_cuda and not math.isfinite(float(logits_BV.sum())):
+                raise MinitfError(NOT_FINITE)
+            return Arrival.of(logits_BV, sample(logits_BV, seen_BV, sampling, generator))
 
     def reorder(self, rows_B: Tensor) -> None:
         """Let row i go on with what row `rows_B[i]` has read."""
@@ -95,11 +124,14 @@ class Decoder:
         One row of ids stands for all rows of an empty cache, and is computed once. A `weights` list gets one
         `weights_BHTS` a layer. What has been read is at most the capacity (ValueError).
         """
-        if self.step is not None and weights is None and ids_BT.shape[1] == 1 and self.cache.length > 0:
-            if self.cache.length == self.cache.capacity:
+        B, T = ids_BT.shape
+        few = (T == 1 and self.cache.length > 0) or (self.engine == "persistent" and B == 1 and T <= FEW)
+        if self.step is not None and weights is None and few:
+            if self.cache.length + T > self.cache.capacity:
                 raise ValueError(f"the cache holds {self.cache.capacity} positions and is full")
-            logits_BV = self.step(ids_BT[:, 0])
-            self.cache.length += 1
+            for t in range(T):
+                logits_BV = self.step(ids_BT[:, t])
+                self.cache.length += 1
             return logits_BV
         if weights is None and len(ids_BT) < self.cache.keys.shape[1]:
             return self._read_shared(ids_BT)

@@ -57,4 +57,7 @@ def sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, genera
         before = sorted_p.cumsum(-1) - sorted_p  # probability of all likelier tokens: the first token always stays
         sorted_p = sorted_p.masked_fill(before >= sampling.top_p * sorted_p.sum(-1, keepdim=True), 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, sorted_p)
+    if probabilities.is_cuda:  # where torch.multinomial would wait for the device, to check what it is given
+        races_BV = torch.empty_like(probabilities).exponential_(generator=generator)
+        return (probabilities / races_BV).argmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
