@@ -90,7 +90,7 @@ def test_a_step_as_a_graph_is_the_same_step(shape: dict[str, Any]) -> None:
         assert ("as a CUDA graph, a step takes" in words) == (step.captured is not None) == (cuda_graph == "true")
         found.append(torch.stack([torch.stack(step.run(index, 1.0)) for index in range(20)]).cpu())
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
-    assert found[1][-1, 0] < found[1][0, 0]
+    assert found[0].std(0).min() > 1e-3  # each step has another loss and another gradient
 
 
 def test_a_run_ends_as_the_one_it_resumes(tiny: list[str], workdir: Path) -> None:

@@ -9,51 +9,32 @@ DEVICE Eight eight_at(const float *x, int first, int second) {
     return both(*(const float4 *)(x + first), *(const float4 *)(x + second));
 }
 
-/* How a lane turns its 8 columns of a head by the position. */
-struct Turn {
-    const float *rotary;     /* cosines of the position; the sines come NUM_POSITIONS rows later */
-    int column, partner[2]; /* the partners of 4 neighbouring columns are neighbours too, half a head away */
-    bool inside;
-    DEVICE Turn(const float *rotary, long long position)
-        : rotary(rotary + position * K), column(threadIdx.x % LANES * 8), inside(column < K) {
-        partner[0] = (column + K / 2) % K, partner[1] = (column + 4 + K / 2) % K;
+/* A lane's 8 columns, from `column` on, of a query or key in shared memory: normalised, if the model does, and turned by
+   the position. The partners of 4 neighbouring columns are neighbours too, half a head away. */
+DEVICE Eight turned(const float *x, const float *turning, const float *norm, int column) {
+    bool inside = column < K;
+    if (!inside) column = 0; /* all lanes go the same way */
+    int first = (column + K / 2) % K, second = (column + 4 + K / 2) % K;
+    Eight own = eight_at(x, column, column + 4), pair = eight_at(x, first, second);
+    float scale = 1;
+    if (QK_NORM) {
+        float squares = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += own.at[j] * own.at[j];
+        if (!inside) squares = 0;
+        scale = rsqrtf(lanes_sum<LANES>(squares) * (1.0f / K) + NORM_EPS);
+        Eight norm_own = eight_at(norm, column, column + 4), norm_pair = eight_at(norm, first, second);
+#pragma unroll
+        for (int j = 0; j < 8; j++) own.at[j] *= norm_own.at[j], pair.at[j] *= norm_pair.at[j];
     }
-    /* A query or key as soon as it is there: normalised, if the model does, and turned. */
-    DEVICE Eight operator()(const float *from, const float *norm) const {
-        Eight own = {}, pair = {}, by_own = {}, by_pair = {};
-        if (inside) { /* what needs no waiting comes first */
-            by_own = eight_at(rotary, column, column + 4);
-            by_pair = eight_at(rotary + (long long)NUM_POSITIONS * K, column, column + 4);
+    Eight cosines = eight_at(turning, column, column + 4), sines = eight_at(turning + K, column, column + 4);
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                if (column + j < K / 2) by_pair.at[j] = -by_pair.at[j];
-            }
-            if (QK_NORM) {
-                Eight norm_own = eight_at(norm, column, column + 4), norm_pair = eight_at(norm, partner[0], partner[1]);
-#pragma unroll
-                for (int j = 0; j < 8; j++) by_own.at[j] *= norm_own.at[j], by_pair.at[j] *= norm_pair.at[j];
-            }
-            const float4 *at[4] = {(const float4 *)(from + column), (const float4 *)(from + column + 4),
-                                   (const float4 *)(from + partner[0]), (const float4 *)(from + partner[1])};
-            float4 seen[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) seen[i] = load_published(at[i]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) seen[i] = awaited(at[i], seen[i]);
-            own = both(seen[0], seen[1]), pair = both(seen[2], seen[3]);
-        }
-        float scale = 1;
-        if (QK_NORM) {
-            float squares = 0;
-#pragma unroll
-            for (int j = 0; j < 8; j++) squares += own.at[j] * own.at[j];
-            scale = rsqrtf(lanes_sum<LANES>(squares) / K + NORM_EPS);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) own.at[j] = (own.at[j] * by_own.at[j] + pair.at[j] * by_pair.at[j]) * scale;
-        return own;
+    for (int j = 0; j < 8; j++) {
+        float turn = pair.at[j] * sines.at[j];
+        own.at[j] = inside ? (own.at[j] * cosines.at[j] + (column + j < K / 2 ? -turn : turn)) * scale : 0;
     }
-};
+    return own;
+}
 
 /* A softmax and the sum of values by it, one position after another (Milakov & Gimelshein, 2018); scores in powers of
    two. */
@@ -87,15 +68,33 @@ DEVICE uint4 narrowed(const Eight &x) {
 
 /* This block's parts of the context: match, weigh, gather. The newest key and value go into the cache, and count as
    the cache has them. */
-DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, const Turn &turned, int layer, const float *qkv,
+DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, int layer, const float *qkv,
                    float *partials) {
     Shared &shared = ring.shared;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % LANES * 8, group = lane / LANES;
     bool inside = column < K;
     for (int task = blockIdx.x; task < H * parts.splits; task += BLOCKS) {
         int head = task / parts.splits, split = task % parts.splits, shared_head = head / (H / G);
-        if (task != blockIdx.x) threads_meet<THREADS>(); /* the last task's sums have been read */
-        Eight q = turned(qkv + head * K, a.q_norm + layer * K);
+        /* Few threads look for the head's query, and the newest key and value: what all ask for, all wait for. */
+        if (QK_NORM) {
+#pragma unroll 1
+            for (int i = threadIdx.x; i < 2 * K; i += THREADS) {
+                shared.turning[2 * K + i] = (i < K ? a.q_norm : a.k_norm - K)[layer * K + i];
+            }
+        }
+#pragma unroll 1
+        for (int i = threadIdx.x * 4; i < 3 * K; i += THREADS * 4) {
+            int head_of = i < K ? head : i < 2 * K ? H + shared_head : H + G + shared_head;
+            *(float4 *)(shared.newest + i) = awaited((const float4 *)(qkv + head_of * K + i % K));
+        }
+        threads_meet<THREADS>(); /* the last task's sums have been read, too */
+        bool has_newest = warp == WARPS - 1 && split == parts.splits - 1;
+        Eight q = {}, newest = {};
+#pragma unroll 1
+        for (int i = 0; i <= has_newest; i++) {
+            newest = turned(shared.newest + i * K, shared.turning, shared.turning + (2 + i) * K, column);
+            if (i == 0) q = newest;
+        }
         float unit = rsqrtf(K) * 1.44269504f; /* log2(e): the powers are of two */
 #pragma unroll
         for (int j = 0; j < 8; j++) q.at[j] *= unit;
@@ -121,12 +120,9 @@ DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, const Tur
             }
             ring.done();
         }
-        if (warp == WARPS - 1 && split == parts.splits - 1) {
-            uint4 key = narrowed(turned(qkv + (H + shared_head) * K, a.k_norm + layer * K)), value = {};
-            if (inside) {
-                const float4 *from = (const float4 *)(qkv + (H + G + shared_head) * K + column);
-                value = narrowed(both(awaited(from), awaited(from + 1)));
-            }
+        if (has_newest) {
+            uint4 key = narrowed(newest), value = {};
+            if (inside) value = narrowed(eight_at(shared.newest + 2 * K, column, column + 4));
             float score = match(widened(key));
             if (group == 0) softmax.add(score, widened(value));
             if (group == 0 && inside && head % (H / G) == 0) {
@@ -135,7 +131,7 @@ DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, const Tur
                 *(uint4 *)(a.values + at) = value;
             }
         }
-#pragma unroll
+#pragma unroll 1
         for (int distance = LANES; distance < 32; distance *= 2) softmax.join(distance);
         if (group == 0 && inside) {
 #pragma unroll
@@ -144,11 +140,11 @@ DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, const Tur
         if (lane == 0) shared.largest[warp] = softmax.largest, shared.total[warp] = softmax.total;
         threads_meet<THREADS>();
         float largest = LOWEST;
-#pragma unroll
+#pragma unroll 4
         for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shared.largest[w]);
         for (int k = threadIdx.x; k < K + 2; k += THREADS) {
             float sum = 0;
-#pragma unroll
+#pragma unroll 4
             for (int w = 0; w < WARPS; w++) {
                 sum += exp2f(shared.largest[w] - largest) * (k < K ? shared.mixed[w][k] : shared.total[w]);
             }
@@ -159,33 +155,38 @@ DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, const Tur
 
 /* What all heads gathered, from the parts of each. */
 DEVICE void receive_mixed(float *x, const float *partials, int splits) {
-    constexpr int at_once = 5;
+    constexpr int at_once = 4;
+#pragma unroll 1
     for (int i = threadIdx.x * 2; i < H * K; i += THREADS * 2) {
         const float *from = partials + i / K * splits * PARTIAL;
         float largest = LOWEST, total = 0;
         float2 mixed = {0, 0};
+#pragma unroll 1
         for (int first = 0; first < splits; first += at_once) {
             float2 sums[at_once], ends[at_once];
+            unsigned looks = 0;
+            for (bool all = false; !all;) {
+                all = true;
 #pragma unroll
-            for (int j = 0; j < at_once; j++) {
-                if (first + j < splits) {
-                    sums[j] = load_published((const float2 *)(from + (first + j) * PARTIAL + i % K));
-                    ends[j] = load_published((const float2 *)(from + (first + j) * PARTIAL + K));
+                for (int j = 0; j < at_once; j++) {
+                    const float *part = from + (first + j < splits ? first + j : first) * PARTIAL;
+                    sums[j] = load_published((const float2 *)(part + i % K));
+                    ends[j] = load_published((const float2 *)(part + K));
                 }
+#pragma unroll
+                for (int j = 0; j < at_once; j++) all = all && !missing(sums[j]) && !missing(ends[j]);
+                if (!all) look_again(looks);
             }
 #pragma unroll
             for (int j = 0; j < at_once; j++) {
-                if (first + j < splits) {
-                    float2 end = awaited((const float2 *)(from + (first + j) * PARTIAL + K), ends[j]);
-                    float2 sum = awaited((const float2 *)(from + (first + j) * PARTIAL + i % K), sums[j]);
-                    float now = fmaxf(largest, end.x), before = exp2f(largest - now), share = exp2f(end.x - now);
-                    largest = now;
-                    total = total * before + end.y * share;
-                    mixed.x = mixed.x * before + sum.x * share, mixed.y = mixed.y * before + sum.y * share;
-                }
+                float end = first + j < splits ? ends[j].x : LOWEST, now = fmaxf(largest, end);
+                float before = exp2f(largest - now), share = first + j < splits ? exp2f(end - now) : 0;
+                largest = now;
+                total = total * before + ends[j].y * share;
+                mixed.x = mixed.x * before + sums[j].x * share, mixed.y = mixed.y * before + sums[j].y * share;
             }
         }
-        *(float2 *)(x + place(i) + i % 4) = {mixed.x / total, mixed.y / total};
+        *(float2 *)(x + place(i) + i % 4) = {__fdividef(mixed.x, total), __fdividef(mixed.y, total)};
     }
     threads_meet<THREADS>();
 }

@@ -53,6 +53,8 @@ struct Shared {
     alignas(128) char slots[NUM_SLOTS][SLOT_BYTES];
     alignas(16) float hidden[PADDED(D)];
     alignas(16) float inner[PADDED(H * K > F ? H * K : F)];
+    alignas(16) float newest[3 * K]; /* a head's query, key and value */
+    alignas(16) float turning[4 * K]; /* cosines and sines of the position, the weights of the layer's two norms */
     alignas(16) float mixed[WARPS][K];
     float largest[WARPS], total[WARPS];
     float residual[MOST_RESIDUALS]; /* the rows of the residual stream that this block adds to */
@@ -108,20 +110,37 @@ struct Ring {
     }
 };
 
-/* Rows of `width` columns that fit into a slot, in groups of `together`. */
-template <int width, int together> DEVICE constexpr int rows_per_slot() {
-    return SLOT_BYTES / (2 * width * together) * together;
-}
+/* The products of a step, four a layer and the vocabulary's. All go through the same few instructions: a layer's code,
+   written out for each, did not fit into the instruction cache, and a multiprocessor waited nine clocks for each. */
+enum Kind { TO_QKV, TO_MIDDLE, TO_FEED, TO_OUT, TO_SCORES };
 
-template <int width, int together> DEVICE void copy_rows(Ring &ring, const bf16 *weights, int rows) {
-    Share share(rows / together);
-    int first = share.first * together, last = share.last * together;
-    for (int row = first; row < last; row += rows_per_slot<width, together>()) {
+struct Product {
+    int layer, kind;
+    DEVICE Product(int number)
+        : layer(number / 4), kind(number < 4 * NUM_LAYERS ? number % 4 : TO_SCORES) {}
+    DEVICE int width() const { return kind == TO_OUT ? F : kind == TO_MIDDLE ? H * K : D; }
+    DEVICE int together() const { return kind == TO_FEED ? 2 : 1; } /* rows whose results belong together */
+    DEVICE int groups() const { return kind == TO_QKV ? QKV : kind == TO_FEED ? F : kind == TO_SCORES ? VOCABULARY : D; }
+    DEVICE int groups_per_slot() const { return SLOT_BYTES / (2 * width() * together()); }
+    DEVICE const bf16 *weights(const Arguments &a) const {
+        const bf16 *all = kind == TO_QKV ? a.qkv : kind == TO_MIDDLE ? a.o : kind == TO_FEED ? a.gate_up
+                        : kind == TO_OUT ? a.down : a.vocabulary;
+        return all + (kind == TO_SCORES ? 0 : (long long)layer * groups() * together() * width());
+    }
+};
+
+#define PRODUCTS (4 * NUM_LAYERS + 1)
+
+DEVICE void copy_rows(Ring &ring, const Arguments &a, const Product &product) {
+    Share share(product.groups());
+    int bytes = product.together() * product.width() * 2;
+    const char *weights = (const char *)product.weights(a);
+    for (int group = share.first; group < share.last; group += product.groups_per_slot()) {
         char *slot = ring.when_empty();
-        int count = last - row < rows_per_slot<width, together>() ? last - row : rows_per_slot<width, together>();
+        int count = share.last - group < product.groups_per_slot() ? share.last - group : product.groups_per_slot();
         Barrier *full = &ring.shared.full[ring.slot];
-        barrier_arrive_expecting(full, count * width * 2);
-        copy_to_shared(slot, weights + (long long)row * width, count * width * 2, full);
+        barrier_arrive_expecting(full, count * bytes);
+        copy_to_shared(slot, weights + (long long)group * bytes, count * bytes, full);
         ring.next();
     }
 }
@@ -146,14 +165,12 @@ DEVICE void copy_cache(Ring &ring, const Arguments &a, const Parts &parts, int l
 /* All that this block reads in a step, in the order of use. */
 DEVICE void copy_all(Ring ring, const Arguments &a) {
     Parts parts(a);
-    for (long long layer = 0; layer < NUM_LAYERS; layer++) {
-        copy_rows<D, 1>(ring, a.qkv + layer * QKV * D, QKV);
-        copy_cache(ring, a, parts, layer);
-        copy_rows<H * K, 1>(ring, a.o + layer * D * H * K, D);
-        copy_rows<D, 2>(ring, a.gate_up + layer * 2 * F * D, 2 * F);
-        copy_rows<F, 1>(ring, a.down + layer * D * F, D);
+#pragma unroll 1
+    for (int number = 0; number < PRODUCTS; number++) {
+        Product product(number);
+        if (product.kind == TO_MIDDLE) copy_cache(ring, a, parts, product.layer);
+        copy_rows(ring, a, product);
     }
-    copy_rows<D, 1>(ring, a.vocabulary, VOCABULARY);
 }
 
 DEVICE bool missing(float x) { return __float_as_uint(x) == ~0u; }
@@ -177,7 +194,8 @@ DEVICE void publish(float *at, float x) {
    separate halves of 128, so that the lanes' reads spread over all banks. */
 DEVICE int place(int i) { return i / 256 * 256 + i / 4 % 2 * 128 + i % 256 / 8 * 4; }
 
-template <int width> DEVICE void receive(float *x, const float *from) {
+DEVICE void receive(float *x, const float *from, int width) {
+#pragma unroll 1
     for (int i = threadIdx.x * 4; i < width; i += THREADS * 4) {
         *(float4 *)(x + place(i)) = awaited((const float4 *)(from + i));
     }
@@ -228,31 +246,34 @@ template <int width> struct Columns {
         if constexpr (kept) return registers[part];
         else return load(part);
     }
-    /* 1 / rms(x) */
-    DEVICE float scale() const {
-        float squares[4] = {};
-#pragma unroll
+    /* A lane's part of the sum of squares. */
+    DEVICE float squares() const {
+        float sums[4] = {};
+#pragma unroll kept ? parts : 1
         for (int part = 0; part < parts; part++) {
             Eight own = get(part);
 #pragma unroll
-            for (int j = 0; j < 8; j++) squares[j % 4] += own.at[j] * own.at[j];
+            for (int j = 0; j < 8; j++) sums[j % 4] += own.at[j] * own.at[j];
         }
-        return rsqrtf(lanes_sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / width + NORM_EPS);
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 };
 
-/* Call use(row, y) in one lane for each of this block's rows, row of `rows`, or group of rows, with y = weights x. */
+/* Call use(group, y) in one lane for each group of this block's rows, with y = weights x; if `normed`, of x / rms(x). */
 template <int width, int together, typename Use>
-DEVICE void multiply(Ring &ring, const Columns<width> &x, int rows, const Use &use) {
-    constexpr int per_slot = rows_per_slot<width, together>() / together;
-    Share share(rows / together);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp;
+DEVICE void multiply(Ring &ring, const float *vector, const Product &product, bool normed, const Use &use) {
+    Columns<width> x(vector);
+    Share share(product.groups());
+    int per_slot = product.groups_per_slot(), warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp;
+    float squares = x.squares(), scale = 0; /* not known yet: the lanes' squares are summed together with the first row */
+#pragma unroll 1
     for (int begin = 0; begin < share.count(); begin += per_slot) {
         const uint4 *slot = (const uint4 *)ring.when_full();
         int end = share.count() < begin + per_slot ? share.count() : begin + per_slot;
+#pragma unroll 1
         for (; mine < end; mine += WARPS) {
             float sums[together][4] = {};
-#pragma unroll
+#pragma unroll Columns<width>::kept ? Columns<width>::parts : 2
             for (int part = 0; part < Columns<width>::parts; part++) {
                 if (!x.inside(part)) continue;
                 Eight own = x.get(part);
@@ -265,9 +286,21 @@ DEVICE void multiply(Ring &ring, const Columns<width> &x, int rows, const Use &u
             }
             float y[together];
 #pragma unroll
-            for (int n = 0; n < together; n++) {
-                y[n] = lanes_sum((sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]));
+            for (int n = 0; n < together; n++) y[n] = (sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]);
+            if (scale == 0) { /* the same in all lanes */
+#pragma unroll
+                for (int offset = 16; offset; offset /= 2) {
+                    squares += __shfl_xor_sync(~0u, squares, offset);
+#pragma unroll
+                    for (int n = 0; n < together; n++) y[n] += __shfl_xor_sync(~0u, y[n], offset);
+                }
+                scale = normed ? rsqrtf(squares * (1.0f / width) + NORM_EPS) : 1;
+            } else {
+#pragma unroll
+                for (int n = 0; n < together; n++) y[n] = lanes_sum(y[n]);
             }
+#pragma unroll
+            for (int n = 0; n < together; n++) y[n] *= scale;
             if (lane == 0) use(share.first + mine, y);
         }
         ring.done();
@@ -323,7 +356,6 @@ DEVICE void choose(Shared &shared, const Arguments &a, unsigned long long *keys,
 DEVICE void compute(Shared &shared, const Arguments &a) {
     Ring ring(shared);
     Parts parts(a);
-    Turn turned(a.rotary, a.position);
     [[maybe_unused]] int stamp = 0;
     STAMP();
     float *set = a.exchange + a.set * EXCHANGE, *other_set = a.exchange + (1 - a.set) * EXCHANGE;
@@ -334,57 +366,52 @@ DEVICE void compute(Shared &shared, const Arguments &a) {
         shared.hidden[place(i) + i % 4] = x;
         if (own.first <= i && i < own.last) shared.residual[i - own.first] = x;
     }
+    for (int i = threadIdx.x; i < 2 * K; i += THREADS) {
+        shared.turning[i] = a.rotary[(a.position + i / K * (long long)NUM_POSITIONS) * K + i % K];
+    }
     threads_meet<THREADS>();
     for (long long i = (blockIdx.x * THREADS + threadIdx.x) * 4; i < EXCHANGE; i += BLOCKS * THREADS * 4) {
         *(uint4 *)(other_set + i) = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
-    for (int layer = 0; layer < NUM_LAYERS; layer++) {
-        float *at = set + (long long)layer * LAYER;
-        if (layer > 0) receive<D>(shared.hidden, at - LAYER + AT_OUT);
-        STAMP();
-        {
-            Columns<D> x(shared.hidden);
-            float scale = x.scale();
-            multiply<D, 1>(ring, x, QKV, [&](int row, const float *y) { publish(at + AT_QKV + row, y[0] * scale); });
+    Best best;
+#pragma unroll 1
+    for (int number = 0; number < PRODUCTS; number++) {
+        Product product(number);
+        float *at = set + (long long)product.layer * LAYER;
+        bool normed = product.kind != TO_MIDDLE && product.kind != TO_OUT;
+        float *vector = normed ? shared.hidden : shared.inner;
+        if (product.kind == TO_MIDDLE) {
+            attend(ring, a, parts, product.layer, at + AT_QKV, at + AT_PARTIALS);
+            STAMP();
+            receive_mixed(vector, at + AT_PARTIALS, parts.splits);
+        } else if (number > 0) {
+            int before = product.kind == TO_FEED ? AT_MIDDLE : product.kind == TO_OUT ? AT_FEED : AT_OUT - LAYER;
+            receive(vector, at + before, product.width());
         }
         STAMP();
-        attend(ring, a, parts, turned, layer, at + AT_QKV, at + AT_PARTIALS);
-        STAMP();
-        receive_mixed(shared.inner, at + AT_PARTIALS, parts.splits);
-        STAMP();
-        auto add = [&](float *to) {
-            return [&shared, &own, to](int row, const float *y) {
-                publish(to + row, shared.residual[row - own.first] += y[0]);
-            };
+        auto use = [&](int row, const float *y) {
+            if (product.kind == TO_SCORES) {
+                a.logits[row] = y[0];
+                best.add(y[0], row);
+            } else if (product.kind == TO_QKV) {
+                publish(at + AT_QKV + row, y[0]);
+            } else {
+                publish(at + (product.kind == TO_MIDDLE ? AT_MIDDLE : AT_OUT) + row, shared.residual[row - own.first] += y[0]);
+            }
         };
-        multiply<H * K, 1>(ring, Columns<H * K>(shared.inner), D, add(at + AT_MIDDLE));
-        STAMP();
-        receive<D>(shared.hidden, at + AT_MIDDLE);
-        STAMP();
-        {
-            Columns<D> x(shared.hidden);
-            float scale = x.scale();
-            multiply<D, 2>(ring, x, 2 * F, [&](int row, const float *y) {
-                float gate = y[0] * scale;
-                publish(at + AT_FEED + row, gate / (1 + __expf(-gate)) * (y[1] * scale));
+        if (product.kind == TO_FEED) {
+            multiply<D, 2>(ring, vector, product, true, [&](int row, const float *y) {
+                publish(at + AT_FEED + row, __fdividef(y[0], 1 + __expf(-y[0])) * y[1]);
             });
+        } else if (F != D && product.kind == TO_OUT) {
+            multiply<F, 1>(ring, vector, product, false, use);
+        } else if (H * K != D && product.kind == TO_MIDDLE) {
+            multiply<H * K, 1>(ring, vector, product, false, use);
+        } else {
+            multiply<D, 1>(ring, vector, product, normed, use);
         }
-        STAMP();
-        receive<F>(shared.inner, at + AT_FEED);
-        STAMP();
-        multiply<F, 1>(ring, Columns<F>(shared.inner), D, add(at + AT_OUT));
         STAMP();
     }
-    receive<D>(shared.hidden, set + (long long)(NUM_LAYERS - 1) * LAYER + AT_OUT);
-    STAMP();
-    Columns<D> x(shared.hidden);
-    float scale = x.scale();
-    Best best;
-    multiply<D, 1>(ring, x, VOCABULARY, [&](int row, const float *y) {
-        a.logits[row] = y[0] * scale;
-        best.add(y[0] * scale, row);
-    });
-    STAMP();
     choose(shared, a, (unsigned long long *)(set + (long long)NUM_LAYERS * LAYER), best);
     STAMP();
 }

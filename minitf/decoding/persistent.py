@@ -74,7 +74,7 @@ def plan(
     # A slot takes whole rows, of gate and up a pair, and the keys and values of a few positions.
     pairs = max(slot_bytes // (4 * D), 1)
     slot_bytes = -(-max(pairs * 4 * D, 2 * F, 2 * H * K, 4 * K) // 128) * 128
-    others = 4 * (padded(D) + padded(max(H * K, F)) + num_warps * (K + 4) + -(-D // num_blocks))
+    others = 4 * (padded(D) + padded(max(H * K, F)) + 7 * K + num_warps * (K + 4) + -(-D // num_blocks))
     room = most_shared_bytes - others - 1024
     num_slots = room // (slot_bytes + 16)
     if num_slots < 2:
