@@ -66,38 +66,55 @@ DEVICE uint4 narrowed(const Eight &x) {
                       bf16_pair(x.at[6], x.at[7]));
 }
 
+/* This thread's part of the weights of the norms of queries and keys, long before they are needed. */
+constexpr bool NORMS_AHEAD = 2 * K <= THREADS;
+DEVICE float coming_norm(const Arguments &a, long long layer, int i = threadIdx.x) {
+    if (!QK_NORM || i >= 2 * K || layer >= NUM_LAYERS) return 0;
+    return i < K ? a.q_norm[layer * K + i] : a.k_norm[layer * K + i - K];
+}
+
 /* This block's parts of the context: match, weigh, gather. The newest key and value go into the cache, and count as
-   the cache has them. */
-DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, int layer, const float *qkv,
+   the cache has them. `norm` is this layer's `coming_norm`, and then the next one's. */
+DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, int layer, float &norm, const float *qkv,
                    float *partials) {
     Shared &shared = ring.shared;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % LANES * 8, group = lane / LANES;
     bool inside = column < K;
+#pragma unroll 1
     for (int task = blockIdx.x; task < H * parts.splits; task += BLOCKS) {
         int head = task / parts.splits, split = task % parts.splits, shared_head = head / (H / G);
-        /* Few threads look for the head's query, and the newest key and value: what all ask for, all wait for. */
-        if (QK_NORM) {
 #pragma unroll 1
-            for (int i = threadIdx.x; i < 2 * K; i += THREADS) {
-                shared.turning[2 * K + i] = (i < K ? a.q_norm : a.k_norm - K)[layer * K + i];
-            }
+        for (int i = threadIdx.x; QK_NORM && i < 2 * K; i += THREADS) {
+            shared.turning[2 * K + i] = NORMS_AHEAD ? norm : coming_norm(a, layer, i);
         }
+        /* Few threads look for the head's query, and the newest key and value: what all ask for, all wait for. */
 #pragma unroll 1
         for (int i = threadIdx.x * 4; i < 3 * K; i += THREADS * 4) {
             int head_of = i < K ? head : i < 2 * K ? H + shared_head : H + G + shared_head;
             *(float4 *)(shared.newest + i) = awaited((const float4 *)(qkv + head_of * K + i % K));
         }
         threads_meet<THREADS>(); /* the last task's sums have been read, too */
-        bool has_newest = warp == WARPS - 1 && split == parts.splits - 1;
-        Eight q = {}, newest = {};
+        /* Two warps (or one, after another) turn the query and the key. */
 #pragma unroll 1
-        for (int i = 0; i <= has_newest; i++) {
-            newest = turned(shared.newest + i * K, shared.turning, shared.turning + (2 + i) * K, column);
-            if (i == 0) q = newest;
-        }
-        float unit = rsqrtf(K) * 1.44269504f; /* log2(e): the powers are of two */
+        for (int which = warp; which < 2; which += WARPS) {
+            Eight own = turned(shared.newest + which * K, shared.turning, shared.turning + (2 + which) * K, column);
+            if (group == 0 && inside) {
+                float unit = which ? 1 : rsqrtf(K) * 1.44269504f; /* log2(e): the powers are of two */
 #pragma unroll
-        for (int j = 0; j < 8; j++) q.at[j] *= unit;
+                for (int j = 0; j < 8; j++) own.at[j] *= unit;
+                if (which == 0) {
+                    *(float4 *)(shared.query + column) = {own.at[0], own.at[1], own.at[2], own.at[3]};
+                    *(float4 *)(shared.query + column + 4) = {own.at[4], own.at[5], own.at[6], own.at[7]};
+                } else {
+                    *(uint4 *)(shared.key + column / 2) = narrowed(own);
+                    const float *value = shared.newest + 2 * K;
+                    *(uint4 *)(shared.value + column / 2) = narrowed(eight_at(value, column, column + 4));
+                }
+            }
+        }
+        threads_meet<THREADS>();
+        Eight q = {};
+        if (inside) q = eight_at(shared.query, column, column + 4);
         auto match = [&](const Eight &key) {
             float score = 0;
 #pragma unroll
@@ -120,9 +137,9 @@ DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, int layer
             }
             ring.done();
         }
-        if (has_newest) {
-            uint4 key = narrowed(newest), value = {};
-            if (inside) value = narrowed(eight_at(shared.newest + 2 * K, column, column + 4));
+        if (warp == WARPS - 1 && split == parts.splits - 1) {
+            uint4 key = {}, value = {};
+            if (inside) key = *(const uint4 *)(shared.key + column / 2), value = *(const uint4 *)(shared.value + column / 2);
             float score = match(widened(key));
             if (group == 0) softmax.add(score, widened(value));
             if (group == 0 && inside && head % (H / G) == 0) {
@@ -151,10 +168,11 @@ DEVICE void attend(Ring &ring, const Arguments &a, const Parts &parts, int layer
             publish(partials + task * PARTIAL + k, k == K ? largest : sum);
         }
     }
+    norm = coming_norm(a, layer + 1);
 }
 
 /* What all heads gathered, from the parts of each. */
-DEVICE void receive_mixed(float *x, const float *partials, int splits) {
+DEVICE void receive_mixed(Shared &shared, const float *partials, int splits) {
     constexpr int at_once = 4;
 #pragma unroll 1
     for (int i = threadIdx.x * 2; i < H * K; i += THREADS * 2) {
@@ -186,7 +204,8 @@ DEVICE void receive_mixed(float *x, const float *partials, int splits) {
                 mixed.x = mixed.x * before + sums[j].x * share, mixed.y = mixed.y * before + sums[j].y * share;
             }
         }
-        *(float2 *)(x + place(i) + i % 4) = {__fdividef(mixed.x, total), __fdividef(mixed.y, total)};
+        keep(shared, i, __fdividef(mixed.x, total), __fdividef(mixed.y, total));
     }
+    keep_nothing_behind(shared, H * K);
     threads_meet<THREADS>();
 }

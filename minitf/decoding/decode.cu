@@ -9,7 +9,12 @@
 
    Vectors go from block to block through memory without barriers. Where a value will be, there is first a pattern that
    no value has (all bits set); whoever needs it looks until it is there. Every value of a step has a place of its own;
-   steps take turns with two sets of places, and each step clears the set of the other.
+   steps take turns with two sets of places, and each step clears the set of the other. A set is there several times: a
+   line of memory that all multiprocessors ask for at once keeps each of them waiting for 2 us.
+
+   The products are the tensor cores': of 8 rows at a time with a vector in two parts, rounded to bf16 and what that left
+   out, which takes no longer. All phases go through the same code: multiprocessors were found to be bound by how many
+   instructions they are given, and beyond 32 KB of them they wait for more.
 
    The norms' weights are part of the matrices that follow them. Axes as everywhere: D hidden, H heads, G key/value
    heads, K head width, F feed-forward, V vocabulary; they and the sizes of the launch are compiled in. */
@@ -18,18 +23,20 @@
 
 #define THREADS (WARPS * 32) /* that compute; one more warp copies */
 #define QKV ((H + 2 * G) * K)
-#define MOST_SPLITS (BLOCKS / H > 1 ? BLOCKS / H : 1) /* parts of the context that different blocks attend to */
 #define PARTIAL (K + 4)                               /* of one part: sums of values, largest score, sum of weights */
 #define POSITIONS_PER_SLOT (SLOT_BYTES / (4 * K))
+#define SLOTS_PER_SPLIT 4 /* at least, of a part of the context: every part of a head is one more to put together */
+#define TILES 4           /* of 8 rows that a warp multiplies at once */
 #define LOWEST -1e30f /* below every score, and a number: less itself it is 0 */
 
 struct Arguments {
-    const bf16 *qkv, *o, *gate_up, *down, *vocabulary; /* (layers, rows, columns); gate and up in turn, row by row */
+    /* (layers, rows, padded columns); gate and up in turn, row by row; odd rows with the halves of each 64 swapped */
+    const bf16 *qkv, *o, *gate_up, *down, *vocabulary;
     const void *embedding;                             /* (V, D) of the parameters' own type */
     const float *q_norm, *k_norm;                      /* (layers, K) */
     const float *rotary;                               /* (2, NUM_POSITIONS, K) */
     bf16 *keys, *values;                               /* (layers, 1, G, capacity, K) */
-    float *exchange;                                   /* two sets of EXCHANGE floats */
+    float *exchange;                                   /* two sets */
     const long long *starts, *ids;                     /* where the text begins in the cache, or null; the token to read */
     float *logits;
     long long *likeliest, *told; /* the id with the largest score; to the host: that, and whether all scores are finite */
@@ -45,17 +52,22 @@ struct Arguments {
 #define AT_OUT (AT_FEED + F)
 #define LAYER (AT_OUT + D)
 #define EXCHANGE (NUM_LAYERS * LAYER + (BLOCKS + 1) / 2 * 4)
+#define SET ((long long)REPLICAS * EXCHANGE)
 
-#define PADDED(width) (((width) + 255) / 256 * 256)
+#define PADDED(width) (((width) + 63) / 64 * 64) /* columns of a row of weights in memory */
+#define WIDEST (D > F ? D > H * K ? D : H * K : F > H * K ? F : H * K)
 #define MOST_RESIDUALS ((D + BLOCKS - 1) / BLOCKS)
 
 struct Shared {
     alignas(128) char slots[NUM_SLOTS][SLOT_BYTES];
-    alignas(16) float hidden[PADDED(D)];
-    alignas(16) float inner[PADDED(H * K > F ? H * K : F)];
-    alignas(16) float newest[3 * K]; /* a head's query, key and value */
+    alignas(16) unsigned high[PADDED(WIDEST) / 2], low[PADDED(WIDEST) / 2]; /* a vector, in pairs of bf16 */
+    alignas(16) float newest[3 * K];  /* a head's query, key and value */
     alignas(16) float turning[4 * K]; /* cosines and sines of the position, the weights of the layer's two norms */
+    alignas(16) float query[K];
+    alignas(16) unsigned key[K / 2], value[K / 2];
     alignas(16) float mixed[WARPS][K];
+    alignas(16) float partials[2][WARPS][8 * TILES]; /* of products, from each warp's columns */
+    float squares[2][WARPS];                         /* of the vector, by each warp's part */
     float largest[WARPS], total[WARPS];
     float residual[MOST_RESIDUALS]; /* the rows of the residual stream that this block adds to */
     unsigned long long best[WARPS];
@@ -65,7 +77,7 @@ struct Shared {
 /* This block's share of some rows: [first, last). */
 struct Share {
     int first, last;
-    DEVICE Share(int rows) : first((long long)rows * blockIdx.x / BLOCKS), last((long long)rows * (blockIdx.x + 1) / BLOCKS) {}
+    DEVICE Share(unsigned rows) : first(rows * blockIdx.x / BLOCKS), last(rows * (blockIdx.x + 1) / BLOCKS) {}
     DEVICE int count() const { return last - first; }
 };
 
@@ -77,7 +89,8 @@ struct Parts {
         start = a.starts ? (int)a.starts[0] : 0;
         cached = (int)a.position - start;
         slots = (cached + POSITIONS_PER_SLOT - 1) / POSITIONS_PER_SLOT;
-        splits = slots < 1 ? 1 : slots > MOST_SPLITS ? MOST_SPLITS : slots;
+        int wanted = (slots + SLOTS_PER_SPLIT - 1) / SLOTS_PER_SPLIT;
+        splits = wanted < 1 ? 1 : wanted > MOST_SPLITS ? MOST_SPLITS : wanted;
     }
     DEVICE int begin(int split) const { return slots * split / splits; }
     DEVICE int positions(int slot) const {
@@ -121,11 +134,19 @@ struct Product {
     DEVICE int width() const { return kind == TO_OUT ? F : kind == TO_MIDDLE ? H * K : D; }
     DEVICE int together() const { return kind == TO_FEED ? 2 : 1; } /* rows whose results belong together */
     DEVICE int groups() const { return kind == TO_QKV ? QKV : kind == TO_FEED ? F : kind == TO_SCORES ? VOCABULARY : D; }
-    DEVICE int groups_per_slot() const { return SLOT_BYTES / (2 * width() * together()); }
+    DEVICE int row_bytes() const { return 2 * PADDED(width()); }
+    /* Whole tiles of 8 rows, or less than one; a constant for each kind. */
+    DEVICE static constexpr int rows_per_slot(int width, int together) {
+        int rows = SLOT_BYTES / (2 * PADDED(width));
+        return rows >= 32 ? 32 : rows >= 16 ? 16 : rows >= 8 ? 8 : rows / together * together;
+    }
+    DEVICE int rows_per_slot() const {
+        return kind == TO_OUT ? rows_per_slot(F, 1) : kind == TO_MIDDLE ? rows_per_slot(H * K, 1) : rows_per_slot(D, together());
+    }
     DEVICE const bf16 *weights(const Arguments &a) const {
         const bf16 *all = kind == TO_QKV ? a.qkv : kind == TO_MIDDLE ? a.o : kind == TO_FEED ? a.gate_up
                         : kind == TO_OUT ? a.down : a.vocabulary;
-        return all + (kind == TO_SCORES ? 0 : (long long)layer * groups() * together() * width());
+        return all + (kind == TO_SCORES ? 0 : (long long)layer * groups() * together() * PADDED(width()));
     }
 };
 
@@ -133,14 +154,14 @@ struct Product {
 
 DEVICE void copy_rows(Ring &ring, const Arguments &a, const Product &product) {
     Share share(product.groups());
-    int bytes = product.together() * product.width() * 2;
+    int bytes = product.row_bytes(), most = product.rows_per_slot(), last = share.last * product.together();
     const char *weights = (const char *)product.weights(a);
-    for (int group = share.first; group < share.last; group += product.groups_per_slot()) {
+    for (int row = share.first * product.together(); row < last; row += most) {
         char *slot = ring.when_empty();
-        int count = share.last - group < product.groups_per_slot() ? share.last - group : product.groups_per_slot();
+        int count = last - row < most ? last - row : most;
         Barrier *full = &ring.shared.full[ring.slot];
         barrier_arrive_expecting(full, count * bytes);
-        copy_to_shared(slot, weights + (long long)group * bytes, count * bytes, full);
+        copy_to_shared(slot, weights + (long long)row * bytes, count * bytes, full);
         ring.next();
     }
 }
@@ -186,20 +207,26 @@ template <typename T> DEVICE T awaited(const T *at, T seen) {
 }
 template <typename T> DEVICE T awaited(const T *at) { return awaited(at, load_published(at)); }
 
+/* At `at` of all replicas of a set. */
 DEVICE void publish(float *at, float x) {
-    store_published(at, missing(x) ? __uint_as_float(0x7fc00000) : x); /* of what is no number, another pattern */
+    if (missing(x)) x = __uint_as_float(0x7fc00000); /* of what is no number, another pattern */
+#pragma unroll
+    for (int replica = 0; replica < REPLICAS; replica++) store_published(at + (long long)replica * EXCHANGE, x);
 }
 
-/* Where four values of a vector lie in shared memory: a lane takes 8 columns as two groups of 4, which are kept in
-   separate halves of 128, so that the lanes' reads spread over all banks. */
-DEVICE int place(int i) { return i / 256 * 256 + i / 4 % 2 * 128 + i % 256 / 8 * 4; }
+DEVICE float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_half(unsigned pair) { return __uint_as_float(pair & 0xffff0000); }
 
-DEVICE void receive(float *x, const float *from, int width) {
-#pragma unroll 1
-    for (int i = threadIdx.x * 4; i < width; i += THREADS * 4) {
-        *(float4 *)(x + place(i)) = awaited((const float4 *)(from + i));
-    }
-    threads_meet<THREADS>();
+/* Two neighbouring values of the vector that is multiplied next. */
+DEVICE void keep(Shared &shared, int i, float first, float second) {
+    unsigned pair = bf16_pair(first, second);
+    shared.high[i / 2] = pair;
+    shared.low[i / 2] = bf16_pair(first - low_half(pair), second - high_half(pair));
+}
+
+DEVICE float keep(Shared &shared, int i, float4 x) {
+    keep(shared, i, x.x, x.y), keep(shared, i + 2, x.z, x.w);
+    return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
 }
 
 struct Eight {
@@ -207,9 +234,8 @@ struct Eight {
 };
 
 DEVICE Eight widened(uint4 x) {
-    return {__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000), __uint_as_float(x.y << 16),
-            __uint_as_float(x.y & 0xffff0000), __uint_as_float(x.z << 16), __uint_as_float(x.z & 0xffff0000),
-            __uint_as_float(x.w << 16), __uint_as_float(x.w & 0xffff0000)};
+    return {low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y),
+            low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)};
 }
 /* Values of the embedding in the parameters' own type. */
 DEVICE float embedded(const void *embedding, long long at) {
@@ -224,86 +250,87 @@ template <int lanes = 32> DEVICE float lanes_sum(float x) {
     return x;
 }
 
-/* A lane's columns of a vector in shared memory; of a narrow one, in registers for all rows to come. */
-template <int width> struct Columns {
-    static constexpr int parts = PADDED(width) / 256;
-    static constexpr bool kept = parts <= 4;
-    const float *x;
-    int lane;
-    Eight registers[kept ? parts : 1];
-    DEVICE Columns(const float *x) : x(x), lane(threadIdx.x % 32) {
-        if constexpr (kept)
-#pragma unroll
-            for (int part = 0; part < parts; part++) registers[part] = load(part);
-    }
-    DEVICE bool inside(int part) const { return width % 256 == 0 || part * 256 + lane * 8 < width; }
-    DEVICE Eight load(int part) const {
-        if (!inside(part)) return {};
-        const float *at = x + part * 256 + lane * 4;
-        return both(*(const float4 *)at, *(const float4 *)(at + 128));
-    }
-    DEVICE Eight get(int part) const {
-        if constexpr (kept) return registers[part];
-        else return load(part);
-    }
-    /* A lane's part of the sum of squares. */
-    DEVICE float squares() const {
-        float sums[4] = {};
-#pragma unroll kept ? parts : 1
-        for (int part = 0; part < parts; part++) {
-            Eight own = get(part);
-#pragma unroll
-            for (int j = 0; j < 8; j++) sums[j % 4] += own.at[j] * own.at[j];
-        }
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
-};
+/* The columns behind the vector, which meet weights of 0. */
+DEVICE void keep_nothing_behind(Shared &shared, int width) {
+#pragma unroll 1
+    for (int i = width + threadIdx.x * 2; i < PADDED(width); i += THREADS * 2) keep(shared, i, 0, 0);
+}
 
-/* Call use(group, y) in one lane for each group of this block's rows, with y = weights x; if `normed`, of x / rms(x). */
-template <int width, int together, typename Use>
-DEVICE void multiply(Ring &ring, const float *vector, const Product &product, bool normed, const Use &use) {
-    Columns<width> x(vector);
+/* A vector of other blocks, as soon as it is there. */
+DEVICE void receive(Shared &shared, const float *from, int width, float *squares) {
+    float sum = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x * 4; i < width; i += THREADS * 4) sum += keep(shared, i, awaited((const float4 *)(from + i)));
+    sum = lanes_sum(sum);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+    keep_nothing_behind(shared, width);
+    threads_meet<THREADS>();
+}
+
+/* Call use(group, y, z) in one thread for each group of this block's rows, with its one or two products with the vector
+   that was kept; if `squares` are given, with the vector / its rms. `batches` counts on from call to call. */
+template <typename Use>
+DEVICE void multiply(Ring &ring, const Product &product, const float *squares, int &batches, const Use &use) {
+    Shared &shared = ring.shared;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, together = product.together(), bytes = product.row_bytes();
+    int per_slot = product.rows_per_slot(), tile = per_slot < 8 ? per_slot : 8;
+    int log_tiles = (per_slot >= 16) + (per_slot >= 32); /* of the tiles in a slot */
+    int slots_at_once = TILES >> log_tiles < NUM_SLOTS ? TILES >> log_tiles : NUM_SLOTS;
     Share share(product.groups());
-    int per_slot = product.groups_per_slot(), warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp;
-    float squares = x.squares(), scale = 0; /* not known yet: the lanes' squares are summed together with the first row */
+    int first = share.first * together, count = share.count() * together;
 #pragma unroll 1
-    for (int begin = 0; begin < share.count(); begin += per_slot) {
-        const uint4 *slot = (const uint4 *)ring.when_full();
-        int end = share.count() < begin + per_slot ? share.count() : begin + per_slot;
+    for (int begin = 0; begin < count; begin += slots_at_once * per_slot, batches++) {
+        int rows = count - begin < slots_at_once * per_slot ? count - begin : slots_at_once * per_slot;
+        int slots = 1 + (rows > per_slot) + (rows > 2 * per_slot) + (rows > 3 * per_slot);
+        Ring ahead = ring;
 #pragma unroll 1
-        for (; mine < end; mine += WARPS) {
-            float sums[together][4] = {};
-#pragma unroll Columns<width>::kept ? Columns<width>::parts : 2
-            for (int part = 0; part < Columns<width>::parts; part++) {
-                if (!x.inside(part)) continue;
-                Eight own = x.get(part);
+        for (int i = 0; i < slots; i++) ahead.when_full(), ahead.next();
+        /* A lane gives 16 bytes of each 64 of a row, and 4 lanes all of them; which row, its group of 4 says. */
+        const char *at[TILES];
+        unsigned swapped[TILES];
+        float sums[TILES][4] = {};
 #pragma unroll
-                for (int n = 0; n < together; n++) {
-                    Eight w = widened(slot[((mine - begin) * together + n) * (width / 8) + part * 32 + lane]);
-#pragma unroll
-                    for (int j = 0; j < 8; j++) sums[n][j % 4] += w.at[j] * own.at[j];
-                }
-            }
-            float y[together];
-#pragma unroll
-            for (int n = 0; n < together; n++) y[n] = (sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]);
-            if (scale == 0) { /* the same in all lanes */
-#pragma unroll
-                for (int offset = 16; offset; offset /= 2) {
-                    squares += __shfl_xor_sync(~0u, squares, offset);
-#pragma unroll
-                    for (int n = 0; n < together; n++) y[n] += __shfl_xor_sync(~0u, y[n], offset);
-                }
-                scale = normed ? rsqrtf(squares * (1.0f / width) + NORM_EPS) : 1;
-            } else {
-#pragma unroll
-                for (int n = 0; n < together; n++) y[n] = lanes_sum(y[n]);
-            }
-#pragma unroll
-            for (int n = 0; n < together; n++) y[n] *= scale;
-            if (lane == 0) use(share.first + mine, y);
+        for (int j = 0; j < TILES; j++) {
+            int left = rows - j * tile < tile ? rows - j * tile : tile, row = lane / 4 < left ? lane / 4 : left - 1;
+            int slot = ring.slot + (j >> log_tiles), before = (j & ((1 << log_tiles) - 1)) * 8;
+            at[j] = shared.slots[slot < NUM_SLOTS ? slot : slot - NUM_SLOTS] + (before + row) * bytes + lane % 4 * 16;
+            swapped[j] = (first + begin + j * tile + row) % 2 * 64;
         }
-        ring.done();
+#pragma unroll 1
+        for (unsigned column = warp * 64; column < bytes; column += WARPS * 64) {
+            uint4 high = *(const uint4 *)((const char *)shared.high + column + lane % 4 * 16);
+            uint4 low = *(const uint4 *)((const char *)shared.low + column + lane % 4 * 16);
+#pragma unroll
+            for (int j = 0; j < TILES; j++) {
+                if (j * tile >= rows) continue;
+                uint4 w = *(const uint4 *)(at[j] + (column ^ swapped[j]));
+                multiply_tile(sums[j], high.x, low.x, high.y, low.y, w.x, w.y);
+                multiply_tile(sums[j], high.z, low.z, high.w, low.w, w.z, w.w);
+            }
+        }
+#pragma unroll 1
+        for (int i = 0; i < slots; i++) ring.done();
+        if (lane < 4) {
+#pragma unroll
+            for (int j = 0; j < TILES; j++) {
+                float2 sum = {sums[j][0] + sums[j][2], sums[j][1] + sums[j][3]};
+                *(float2 *)(shared.partials[batches % 2][warp] + j * 8 + lane * 2) = sum;
+            }
+        }
+        threads_meet<THREADS>();
+        if (warp != batches % WARPS) continue; /* the others go on meanwhile */
+        float y = 0, z = 0, square = 0;
+        int row = lane * together, j = (row >= tile) + (row >= 2 * tile) + (row >= 3 * tile), place = row + j * (8 - tile);
+        if (row < rows) {
+#pragma unroll 4
+            for (int other = 0; other < WARPS; other++) {
+                y += shared.partials[batches % 2][other][place];
+                z += shared.partials[batches % 2][other][place + together - 1];
+                if (squares) square += squares[other];
+            }
+            float scale = squares ? rsqrtf(square * (1.0f / D) + NORM_EPS) : 1;
+            use(share.first + (together == 2 ? begin / 2 : begin) + lane, y * scale, z * scale);
+        }
     }
 }
 
@@ -330,6 +357,8 @@ struct Best {
 /* The first block hears from all which token is the likeliest, and tells the next step and the host. */
 DEVICE void choose(Shared &shared, const Arguments &a, unsigned long long *keys, Best best) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) best.add(__shfl_xor_sync(~0u, best.key, offset));
     if (lane == 0) shared.best[warp] = best.key;
     threads_meet<THREADS>();
     if (warp > 0) return;
@@ -358,58 +387,62 @@ DEVICE void compute(Shared &shared, const Arguments &a) {
     Parts parts(a);
     [[maybe_unused]] int stamp = 0;
     STAMP();
-    float *set = a.exchange + a.set * EXCHANGE, *other_set = a.exchange + (1 - a.set) * EXCHANGE;
+    float *set = a.exchange + a.set * SET, *other_set = a.exchange + (1 - a.set) * SET;
+    long long replica = (long long)(blockIdx.x % REPLICAS) * EXCHANGE; /* the one this block reads */
     Share own(D);
     long long token = a.ids[0];
-    for (int i = threadIdx.x; i < D; i += THREADS) {
-        float x = embedded(a.embedding, token * D + i);
-        shared.hidden[place(i) + i % 4] = x;
-        if (own.first <= i && i < own.last) shared.residual[i - own.first] = x;
+    float sum = 0, norm = coming_norm(a, 0);
+    for (int i = threadIdx.x * 4; i < D; i += THREADS * 4) {
+        float x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = embedded(a.embedding, token * D + i + j);
+            if (own.first <= i + j && i + j < own.last) shared.residual[i + j - own.first] = x[j];
+        }
+        sum += keep(shared, i, {x[0], x[1], x[2], x[3]});
     }
+    sum = lanes_sum(sum);
+    if (threadIdx.x % 32 == 0) shared.squares[0][threadIdx.x / 32] = sum;
+    keep_nothing_behind(shared, D);
     for (int i = threadIdx.x; i < 2 * K; i += THREADS) {
         shared.turning[i] = a.rotary[(a.position + i / K * (long long)NUM_POSITIONS) * K + i % K];
     }
     threads_meet<THREADS>();
-    for (long long i = (blockIdx.x * THREADS + threadIdx.x) * 4; i < EXCHANGE; i += BLOCKS * THREADS * 4) {
+    for (long long i = (blockIdx.x * THREADS + threadIdx.x) * 4; i < SET; i += BLOCKS * THREADS * 4) {
         *(uint4 *)(other_set + i) = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
     Best best;
+    int batches = 0;
 #pragma unroll 1
     for (int number = 0; number < PRODUCTS; number++) {
         Product product(number);
-        float *at = set + (long long)product.layer * LAYER;
+        float *to = set + (long long)product.layer * LAYER, *from = to + replica, *squares = shared.squares[number % 2];
         bool normed = product.kind != TO_MIDDLE && product.kind != TO_OUT;
-        float *vector = normed ? shared.hidden : shared.inner;
         if (product.kind == TO_MIDDLE) {
-            attend(ring, a, parts, product.layer, at + AT_QKV, at + AT_PARTIALS);
+            attend(ring, a, parts, product.layer, norm, from + AT_QKV, to + AT_PARTIALS);
             STAMP();
-            receive_mixed(vector, at + AT_PARTIALS, parts.splits);
+            receive_mixed(shared, from + AT_PARTIALS, parts.splits);
         } else if (number > 0) {
             int before = product.kind == TO_FEED ? AT_MIDDLE : product.kind == TO_OUT ? AT_FEED : AT_OUT - LAYER;
-            receive(vector, at + before, product.width());
+            receive(shared, from + before, product.width(), squares);
         }
         STAMP();
-        auto use = [&](int row, const float *y) {
+        multiply(ring, product, normed ? squares : nullptr, batches, [&](int row, float y, float z) {
             if (product.kind == TO_SCORES) {
-                a.logits[row] = y[0];
-                best.add(y[0], row);
-            } else if (product.kind == TO_QKV) {
-                publish(at + AT_QKV + row, y[0]);
-            } else {
-                publish(at + (product.kind == TO_MIDDLE ? AT_MIDDLE : AT_OUT) + row, shared.residual[row - own.first] += y[0]);
+                a.logits[row] = y;
+                best.add(y, row);
+                return;
             }
-        };
-        if (product.kind == TO_FEED) {
-            multiply<D, 2>(ring, vector, product, true, [&](int row, const float *y) {
-                publish(at + AT_FEED + row, __fdividef(y[0], 1 + __expf(-y[0])) * y[1]);
-            });
-        } else if (F != D && product.kind == TO_OUT) {
-            multiply<F, 1>(ring, vector, product, false, use);
-        } else if (H * K != D && product.kind == TO_MIDDLE) {
-            multiply<H * K, 1>(ring, vector, product, false, use);
-        } else {
-            multiply<D, 1>(ring, vector, product, normed, use);
-        }
+            int at = AT_QKV;
+            if (product.kind == TO_FEED) {
+                at = AT_FEED;
+                y = __fdividef(y, 1 + __expf(-y)) * z;
+            } else if (product.kind != TO_QKV) {
+                at = product.kind == TO_MIDDLE ? AT_MIDDLE : AT_OUT;
+                y = shared.residual[row - own.first] += y;
+            }
+            publish(to + at + row, y);
+        });
         STAMP();
     }
     choose(shared, a, (unsigned long long *)(set + (long long)NUM_LAYERS * LAYER), best);

@@ -80,3 +80,12 @@ DEVICE unsigned bf16_pair(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+/* sums[0..1] += high * weights, sums[2..3] += low * weights: of 16 columns, of which a lane gives the pairs of two places,
+   and 8 rows, of which it gives one and gets two (mma.m16n8k16, the two parts of the vector in its rows 0 to 7 and 8 to
+   15, each eight times). */
+DEVICE void multiply_tile(float *sums, unsigned high, unsigned low, unsigned next_high, unsigned next_low, unsigned weights,
+                          unsigned next_weights) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(high), "r"(low), "r"(next_high), "r"(next_low), "r"(weights), "r"(next_weights));
+}

@@ -18,6 +18,9 @@ from minitf.model import Transformer
 
 NUM_WARPS = 16  # that compute; one more copies
 SLOT_BYTES = 12_288  # at least; of the ring in shared memory through which weights and cache go
+SLOTS_PER_SPLIT = 4  # at least, of the part of a context that one block attends to
+REPLICAS = 8  # of what multiprocessors tell each other: a line that all ask for at once is slow
+PARTIALS = 64  # floats of a warp for its part of products
 MOST_UNHEARD = 16  # steps that may have told the host something it has not looked at
 
 _POINTERS = (
@@ -52,6 +55,11 @@ class Plan:
         return 32 * (self.num_warps + 1)
 
 
+def padded(width: int) -> int:
+    """Columns of a row of weights in memory."""
+    return -(-width // 64) * 64
+
+
 def plan(
     model: Transformer,
     num_blocks: int,
@@ -68,28 +76,29 @@ def plan(
     if K > 256:
         return f"model.head_dim={K} is above 256"
 
-    def padded(width: int) -> int:
-        return -(-width // 256) * 256
-
     # A slot takes whole rows, of gate and up a pair, and the keys and values of a few positions.
-    pairs = max(slot_bytes // (4 * D), 1)
-    slot_bytes = -(-max(pairs * 4 * D, 2 * F, 2 * H * K, 4 * K) // 128) * 128
-    others = 4 * (padded(D) + padded(max(H * K, F)) + 7 * K + num_warps * (K + 4) + -(-D // num_blocks))
+    pairs = max(slot_bytes // (4 * padded(D)), 1)
+    slot_bytes = -(-max(pairs * 4 * padded(D), 2 * padded(F), 2 * padded(H * K), 4 * K) // 128) * 128
+    own_rows = -(-D // num_blocks)
+    others = 4 * (padded(max(D, F, H * K)) + 9 * K + num_warps * (K + PARTIALS) + own_rows)
     room = most_shared_bytes - others - 1024
     num_slots = room // (slot_bytes + 16)
     if num_slots < 2:
         return f"a row of weights takes {slot_bytes} bytes of {most_shared_bytes} of shared memory"
-    splits = max(num_blocks // H, 1)
+    positions = SLOTS_PER_SPLIT * max(slot_bytes // (4 * K), 1)
+    splits = max(min(num_blocks // H, -(-model.rotary.shape[1] // positions)), 1)
     layer = (H + 2 * G) * K + H * splits * (K + 4) + 2 * D + F
     sizes = {
         "NUM_LAYERS": c.num_layers, "D": D, "H": H, "G": G, "K": K, "F": F, "VOCABULARY": model.vocab_size,
         "NUM_POSITIONS": model.rotary.shape[1], "QK_NORM": int(c.qk_norm), "NORM_EPS": f"{c.rms_norm_eps!r}f",
         "EMBEDDING_BF16": int(model.model.embed_tokens.weight.dtype == torch.bfloat16),  # type: ignore[union-attr]
         "BLOCKS": num_blocks, "WARPS": num_warps, "SLOT_BYTES": slot_bytes, "NUM_SLOTS": num_slots,
+        "MOST_SPLITS": splits, "REPLICAS": REPLICAS,
     }  # fmt: skip
     return Plan(
         num_blocks, num_warps, slot_bytes, num_slots, num_slots * (slot_bytes + 16) + others + 1024,
-        c.num_layers * layer + (num_blocks + 1) // 2 * 4, tuple((name, str(size)) for name, size in sizes.items()),
+        REPLICAS * (c.num_layers * layer + (num_blocks + 1) // 2 * 4),
+        tuple((name, str(size)) for name, size in sizes.items()),
     )  # fmt: skip
 
 
@@ -131,6 +140,17 @@ def kernel(planned: Plan, device: torch.device) -> CudaKernel | str:
     return _kernels[key]
 
 
+def packed(weights_LRC: Tensor) -> Tensor:
+    """Rows filled up with zeros to whole 64 columns, of which in odd rows the second half comes first.
+
+    So two neighbouring rows, which a warp reads at once, lie in different banks of shared memory.
+    """
+    L, R, C = weights_LRC.shape
+    rows = torch.nn.functional.pad(weights_LRC, (0, padded(C) - C)).view(L, R, padded(C) // 64, 2, 32)
+    rows[:, 1::2] = rows[:, 1::2].flip(3)
+    return rows.view(L, R, padded(C))
+
+
 class Weights:
     """A model's weights in bfloat16 as the kernel reads them, the norms' part of the matrices that follow them."""
 
@@ -144,13 +164,14 @@ class Weights:
                 parts = [weights[f"{name}.weight"] for name in names]
                 joint = torch.stack(parts, 1).flatten(0, 1) if in_turn else torch.cat(parts)
                 matrices.append((joint * weights[f"{norm}.weight"] if norm else joint).bfloat16())
-            return torch.stack(matrices)
+            return packed(torch.stack(matrices))
 
         self.qkv = stacked([f"self_attn.{name}_proj" for name in "qkv"], "input_layernorm")
         self.o = stacked(["self_attn.o_proj"])
         self.gate_up = stacked(["mlp.gate_proj", "mlp.up_proj"], "post_attention_layernorm", in_turn=True)
         self.down = stacked(["mlp.down_proj"])
-        self.vocabulary = (model.vocabulary_VD * model.model.norm.weight).bfloat16()  # type: ignore[union-attr,operator]
+        vocabulary_VD = model.vocabulary_VD * model.model.norm.weight  # type: ignore[union-attr,operator]
+        self.vocabulary = packed(vocabulary_VD.bfloat16()[None])
         self.embedding = model.model.embed_tokens.weight.detach()  # type: ignore[union-attr,operator]
         self.rotary = model.rotary.float().contiguous()
         self.q_norm = self.k_norm = self.rotary  # any address

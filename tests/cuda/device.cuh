@@ -118,3 +118,26 @@ inline unsigned rounded(float x) {
     return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline unsigned bf16_pair(float low, float high) { return rounded(high) << 16 | rounded(low); }
+/* A lane gives one row's and the vector's values at its places of 16 columns, and gets two rows' sums. */
+inline void multiply_tile(float *sums, unsigned high, unsigned low, unsigned next_high, unsigned next_low, unsigned weights,
+                          unsigned next_weights) {
+    int lane = threadIdx.x % 32;
+    auto half = [](unsigned pair, int which) { return __uint_as_float(which ? pair & 0xffff0000 : pair << 16); };
+    auto all = [](unsigned first, unsigned second) {
+        std::vector<uint64_t> found(32);
+        uint64_t own = (uint64_t)second << 32 | first;
+        __shfl_xor_sync(~0u, own, 0);
+        memcpy(found.data(), own_warp().seen, sizeof own_warp().seen);
+        __syncwarp();
+        return found;
+    };
+    auto vector = all(high, next_high), rest = all(low, next_low), rows = all(weights, next_weights);
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < 16; k++) { /* lane % 4 has columns 2 t and 2 t + 1, and those 8 further on */
+            int from = k % 8 / 2, shift = k / 8 * 32;
+            float weight = half(rows[(lane % 4 * 2 + i) * 4 + from] >> shift, k % 2);
+            sums[i] += half(vector[lane / 4 * 4 + from] >> shift, k % 2) * weight;
+            sums[2 + i] += half(rest[lane / 4 * 4 + from] >> shift, k % 2) * weight;
+        }
+    }
+}
