@@ -15,7 +15,7 @@ from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import ROOT, in_child
 from minitf.benchmark.report import Report, Request
 
-SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
+SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 PACKAGES = ("minitf", "torch", "transformers", "accelerate", "numpy", "tokenizers")
 
 

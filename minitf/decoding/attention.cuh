@@ -206,6 +206,5 @@ DEVICE void receive_mixed(Shared &shared, const float *partials, int splits) {
         }
         keep(shared, i, __fdividef(mixed.x, total), __fdividef(mixed.y, total));
     }
-    keep_nothing_behind(shared, H * K);
-    threads_meet<THREADS>();
+    keep_nothing_behind<H * K>(shared);
 }

@@ -13,8 +13,8 @@
    line of memory that all multiprocessors ask for at once keeps each of them waiting for 2 us.
 
    The products are the tensor cores': of 8 rows at a time with a vector in two parts, rounded to bf16 and what that left
-   out, which takes no longer. All phases go through the same code: multiprocessors were found to be bound by how many
-   instructions they are given, and beyond 32 KB of them they wait for more.
+   out, which takes no longer. What counts most is how few instructions lie between the arrival of a vector and the next
+   one's departure: a warp takes four clocks and more for each. So sizes are constants, and weights wait in registers.
 
    The norms' weights are part of the matrices that follow them. Axes as everywhere: D hidden, H heads, G key/value
    heads, K head width, F feed-forward, V vocabulary; they and the sizes of the launch are compiled in. */
@@ -25,7 +25,7 @@
 #define QKV ((H + 2 * G) * K)
 #define PARTIAL (K + 4)                               /* of one part: sums of values, largest score, sum of weights */
 #define POSITIONS_PER_SLOT (SLOT_BYTES / (4 * K))
-#define SLOTS_PER_SPLIT 4 /* at least, of a part of the context: every part of a head is one more to put together */
+#define SLOTS_PER_SPLIT 2 /* at least, of a part of the context: every part of a head is one more to put together */
 #define TILES 4           /* of 8 rows that a warp multiplies at once */
 #define LOWEST -1e30f /* below every score, and a number: less itself it is 0 */
 
@@ -123,45 +123,42 @@ struct Ring {
     }
 };
 
-/* The products of a step, four a layer and the vocabulary's. All go through the same few instructions: a layer's code,
-   written out for each, did not fit into the instruction cache, and a multiprocessor waited nine clocks for each. */
+/* The products of a step: four a layer, and the vocabulary's. */
 enum Kind { TO_QKV, TO_MIDDLE, TO_FEED, TO_OUT, TO_SCORES };
 
-struct Product {
-    int layer, kind;
-    DEVICE Product(int number)
-        : layer(number / 4), kind(number < 4 * NUM_LAYERS ? number % 4 : TO_SCORES) {}
-    DEVICE int width() const { return kind == TO_OUT ? F : kind == TO_MIDDLE ? H * K : D; }
-    DEVICE int together() const { return kind == TO_FEED ? 2 : 1; } /* rows whose results belong together */
-    DEVICE int groups() const { return kind == TO_QKV ? QKV : kind == TO_FEED ? F : kind == TO_SCORES ? VOCABULARY : D; }
-    DEVICE int row_bytes() const { return 2 * PADDED(width()); }
-    /* Whole tiles of 8 rows, or less than one; a constant for each kind. */
-    DEVICE static constexpr int rows_per_slot(int width, int together) {
-        int rows = SLOT_BYTES / (2 * PADDED(width));
-        return rows >= 32 ? 32 : rows >= 16 ? 16 : rows >= 8 ? 8 : rows / together * together;
-    }
-    DEVICE int rows_per_slot() const {
-        return kind == TO_OUT ? rows_per_slot(F, 1) : kind == TO_MIDDLE ? rows_per_slot(H * K, 1) : rows_per_slot(D, together());
-    }
-    DEVICE const bf16 *weights(const Arguments &a) const {
-        const bf16 *all = kind == TO_QKV ? a.qkv : kind == TO_MIDDLE ? a.o : kind == TO_FEED ? a.gate_up
-                        : kind == TO_OUT ? a.down : a.vocabulary;
-        return all + (kind == TO_SCORES ? 0 : (long long)layer * groups() * together() * PADDED(width()));
-    }
+template <int kind> struct Product {
+    static constexpr int width = kind == TO_OUT ? F : kind == TO_MIDDLE ? H * K : D;
+    static constexpr int together = kind == TO_FEED ? 2 : 1; /* rows whose results belong together */
+    static constexpr int groups = kind == TO_QKV ? QKV : kind == TO_FEED ? F : kind == TO_SCORES ? VOCABULARY : D;
+    static constexpr bool normed = kind != TO_MIDDLE && kind != TO_OUT;
+    static constexpr int bytes = 2 * PADDED(width); /* of a row */
+    static constexpr int fitting = SLOT_BYTES / bytes;
+    /* Rows in a slot: whole tiles, or less than one. */
+    static constexpr int per_slot = fitting >= 32 ? 32 : fitting >= 16 ? 16 : fitting >= 8 ? 8 : fitting / together * together;
+    static constexpr int tile = per_slot < 8 ? per_slot : 8, tiles_per_slot = per_slot / tile;
+    /* What a warp multiplies at once: tiles of the same rows as the others, and every so many 32 columns. */
+    static constexpr int most_rows = (groups + BLOCKS - 1) / BLOCKS * together;
+    static constexpr int most_slots = (most_rows + per_slot - 1) / per_slot;
+    static constexpr int wanted_slots = TILES / tiles_per_slot < most_slots ? TILES / tiles_per_slot : most_slots;
+    static constexpr int slots = wanted_slots < NUM_SLOTS ? wanted_slots : NUM_SLOTS, tiles = slots * tiles_per_slot;
+    static constexpr int steps = (bytes / 64 + WARPS - 1) / WARPS;
+    static constexpr bool whole = bytes / 64 % WARPS == 0; /* whether there is work for all warps in all steps */
+    static constexpr bool ahead = tiles * steps <= 20;     /* whether the weights fit into registers */
+    static_assert(WARPS % 2 == 0, "the halves of 64 columns are those of two neighbouring warps");
 };
 
-#define PRODUCTS (4 * NUM_LAYERS + 1)
-
-DEVICE void copy_rows(Ring &ring, const Arguments &a, const Product &product) {
-    Share share(product.groups());
-    int bytes = product.row_bytes(), most = product.rows_per_slot(), last = share.last * product.together();
-    const char *weights = (const char *)product.weights(a);
-    for (int row = share.first * product.together(); row < last; row += most) {
+template <int kind> DEVICE void copy_rows(Ring &ring, const bf16 *weights, int layer) {
+    using P = Product<kind>;
+    Share share(P::groups);
+    int row = share.first * P::together, last = share.last * P::together;
+    const char *from = (const char *)weights + ((long long)layer * P::groups * P::together + row) * P::bytes;
+#pragma unroll 1
+    for (; row < last; row += P::per_slot, from += P::per_slot * P::bytes) {
         char *slot = ring.when_empty();
-        int count = last - row < most ? last - row : most;
+        int count = last - row < P::per_slot ? last - row : P::per_slot;
         Barrier *full = &ring.shared.full[ring.slot];
-        barrier_arrive_expecting(full, count * bytes);
-        copy_to_shared(slot, weights + (long long)row * bytes, count * bytes, full);
+        barrier_arrive_expecting(full, count * P::bytes);
+        copy_to_shared(slot, from, count * P::bytes, full);
         ring.next();
     }
 }
@@ -187,11 +184,14 @@ DEVICE void copy_cache(Ring &ring, const Arguments &a, const Parts &parts, int l
 DEVICE void copy_all(Ring ring, const Arguments &a) {
     Parts parts(a);
 #pragma unroll 1
-    for (int number = 0; number < PRODUCTS; number++) {
-        Product product(number);
-        if (product.kind == TO_MIDDLE) copy_cache(ring, a, parts, product.layer);
-        copy_rows(ring, a, product);
+    for (int layer = 0; layer < NUM_LAYERS; layer++) {
+        copy_rows<TO_QKV>(ring, a.qkv, layer);
+        copy_cache(ring, a, parts, layer);
+        copy_rows<TO_MIDDLE>(ring, a.o, layer);
+        copy_rows<TO_FEED>(ring, a.gate_up, layer);
+        copy_rows<TO_OUT>(ring, a.down, layer);
     }
+    copy_rows<TO_SCORES>(ring, a.vocabulary, 0);
 }
 
 DEVICE bool missing(float x) { return __float_as_uint(x) == ~0u; }
@@ -251,86 +251,118 @@ template <int lanes = 32> DEVICE float lanes_sum(float x) {
 }
 
 /* The columns behind the vector, which meet weights of 0. */
-DEVICE void keep_nothing_behind(Shared &shared, int width) {
-#pragma unroll 1
-    for (int i = width + threadIdx.x * 2; i < PADDED(width); i += THREADS * 2) keep(shared, i, 0, 0);
+template <int width> DEVICE void keep_nothing_behind(Shared &shared) {
+    if constexpr (PADDED(width) > width)
+        for (int i = width + threadIdx.x * 2; i < PADDED(width); i += THREADS * 2) keep(shared, i, 0, 0);
 }
 
-/* A vector of other blocks, as soon as it is there. */
-DEVICE void receive(Shared &shared, const float *from, int width, float *squares) {
+/* A vector of other blocks, as soon as it is there; returns this thread's part of its sum of squares. */
+template <int width> DEVICE float receive(Shared &shared, const float *from) {
     float sum = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x * 4; i < width; i += THREADS * 4) sum += keep(shared, i, awaited((const float4 *)(from + i)));
-    sum = lanes_sum(sum);
-    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
-    keep_nothing_behind(shared, width);
-    threads_meet<THREADS>();
+#pragma unroll
+    for (int i = 0; i < (width + THREADS * 4 - 1) / (THREADS * 4); i++) {
+        int at = (i * THREADS + threadIdx.x) * 4;
+        if (at < width) sum += keep(shared, at, awaited((const float4 *)(from + at)));
+    }
+    keep_nothing_behind<width>(shared);
+    return sum;
 }
 
-/* Call use(group, y, z) in one thread for each group of this block's rows, with its one or two products with the vector
-   that was kept; if `squares` are given, with the vector / its rms. `batches` counts on from call to call. */
-template <typename Use>
-DEVICE void multiply(Ring &ring, const Product &product, const float *squares, int &batches, const Use &use) {
+/* Call use(group, y, z) in one thread for each group of this block's rows, with its one or two products with a vector or,
+   if normed, with the vector / its rms. `vector` has it kept, and returns this thread's part of the sum of squares.
+   `batches` counts on from call to call. */
+template <int kind, typename Vector, typename Use>
+DEVICE void multiply(Ring &ring, int &batches, const Vector &vector, const Use &use) {
+    using P = Product<kind>;
     Shared &shared = ring.shared;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, together = product.together(), bytes = product.row_bytes();
-    int per_slot = product.rows_per_slot(), tile = per_slot < 8 ? per_slot : 8;
-    int log_tiles = (per_slot >= 16) + (per_slot >= 32); /* of the tiles in a slot */
-    int slots_at_once = TILES >> log_tiles < NUM_SLOTS ? TILES >> log_tiles : NUM_SLOTS;
-    Share share(product.groups());
-    int first = share.first * together, count = share.count() * together;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Share share(P::groups);
+    int first = share.first * P::together, count = share.count() * P::together;
+    float squares = 0;
 #pragma unroll 1
-    for (int begin = 0; begin < count; begin += slots_at_once * per_slot, batches++) {
-        int rows = count - begin < slots_at_once * per_slot ? count - begin : slots_at_once * per_slot;
-        int slots = 1 + (rows > per_slot) + (rows > 2 * per_slot) + (rows > 3 * per_slot);
-        Ring ahead = ring;
-#pragma unroll 1
-        for (int i = 0; i < slots; i++) ahead.when_full(), ahead.next();
-        /* A lane gives 16 bytes of each 64 of a row, and 4 lanes all of them; which row, its group of 4 says. */
-        const char *at[TILES];
-        unsigned swapped[TILES];
-        float sums[TILES][4] = {};
+    for (int begin = 0; begin < count; begin += P::slots * P::per_slot, batches++) {
+        int rows = count - begin < P::slots * P::per_slot ? count - begin : P::slots * P::per_slot;
+        /* A lane gives 16 bytes of each 64 of a row, and 4 lanes all of them; which row, its group of 4 says. Rows that
+           are not there give sums that nobody asks for. */
+        auto weights_of = [&](const char *slot, int tile, int step) {
+            int row = P::tile < 8 && lane / 4 >= P::tile ? P::tile - 1 : lane / 4;
+            int swapped = (first + begin + (P::tile % 2 ? tile : 0) + row) % 2;
+            const char *at = slot + (tile % P::tiles_per_slot * 8 + row) * P::bytes + (warp ^ swapped) * 64 + lane % 4 * 16;
+            return *(const uint4 *)(at + step * WARPS * 64);
+        };
+        uint4 weights[P::ahead ? P::tiles : 1][P::ahead ? P::steps : 1] = {};
+        Ring here = ring;
 #pragma unroll
-        for (int j = 0; j < TILES; j++) {
-            int left = rows - j * tile < tile ? rows - j * tile : tile, row = lane / 4 < left ? lane / 4 : left - 1;
-            int slot = ring.slot + (j >> log_tiles), before = (j & ((1 << log_tiles) - 1)) * 8;
-            at[j] = shared.slots[slot < NUM_SLOTS ? slot : slot - NUM_SLOTS] + (before + row) * bytes + lane % 4 * 16;
-            swapped[j] = (first + begin + j * tile + row) % 2 * 64;
-        }
-#pragma unroll 1
-        for (unsigned column = warp * 64; column < bytes; column += WARPS * 64) {
-            uint4 high = *(const uint4 *)((const char *)shared.high + column + lane % 4 * 16);
-            uint4 low = *(const uint4 *)((const char *)shared.low + column + lane % 4 * 16);
+        for (int slot = 0; slot < P::slots; slot++) {
+            if (slot * P::per_slot >= rows) break;
+            [[maybe_unused]] const char *from = ring.when_full();
+            if constexpr (P::ahead) {
 #pragma unroll
-            for (int j = 0; j < TILES; j++) {
-                if (j * tile >= rows) continue;
-                uint4 w = *(const uint4 *)(at[j] + (column ^ swapped[j]));
-                multiply_tile(sums[j], high.x, low.x, high.y, low.y, w.x, w.y);
-                multiply_tile(sums[j], high.z, low.z, high.w, low.w, w.z, w.w);
+                for (int i = 0; i < P::tiles_per_slot * P::steps; i++) {
+                    int tile = slot * P::tiles_per_slot + i / P::steps, step = i % P::steps;
+                    if (P::whole || step * WARPS + warp < P::bytes / 64) weights[tile][step] = weights_of(from, tile, step);
+                }
+                ring.done();
+            } else {
+                ring.next();
             }
         }
+        if (begin == 0) {
+            squares = vector();
+            threads_meet<THREADS>();
+        }
+        float sums[P::tiles][4] = {};
+#pragma unroll P::ahead ? P::steps : 1
+        for (int step = 0; step < P::steps; step++) {
+            if (!P::whole && step * WARPS + warp >= P::bytes / 64) break;
+            int column = (step * WARPS + warp) * 64 + lane % 4 * 16;
+            uint4 high = *(const uint4 *)((const char *)shared.high + column);
+            uint4 low = *(const uint4 *)((const char *)shared.low + column);
+            [[maybe_unused]] Ring at = here;
+#pragma unroll
+            for (int tile = 0; tile < P::tiles; tile++) {
+                uint4 w;
+                if constexpr (P::ahead) {
+                    w = weights[tile][step];
+                } else {
+                    w = weights_of(shared.slots[at.slot], tile, step);
+                    if (tile % P::tiles_per_slot == P::tiles_per_slot - 1) at.next();
+                }
+                multiply_tile(sums[tile], high.x, low.x, high.y, low.y, w.x, w.y);
+                multiply_tile(sums[tile], high.z, low.z, high.w, low.w, w.z, w.w);
+            }
+        }
+        if constexpr (!P::ahead) {
 #pragma unroll 1
-        for (int i = 0; i < slots; i++) ring.done();
+            for (int slot = 0; slot * P::per_slot < rows && slot < P::slots; slot++) here.done();
+        }
+        if (P::normed && begin == 0) {
+            squares = lanes_sum(squares);
+            if (lane == 0) shared.squares[kind == TO_FEED][warp] = squares;
+        }
         if (lane < 4) {
 #pragma unroll
-            for (int j = 0; j < TILES; j++) {
-                float2 sum = {sums[j][0] + sums[j][2], sums[j][1] + sums[j][3]};
-                *(float2 *)(shared.partials[batches % 2][warp] + j * 8 + lane * 2) = sum;
+            for (int tile = 0; tile < P::tiles; tile++) {
+                float2 sum = {sums[tile][0] + sums[tile][2], sums[tile][1] + sums[tile][3]};
+                *(float2 *)(shared.partials[batches % 2][warp] + tile * 8 + lane * 2) = sum;
             }
         }
         threads_meet<THREADS>();
-        if (warp != batches % WARPS) continue; /* the others go on meanwhile */
-        float y = 0, z = 0, square = 0;
-        int row = lane * together, j = (row >= tile) + (row >= 2 * tile) + (row >= 3 * tile), place = row + j * (8 - tile);
-        if (row < rows) {
-#pragma unroll 4
-            for (int other = 0; other < WARPS; other++) {
-                y += shared.partials[batches % 2][other][place];
-                z += shared.partials[batches % 2][other][place + together - 1];
-                if (squares) square += squares[other];
-            }
-            float scale = squares ? rsqrtf(square * (1.0f / D) + NORM_EPS) : 1;
-            use(share.first + (together == 2 ? begin / 2 : begin) + lane, y * scale, z * scale);
+        /* One warp puts the parts together while the others go on: the last in a layer, which has no part in receiving a
+           short vector, and one after the other for the vocabulary. */
+        if (warp != (kind == TO_SCORES ? batches % WARPS : WARPS - 1)) continue;
+        int row = lane * P::together;
+        if (row >= rows) continue;
+        int place = row / P::tile * 8 + row % P::tile;
+        float y[2] = {}, z[2] = {}, square[2] = {};
+#pragma unroll
+        for (int other = 0; other < WARPS; other++) {
+            y[other % 2] += shared.partials[batches % 2][other][place];
+            if (P::together == 2) z[other % 2] += shared.partials[batches % 2][other][place + 1];
+            if (P::normed) square[other % 2] += shared.squares[kind == TO_FEED][other];
         }
+        float scale = P::normed ? rsqrtf((square[0] + square[1]) * (1.0f / D) + NORM_EPS) : 1;
+        use(share.first + begin / P::together + lane, (y[0] + y[1]) * scale, (z[0] + z[1]) * scale);
     }
 }
 
@@ -401,9 +433,7 @@ DEVICE void compute(Shared &shared, const Arguments &a) {
         }
         sum += keep(shared, i, {x[0], x[1], x[2], x[3]});
     }
-    sum = lanes_sum(sum);
-    if (threadIdx.x % 32 == 0) shared.squares[0][threadIdx.x / 32] = sum;
-    keep_nothing_behind(shared, D);
+    keep_nothing_behind<D>(shared);
     for (int i = threadIdx.x; i < 2 * K; i += THREADS) {
         shared.turning[i] = a.rotary[(a.position + i / K * (long long)NUM_POSITIONS) * K + i % K];
     }
@@ -414,37 +444,57 @@ DEVICE void compute(Shared &shared, const Arguments &a) {
     Best best;
     int batches = 0;
 #pragma unroll 1
-    for (int number = 0; number < PRODUCTS; number++) {
-        Product product(number);
-        float *to = set + (long long)product.layer * LAYER, *from = to + replica, *squares = shared.squares[number % 2];
-        bool normed = product.kind != TO_MIDDLE && product.kind != TO_OUT;
-        if (product.kind == TO_MIDDLE) {
-            attend(ring, a, parts, product.layer, norm, from + AT_QKV, to + AT_PARTIALS);
+    for (int layer = 0; layer < NUM_LAYERS; layer++) {
+        float *to = set + (long long)layer * LAYER, *from = to + replica;
+        auto published = [&](int at) { return [to, at](int row, float y, float z) { publish(to + at + row, y); }; };
+        auto added = [&](int at) {
+            return [&shared, &own, to, at](int row, float y, float z) {
+                publish(to + at + row, shared.residual[row - own.first] += y);
+            };
+        };
+        auto from_last = [&] {
+            float squares = layer > 0 ? receive<D>(shared, from - LAYER + AT_OUT) : sum;
             STAMP();
-            receive_mixed(shared, from + AT_PARTIALS, parts.splits);
-        } else if (number > 0) {
-            int before = product.kind == TO_FEED ? AT_MIDDLE : product.kind == TO_OUT ? AT_FEED : AT_OUT - LAYER;
-            receive(shared, from + before, product.width(), squares);
-        }
+            return squares;
+        };
+        multiply<TO_QKV>(ring, batches, from_last, published(AT_QKV));
         STAMP();
-        multiply(ring, product, normed ? squares : nullptr, batches, [&](int row, float y, float z) {
-            if (product.kind == TO_SCORES) {
-                a.logits[row] = y;
-                best.add(y, row);
-                return;
-            }
-            int at = AT_QKV;
-            if (product.kind == TO_FEED) {
-                at = AT_FEED;
-                y = __fdividef(y, 1 + __expf(-y)) * z;
-            } else if (product.kind != TO_QKV) {
-                at = product.kind == TO_MIDDLE ? AT_MIDDLE : AT_OUT;
-                y = shared.residual[row - own.first] += y;
-            }
-            publish(to + at + row, y);
+        attend(ring, a, parts, layer, norm, from + AT_QKV, to + AT_PARTIALS);
+        STAMP();
+        auto mixed = [&] {
+            receive_mixed(shared, from + AT_PARTIALS, parts.splits);
+            STAMP();
+            return 0.0f;
+        };
+        multiply<TO_MIDDLE>(ring, batches, mixed, added(AT_MIDDLE));
+        STAMP();
+        auto middle = [&] {
+            float squares = receive<D>(shared, from + AT_MIDDLE);
+            STAMP();
+            return squares;
+        };
+        multiply<TO_FEED>(ring, batches, middle, [to](int row, float gate, float up) {
+            publish(to + AT_FEED + row, __fdividef(gate, 1 + __expf(-gate)) * up);
         });
         STAMP();
+        auto fed = [&] {
+            receive<F>(shared, from + AT_FEED);
+            STAMP();
+            return 0.0f;
+        };
+        multiply<TO_OUT>(ring, batches, fed, added(AT_OUT));
+        STAMP();
     }
+    auto last = [&] {
+        float squares = receive<D>(shared, set + replica + (long long)(NUM_LAYERS - 1) * LAYER + AT_OUT);
+        STAMP();
+        return squares;
+    };
+    multiply<TO_SCORES>(ring, batches, last, [&](int row, float y, float z) {
+        a.logits[row] = y;
+        best.add(y, row);
+    });
+    STAMP();
     choose(shared, a, (unsigned long long *)(set + (long long)NUM_LAYERS * LAYER), best);
     STAMP();
 }

@@ -16,9 +16,9 @@ from minitf.attention import KeyValueCache
 from minitf.machine.cuda_program import CudaKernel, CudaProgram
 from minitf.model import Transformer
 
-NUM_WARPS = 16  # that compute; one more copies
+NUM_WARPS = 8  # that compute; one more copies
 SLOT_BYTES = 12_288  # at least; of the ring in shared memory through which weights and cache go
-SLOTS_PER_SPLIT = 4  # at least, of the part of a context that one block attends to
+SLOTS_PER_SPLIT = 2  # at least, of the part of a context that one block attends to
 REPLICAS = 8  # of what multiprocessors tell each other: a line that all ask for at once is slow
 PARTIALS = 64  # floats of a warp for its part of products
 MOST_UNHEARD = 16  # steps that may have told the host something it has not looked at
