@@ -131,7 +131,7 @@ def write_random(directory: str, vocab_size: int) -> dict[str, Any]:
 
 
 def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Greedy decoding of a fresh model, which costs what a trained one does: seconds of the first token and of others."""
+    """Greedy decoding of a fresh model, as slow as a trained one: seconds of the first token and of the others."""
     import time
     from itertools import islice
 
