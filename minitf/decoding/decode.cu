@@ -408,6 +408,17 @@ DEVICE void choose(Shared &shared, const Arguments &a, unsigned long long *keys,
     }
 }
 
+/* The pattern for what is not there yet into some places of all replicas of a set. */
+DEVICE void clear(float *set, int floats) {
+#pragma unroll 1
+    for (int replica = 0; replica < REPLICAS; replica++) {
+#pragma unroll 1
+        for (int i = (blockIdx.x * THREADS + threadIdx.x) * 4; i < floats; i += BLOCKS * THREADS * 4) {
+            *(uint4 *)(set + (long long)replica * EXCHANGE + i) = make_uint4(~0u, ~0u, ~0u, ~0u);
+        }
+    }
+}
+
 #ifdef STAMPS
 #define STAMP() if (threadIdx.x == 0) a.stamps[blockIdx.x * STAMPS + stamp++] = clock64()
 #else
@@ -438,9 +449,6 @@ DEVICE void compute(Shared &shared, const Arguments &a) {
         shared.turning[i] = a.rotary[(a.position + i / K * (long long)NUM_POSITIONS) * K + i % K];
     }
     threads_meet<THREADS>();
-    for (long long i = (blockIdx.x * THREADS + threadIdx.x) * 4; i < SET; i += BLOCKS * THREADS * 4) {
-        *(uint4 *)(other_set + i) = make_uint4(~0u, ~0u, ~0u, ~0u);
-    }
     Best best;
     int batches = 0;
 #pragma unroll 1
@@ -462,6 +470,8 @@ DEVICE void compute(Shared &shared, const Arguments &a) {
         attend(ring, a, parts, layer, norm, from + AT_QKV, to + AT_PARTIALS);
         STAMP();
         auto mixed = [&] {
+            /* Most blocks have nothing to attend to, and time. */
+            clear(other_set + (long long)layer * LAYER, layer < NUM_LAYERS - 1 ? LAYER : EXCHANGE - layer * LAYER);
             receive_mixed(shared, from + AT_PARTIALS, parts.splits);
             STAMP();
             return 0.0f;
