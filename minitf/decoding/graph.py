@@ -5,6 +5,7 @@ kernels one by one from Python takes many times that.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,6 +52,12 @@ def fixed_step(
     return F.linear(x_B1D[:, 0], model.vocabulary_VD).float()
 
 
+@functools.cache
+def compiled_step() -> Callable[..., Tensor]:
+    """`fixed_step` compiled, once for all caches of one shape."""
+    return compiled(fixed_step)
+
+
 class GraphStep:
     """Reads one token a row into `cache` and scores the next."""
 
@@ -67,7 +74,7 @@ class GraphStep:
         self.step: Callable[..., Tensor] = fixed_step
         if model.device.type == "cuda":
             if compiler_missing(model.device) is None:
-                self.step = compiled(fixed_step)
+                self.step = compiled_step()
             self._capture()
 
     def _run(self) -> Tensor:

@@ -19,7 +19,7 @@ class Choices:
 
     device: str = ""  # type of the device
     precision: str = ""  # bf16 or fp32
-    compile: str = ""  # native, true or false: by C kernels, compiled, neither
+    compile: str = ""  # native, true or false: by our kernels, compiled, neither
     num_processes: int = 0  # that train together: sums are split among them, ...
     num_threads: int = 0  # ... and in each of them among its threads of the CPU
     micro_batch_size: int = 0  # sequences each computes at a time, whose gradients are summed

@@ -117,7 +117,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_norm, k_norm, rotary = ctx.saved_tensors
         (B, T), (H, _, K) = qkv.shape[:2], ctx.heads
-        gradients = torch.autograd.grad(ctx.mixed, ctx.inputs, dmixed.view(B, T, H, K).transpose(1, 2))
+        gradients = torch.autograd.grad(ctx.mixed, ctx.inputs, dmixed.reshape(B, T, H, K).transpose(1, 2))
         ctx.mixed = ctx.inputs = None
         dq, dk, dv = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
         norms = None if q_norm is None else (q_norm, k_norm)
