@@ -120,8 +120,8 @@ static void all_scores(const bf16 *A, const uint32_t *B, int64_t KP, int64_t i0,
     for (int64_t n = k0; n < k1; n += PANEL)
         for (int64_t m = 0; m < QUERIES; m += TILE)
             if (n <= i0 + m + TILE - 1)
-                tile((const uint32_t *)(A + m * KP), KP / 2, 1, B + n * (KP / 2), 0, KP / 2, C + m * KEYS + n - k0, KEYS,
-                     0);
+                tile((Left){(const uint32_t *)(A + m * KP), KP / 2, 1}, B + n * (KP / 2), 0, KP / 2,
+                     C + m * KEYS + n - k0, KEYS, 0);
 }
 
 /* C[QUERIES, KP] += weights[QUERIES, keys k0..k1] . panels over all keys, of TP rows */
@@ -131,20 +131,25 @@ static void add_gathered(const bf16 *weights, const uint32_t *B, const Sizes *z,
         for (int64_t m = 0; m < QUERIES; m += TILE) {
             int64_t seen = MIN(k1, i0 + m + TILE) - k0;
             if (seen > 0)
-                tile((const uint32_t *)(weights + m * KEYS), KEYS / 2, 1, B + n * (z->TP / 2) + k0 / 2 * PANEL, 0,
-                     (seen + 1) / 2, C + m * z->KP + n, z->KP, 1);
+                tile((Left){(const uint32_t *)(weights + m * KEYS), KEYS / 2, 1}, B + n * (z->TP / 2) + k0 / 2 * PANEL, 0,
+                     ROUND_UP((seen + 1) / 2, TILE_PAIRS), C + m * z->KP + n, z->KP, 1);
         }
 }
 
 /* C[keys k0..k1, KP] += transposed weights . panels over the queries; `weights` holds pairs of queries. */
 static void add_spread(const uint32_t *weights, const uint32_t *B, const Sizes *z, int64_t i0, int64_t k0, int64_t k1,
                        float *C) {
-    for (int64_t n = 0; n < z->KP; n += PANEL)
-        for (int64_t m = 0; m < k1 - k0; m += TILE) {
-            int64_t before = MAX(0, k0 + m - i0) / 2; /* queries before the first of these keys */
-            if (before < QUERIES / 2)
-                tile(weights + m, 1, KEYS, B + n * (QUERIES / 2), before, QUERIES / 2, C + (k0 + m) * z->KP + n, z->KP, 1);
-        }
+    uint32_t turned[QUERIES / 2 * PANEL] __attribute__((aligned(64)));
+    for (int64_t k = 0; k < k1 - k0; k += PANEL) {
+        Left left = left_of(weights + k, KEYS, QUERIES / 2, turned);
+        for (int64_t n = 0; n < z->KP; n += PANEL)
+            for (int64_t m = k; m < k + PANEL; m += TILE) {
+                int64_t before = MAX(0, k0 + m - i0) / 2; /* queries before the first of these keys */
+                if (before < QUERIES / 2)
+                    tile(from_row(left, m - k), B + n * (QUERIES / 2), before / TILE_PAIRS * TILE_PAIRS, QUERIES / 2,
+                         C + (k0 + m) * z->KP + n, z->KP, 1);
+            }
+    }
 }
 
 /* Those of the 16 keys from k on that lie in [from, to). */
@@ -244,8 +249,13 @@ static void forward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t 
 /* Units are the key heads of every row: with fewer of them than cores some cores have nothing to do. */
 void attention_forward(const Attention *a) {
     Sizes z = sizes_of(a);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t unit = 0; unit < a->B * a->G; unit++) forward_unit(a, &z, unit / a->G, unit % a->G);
+#pragma omp parallel
+    {
+        begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < a->B * a->G; unit++) forward_unit(a, &z, unit / a->G, unit % a->G);
+        end_tiles();
+    }
 }
 
 /* The gradient of the same, into dqkv; adds to those of q_norm and k_norm, dq_norm and dk_norm. */
@@ -333,10 +343,15 @@ static void backward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t
 /* dqkv from dmixed; `parts` has 2 K floats a unit (b, g): gradients of q_norm and of k_norm, to be added up. */
 void attention_backward(const Attention *a, const bf16 *dmixed, bf16 *dqkv, float *parts) {
     Sizes z = sizes_of(a);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t unit = 0; unit < a->B * a->G; unit++) {
-        float *dq_norm = parts + unit * 2 * a->K, *dk_norm = dq_norm + a->K;
-        memset(dq_norm, 0, 2 * a->K * sizeof(float));
-        backward_unit(a, &z, unit / a->G, unit % a->G, dmixed, dqkv, dq_norm, dk_norm);
+#pragma omp parallel
+    {
+        begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < a->B * a->G; unit++) {
+            float *dq_norm = parts + unit * 2 * a->K, *dk_norm = dq_norm + a->K;
+            memset(dq_norm, 0, 2 * a->K * sizeof(float));
+            backward_unit(a, &z, unit / a->G, unit % a->G, dmixed, dqkv, dq_norm, dk_norm);
+        }
+        end_tiles();
     }
 }

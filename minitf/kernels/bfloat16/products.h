@@ -1,37 +1,6 @@
 /* Matrix products of bfloat16 with sums in float32, in pieces that stay in the cache. */
 #pragma once
-#include "vectors.h"
-
-/* The processor multiplies pairs of bfloat16 that lie side by side and adds them up: operands are arrays of pairs along
- * the axis that is summed over. The left one is read as it lies, pair p of row m at A[m * row + p * step]; the right
- * one in panels of 32 columns: pair p of column c of panel n at B[(n * P + p) * 32 + c]. */
-#define PANEL 32
-#define TILE 8 /* rows */
-
-static inline void tile(const uint32_t *A, int64_t row, int64_t step, const uint32_t *B, int64_t from, int64_t to,
-                        float *C, int64_t C_row, int add) {
-    __m512 sums[TILE][2];
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE; m++) {
-        sums[m][0] = add ? _mm512_loadu_ps(C + m * C_row) : _mm512_setzero_ps();
-        sums[m][1] = add ? _mm512_loadu_ps(C + m * C_row + LANES) : _mm512_setzero_ps();
-    }
-    for (int64_t p = from; p < to; p++) {
-        __m512bh left = (__m512bh)_mm512_load_si512(B + p * PANEL);
-        __m512bh right = (__m512bh)_mm512_load_si512(B + p * PANEL + LANES);
-#pragma GCC unroll 8
-        for (int m = 0; m < TILE; m++) {
-            __m512bh a = (__m512bh)_mm512_set1_epi32(A[m * row + p * step]);
-            sums[m][0] = _mm512_dpbf16_ps(sums[m][0], a, left);
-            sums[m][1] = _mm512_dpbf16_ps(sums[m][1], a, right);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE; m++) {
-        _mm512_storeu_ps(C + m * C_row, sums[m][0]);
-        _mm512_storeu_ps(C + m * C_row + LANES, sums[m][1]);
-    }
-}
+#include "tiles.h"
 
 /* Two rows of `count` values as pairs, a value of each: to[c] = (a[c], b[c]); b may be null, for zeros. */
 static inline void pair_rows(const bf16 *a, const bf16 *b, int64_t count, uint32_t *to, int64_t panel) {
@@ -51,8 +20,8 @@ static inline void panels_over_rows(const bf16 *x, int64_t R, int64_t C, uint32_
     for (int64_t r = 0; r < R; r += 2) pair_rows(x + r * C, x + (r + 1) * C, C, to + r / 2 * PANEL, R / 2 * PANEL);
 }
 
-/* 16 rows of 16 pairs, `row` pairs apart, turned into 16 rows of 16 pairs, PANEL apart. */
-static inline void transpose(const uint32_t *x, int64_t row, uint32_t *to) {
+/* 16 rows of 16 pairs, `row` pairs apart, turned into 16 rows of 16 pairs, `to_row` apart. */
+static inline void transpose(const uint32_t *x, int64_t row, uint32_t *to, int64_t to_row) {
     __m512i a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(x + i * row);
@@ -77,10 +46,10 @@ static inline void transpose(const uint32_t *x, int64_t row, uint32_t *to) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        _mm512_store_si512(to + i * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_store_si512(to + (i + 4) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_store_si512(to + (i + 8) * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_store_si512(to + (i + 12) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+        _mm512_store_si512(to + i * to_row, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_store_si512(to + (i + 4) * to_row, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_store_si512(to + (i + 8) * to_row, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_store_si512(to + (i + 12) * to_row, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
     }
 }
 
@@ -89,5 +58,18 @@ static inline void panels_over_columns(const bf16 *x, int64_t R, int64_t C, uint
     for (int64_t r = 0; r < R; r += LANES)
         for (int64_t p = 0; p < C / 2; p += LANES)
             transpose((const uint32_t *)(x + r * C) + p, C / 2,
-                      to + (r / PANEL * (C / 2) + p) * PANEL + r % PANEL);
+                      to + (r / PANEL * (C / 2) + p) * PANEL + r % PANEL, PANEL);
+}
+
+/* What `tile` takes for its left operand, from a panel: 32 rows of it, of `pairs` pairs, `panel_row` apart. AMX reads
+ * rows, which are written to `to`. */
+static inline Left left_of(const uint32_t *panel, int64_t panel_row, int64_t pairs, uint32_t *to) {
+#ifdef AMX
+    for (int64_t p = 0; p < pairs; p += LANES)
+        for (int64_t m = 0; m < PANEL; m += LANES)
+            transpose(panel + p * panel_row + m, panel_row, to + m * pairs + p, pairs);
+    return (Left){to, pairs, 1};
+#else
+    return (Left){panel, 1, panel_row};
+#endif
 }
