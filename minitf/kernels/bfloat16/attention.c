@@ -120,7 +120,7 @@ static void all_scores(const bf16 *A, const uint32_t *B, int64_t KP, int64_t i0,
     for (int64_t n = k0; n < k1; n += PANEL)
         for (int64_t m = 0; m < QUERIES; m += TILE)
             if (n <= i0 + m + TILE - 1)
-                tile((Left){(const uint32_t *)(A + m * KP), KP / 2, 1}, B + n * (KP / 2), 0, KP / 2,
+                tile(rows_as_left(A + m * KP, KP), B + n * (KP / 2), 0, KP / 2,
                      C + m * KEYS + n - k0, KEYS, 0);
 }
 
@@ -131,7 +131,7 @@ static void add_gathered(const bf16 *weights, const uint32_t *B, const Sizes *z,
         for (int64_t m = 0; m < QUERIES; m += TILE) {
             int64_t seen = MIN(k1, i0 + m + TILE) - k0;
             if (seen > 0)
-                tile((Left){(const uint32_t *)(weights + m * KEYS), KEYS / 2, 1}, B + n * (z->TP / 2) + k0 / 2 * PANEL, 0,
+                tile(rows_as_left(weights + m * KEYS, KEYS), B + n * (z->TP / 2) + k0 / 2 * PANEL, 0,
                      ROUND_UP((seen + 1) / 2, TILE_PAIRS), C + m * z->KP + n, z->KP, 1);
         }
 }

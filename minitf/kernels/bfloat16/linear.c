@@ -1,8 +1,42 @@
-/* The gradient of a layer's weights. */
+/* Products with a layer's weights, and their gradient. */
 #include "products.h"
 #include <omp.h>
 
-#define PAIRS 128 /* of rows at a time: a panel of so many, 16 KB, stays in the nearest cache */
+/* Whether products of activations and weights by `linear` and `feed_forward` are faster than PyTorch's. */
+int has_fast_products(void) {
+#if AMX
+    return has_tiles;
+#else
+    return 0;
+#endif
+}
+
+/* y = x w^T of N rows of K values with weights w of M rows, or y = x w of such of K rows of M; K and M are multiples of 32. */
+void linear(int64_t N, int64_t K, int64_t M, const bf16 *x, const bf16 *w, int64_t transposed, bf16 *y) {
+    uint32_t *right = scratch(K * M * sizeof(bf16));
+#pragma omp parallel
+    {
+        float sums[PANEL * PANEL] __attribute__((aligned(64)));
+        bf16 *strip = own_scratch(K * PANEL * sizeof(bf16));
+        share_panels(w, transposed ? M : K, transposed ? K : M, transposed, right);
+        begin_tiles();
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n += PANEL) {
+            Left left = strip_of(x, N, K, n, strip);
+            Ahead ahead = ahead_of(x + (n + PANEL) * K, PANEL * K, M / PANEL);
+            for (int64_t m = 0; m < M; m += PANEL) {
+                product_block(left, right + m * K / 2, K / 2, sums, PANEL, 0);
+                ask_some(&ahead);
+                for (int64_t i = 0; i < MIN(PANEL, N - n); i++)
+                    _mm512_storeu_si512(y + (n + i) * M + m, both_halves(_mm512_load_ps(sums + i * PANEL),
+                                                                       _mm512_load_ps(sums + i * PANEL + LANES)));
+            }
+        }
+        end_tiles();
+    }
+}
+
+/* ---- the gradient of the weights -------------------------------------------------------------------------------- */
 
 /* `count` columns of the pairs `from` to `to` of N rows of C values, zeros behind the last: right operand of products over
  * the rows. */
@@ -21,46 +55,91 @@ static void put_pairs(const bf16 *x, int64_t N, int64_t C, int64_t count, int64_
     }
 }
 
-/* Rows of `out` (R of C values) from r, columns from c: a tile, or what of it there is. */
-static void put_tile(Left left, const uint32_t *right, int64_t pairs, int64_t R, int64_t C, int64_t r, int64_t c, int add,
-                     float *out) {
-    float *at = out + r * C + c, rest[TILE * PANEL];
-    if (r + TILE <= R && c + PANEL <= C) {
-        tile(left, right, 0, pairs, at, C, add);
-        return;
+/* Rows of `out` (R of C values) from r, columns from c: 32 by 32, or what of it there is. */
+static void put_block(Left left, const uint32_t *right, int64_t pairs, int64_t R, int64_t C, int64_t r, int64_t c, int add,
+                      float *out) {
+    float *at = out + r * C + c, rest[PANEL * PANEL];
+    for (int64_t m = 0; m < MIN(PANEL, R - r); m += TILE, at += TILE * C) {
+        if (r + m + TILE <= R && c + PANEL <= C) {
+            tile(from_row(left, m), right, 0, pairs, at, C, add);
+            continue;
+        }
+        tile(from_row(left, m), right, 0, pairs, rest, PANEL, 0);
+        for (int64_t i = 0; i < MIN(TILE, R - r - m); i++)
+            for (int64_t j = 0; j < MIN(PANEL, C - c); j++)
+                at[i * C + j] = (add ? at[i * C + j] : 0) + rest[i * PANEL + j];
     }
-    tile(left, right, 0, pairs, rest, PANEL, 0);
-    for (int64_t i = 0; i < MIN(TILE, R - r); i++)
-        for (int64_t j = 0; j < MIN(PANEL, C - c); j++)
-            at[i * C + j] = (add ? at[i * C + j] : 0) + rest[i * PANEL + j];
+}
+
+/* out = what is there, with `add`, + x^T, of rows of R values. */
+static void put_transposed(const float *x, int64_t row, int64_t R, int64_t C, int64_t add, float *out) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < R; r += LANES)
+        for (int64_t c = 0; c < C; c += LANES) {
+            float block[LANES * LANES] __attribute__((aligned(64)));
+            transpose((const uint32_t *)(x + c * row + r), row, (uint32_t *)block, LANES);
+            for (int64_t i = 0; i < MIN(LANES, R - r); i++) {
+                float *at = out + (r + i) * C + c;
+                __m512 sum = _mm512_load_ps(block + i * LANES);
+                if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first(C - c), at));
+                store_floats(at, first(C - c), sum);
+            }
+        }
 }
 
 /* out = dy^T x, with `add` added to what is there, of N rows of R values dy and of C values x.
  *
- * Some pairs of rows after the other: the threads turn those of x into panels for all, then each takes panels of dy,
- * turns them, and multiplies. Where there are fewer of them than threads, several take the same, for a share of x. */
-void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16 *x, int64_t add, float *out) {
-    int64_t P = ROUND_UP((N + 1) / 2, TILE_PAIRS), columns = ROUND_UP(C, PANEL), panels = (R + PANEL - 1) / PANEL;
-    int64_t shares = (omp_get_max_threads() + panels - 1) / panels, share = ROUND_UP((C + shares - 1) / shares, PANEL);
-    uint32_t *right = scratch(PAIRS * columns * sizeof(uint32_t));
+ * Some pairs of rows after the other: the threads make operands of one side for all, then each takes panels of the other,
+ * its own, and multiplies. Where there are fewer of them than threads, several take the same, for a share of the first.
+ * Vectors read panels from either side, and x is shared. AMX wants rows on the left: of the narrower side, which is shared,
+ * while that of the wider one is a right operand, or is given as panels (`panels` 1: dy, 2: x), as feed_forward_backward
+ * has them. Where x is on the left, the result is transposed. */
+void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16 *x, int64_t panels, int64_t add, float *out) {
+    int own_is_dy = !AMX || panels == 1 || (!panels && R > C), transposed = AMX && own_is_dy;
+    const bf16 *own = own_is_dy ? dy : x, *shared = own_is_dy ? x : dy;
+    int64_t O = own_is_dy ? R : C, S = own_is_dy ? C : R, SP = ROUND_UP(S, PANEL), OP = ROUND_UP(O, PANEL);
+    int64_t P = ROUND_UP((N + 1) / 2, TILE_PAIRS), units = OP / PANEL;
+    int64_t shares = (omp_get_max_threads() + units - 1) / units, share = ROUND_UP((S + shares - 1) / shares, PANEL);
+    uint32_t *both = scratch((2 * PAIRS * SP + transposed * SP * OP) * sizeof(uint32_t));
+    float *sums = (float *)(both + 2 * PAIRS * SP);
 #pragma omp parallel
     {
-        uint32_t panel[PAIRS * PANEL] __attribute__((aligned(64))), turned[PAIRS * PANEL] __attribute__((aligned(64)));
+        uint32_t panel[PAIRS * PANEL] __attribute__((aligned(64)));
         begin_tiles();
         for (int64_t from = 0; from < P; from += PAIRS) {
-            int64_t pairs = MIN(PAIRS, P - from);
+            int64_t pairs = MIN(PAIRS, P - from), more = add || from > 0;
+            uint32_t *operands = both + from / PAIRS % 2 * PAIRS * SP; /* others may still read the ones before */
+#if AMX
 #pragma omp for schedule(static)
-            for (int64_t p = 0; p < pairs; p++) put_pairs(x, N, C, C, from + p, from + p + 1, pairs, right + p * PANEL);
+            for (int64_t s = 0; s < S; s += PANEL) {
+                put_pairs(shared + s, N, S, MIN(PANEL, S - s), from, from + pairs, pairs, panel);
+                left_of(panel, PANEL, pairs, operands + s * pairs);
+            }
+#else
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < panels * shares; i++) {
-                int64_t r = i / shares * PANEL, c = i % shares * share;
-                put_pairs(dy + r, N, R, MIN(PANEL, R - r), from, from + pairs, pairs, panel);
-                Left left = left_of(panel, PANEL, pairs, turned);
-                for (int64_t to = MIN(C, c + share); c < to; c += PANEL)
-                    for (int64_t m = 0; m < MIN(PANEL, R - r); m += TILE)
-                        put_tile(from_row(left, m), right + c * pairs, pairs, R, C, r + m, c, add || from > 0, out);
+            for (int64_t p = 0; p < pairs; p++)
+                put_pairs(shared, N, S, S, from + p, from + p + 1, pairs, operands + p * PANEL);
+#endif
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < units * shares; i++) {
+                int64_t o = i / shares * PANEL, s = i % shares * share;
+                const uint32_t *here = panels ? (const uint32_t *)own + from * OP + o * pairs : panel;
+                if (!panels) put_pairs(own + o, N, O, MIN(PANEL, O - o), from, from + pairs, pairs, panel);
+                for (int64_t to = MIN(S, s + share); s < to; s += PANEL) {
+                    const uint32_t *other = operands + s * pairs;
+                    if (transposed)
+                        put_block(turned_left(other), here, pairs, SP, OP, s, o, from > 0, sums);
+                    else if (AMX)
+                        put_block(turned_left(other), here, pairs, R, C, s, o, more, out);
+                    else
+                        put_block(left_of(here, PANEL, pairs, NULL), other, pairs, R, C, o, s, more, out);
+                }
             }
         }
         end_tiles();
+        if (transposed) {
+#pragma omp barrier
+            put_transposed(sums, OP, R, C, add, out);
+        }
     }
 }

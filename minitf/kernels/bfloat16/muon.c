@@ -52,12 +52,6 @@ static void put_over_columns(const bf16 *block, uint32_t *to) {
     for (int r = 0; r < PANEL; r += LANES) transpose((const uint32_t *)(block + r * PANEL), PANEL / 2, to + r, PANEL);
 }
 
-/* 32 rows of columns j.. of the product of a left operand and B, over `pairs` pairs. */
-static inline void product_block(Left left, const uint32_t *B, int64_t pairs, int64_t j, float *block) {
-    for (int m = 0; m < PANEL; m += TILE)
-        tile(from_row(left, m), B + j * pairs, 0, pairs, block + m * PANEL, PANEL, 0);
-}
-
 /* to = a I + b S + c A B: symmetric matrices of `size` rows, of which A B is the same as B A; S may be null. One half is
  * computed, the other is its mirror. `turned` has room for a panel. */
 static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pairs, int64_t size, float a, float b,
@@ -67,7 +61,7 @@ static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pair
     for (int64_t i = 0; i < size; i += PANEL) {
         Left left = left_of(A + i * pairs, PANEL, pairs, turned);
         for (int64_t j = 0; j <= i; j += PANEL) {
-            product_block(left, B, pairs, j, block);
+            product_block(left, B + j * pairs, pairs, block, PANEL, 0);
             int64_t here = (j * size + i * PANEL) / 2, mirrored = (i * size + j * PANEL) / 2;
             for (int64_t k = 0; k < BLOCK; k += LANES) {
                 __m512 value = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k));
@@ -138,7 +132,7 @@ static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count
         for (int64_t s = 0; s < length; s += PANEL) {
             Left left = left_of(over_size + s * size / 2, PANEL, size / 2, turned);
             for (int64_t t = 0; t < size; t += PANEL) {
-                product_block(left, polynomial, size / 2, t, block);
+                product_block(left, polynomial + t * size / 2, size / 2, block, PANEL, 0);
                 for (int64_t k = 0; k < BLOCK; k += LANES)
                     store(strip + t * PANEL + k, 0xffff, _mm512_load_ps(block + k));
             }

@@ -2,6 +2,8 @@
 #pragma once
 #include "tiles.h"
 
+#define PAIRS 128 /* of rows at a time in a gradient: a panel of so many, 16 KB, stays in the nearest cache */
+
 /* Two rows of `count` values as pairs, a value of each: to[c] = (a[c], b[c]); b may be null, for zeros. */
 static inline void pair_rows(const bf16 *a, const bf16 *b, int64_t count, uint32_t *to, int64_t panel) {
     static const uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -61,15 +63,64 @@ static inline void panels_over_columns(const bf16 *x, int64_t R, int64_t C, uint
                       to + (r / PANEL * (C / 2) + p) * PANEL + r % PANEL, PANEL);
 }
 
-/* What `tile` takes for its left operand, from a panel: 32 rows of it, of `pairs` pairs, `panel_row` apart. AMX reads
- * rows, which are written to `to`. */
+/* What `tile` takes for its left operand, from 32 columns of a panel, of `pairs` pairs `panel_row` apart. For AMX, which
+ * reads rows, they are turned, into `to`: 32 rows of 16 pairs behind each other. From rows that are longer than that it
+ * takes half as long again, where they do not stay in the nearest cache. */
 static inline Left left_of(const uint32_t *panel, int64_t panel_row, int64_t pairs, uint32_t *to) {
-#ifdef AMX
+#if AMX
     for (int64_t p = 0; p < pairs; p += LANES)
         for (int64_t m = 0; m < PANEL; m += LANES)
-            transpose(panel + p * panel_row + m, panel_row, to + m * pairs + p, pairs);
-    return (Left){to, pairs, 1};
+            transpose(panel + p * panel_row + m, panel_row, to + p * PANEL + m * LANES, LANES);
+    return turned_left(to);
 #else
-    return (Left){panel, 1, panel_row};
+    (void)to;
+    return (Left){panel, 1, LANES * panel_row, panel_row};
 #endif
+}
+
+/* 32 rows from n on of x, N rows of K values (a multiple of 32), as a left operand in the same order; zeros behind the last
+ * row. Copied, because tiles from long rows take half as long again: they do not stay in the nearest cache. */
+static inline Left strip_of(const bf16 *x, int64_t N, int64_t K, int64_t n, bf16 *to) {
+    for (int64_t k = 0; k < K; k += PANEL)
+        for (int64_t i = 0; i < PANEL; i++) {
+            __m512i values = _mm512_setzero_si512();
+            if (n + i < N) values = _mm512_loadu_si512(x + (n + i) * K + k);
+            _mm512_store_si512(to + k * PANEL + i * PANEL, values);
+        }
+    return turned_left((const uint32_t *)to);
+}
+
+/* 32 rows by 32 columns of a product. */
+static inline void product_block(Left left, const uint32_t *B, int64_t pairs, float *C, int64_t C_row, int add) {
+    for (int m = 0; m < PANEL; m += TILE) tile(from_row(left, m), B, 0, pairs, C + m * C_row, C_row, add);
+}
+
+/* 32 values, rounded: the halves of a row, or a half of one row and of the next. */
+static inline __m512i both_halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+/* Right operand of products with weights (R of C values), over their columns or rows, by all threads of a parallel region. */
+static inline void share_panels(const bf16 *weights, int64_t R, int64_t C, int over_columns, uint32_t *to) {
+    if (over_columns) {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < R; r += PANEL) panels_over_columns(weights + r * C, PANEL, C, to + r * C / 2);
+    } else {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < R; r += 2)
+            pair_rows(weights + r * C, weights + (r + 1) * C, C, to + r / 2 * PANEL, R / 2 * PANEL);
+    }
+}
+
+/* What is read next, some lines of it with every block of products. */
+typedef struct {
+    const char *at, *end;
+    int64_t lines;
+} Ahead;
+
+static inline Ahead ahead_of(const bf16 *from, int64_t values, int64_t blocks) {
+    int64_t lines = values / PANEL;
+    return (Ahead){(const char *)from, (const char *)(from + values), (lines + blocks - 1) / blocks};
+}
+
+static inline void ask_some(Ahead *ahead) {
+    for (int64_t i = 0; i < ahead->lines && ahead->at < ahead->end; i++, ahead->at += 64) __builtin_prefetch(ahead->at, 0, 2);
 }
