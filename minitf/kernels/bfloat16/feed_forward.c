@@ -11,19 +11,21 @@ typedef struct {
  * 2 F a row. x may be null. */
 void feed_forward(int64_t N, int64_t D, int64_t F, const bf16 *z, const bf16 *x, const bf16 *gate_up, const bf16 *down,
                   bf16 *kept, bf16 *y) {
-    uint32_t *gate_up_T = scratch(3 * D * F * sizeof(bf16)), *down_T = gate_up_T + D * F;
+    uint32_t *shared = scratch(3 * D * F * sizeof(bf16));
 #pragma omp parallel
     {
         Block gates, ups;
-        bf16 *strip = own_scratch((D + F) * PANEL * sizeof(bf16)), *hidden = strip + D * PANEL;
-        share_panels(gate_up, 2 * F, D, 1, gate_up_T);
-        share_panels(down, D, F, 1, down_T);
+        int each = each_for_itself();
+        bf16 *strip = own_scratch(((D + F) * PANEL + each * 3 * D * F) * sizeof(bf16)), *hidden = strip + D * PANEL;
+        uint32_t *gate_up_T = each ? (uint32_t *)(hidden + F * PANEL) : shared, *down_T = gate_up_T + D * F;
+        put_panels(gate_up, 2 * F, D, 1, each, gate_up_T);
+        put_panels(down, D, F, 1, each, down_T);
         begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += PANEL) {
             int64_t count = MIN(PANEL, N - n);
             Left left = strip_of(z, N, D, n, strip);
-            Ahead ahead = ahead_of(z + (n + PANEL) * D, PANEL * D, F / PANEL);
+            Ahead ahead = ahead_of(z + (n + PANEL) * D, n + PANEL < N ? D : 0, LINE, F / PANEL);
             for (int64_t f = 0; f < F; f += PANEL) {
                 product_block(left, gate_up_T + f * D / 2, D / 2, gates.at, PANEL, 0);
                 product_block(left, gate_up_T + (F + f) * D / 2, D / 2, ups.at, PANEL, 0);
@@ -67,20 +69,22 @@ static inline __m512i pairs_of(__m512 row, __m512 next) {
  * for `weight_gradient`: `dkept`, that of gates and ups, and `hidden`, silu(gate) * up. */
 void feed_forward_backward(int64_t N, int64_t D, int64_t F, const bf16 *dy, const bf16 *kept, const bf16 *gate_up,
                            const bf16 *down, uint32_t *dkept, uint32_t *hidden, bf16 *dz) {
-    uint32_t *gate_up_2 = scratch(3 * D * F * sizeof(bf16)), *down_2 = gate_up_2 + D * F;
+    uint32_t *shared = scratch(3 * D * F * sizeof(bf16));
     int64_t P = ROUND_UP(N, PANEL) / 2;
 #pragma omp parallel
     {
         Block sums;
-        bf16 *strip = own_scratch((D + 2 * F) * PANEL * sizeof(bf16)), *turned = strip + D * PANEL;
-        share_panels(gate_up, 2 * F, D, 0, gate_up_2);
-        share_panels(down, D, F, 0, down_2);
+        int each = each_for_itself();
+        bf16 *strip = own_scratch(((D + 2 * F) * PANEL + each * 3 * D * F) * sizeof(bf16)), *turned = strip + D * PANEL;
+        uint32_t *gate_up_2 = each ? (uint32_t *)(turned + 2 * F * PANEL) : shared, *down_2 = gate_up_2 + D * F;
+        put_panels(gate_up, 2 * F, D, 0, each, gate_up_2);
+        put_panels(down, D, F, 0, each, down_2);
         begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += PANEL) {
             Left left = strip_of(dy, N, D, n, strip);
             int64_t from = n / 2 / PAIRS * PAIRS, pairs = MIN(PAIRS, P - from);
-            Ahead ahead = ahead_of(kept + (n + PANEL) * 2 * F, PANEL * 2 * F, F / PANEL);
+            Ahead ahead = ahead_of(kept + (n + PANEL) * 2 * F, n + PANEL < N ? 2 * F : 0, LINE, F / PANEL);
             for (int64_t f = 0; f < F; f += PANEL) {
                 product_block(left, down_2 + f * D / 2, D / 2, sums.at, PANEL, 0);
                 ask_some(&ahead);
@@ -106,9 +110,9 @@ void feed_forward_backward(int64_t N, int64_t D, int64_t F, const bf16 *dy, cons
                     for (int k = 0; k < 2; k++) {
                         _mm512_store_si512(turned + (f + i + k) * PANEL, both_halves(dg[k][0], dg[k][1]));
                         _mm512_store_si512(turned + (F + f + i + k) * PANEL, both_halves(du[k][0], du[k][1]));
-                        _mm512_stream_si512((void *)(gate_at + k * LANES), pairs_of(dg[0][k], dg[1][k]));
-                        _mm512_stream_si512((void *)(up_at + k * LANES), pairs_of(du[0][k], du[1][k]));
-                        _mm512_stream_si512((void *)(hidden_at + k * LANES), pairs_of(h[0][k], h[1][k]));
+                        _mm512_store_si512(gate_at + k * LANES, pairs_of(dg[0][k], dg[1][k]));
+                        _mm512_store_si512(up_at + k * LANES, pairs_of(du[0][k], du[1][k]));
+                        _mm512_store_si512(hidden_at + k * LANES, pairs_of(h[0][k], h[1][k]));
                     }
                 }
             }

@@ -1,6 +1,5 @@
 /* Products with a layer's weights, and their gradient. */
 #include "products.h"
-#include <omp.h>
 
 /* Whether products of activations and weights by `linear` and `feed_forward` are faster than PyTorch's. */
 int has_fast_products(void) {
@@ -13,17 +12,19 @@ int has_fast_products(void) {
 
 /* y = x w^T of N rows of K values with weights w of M rows, or y = x w of such of K rows of M; K and M are multiples of 32. */
 void linear(int64_t N, int64_t K, int64_t M, const bf16 *x, const bf16 *w, int64_t transposed, bf16 *y) {
-    uint32_t *right = scratch(K * M * sizeof(bf16));
+    uint32_t *shared = scratch(K * M * sizeof(bf16));
 #pragma omp parallel
     {
         float sums[PANEL * PANEL] __attribute__((aligned(64)));
-        bf16 *strip = own_scratch(K * PANEL * sizeof(bf16));
-        share_panels(w, transposed ? M : K, transposed ? K : M, transposed, right);
+        int each = each_for_itself();
+        bf16 *strip = own_scratch((PANEL + each * M) * K * sizeof(bf16));
+        uint32_t *right = each ? (uint32_t *)(strip + PANEL * K) : shared;
+        put_panels(w, transposed ? M : K, transposed ? K : M, transposed, each, right);
         begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += PANEL) {
             Left left = strip_of(x, N, K, n, strip);
-            Ahead ahead = ahead_of(x + (n + PANEL) * K, PANEL * K, M / PANEL);
+            Ahead ahead = ahead_of(x + (n + PANEL) * K, n + PANEL < N ? K : 0, LINE, M / PANEL);
             for (int64_t m = 0; m < M; m += PANEL) {
                 product_block(left, right + m * K / 2, K / 2, sums, PANEL, 0);
                 ask_some(&ahead);
@@ -105,15 +106,21 @@ void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16
 #pragma omp parallel
     {
         uint32_t panel[PAIRS * PANEL] __attribute__((aligned(64)));
+        int each = each_for_itself();
+        uint32_t *mine = each ? own_scratch(PAIRS * SP * sizeof *mine) : NULL;
         begin_tiles();
         for (int64_t from = 0; from < P; from += PAIRS) {
             int64_t pairs = MIN(PAIRS, P - from), more = add || from > 0;
-            uint32_t *operands = both + from / PAIRS % 2 * PAIRS * SP; /* others may still read the ones before */
+            /* Of two places: others may still read the operands before. */
+            uint32_t *operands = each ? mine : both + from / PAIRS % 2 * PAIRS * SP;
 #if AMX
-#pragma omp for schedule(static)
-            for (int64_t s = 0; s < S; s += PANEL) {
+            int64_t parts = each ? 1 : omp_get_num_threads(), part = each ? 0 : omp_get_thread_num();
+            for (int64_t s = SP / PANEL * part / parts * PANEL; s < SP / PANEL * (part + 1) / parts * PANEL; s += PANEL) {
                 put_pairs(shared + s, N, S, MIN(PANEL, S - s), from, from + pairs, pairs, panel);
                 left_of(panel, PANEL, pairs, operands + s * pairs);
+            }
+            if (!each) {
+#pragma omp barrier
             }
 #else
 #pragma omp for schedule(static)
@@ -125,7 +132,11 @@ void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16
                 int64_t o = i / shares * PANEL, s = i % shares * share;
                 const uint32_t *here = panels ? (const uint32_t *)own + from * OP + o * pairs : panel;
                 if (!panels) put_pairs(own + o, N, O, MIN(PANEL, O - o), from, from + pairs, pairs, panel);
+                /* The next panel: where it lies, or the rows it is made of. */
+                Ahead ahead = ahead_of(here + pairs * PANEL, 2 * pairs, LINE, SP / PANEL);
+                if (!panels) ahead = ahead_of(own + 2 * from * O + o + PANEL, MIN(2 * pairs, N - 2 * from), 2 * O, SP / PANEL);
                 for (int64_t to = MIN(S, s + share); s < to; s += PANEL) {
+                    if (AMX) ask_some(&ahead);
                     const uint32_t *other = operands + s * pairs;
                     if (transposed)
                         put_block(turned_left(other), here, pairs, SP, OP, s, o, from > 0, sums);

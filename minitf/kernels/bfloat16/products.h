@@ -1,6 +1,7 @@
 /* Matrix products of bfloat16 with sums in float32, in pieces that stay in the cache. */
 #pragma once
 #include "tiles.h"
+#include <omp.h>
 
 #define PAIRS 128 /* of rows at a time in a gradient: a panel of so many, 16 KB, stays in the nearest cache */
 
@@ -98,29 +99,37 @@ static inline void product_block(Left left, const uint32_t *B, int64_t pairs, fl
 /* 32 values, rounded: the halves of a row, or a half of one row and of the next. */
 static inline __m512i both_halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-/* Right operand of products with weights (R of C values), over their columns or rows, by all threads of a parallel region. */
-static inline void share_panels(const bf16 *weights, int64_t R, int64_t C, int over_columns, uint32_t *to) {
-    if (over_columns) {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < R; r += PANEL) panels_over_columns(weights + r * C, PANEL, C, to + r * C / 2);
-    } else {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < R; r += 2)
+/* Whether each thread makes for itself what all need. A line of the cache that comes from another core takes longer than
+ * making it anew: with two threads a weight gradient of 256 by 256 took 0.46 ms instead of 0.3. With many it would be made
+ * too often. */
+static inline int each_for_itself(void) { return AMX && omp_get_num_threads() <= 4; }
+
+/* Right operand of products with weights (R of C values), over their columns or rows, by all threads of a parallel region, or
+ * by each into a place of its own. */
+static inline void put_panels(const bf16 *weights, int64_t R, int64_t C, int over_columns, int each, uint32_t *to) {
+    int64_t parts = each ? 1 : omp_get_num_threads(), part = each ? 0 : omp_get_thread_num(), blocks = R / PANEL;
+    for (int64_t r = blocks * part / parts * PANEL; r < blocks * (part + 1) / parts * PANEL; r += over_columns ? PANEL : 2) {
+        if (over_columns)
+            panels_over_columns(weights + r * C, PANEL, C, to + r * C / 2);
+        else
             pair_rows(weights + r * C, weights + (r + 1) * C, C, to + r / 2 * PANEL, R / 2 * PANEL);
+    }
+    if (!each) {
+#pragma omp barrier
     }
 }
 
-/* What is read next, some lines of it with every block of products. */
+/* `lines` lines that are read next, `step` bytes from each other: some are asked for with every block of products. */
 typedef struct {
-    const char *at, *end;
-    int64_t lines;
+    const char *at;
+    int64_t lines, step, some;
 } Ahead;
 
-static inline Ahead ahead_of(const bf16 *from, int64_t values, int64_t blocks) {
-    int64_t lines = values / PANEL;
-    return (Ahead){(const char *)from, (const char *)(from + values), (lines + blocks - 1) / blocks};
+static inline Ahead ahead_of(const void *from, int64_t lines, int64_t step, int64_t blocks) {
+    return (Ahead){from, lines, step, (lines + blocks - 1) / blocks};
 }
 
 static inline void ask_some(Ahead *ahead) {
-    for (int64_t i = 0; i < ahead->lines && ahead->at < ahead->end; i++, ahead->at += 64) __builtin_prefetch(ahead->at, 0, 2);
+    for (int64_t i = MIN(ahead->some, ahead->lines); i > 0; i--, ahead->lines--, ahead->at += ahead->step)
+        __builtin_prefetch(ahead->at, 0, 2);
 }

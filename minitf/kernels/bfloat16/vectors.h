@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define LANES 16
+#define LINE 64 /* bytes of the cache at a time */
 #define LOG2_E 1.44269504f
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
