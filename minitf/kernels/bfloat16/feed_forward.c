@@ -58,13 +58,6 @@ void feed_forward(int64_t N, int64_t D, int64_t F, const bf16 *z, const bf16 *x,
     }
 }
 
-/* 16 columns of two rows as pairs. */
-static inline __m512i pairs_of(__m512 row, __m512 next) {
-    static const uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), both_halves(row, next));
-}
-
 /* From dy to dz, that of z without what comes past the layer, and what the weights' gradients are products of, as panels
  * for `weight_gradient`: `dkept`, that of gates and ups, and `hidden`, silu(gate) * up. */
 void feed_forward_backward(int64_t N, int64_t D, int64_t F, const bf16 *dy, const bf16 *kept, const bf16 *gate_up,

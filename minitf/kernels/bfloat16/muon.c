@@ -52,6 +52,25 @@ static void put_over_columns(const bf16 *block, uint32_t *to) {
     for (int r = 0; r < PANEL; r += LANES) transpose((const uint32_t *)(block + r * PANEL), PANEL / 2, to + r, PANEL);
 }
 
+/* b S + c block, rounded: its rows, and what is over its rows. S is given over its rows, or null. */
+static inline void round_block(const float *block, float b, const uint32_t *S, float c, bf16 *rows, uint32_t *over_rows) {
+    for (int64_t k = 0; k < BLOCK; k += 2 * PANEL)
+#pragma GCC unroll 2
+        for (int64_t half = 0; half < PANEL; half += LANES) {
+            __m512 row = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k + half));
+            __m512 next = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k + PANEL + half));
+            if (S) { /* lower and upper halves of its pairs */
+                __m512i two = _mm512_load_si512(S + k / 2 + half);
+                __m512i upper = _mm512_and_si512(two, _mm512_set1_epi32(0xffff0000));
+                row = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_castsi512_ps(_mm512_slli_epi32(two, 16)), row);
+                next = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_castsi512_ps(upper), next);
+            }
+            store(rows + k + half, 0xffff, row);
+            store(rows + k + PANEL + half, 0xffff, next);
+            _mm512_store_si512(over_rows + k / 2 + half, pairs_of(row, next));
+        }
+}
+
 /* to = a I + b S + c A B: symmetric matrices of `size` rows, of which A B is the same as B A; S may be null. One half is
  * computed, the other is its mirror. `turned` has room for a panel. */
 static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pairs, int64_t size, float a, float b,
@@ -63,23 +82,16 @@ static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pair
         for (int64_t j = 0; j <= i; j += PANEL) {
             product_block(left, B + j * pairs, pairs, block, PANEL, 0);
             int64_t here = (j * size + i * PANEL) / 2, mirrored = (i * size + j * PANEL) / 2;
-            for (int64_t k = 0; k < BLOCK; k += LANES) {
-                __m512 value = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k));
-                int64_t row = k / PANEL, column = k % PANEL;
-                if (S) { /* the upper or lower halves of its pairs */
-                    __m512i two = _mm512_load_si512(S + here + row / 2 * PANEL + column);
-                    two = row % 2 ? _mm512_and_si512(two, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(two, 16);
-                    value = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_castsi512_ps(two), value);
-                }
-                if (i == j && row / LANES == column / LANES)
-                    value = _mm512_mask_add_ps(value, (__mmask16)(1 << row % LANES), value, _mm512_set1_ps(a));
-                store(rounded + k, 0xffff, value);
+            for (int r = 0; i == j && r < PANEL; r++) block[r * PANEL + r] += a / c;
+            round_block(block, b, S ? S + here : NULL, c, rounded, to + here);
+            if (i != j) {
+                put_over_columns(rounded, to + mirrored);
+                continue;
             }
-            if (i == j) /* here too, or what is not symmetric grows from product to product */
-                for (int r = 1; r < PANEL; r++)
-                    for (int c = 0; c < r; c++) rounded[r * PANEL + c] = rounded[c * PANEL + r];
+            /* Here too the one half, or what is not symmetric grows from product to product. */
+            for (int r = 1; r < PANEL; r++)
+                for (int k = 0; k < r; k++) rounded[r * PANEL + k] = rounded[k * PANEL + r];
             put_over_rows(rounded, to + here);
-            if (i != j) put_over_columns(rounded, to + mirrored);
         }
     }
 }
@@ -133,13 +145,11 @@ static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count
             Left left = left_of(over_size + s * size / 2, PANEL, size / 2, turned);
             for (int64_t t = 0; t < size; t += PANEL) {
                 product_block(left, polynomial + t * size / 2, size / 2, block, PANEL, 0);
-                for (int64_t k = 0; k < BLOCK; k += LANES)
-                    store(strip + t * PANEL + k, 0xffff, _mm512_load_ps(block + k));
+                round_block(block, 0, NULL, 1, strip + t * PANEL, over_length + (t * length + s * PANEL) / 2);
             }
             for (int64_t t = 0; t < size; t += PANEL) {
                 const bf16 *strip_block = strip + t * PANEL;
                 if (done < count) {
-                    put_over_rows(strip_block, over_length + (t * length + s * PANEL) / 2);
                     put_over_columns(strip_block, over_size + (s * size + t * PANEL) / 2);
                 } else if (wide) {
                     for (int64_t r = t; r < MIN(R, t + PANEL); r++)

@@ -99,6 +99,13 @@ static inline void product_block(Left left, const uint32_t *B, int64_t pairs, fl
 /* 32 values, rounded: the halves of a row, or a half of one row and of the next. */
 static inline __m512i both_halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
+/* 16 columns of two rows as pairs. */
+static inline __m512i pairs_of(__m512 row, __m512 next) {
+    static const uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), both_halves(row, next));
+}
+
 /* Whether each thread makes for itself what all need. A line of the cache that comes from another core takes longer than
  * making it anew: with two threads a weight gradient of 256 by 256 took 0.46 ms instead of 0.3. With many it would be made
  * too often. */
