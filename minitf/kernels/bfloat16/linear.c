@@ -96,10 +96,10 @@ static void put_transposed(const float *x, int64_t row, int64_t R, int64_t C, in
  * while that of the wider one is a right operand, or is given as panels (`panels` 1: dy, 2: x), as feed_forward_backward
  * has them. Where x is on the left, the result is transposed. */
 void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16 *x, int64_t panels, int64_t add, float *out) {
-    int own_is_dy = !AMX || panels == 1 || (!panels && R > C), transposed = AMX && own_is_dy;
+    int own_is_dy = panels ? panels == 1 : !AMX || R > C, transposed = AMX && own_is_dy;
     const bf16 *own = own_is_dy ? dy : x, *shared = own_is_dy ? x : dy;
     int64_t O = own_is_dy ? R : C, S = own_is_dy ? C : R, SP = ROUND_UP(S, PANEL), OP = ROUND_UP(O, PANEL);
-    int64_t P = ROUND_UP((N + 1) / 2, TILE_PAIRS), units = OP / PANEL;
+    int64_t P = ROUND_UP((N + 1) / 2, panels ? LANES : TILE_PAIRS), units = OP / PANEL;
     int64_t shares = (omp_get_max_threads() + units - 1) / units, share = ROUND_UP((S + shares - 1) / shares, PANEL);
     uint32_t *both = scratch((2 * PAIRS * SP + transposed * SP * OP) * sizeof(uint32_t));
     float *sums = (float *)(both + 2 * PAIRS * SP);
@@ -138,12 +138,13 @@ void weight_gradient(int64_t N, int64_t R, int64_t C, const bf16 *dy, const bf16
                 for (int64_t to = MIN(S, s + share); s < to; s += PANEL) {
                     if (AMX) ask_some(&ahead);
                     const uint32_t *other = operands + s * pairs;
+                    Left left = AMX ? turned_left(other) : left_of(other, PANEL, pairs, NULL);
                     if (transposed)
-                        put_block(turned_left(other), here, pairs, SP, OP, s, o, from > 0, sums);
-                    else if (AMX)
-                        put_block(turned_left(other), here, pairs, R, C, s, o, more, out);
-                    else
+                        put_block(left, here, pairs, SP, OP, s, o, from > 0, sums);
+                    else if (own_is_dy)
                         put_block(left_of(here, PANEL, pairs, NULL), other, pairs, R, C, o, s, more, out);
+                    else
+                        put_block(left, here, pairs, R, C, s, o, more, out);
                 }
             }
         }

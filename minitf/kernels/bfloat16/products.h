@@ -74,7 +74,7 @@ static inline Left left_of(const uint32_t *panel, int64_t panel_row, int64_t pai
             transpose(panel + p * panel_row + m, panel_row, to + p * PANEL + m * LANES, LANES);
     return turned_left(to);
 #else
-    (void)to;
+    (void)pairs, (void)to;
     return (Left){panel, 1, LANES * panel_row, panel_row};
 #endif
 }

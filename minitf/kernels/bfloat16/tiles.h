@@ -75,11 +75,7 @@ static int has_tiles;
 
 __attribute__((constructor)) static void ask_for_tiles(void) {
     const long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-#ifdef EMULATED_TILES
-    has_tiles = 1;
-#else
     has_tiles = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#endif
 }
 
 /* Each thread says how large its tiles are before its first product, and lets go of them after its last: others, such as
