@@ -42,12 +42,10 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         patch.setattr("minitf.machine.c_library.FLAGS", ("-O2", *FLAGS[1:], "-DEMULATED", *tiles))
         patch.setattr(processor, "flags", lambda: {"avx512_bf16"})
         calls.library.cache_clear()
-        calls.has_fast_products.cache_clear()
         if isinstance(missing := calls.library(BF16), str):
             pytest.skip(missing)
         yield request.param
     calls.library.cache_clear()
-    calls.has_fast_products.cache_clear()
 
 
 @pytest.fixture

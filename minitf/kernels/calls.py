@@ -66,7 +66,6 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
-@functools.cache
 def has_fast_products() -> bool:
     """Whether the library's products of activations and weights are faster than PyTorch's: by AMX."""
     found = library(torch.bfloat16)
