@@ -29,7 +29,7 @@ void linear(int64_t N, int64_t K, int64_t M, const bf16 *x, const bf16 *w, int64
                 product_block(left, right + m * K / 2, K / 2, sums, PANEL, 0);
                 ask_some(&ahead);
                 for (int64_t i = 0; i < MIN(PANEL, N - n); i++)
-                    _mm512_storeu_si512(y + (n + i) * M + m, both_halves(_mm512_load_ps(sums + i * PANEL),
+                    _mm512_stream_si512((void*)(y + (n + i) * M + m), both_halves(_mm512_load_ps(sums + i * PANEL),
                                                                        _mm512_load_ps(sums + i * PANEL + LANES)));
             }
         }
