@@ -9,6 +9,7 @@ In bfloat16, with sums in float32, they are for processors with AVX-512 BF16; in
 gradients of weights are PyTorch's too.
 """
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitf.attention import Attention, Linear, segment_starts
-from minitf.kernels.calls import ARGUMENTS, AttentionArguments, as_rows, call, has_fast_products, library
+from minitf.kernels.calls import (
+    ARGUMENTS,
+    AttentionArguments,
+    as_rows,
+    call,
+    has_fast_products,
+    library,
+    places_of,
+)
 from minitf.kernels.muon import MUON
 from minitf.loss import IGNORED
 from minitf.model import Block, FeedForward, TrainingFunctions, Transformer
@@ -58,6 +67,12 @@ class _Linear(torch.autograd.Function):
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Weights of one input below each other."""
+    if dtype == torch.bfloat16 and has_fast_products() and all(weight.dtype == torch.float32 for weight in weights):
+        places, kept = places_of(weights)
+        sizes = (ctypes.c_int64 * len(kept))(*[weight.numel() for weight in kept])
+        result = torch.empty(sum(map(len, kept)), *kept[0].shape[1:], dtype=dtype)
+        call("join_weights", dtype, len(kept), places, sizes, result)
+        return result
     rounded = [weight.to(dtype) for weight in weights]
     return torch.cat(rounded) if len(rounded) > 1 else rounded[0]
 

@@ -34,6 +34,7 @@ _IN_BOTH: dict[str, list[Any]] = {
     "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
 }
 _IN_BFLOAT16: dict[str, list[Any]] = {
+    "join_weights": [_INT, _POINTER, _POINTER, _POINTER],
     "linear": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
     "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER],
     "feed_forward": [_INT, _INT, _INT, *[_POINTER] * 6],

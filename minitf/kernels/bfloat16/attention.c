@@ -152,8 +152,9 @@ static void add_spread(const uint32_t *weights, const uint32_t *B, const Sizes *
     }
 }
 
-/* Those of the 16 keys from k on that lie in [from, to). */
+/* Those of the 16 keys from k on that lie in [from, to); mostly all. */
 static inline __mmask16 seen(int64_t k, int64_t from, int64_t to) {
+    if (k >= from && k + LANES <= to) return 0xffff;
     if (k >= to || k + LANES <= from) return 0;
     return first(to - k) & (k < from ? (__mmask16)~first(from - k) : 0xffff);
 }

@@ -10,6 +10,20 @@ int has_fast_products(void) {
 #endif
 }
 
+#define PIECE 4096 /* values a thread takes at a time */
+
+/* Weights of `count` layers, of `sizes` values each, rounded and behind each other. */
+void join_weights(int64_t count, const float *const *weights, const int64_t *sizes, bf16 *to) {
+#pragma omp parallel firstprivate(to)
+    for (int64_t i = 0; i < count; to += sizes[i++])
+#pragma omp for schedule(static) nowait
+        for (int64_t from = 0; from < sizes[i]; from += PIECE)
+            for (int64_t k = from; k < MIN(sizes[i], from + PIECE); k += LANES) {
+                __mmask16 mask = first(sizes[i] - k);
+                store(to + k, mask, _mm512_maskz_loadu_ps(mask, weights[i] + k));
+            }
+}
+
 /* y = x w^T of N rows of K values with weights w of M rows, or y = x w of such of K rows of M; K and M are multiples of 32. */
 void linear(int64_t N, int64_t K, int64_t M, const bf16 *x, const bf16 *w, int64_t transposed, bf16 *y) {
     uint32_t *shared = scratch(K * M * sizeof(bf16));
