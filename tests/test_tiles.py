@@ -1,4 +1,5 @@
-"""The C kernels in bfloat16 that this processor does not choose: by AMX, emulated, and where it has that, without."""
+"""The C kernels in bfloat16 that this processor does not choose: by AMX, emulated, without it where it has that, and where
+the operating system refuses it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +33,16 @@ __all__ = [
 ]
 
 
-@pytest.fixture(scope="module", params=["tiles", "vectors"], autouse=True)
+DEFINED = {"tiles": ["-DEMULATED_TILES"], "refused": ["-DEMULATED_TILES", "-DREFUSED_TILES"], "vectors": ["-DEMULATED"]}
+
+
+@pytest.fixture(scope="module", params=DEFINED, autouse=True)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "vectors" and "amx_bf16" not in processor.flags():
         pytest.skip("test_kernels.py has tested these")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CPATH", str(Path(__file__).parent / "avx512"))
-        tiles = ["-DEMULATED_TILES"] if request.param == "tiles" else []
-        patch.setattr("minitf.machine.c_library.FLAGS", ("-O2", *FLAGS[1:], "-DEMULATED", *tiles))
+        patch.setattr("minitf.machine.c_library.FLAGS", ("-O2", *FLAGS[1:], *DEFINED[request.param]))
         patch.setattr(processor, "flags", lambda: {"avx512_bf16"})
         calls.library.cache_clear()
         if isinstance(missing := calls.library(BF16), str):
