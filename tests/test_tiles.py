@@ -1,5 +1,4 @@
-"""The C kernels in bfloat16 that this processor does not choose: by AMX, emulated, without it where it has that, and where
-the operating system refuses it."""
+"""The C kernels in bfloat16 that this processor does not choose: by AMX, emulated; where the system refuses it; without."""
 
 from collections.abc import Iterator
 from pathlib import Path
