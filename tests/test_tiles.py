@@ -1,4 +1,4 @@
-"""The C kernels in bfloat16 that this processor does not choose: by AMX, emulated; where the system refuses it; without."""
+"""The C kernels in bfloat16 that this processor does not choose: by AMX, emulated; where it is refused; without."""
 
 from collections.abc import Iterator
 from pathlib import Path
