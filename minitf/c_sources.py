@@ -9,7 +9,8 @@ from minitf.machine.c_library import CLibrary
 PACKAGE = Path(__file__).parent
 DECODING = CLibrary((PACKAGE / "decoding/decode.c",))
 KERNELS = {
-    "bf16": [f"bfloat16/{name}.c" for name in ("linear", "rows", "attention", "muon")],  # with AVX-512 BF16
+    # with AVX-512 BF16
+    "bf16": [f"bfloat16/{name}.c" for name in ("linear", "feed_forward", "rows", "attention", "muon")],
     "fp32": [f"float32/{name}.c" for name in ("rows", "attention")],  # on any processor
 }
 

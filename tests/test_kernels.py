@@ -18,7 +18,7 @@ from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask
 from minitf.kernels import calls
 from minitf.kernels.muon import MUON
 from minitf.loss import linear_cross_entropy
-from minitf.model import ModelConfig, TrainingFunctions, Transformer
+from minitf.model import FeedForward, ModelConfig, TrainingFunctions, Transformer
 from minitf.optim import Muon, MuonFunctions
 from minitf.training.training_step import TrainingStep
 
@@ -91,11 +91,20 @@ def test_swiglu_and_its_gradient(rows: int, width: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("num_threads", [1, 2, 9])
 @pytest.mark.parametrize(
-    ("N", "C", "rows"), [(1, 1, (1,)), (7, 3, (5,)), (515, 40, (70,)), (300, 31, (32, 33)), (1024, 96, (64, 32, 32))]
+    ("N", "C", "rows"),
+    [
+        (1, 1, (1,)),
+        (7, 3, (5,)),
+        (515, 40, (70,)),
+        (300, 31, (32, 33)),
+        (1024, 96, (64, 32, 32)),
+        (70, 96, (32,)),
+        (270, 32, (64, 96)),
+    ],
 )
 def test_layers_of_one_input_and_their_gradients(
     N: int, C: int, rows: tuple[int, ...], num_threads: int, dtype: torch.dtype
-) -> None:
+) -> None:  # fmt: skip
     layers = [Linear(C, size) for size in rows]
     layers[-1].to(dtype)  # as FSDP hands them over
     x, dy = random(N, C).to(dtype).requires_grad_(), random(N, sum(rows), seed=1).to(dtype)
@@ -113,6 +122,31 @@ def test_layers_of_one_input_and_their_gradients(
         assert layer.weight.grad is not None
         assert layer.weight.grad.dtype == layer.weight.dtype
         assert off(layer.weight.grad, wanted) < (0.004 if layer.weight.dtype == BF16 else 1e-6)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 9])
+@pytest.mark.parametrize(("N", "D", "width", "adding"), [(1, 32, 64, True), (70, 96, 32, False), (515, 64, 160, True)])
+def test_the_feed_forward_layer_and_its_gradients(N: int, D: int, width: int, adding: bool, num_threads: int) -> None:
+    if isinstance(missing := calls.library(BF16), str):
+        pytest.skip(missing)
+    mlp, before = FeedForward(D, width), torch.get_num_threads()
+    z, x, dy = (random(2, N, D, seed=seed).to(BF16) for seed in range(3))
+    weights = [layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    exact = [t.detach().to(BF16).double().requires_grad_() for t in (z, x, *weights)]
+    wanted = (F.silu(exact[0] @ exact[2].T) * (exact[0] @ exact[3].T)) @ exact[4].T + exact[1] * adding
+    wanted.backward(dy.double())
+    z.requires_grad_(), x.requires_grad_()
+    try:
+        torch.set_num_threads(num_threads)
+        y = kernels.feed_forward(mlp, z, x if adding else None)
+        y.backward(dy)
+    finally:
+        torch.set_num_threads(before)
+    assert off(y, wanted) < 0.004
+    assert off(z.grad, exact[0].grad) < 0.008  # type: ignore[arg-type]
+    assert torch.equal(x.grad, dy) if adding else x.grad is None  # type: ignore[arg-type]
+    for weight, theirs in zip(weights, exact[2:], strict=True):
+        assert off(weight.grad, theirs.grad) < 0.005  # type: ignore[arg-type]
 
 
 # B, T, heads, key heads, head width, normalised, packed

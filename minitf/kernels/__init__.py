@@ -2,12 +2,14 @@
 
 They compute what attention.py, model.py, loss.py and optim.py compute, each with its gradient, and go over their data
 once or twice where PyTorch's operations go over them ten times. torch.compile comes close after half a minute of
-compiling; these take two seconds, once. Products of activations and weights stay with PyTorch, whose are as fast.
+compiling; these take two seconds, once. Products of activations and weights stay with PyTorch, whose are as fast, but
+where the processor has AMX: there ours take half its time, and what follows them is done while they are in the cache.
 
 In bfloat16, with sums in float32, they are for processors with AVX-512 BF16; in float32 for all, and there Muon and the
 gradients of weights are PyTorch's too. A CUDA device has kernels of its own (kernels/cuda/), in Triton.
 """
 
+import ctypes
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -18,10 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitf.attention import Attention, Linear, segment_starts
-from minitf.kernels.calls import ARGUMENTS, AttentionArguments, as_rows, call, library
+from minitf.kernels.calls import (
+    ARGUMENTS,
+    AttentionArguments,
+    as_rows,
+    call,
+    has_fast_products,
+    library,
+    places_of,
+)
 from minitf.kernels.muon import MUON
 from minitf.loss import IGNORED
-from minitf.model import Block, TrainingFunctions, Transformer
+from minitf.model import Block, FeedForward, TrainingFunctions, Transformer
 from minitf.optim import MuonFunctions
 
 MOST_WIDTH = 16384  # of a row that a program of Triton's holds at once
@@ -57,12 +67,10 @@ def functions(model: Transformer) -> TrainingFunctions:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        x, weight = as_rows(x), weights[0].to(x.dtype)
-        if len(weights) > 1:
-            weight = torch.cat([weight.to(x.dtype) for weight in weights])
+        x, weight = as_rows(x), joined(weights, x.dtype)
         ctx.save_for_backward(x, weight)
         ctx.kinds = [(len(weight), weight.dtype) for weight in weights]
-        return F.linear(x, weight)
+        return product(x, weight, transposed=True)
 
     @staticmethod
     @once_differentiable
@@ -71,10 +79,48 @@ class _Linear(torch.autograd.Function):
         if x.dtype == torch.float32:
             dweight = dy.flatten(0, -2).mT @ x.flatten(0, -2)
         else:
-            dweight = torch.empty(weight.shape)
-            call("weight_gradient", x.dtype, x.numel() // x.shape[-1], *weight.shape, dy, x, False, dweight)
-        parts = torch.split(dweight, [rows for rows, _ in ctx.kinds])
-        return dy @ weight, *[part.to(dtype) for part, (_, dtype) in zip(parts, ctx.kinds, strict=True)]
+            dweight = weight_gradient(dy, x, *weight.shape)
+        return product(dy, weight, transposed=False), *parts_of(dweight, ctx.kinds)
+
+
+def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights of one input below each other."""
+    if dtype == torch.bfloat16 and has_fast_products() and all(weight.dtype == torch.float32 for weight in weights):
+        places, kept = places_of(weights)
+        sizes = (ctypes.c_int64 * len(kept))(*[weight.numel() for weight in kept])
+        result = torch.empty(sum(map(len, kept)), *kept[0].shape[1:], dtype=dtype)
+        call("join_weights", dtype, len(kept), places, sizes, result)
+        return result
+    rounded = [weight.to(dtype) for weight in weights]
+    return torch.cat(rounded) if len(rounded) > 1 else rounded[0]
+
+
+def parts_of(dweight: Tensor, kinds: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """The gradients of `joined` weights of so many rows and such dtypes."""
+    parts = torch.split(dweight, [rows for rows, _ in kinds])
+    return [part.to(dtype) for part, (_, dtype) in zip(parts, kinds, strict=True)]
+
+
+def products_are_ours(dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether products of activations and weights of such a shape are computed here: by AMX, in whole tiles."""
+    return dtype == torch.bfloat16 and not any(size % 32 for size in shape) and has_fast_products()
+
+
+def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """`x @ weight`, or with its transpose."""
+    if not products_are_ours(x.dtype, weight.shape):
+        return F.linear(x, weight) if transposed else x @ weight
+    K, M = weight.shape[::-1] if transposed else weight.shape
+    y = x.new_empty(*x.shape[:-1], M)
+    call("linear", x.dtype, x.numel() // K, K, M, x, weight, transposed, y)
+    return y
+
+
+def weight_gradient(dy: Tensor, x: Tensor, R: int, C: int) -> Tensor:
+    """`dy^T x` in float32, of rows of R and of C values of bfloat16."""
+    out = torch.empty(R, C)
+    call("weight_gradient", dy.dtype, x.numel() // C, R, C, dy, x, 0, False, out)
+    return out
 
 
 def linear(x: Tensor, *layers: Linear) -> Tensor:
@@ -140,6 +186,41 @@ def swiglu(x: Tensor) -> Tensor:
     return _SwiGLU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _FeedForward(torch.autograd.Function):
+    """x + down (silu(gate z) * up z), of z, x or None, and the weights of gate, up and down."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, x: Tensor | None, *weights: Tensor) -> Tensor:
+        z, x = as_rows(z), None if x is None else as_rows(x)
+        gate_up, down = joined(weights[:2], z.dtype), joined(weights[2:], z.dtype)
+        N, (D, width) = z.numel() // z.shape[-1], down.shape
+        kept, y = z.new_empty(N, 2 * width), torch.empty_like(z)
+        call("feed_forward", z.dtype, N, D, width, z, x, gate_up, down, kept, y)
+        ctx.save_for_backward(z, kept, gate_up, down)
+        ctx.kinds, ctx.adds = [(len(weight), weight.dtype) for weight in weights], x is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (z, kept, gate_up, down), dy = ctx.saved_tensors, as_rows(gradients[0])
+        N, (D, width) = len(kept), down.shape
+        dz, rows = torch.empty_like(z), -(-N // 32) * 32
+        dkept, hidden = z.new_empty(rows, 2 * width), z.new_empty(rows, width)
+        call("feed_forward_backward", z.dtype, N, D, width, dy, kept, gate_up, down, dkept, hidden, dz)
+        outer = torch.empty(2 * width, D), torch.empty(D, width)
+        call("weight_gradient", z.dtype, N, 2 * width, D, dkept, z, 1, False, outer[0])
+        call("weight_gradient", z.dtype, N, D, width, dy, hidden, 2, False, outer[1])
+        dweights = [*parts_of(outer[0], ctx.kinds[:2]), *parts_of(outer[1], ctx.kinds[2:])]
+        return dz, dy if ctx.adds else None, *dweights
+
+
+def feed_forward(mlp: FeedForward, z_BTD: Tensor, x_BTD: Tensor | None) -> Tensor:
+    """`FeedForward` of z, added to x if that is given."""
+    weights = [layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    return _FeedForward.apply(z_BTD, x_BTD, *weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _Attend(torch.autograd.Function):
     """Of qkv, the weights of the norms of queries and keys (or None), the rotary table and the starts (or None)."""
 
@@ -193,6 +274,10 @@ def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, visible: Tensor
     qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
     mixed_BTD = linear(attend(attention, qkv_BTC, rotary_2TK, visible), attention.o_proj)
     x_BTD, normed_BTD = rms_norm(block.post_attention_layernorm, x_BTD, block.dropout(mixed_BTD))
+    if products_are_ours(x_BTD.dtype, mlp.down_proj.weight.shape):
+        drops = block.training and block.dropout.p > 0
+        y_BTD = feed_forward(mlp, normed_BTD, None if drops else x_BTD)
+        return x_BTD + block.dropout(y_BTD) if drops else y_BTD
     hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
     return x_BTD + block.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
 
@@ -219,7 +304,7 @@ def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
     if dy_NR.dtype == torch.float32:
         to_RC.addmm_(dy_NR.mT, x_NC)
     else:
-        call("weight_gradient", dy_NR.dtype, len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), True, to_RC)
+        call("weight_gradient", dy_NR.dtype, len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), 0, True, to_RC)
 
 
 FUNCTIONS = {

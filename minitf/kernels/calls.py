@@ -34,7 +34,11 @@ _IN_BOTH: dict[str, list[Any]] = {
     "cross_entropy": [_INT, _INT, *[_POINTER] * 5],
 }
 _IN_BFLOAT16: dict[str, list[Any]] = {
-    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
+    "join_weights": [_INT, _POINTER, _POINTER, _POINTER],
+    "linear": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER],
+    "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER],
+    "feed_forward": [_INT, _INT, _INT, *[_POINTER] * 6],
+    "feed_forward_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
     "muon_average": [_INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER],
     "muon_orthogonalise": [_INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
     "muon_move": [_INT, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT],
@@ -61,6 +65,12 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     found = library(dtype)
     assert not isinstance(found, str)
     getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+def has_fast_products() -> bool:
+    """Whether the library's products of activations and weights are faster than PyTorch's: by AMX."""
+    found = library(torch.bfloat16)
+    return not isinstance(found, str) and bool(found.has_fast_products())
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-/* What the C kernels use of AVX-512 BF16, for processors without: by lanes, slowly, and in every lane as Intel's
- * manual has it. Found before the compiler's own header of this name, it lets their tests run on any machine. */
+/* What the C kernels use of AVX-512 BF16, and with EMULATED_TILES of AMX, for processors without: by lanes, slowly, and in
+ * every lane as Intel's manual has it. Found before the compiler's own header of this name, it lets their tests run on
+ * any machine. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -29,6 +30,8 @@ INLINE __m512 _mm512_loadu_ps(const void *at) {
 INLINE __m512i _mm512_loadu_si512(const void *at) { return (__m512i)_mm512_loadu_ps(at); }
 INLINE __m512 _mm512_load_ps(const void *at) { return *(const __m512 *)at; }
 INLINE __m512i _mm512_load_si512(const void *at) { return *(const __m512i *)at; }
+INLINE void _mm512_storeu_si512(void *at, __m512i x) { memcpy(at, &x, sizeof x); }
+INLINE void _mm512_stream_si512(void *at, __m512i x) { *(__m512i *)at = x; }
 INLINE void _mm512_storeu_ps(void *at, __m512 x) { memcpy(at, &x, sizeof x); }
 INLINE void _mm512_store_ps(void *at, __m512 x) { *(__m512 *)at = x; }
 INLINE void _mm512_store_si512(void *at, __m512i x) { *(__m512i *)at = x; }
@@ -103,6 +106,7 @@ INLINE float _mm512_reduce_max_ps(__m512 a) {
 
 /* Bits. */
 INLINE __m512 _mm512_castsi512_ps(__m512i a) { return (__m512)a; }
+INLINE __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
 INLINE __m512i _mm512_set1_epi32(int32_t x) { return (__m512i)((words16){0} + (uint32_t)x); }
 INLINE __m512i _mm512_set1_epi16(int16_t x) { return (__m512i)((halves32){0} + (uint16_t)x); }
 INLINE __m512i _mm512_add_epi16(__m512i a, __m512i b) { return (__m512i)((halves32)a + (halves32)b); }
@@ -113,6 +117,9 @@ INLINE __m512i _mm512_cvtepu16_epi32(__m256i a) {
 }
 INLINE __m512i _mm512_permutex2var_epi16(__m512i a, __m512i from, __m512i b) {
     return (__m512i)__builtin_shuffle((halves32)a, (halves32)b, (halves32)from);
+}
+INLINE __m512i _mm512_permutexvar_epi16(__m512i from, __m512i a) {
+    return (__m512i)__builtin_shuffle((halves32)a, (halves32)from);
 }
 INLINE __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int which) { /* two quarters of a, then two of b */
     __m512i x;
@@ -146,3 +153,63 @@ INLINE __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     sum += (__m512)((words16)a & high) * (__m512)((words16)b & high);
     return sum + (__m512)((words16)a << 16) * (__m512)((words16)b << 16);
 }
+INLINE __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+    __m512bh x;
+    __m256bh halves[2] = {_mm512_cvtneps_pbh(low), _mm512_cvtneps_pbh(high)};
+    memcpy(&x, halves, sizeof x);
+    return x;
+}
+
+/* AMX: eight tiles of up to 16 rows of up to 64 bytes a thread. None is there before its size is set, and one that is read
+ * or written without is as an instruction the processor does not know: the end. */
+#undef __AMX_TILE__
+#undef __AMX_BF16__
+#ifdef EMULATED_TILES
+#define __AMX_TILE__ 1
+#define __AMX_BF16__ 1
+#include <stdlib.h>
+#include <unistd.h>
+/* Whether the kernel lets us use them. */
+#ifndef REFUSED_TILES
+#define syscall(number, what, which) (0 & (number) & (what) & (which))
+#else
+#define syscall(number, what, which) (-1 | (number) | (what) | (which))
+#endif
+typedef struct {
+    int rows, bytes;
+    uint16_t at[16][32];
+} Tile;
+static __thread Tile tiles[8];
+
+INLINE void _tile_loadconfig(const void *config) {
+    const uint8_t *sizes = config;
+    for (int t = 0; t < 8; t++) tiles[t] = (Tile){.rows = sizes[48 + t], .bytes = sizes[16 + 2 * t] + 256 * sizes[17 + 2 * t]};
+    if (sizes[0] != 1) abort();
+}
+INLINE void _tile_release(void) { memset(tiles, 0, sizeof tiles); }
+INLINE Tile *tile_number(int number) {
+    if (!tiles[number].rows || !tiles[number].bytes) abort();
+    return tiles + number;
+}
+INLINE void _tile_zero(int number) { memset(tile_number(number)->at, 0, sizeof tiles[0].at); }
+INLINE void _tile_loadd(int number, const void *from, int64_t row) {
+    Tile *tile = tile_number(number);
+    EACH(tile->rows) memcpy(tile->at[i], (const char *)from + i * row, tile->bytes);
+}
+INLINE void _tile_stored(int number, void *to, int64_t row) {
+    Tile *tile = tile_number(number);
+    EACH(tile->rows) memcpy((char *)to + i * row, tile->at[i], tile->bytes);
+}
+INLINE void _tile_dpbf16ps(int sums, int left, int right) { /* sums[m][n] += left[m][2p..] right[p][2n..] */
+    Tile *C = tile_number(sums), *A = tile_number(left), *B = tile_number(right);
+    for (int m = 0; m < C->rows; m++)
+        for (int p = 0; p < A->bytes / 4; p++) {
+            __m512 c;
+            __m512bh b, a = (__m512bh)((words16){0} + (A->at[m][2 * p] | (uint32_t)A->at[m][2 * p + 1] << 16));
+            memcpy(&c, C->at[m], sizeof c);
+            memcpy(&b, B->at[p], sizeof b);
+            c = _mm512_dpbf16_ps(c, a, b);
+            memcpy(C->at[m], &c, sizeof c);
+        }
+}
+#endif

@@ -1,114 +1,14 @@
 /* Causal attention of a training step, forward and backward: match, weigh and gather for a few queries and keys at a time,
  * so that no scores ever leave the cache (FlashAttention, Dao et al., 2022). Activations are bfloat16, sums float32.
  */
+#include "heads.h"
 #include "products.h"
-
-/* Causal attention of queries and keys that are normalised and turned by their positions, straight from the product
- * that made them: every row of qkv, one of B * T, holds H queries, G keys and G values of K numbers. */
-typedef struct {
-    int64_t B, T, H, G, K;
-    const bf16 *qkv;
-    const float *q_norm, *k_norm; /* K weights each, or null: not normalised */
-    float eps;
-    const float *cosines, *sines; /* rows of K a position, of which the second half repeats the first */
-    const int32_t *starts;        /* the first key each query sees, B * T, ascending in a row; null: 0 */
-    bf16 *mixed;                  /* B, T, H, K */
-    float *log_sums;              /* B, H, T: log2 of the sum of the powers of the scaled scores */
-} Attention;
 
 #define QUERIES 64 /* taken together, a multiple of PANEL */
 #define KEYS 256   /* taken together, a multiple of PANEL */
-#define ROWS_AHEAD 8
-
-typedef struct {
-    int64_t columns, TP, KP; /* of qkv; T and K rounded up for the products */
-} Sizes;
 
 static Sizes sizes_of(const Attention *a) {
     return (Sizes){(a->H + 2 * a->G) * a->K, ROUND_UP(a->T, QUERIES), ROUND_UP(a->K, PANEL)};
-}
-
-/* y = rotate(x * rstd * weight) for one head at one position; returns rstd. K is even; halves turn against each other. */
-static inline float turned(const Attention *a, const bf16 *x, const float *weight, int64_t t, bf16 *y) {
-    int64_t half = a->K / 2;
-    const float *cosine = a->cosines + t * a->K, *sine = a->sines + t * a->K;
-    float r = 1.0f;
-    if (weight) {
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t k = 0; k < a->K; k += LANES) {
-            __m512 v = load(x + k, first(a->K - k));
-            squares = _mm512_fmadd_ps(v, v, squares);
-        }
-        r = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / a->K + a->eps);
-    }
-    __m512 scale = _mm512_set1_ps(r);
-    for (int64_t k = 0; k < half; k += LANES) {
-        __mmask16 mask = first(half - k);
-        __m512 u = _mm512_mul_ps(load(x + k, mask), scale), v = _mm512_mul_ps(load(x + half + k, mask), scale);
-        if (weight) {
-            u = _mm512_mul_ps(u, _mm512_maskz_loadu_ps(mask, weight + k));
-            v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + half + k));
-        }
-        __m512 c = _mm512_maskz_loadu_ps(mask, cosine + k), s = _mm512_maskz_loadu_ps(mask, sine + k);
-        store(y + k, mask, _mm512_fmsub_ps(u, c, _mm512_mul_ps(v, s)));
-        store(y + half + k, mask, _mm512_fmadd_ps(v, c, _mm512_mul_ps(u, s)));
-    }
-    return r;
-}
-
-/* The way back of `turned`: the gradient dx of x from that of its result, g, which is overwritten; adds to dweight. */
-static inline void turned_back(const Attention *a, const bf16 *x, const float *weight, int64_t t, float r, float *g,
-                               bf16 *dx, float *dweight) {
-    int64_t half = a->K / 2, ahead = ROWS_AHEAD * (a->H + 2 * a->G) * a->K;
-    const float *cosine = a->cosines + t * a->K, *sine = a->sines + t * a->K;
-    for (int64_t k = 0; k < a->K; k += PANEL) {
-        ask_for(x + k, ahead);
-        ask_to_write(dx + k, ahead);
-    }
-    __m512 dots = _mm512_setzero_ps(), scale = _mm512_set1_ps(r);
-    for (int64_t k = 0; k < half; k += LANES) {
-        __mmask16 mask = first(half - k);
-        __m512 gu = _mm512_maskz_loadu_ps(mask, g + k), gv = _mm512_maskz_loadu_ps(mask, g + half + k);
-        __m512 c = _mm512_maskz_loadu_ps(mask, cosine + k), s = _mm512_maskz_loadu_ps(mask, sine + k);
-        __m512 du = _mm512_fmadd_ps(gu, c, _mm512_mul_ps(gv, s)), dv = _mm512_fmsub_ps(gv, c, _mm512_mul_ps(gu, s));
-        if (weight) {
-            __m512 u = _mm512_mul_ps(load(x + k, mask), scale), v = _mm512_mul_ps(load(x + half + k, mask), scale);
-            float *wu = dweight + k, *wv = wu + half;
-            store_floats(wu, mask, _mm512_fmadd_ps(du, u, _mm512_maskz_loadu_ps(mask, wu)));
-            store_floats(wv, mask, _mm512_fmadd_ps(dv, v, _mm512_maskz_loadu_ps(mask, wv)));
-            du = _mm512_mul_ps(du, _mm512_maskz_loadu_ps(mask, weight + k));
-            dv = _mm512_mul_ps(dv, _mm512_maskz_loadu_ps(mask, weight + half + k));
-            dots = _mm512_fmadd_ps(du, u, _mm512_fmadd_ps(dv, v, dots));
-        }
-        store_floats(g + k, mask, du);
-        store_floats(g + half + k, mask, dv);
-    }
-    __m512 mean = _mm512_set1_ps(weight ? _mm512_reduce_add_ps(dots) / a->K : 0.0f);
-    for (int64_t k = 0; k < a->K; k += LANES) {
-        __mmask16 mask = first(a->K - k);
-        __m512 unit = _mm512_mul_ps(load(x + k, mask), scale), d = _mm512_maskz_loadu_ps(mask, g + k);
-        store(dx + k, mask, weight ? _mm512_mul_ps(scale, _mm512_fnmadd_ps(unit, mean, d)) : d);
-    }
-}
-
-/* Turned queries or keys, or values as they are, of positions [from, from + count) into rows of KP; zeros around. */
-static void rows_of(const Attention *a, const Sizes *z, const bf16 *x, const float *weight, int turn, int64_t from,
-                    int64_t count, bf16 *to, float *rstd) {
-    for (int64_t i = 0; i < count; i++, to += z->KP) {
-        int64_t t = from + i;
-        if (t >= a->T) {
-            memset(to, 0, z->KP * sizeof(bf16));
-            continue;
-        }
-        if (z->KP > a->K) memset(to + a->K, 0, (z->KP - a->K) * sizeof(bf16));
-        for (int64_t k = 0; k < a->K; k += PANEL) ask_for(x + t * z->columns + k, ROWS_AHEAD * z->columns);
-        if (turn) {
-            float r = turned(a, x + t * z->columns, weight, t, to);
-            if (rstd) rstd[i] = r;
-        } else {
-            memcpy(to, x + t * z->columns, a->K * sizeof(bf16));
-        }
-    }
 }
 
 static inline int64_t start_of(const Attention *a, int64_t b, int64_t t) {
@@ -120,8 +20,7 @@ static void all_scores(const bf16 *A, const uint32_t *B, int64_t KP, int64_t i0,
     for (int64_t n = k0; n < k1; n += PANEL)
         for (int64_t m = 0; m < QUERIES; m += TILE)
             if (n <= i0 + m + TILE - 1)
-                tile((const uint32_t *)(A + m * KP), KP / 2, 1, B + n * (KP / 2), 0, KP / 2, C + m * KEYS + n - k0, KEYS,
-                     0);
+                tile(rows_as_left(A + m * KP, KP), B + n * (KP / 2), 0, KP / 2, C + m * KEYS + n - k0, KEYS, 0);
 }
 
 /* C[QUERIES, KP] += weights[QUERIES, keys k0..k1] . panels over all keys, of TP rows */
@@ -131,24 +30,30 @@ static void add_gathered(const bf16 *weights, const uint32_t *B, const Sizes *z,
         for (int64_t m = 0; m < QUERIES; m += TILE) {
             int64_t seen = MIN(k1, i0 + m + TILE) - k0;
             if (seen > 0)
-                tile((const uint32_t *)(weights + m * KEYS), KEYS / 2, 1, B + n * (z->TP / 2) + k0 / 2 * PANEL, 0,
-                     (seen + 1) / 2, C + m * z->KP + n, z->KP, 1);
+                tile(rows_as_left(weights + m * KEYS, KEYS), B + n * (z->TP / 2) + k0 / 2 * PANEL, 0,
+                     ROUND_UP((seen + 1) / 2, TILE_PAIRS), C + m * z->KP + n, z->KP, 1);
         }
 }
 
 /* C[keys k0..k1, KP] += transposed weights . panels over the queries; `weights` holds pairs of queries. */
 static void add_spread(const uint32_t *weights, const uint32_t *B, const Sizes *z, int64_t i0, int64_t k0, int64_t k1,
                        float *C) {
-    for (int64_t n = 0; n < z->KP; n += PANEL)
-        for (int64_t m = 0; m < k1 - k0; m += TILE) {
-            int64_t before = MAX(0, k0 + m - i0) / 2; /* queries before the first of these keys */
-            if (before < QUERIES / 2)
-                tile(weights + m, 1, KEYS, B + n * (QUERIES / 2), before, QUERIES / 2, C + (k0 + m) * z->KP + n, z->KP, 1);
-        }
+    uint32_t turned[QUERIES / 2 * PANEL] __attribute__((aligned(64)));
+    for (int64_t k = 0; k < k1 - k0; k += PANEL) {
+        Left left = left_of(weights + k, KEYS, QUERIES / 2, turned);
+        for (int64_t n = 0; n < z->KP; n += PANEL)
+            for (int64_t m = k; m < k + PANEL; m += TILE) {
+                int64_t before = MAX(0, k0 + m - i0) / 2; /* queries before the first of these keys */
+                if (before < QUERIES / 2)
+                    tile(from_row(left, m - k), B + n * (QUERIES / 2), before / TILE_PAIRS * TILE_PAIRS, QUERIES / 2,
+                         C + (k0 + m) * z->KP + n, z->KP, 1);
+            }
+    }
 }
 
-/* Those of the 16 keys from k on that lie in [from, to). */
+/* Those of the 16 keys from k on that lie in [from, to); mostly all. */
 static inline __mmask16 seen(int64_t k, int64_t from, int64_t to) {
+    if (k >= from && k + LANES <= to) return 0xffff;
     if (k >= to || k + LANES <= from) return 0;
     return first(to - k) & (k < from ? (__mmask16)~first(from - k) : 0xffff);
 }
@@ -244,8 +149,13 @@ static void forward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t 
 /* Units are the key heads of every row: with fewer of them than cores some cores have nothing to do. */
 void attention_forward(const Attention *a) {
     Sizes z = sizes_of(a);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t unit = 0; unit < a->B * a->G; unit++) forward_unit(a, &z, unit / a->G, unit % a->G);
+#pragma omp parallel
+    {
+        begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < a->B * a->G; unit++) forward_unit(a, &z, unit / a->G, unit % a->G);
+        end_tiles();
+    }
 }
 
 /* The gradient of the same, into dqkv; adds to those of q_norm and k_norm, dq_norm and dk_norm. */
@@ -333,10 +243,15 @@ static void backward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t
 /* dqkv from dmixed; `parts` has 2 K floats a unit (b, g): gradients of q_norm and of k_norm, to be added up. */
 void attention_backward(const Attention *a, const bf16 *dmixed, bf16 *dqkv, float *parts) {
     Sizes z = sizes_of(a);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t unit = 0; unit < a->B * a->G; unit++) {
-        float *dq_norm = parts + unit * 2 * a->K, *dk_norm = dq_norm + a->K;
-        memset(dq_norm, 0, 2 * a->K * sizeof(float));
-        backward_unit(a, &z, unit / a->G, unit % a->G, dmixed, dqkv, dq_norm, dk_norm);
+#pragma omp parallel
+    {
+        begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < a->B * a->G; unit++) {
+            float *dq_norm = parts + unit * 2 * a->K, *dk_norm = dq_norm + a->K;
+            memset(dq_norm, 0, 2 * a->K * sizeof(float));
+            backward_unit(a, &z, unit / a->G, unit % a->G, dmixed, dqkv, dq_norm, dk_norm);
+        }
+        end_tiles();
     }
 }

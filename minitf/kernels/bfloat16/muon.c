@@ -49,43 +49,51 @@ static void put_over_rows(const bf16 *block, uint32_t *to) {
 }
 
 static void put_over_columns(const bf16 *block, uint32_t *to) {
-    for (int r = 0; r < PANEL; r += LANES) transpose((const uint32_t *)(block + r * PANEL), PANEL / 2, to + r);
+    for (int r = 0; r < PANEL; r += LANES) transpose((const uint32_t *)(block + r * PANEL), PANEL / 2, to + r, PANEL);
 }
 
-/* Rows i.., columns j.. of the product of A, the left operand, and B, over `pairs` pairs. */
-static inline void product_block(const uint32_t *A, const uint32_t *B, int64_t pairs, int64_t i, int64_t j, float *block) {
-    for (int m = 0; m < PANEL; m += TILE)
-        tile(A + i * pairs + m, 1, PANEL, B + j * pairs, 0, pairs, block + m * PANEL, PANEL, 0);
+/* b S + c block, rounded: its rows, and what is over its rows. S is given over its rows, or null. */
+static inline void round_block(const float *block, float b, const uint32_t *S, float c, bf16 *rows, uint32_t *over_rows) {
+    for (int64_t k = 0; k < BLOCK; k += 2 * PANEL)
+#pragma GCC unroll 2
+        for (int64_t half = 0; half < PANEL; half += LANES) {
+            __m512 row = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k + half));
+            __m512 next = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k + PANEL + half));
+            if (S) { /* lower and upper halves of its pairs */
+                __m512i two = _mm512_load_si512(S + k / 2 + half);
+                __m512i upper = _mm512_and_si512(two, _mm512_set1_epi32(0xffff0000));
+                row = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_castsi512_ps(_mm512_slli_epi32(two, 16)), row);
+                next = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_castsi512_ps(upper), next);
+            }
+            store(rows + k + half, 0xffff, row);
+            store(rows + k + PANEL + half, 0xffff, next);
+            _mm512_store_si512(over_rows + k / 2 + half, pairs_of(row, next));
+        }
 }
 
 /* to = a I + b S + c A B: symmetric matrices of `size` rows, of which A B is the same as B A; S may be null. One half is
- * computed, the other is its mirror. */
+ * computed, the other is its mirror. `turned` has room for a panel. */
 static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pairs, int64_t size, float a, float b,
-                              const uint32_t *S, float c, uint32_t *to) {
+                              const uint32_t *S, float c, uint32_t *turned, uint32_t *to) {
     float block[BLOCK] __attribute__((aligned(64)));
     bf16 rounded[BLOCK] __attribute__((aligned(64)));
-    for (int64_t j = 0; j < size; j += PANEL)
-        for (int64_t i = 0; i <= j; i += PANEL) {
-            product_block(A, B, pairs, i, j, block);
+    for (int64_t i = 0; i < size; i += PANEL) {
+        Left left = left_of(A + i * pairs, PANEL, pairs, turned);
+        for (int64_t j = 0; j <= i; j += PANEL) {
+            product_block(left, B + j * pairs, pairs, block, PANEL, 0);
             int64_t here = (j * size + i * PANEL) / 2, mirrored = (i * size + j * PANEL) / 2;
-            for (int64_t k = 0; k < BLOCK; k += LANES) {
-                __m512 value = _mm512_mul_ps(_mm512_set1_ps(c), _mm512_load_ps(block + k));
-                int64_t row = k / PANEL, column = k % PANEL;
-                if (S) { /* the upper or lower halves of its pairs */
-                    __m512i two = _mm512_load_si512(S + here + row / 2 * PANEL + column);
-                    two = row % 2 ? _mm512_and_si512(two, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(two, 16);
-                    value = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_castsi512_ps(two), value);
-                }
-                if (i == j && row / LANES == column / LANES)
-                    value = _mm512_mask_add_ps(value, (__mmask16)(1 << row % LANES), value, _mm512_set1_ps(a));
-                store(rounded + k, 0xffff, value);
+            for (int r = 0; i == j && r < PANEL; r++) block[r * PANEL + r] += a / c;
+            round_block(block, b, S ? S + here : NULL, c, rounded, to + here);
+            if (i != j) {
+                put_over_columns(rounded, to + mirrored);
+                continue;
             }
-            if (i == j) /* here too, or what is not symmetric grows from product to product */
-                for (int r = 1; r < PANEL; r++)
-                    for (int c = 0; c < r; c++) rounded[r * PANEL + c] = rounded[c * PANEL + r];
+            /* Here too the one half, or what is not symmetric grows from product to product. */
+            for (int r = 1; r < PANEL; r++)
+                for (int k = 0; k < r; k++) rounded[r * PANEL + k] = rounded[k * PANEL + r];
             put_over_rows(rounded, to + here);
-            if (i != j) put_over_columns(rounded, to + mirrored);
         }
+    }
 }
 
 /* y = U V^T of x = U S V^T, by polynomials a x + b x^3 + c x^5 of its singular values, coefficients one after another.
@@ -97,10 +105,10 @@ static void symmetric_product(const uint32_t *A, const uint32_t *B, int64_t pair
 static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count, const float *coefficients, bf16 *y) {
     int64_t rows = ROUND_UP(R, PANEL), columns = ROUND_UP(C, PANEL), size = MIN(rows, columns);
     int64_t length = MAX(rows, columns), wide = rows < columns, values = rows * columns, square = size * size;
-    uint32_t *over_rows = scratch((2 * values + 3 * square + size * PANEL) * sizeof(bf16));
-    uint32_t *over_columns = over_rows + values / 2, *gram = over_columns + values / 2, *first_one = gram + square / 2;
-    uint32_t *other = first_one + square / 2;
-    bf16 *strip = (bf16 *)(other + square / 2);
+    uint32_t *over_length = scratch((2 * values + 3 * square + (length + size) * PANEL) * sizeof(bf16));
+    uint32_t *over_size = over_length + values / 2, *gram = over_size + values / 2, *first_one = gram + square / 2;
+    uint32_t *other = first_one + square / 2, *turned = other + square / 2;
+    bf16 *strip = (bf16 *)(turned + length * PANEL / 2);
     float block[BLOCK] __attribute__((aligned(64)));
     __m512 squares = _mm512_setzero_ps();
     for (int64_t k = 0; k < R * C; k += LANES) {
@@ -115,40 +123,41 @@ static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count
                 __m512 v = r < R && c < C ? load(x + r * C + c, first(C - c)) : _mm512_setzero_ps();
                 store(strip + k, 0xffff, _mm512_mul_ps(v, scale));
             }
-            put_over_rows(strip, over_rows + (j * rows + i * PANEL) / 2);
-            put_over_columns(strip, over_columns + (i * columns + j * PANEL) / 2);
+            put_over_rows(strip, (wide ? over_size : over_length) + (j * rows + i * PANEL) / 2);
+            put_over_columns(strip, (wide ? over_length : over_size) + (i * columns + j * PANEL) / 2);
         }
     for (int64_t done = 0; done < count;) {
-        const uint32_t *summed = wide ? over_columns : over_rows, *polynomial = first_one;
+        const uint32_t *polynomial = first_one;
         const float *now = coefficients + 3 * done, *then = now + 3;
         int two = 2 * length > 3 * size && done + 2 == count;
         done += two ? 2 : 1;
-        symmetric_product(summed, summed, length / 2, size, 0, 0, NULL, 1, gram);
-        symmetric_product(gram, gram, size / 2, size, now[0], now[1], gram, now[2], first_one);
+        symmetric_product(over_length, over_length, length / 2, size, 0, 0, NULL, 1, turned, gram);
+        symmetric_product(gram, gram, size / 2, size, now[0], now[1], gram, now[2], turned, first_one);
         if (two) {
-            symmetric_product(first_one, gram, size / 2, size, 0, 0, NULL, 1, other);
-            symmetric_product(first_one, other, size / 2, size, 0, 0, NULL, 1, gram);
-            symmetric_product(gram, gram, size / 2, size, then[0], then[1], gram, then[2], other);
-            symmetric_product(other, first_one, size / 2, size, 0, 0, NULL, 1, gram);
+            symmetric_product(first_one, gram, size / 2, size, 0, 0, NULL, 1, turned, other);
+            symmetric_product(first_one, other, size / 2, size, 0, 0, NULL, 1, turned, gram);
+            symmetric_product(gram, gram, size / 2, size, then[0], then[1], gram, then[2], turned, other);
+            symmetric_product(other, first_one, size / 2, size, 0, 0, NULL, 1, turned, gram);
             polynomial = gram;
         }
-        /* A strip of 32 columns (or rows) of x only changes that strip. */
-        const uint32_t *left = wide ? polynomial : over_columns, *right = wide ? over_rows : polynomial;
+        /* A strip of 32 rows of x, or of its transpose where it is wide, only changes that strip. */
         for (int64_t s = 0; s < length; s += PANEL) {
+            Left left = left_of(over_size + s * size / 2, PANEL, size / 2, turned);
             for (int64_t t = 0; t < size; t += PANEL) {
-                product_block(left, right, size / 2, wide ? t : s, wide ? s : t, block);
-                for (int64_t k = 0; k < BLOCK; k += LANES)
-                    store(strip + t * PANEL + k, 0xffff, _mm512_load_ps(block + k));
+                product_block(left, polynomial + t * size / 2, size / 2, block, PANEL, 0);
+                round_block(block, 0, NULL, 1, strip + t * PANEL, over_length + (t * length + s * PANEL) / 2);
             }
             for (int64_t t = 0; t < size; t += PANEL) {
-                int64_t i = wide ? t : s, j = wide ? s : t;
-                const bf16 *done_block = strip + t * PANEL;
+                const bf16 *strip_block = strip + t * PANEL;
                 if (done < count) {
-                    put_over_rows(done_block, over_rows + (j * rows + i * PANEL) / 2);
-                    put_over_columns(done_block, over_columns + (i * columns + j * PANEL) / 2);
+                    put_over_columns(strip_block, over_size + (s * size + t * PANEL) / 2);
+                } else if (wide) {
+                    for (int64_t r = t; r < MIN(R, t + PANEL); r++)
+                        for (int64_t c = s; c < MIN(C, s + PANEL); c++)
+                            y[r * C + c] = strip_block[(c - s) * PANEL + r - t];
                 } else {
-                    for (int64_t r = i; r < MIN(R, i + PANEL); r++)
-                        memcpy(y + r * C + j, done_block + (r - i) * PANEL, MIN(C - j, PANEL) * sizeof(bf16));
+                    for (int64_t r = s; r < MIN(R, s + PANEL); r++)
+                        memcpy(y + r * C + t, strip_block + (r - s) * PANEL, MIN(C - t, PANEL) * sizeof(bf16));
                 }
             }
         }
@@ -157,6 +166,11 @@ static void orthogonalise_one(int64_t R, int64_t C, const bf16 *x, int64_t count
 
 /* N matrices of R by C, each by one thread. */
 void muon_orthogonalise(int64_t N, int64_t R, int64_t C, const bf16 *x, int64_t count, const float *coefficients, bf16 *y) {
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t n = 0; n < N; n++) orthogonalise_one(R, C, x + n * R * C, count, coefficients, y + n * R * C);
+#pragma omp parallel
+    {
+        begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < N; n++) orthogonalise_one(R, C, x + n * R * C, count, coefficients, y + n * R * C);
+        end_tiles();
+    }
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define LANES 16
+#define LINE 64 /* bytes of the cache at a time */
 #define LOG2_E 1.44269504f
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -63,18 +64,28 @@ static inline __m512 sigmoid(__m512 x) {
 static inline void ask_for(const bf16 *at, int64_t ahead) { __builtin_prefetch(at + ahead); }
 static inline void ask_to_write(bf16 *at, int64_t ahead) { __builtin_prefetch(at + ahead, 1); }
 
-/* Memory of the calling thread, kept for the next call. */
-static void *scratch(size_t bytes) {
-    static __thread void *memory;
-    static __thread size_t held;
-    if (bytes > held) {
-        free(memory);
-        held = ROUND_UP(bytes, 4096);
-        memory = aligned_alloc(64, held);
-        if (!memory) {
+/* Memory of the calling thread, kept for the next call: one piece for what all threads of a call share, one of its own. */
+static void *kept_memory(size_t bytes, void **memory, size_t *held) {
+    if (bytes > *held) {
+        free(*memory);
+        *held = ROUND_UP(bytes, 4096);
+        *memory = aligned_alloc(64, *held);
+        if (!*memory) {
             perror("minitf's C kernels");
             abort();
         }
     }
-    return memory;
+    return *memory;
+}
+
+static inline void *scratch(size_t bytes) {
+    static __thread void *memory;
+    static __thread size_t held;
+    return kept_memory(bytes, &memory, &held);
+}
+
+static inline void *own_scratch(size_t bytes) {
+    static __thread void *memory;
+    static __thread size_t held;
+    return kept_memory(bytes, &memory, &held);
 }
