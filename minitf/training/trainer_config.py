@@ -25,9 +25,7 @@ class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
-    compile: str = (
-        "auto"  # auto (our kernels where there are any, else torch.compile if it pays) | native | true | false
-    )
+    compile: str = "auto"  # auto (our kernels if any, else torch.compile if it pays) | native | true | false
     cuda_graph: str = "auto"  # record a step on a CUDA device and start it as a whole: auto (if faster) | true | false
     log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
     eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run, 4 or 2 where they would take long beside it
