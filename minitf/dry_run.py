@@ -34,11 +34,13 @@ def dry_run(
     trainer, model = config.trainer, parallel.model
     train, val = tokens_of(task)
     optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
-    step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation, trainer.micro_batch_size)
+    at_once = trainer.micro_batch_size
+    step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation, at_once, trainer.cuda_graph)
     native = not step.kernels_obstacle() and trainer.compile in ("auto", "native")
     if native:
         step.use(kernels.functions(model))
     step.first_step()
+    step.capture()
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length
     num_steps = _num_steps(config, state, step_s)

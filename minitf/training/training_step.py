@@ -170,8 +170,7 @@ class TrainingStep:
         before = random_state.capture()
         self.first_step()
         chosen, words = ("false", "off, as set") if wanted == "false" else self._choose(wanted, seconds_left)
-        if self._can_capture():
-            words += self._try_capture()
+        words += self.capture()
         threads_are_open = self.hardware.device.type == "cpu" and not self.hardware.threads_set
         threads_are_open = threads_are_open and torch.get_num_threads() >= FEWEST_TO_HALVE
         step_s = self.measure(8 if by_time or threads_are_open else 1)  # on which the number of steps or threads hangs
@@ -235,8 +234,10 @@ class TrainingStep:
         alone = self.group.size == 1 and self.model.config.dropout == 0
         return self.cuda_graph != "false" and self.hardware.device.type == "cuda" and whole and alone
 
-    def _try_capture(self) -> str:
+    def capture(self) -> str:
         """Record forward and backward, and keep that if it is faster or wished for; returns what came of it."""
+        if not self._can_capture():
+            return ""
         before_s = self.measure(4)
         try:
             batch = self.batches.batch(0).to(self.hardware.device)
