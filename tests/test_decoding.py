@@ -111,6 +111,32 @@ def test_a_full_cache_is_refused_and_not_overrun() -> None:
         decoder.read(torch.zeros(1, 1, dtype=torch.long))
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_threads_share_a_step_and_change_nothing(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = random_model(hidden_size=40, num_kv_heads=1, intermediate_size=72), []
+    ids_BT = torch.randint(model.vocab_size, (batch_size, 9))
+    for num_threads in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+        monkeypatch.setattr(native.NativeStep, "_threads", lambda step, num_threads=num_threads: num_threads)
+        found.append(logits_token_by_token(model, ids_BT, 4, "native"))
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], rtol=0, atol=0)
+
+
+def test_the_number_of_threads_that_was_faster_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    step = Decoder(random_model(), 1, 8, "native").step
+    assert isinstance(step, native.NativeStep)
+    taken = []
+    for step.num_steps in range(native.TRIED):
+        taken.append(step._threads())
+    assert taken == [4, 1, 4, 1, 4, 1]
+    step.seconds, step.num_steps = {4: 0.2, 1: 0.1}, native.TRIED
+    assert step._threads() == 1
+    step.num_steps += 1
+    assert step._threads() == 1
+
+
 def test_without_a_compiler_the_model_decodes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minitf.machine.c_library.shutil.which", lambda name: None)
     native.library.cache_clear()

@@ -87,9 +87,11 @@ class Decoder:
             if chosen is not None and chosen[0] is logits_BV:  # the step has taken the likeliest already
                 return Arrival(*chosen[1:])
         with self.sparing_cores():
-            if not logits_BV.is_cuda and not math.isfinite(float(logits_BV.sum())):
+            if logits_BV.is_cuda:
+                return Arrival.of(logits_BV, sample(logits_BV, seen_BV, sampling, generator))
+            if not math.isfinite(float(logits_BV.sum())):
                 raise MinitfError(NOT_FINITE)
-            return Arrival.of(logits_BV, sample(logits_BV, seen_BV, sampling, generator))
+            return Arrival(sample(logits_BV, seen_BV, sampling, generator))
 
     def reorder(self, rows_B: Tensor) -> None:
         """Let row i go on with what row `rows_B[i]` has read."""

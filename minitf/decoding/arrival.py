@@ -9,9 +9,12 @@ NOT_FINITE = "the model's scores are not finite: its training diverged, take an 
 
 
 class Arrival:
-    """Ids that a device has chosen or will have chosen; `ids_B` are on the device, `wait` has them on the host."""
+    """Ids that a device has chosen or will have chosen; `ids_B` are on the device, `wait` has them on the host.
 
-    def __init__(self, ids_B: Tensor, told: Tensor) -> None:
+    `told`, in the host's memory, will be the ids and whether the scores behind them are finite; None: the ids are here.
+    """
+
+    def __init__(self, ids_B: Tensor, told: Tensor | None = None) -> None:
         self.ids_B, self.told = ids_B, told
         self.event = torch.cuda.Event() if ids_B.is_cuda else None  # type: ignore[no-untyped-call]
         if self.event is not None:
@@ -34,6 +37,8 @@ class Arrival:
         """The ids_B in the host's memory; MinitfError if the scores behind them are not finite."""
         if self.event is not None:
             self.event.synchronize()
+        if self.told is None:
+            return self.ids_B
         *ids, finite = self.told.tolist()
         if not finite:
             raise MinitfError(NOT_FINITE)

@@ -1,13 +1,17 @@
 /* One step of decoding on a processor: the next-token scores of some rows of a batch, from the key/value cache.
 
    It is the model of model.py for a single position, read from its own float32 parameters. A small model in PyTorch
-   spends four fifths of such a step between the operations; here it is as fast as the weights can be read.
+   spends four fifths of such a step between the operations; here it is as fast as the weights can be read. Threads share
+   out the outputs of each product, so that each weight is read by one of them, and wait for each other five times a layer.
 
    Axes as everywhere: D hidden, H heads, G key/value heads, K head width, F feed-forward, V vocabulary. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #define WIDTH 16 /* floats the compiler handles as one value; it splits them for narrower processors */
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -59,11 +63,18 @@ TILE(1, 8)
 TILE(4, 1)
 TILE(4, 4)
 
-/* y = x weight^T: x (rows, D), weight (N, D), y (rows, N). The weights, the larger part, are read once. */
-static void linear(float *y, const float *x, const float *weight, int64_t rows, int64_t N, int64_t D) {
+/* What is one thread's of N things, in whole eights: [from, to). */
+typedef struct { int64_t from, to; } Share;
+static Share share_of(int64_t N, int64_t thread, int64_t threads) {
+    int64_t eights = (N + 7) / 8, to = (thread + 1) * eights / threads * 8;
+    return (Share){thread * eights / threads * 8, to < N ? to : N};
+}
+
+/* y = x weight^T for a share of the outputs: x (rows, D), weight (N, D), y (rows, N). Each weight is read once. */
+static void linear(float *y, const float *x, const float *weight, int64_t rows, int64_t N, int64_t D, Share own) {
     int64_t many = rows >= 4 ? 4 : 8;
-    for (int64_t n = 0; n < N; n += many) {
-        if (n + many > N) many = 1;
+    for (int64_t n = own.from; n < own.to; n += many) {
+        if (n + many > own.to) many = 1;
         const float *w = weight + n * D;
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4) (many == 4 ? tile_4_4 : tile_4_1)(y + r * N + n, N, x + r * D, w, D);
@@ -72,6 +83,14 @@ static void linear(float *y, const float *x, const float *weight, int64_t rows, 
             else for (int64_t i = 0; i < many; i++) tile_1_1(y + r * N + n + i, N, x + r * D, w + i * D, D);
         }
     }
+}
+
+/* x += y weight^T, through `scratch` of the size of x. */
+static void add_linear(float *x, const float *y, const float *weight, int64_t rows, int64_t N, int64_t D, Share own,
+                       float *scratch) {
+    linear(scratch, y, weight, rows, N, D, own);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * N + own.from; i < r * N + own.to; i++) x[i] += scratch[i];
 }
 
 /* y = x / rms(x) * weight, size values */
@@ -120,7 +139,7 @@ GATHER(4)
 static void attend(float *mixed, const float *q, const float *keys, const float *values, float *weights,
                    int64_t length, int64_t K) {
     float scale = 1 / sqrtf(K), largest = -INFINITY, total = 0;
-    linear(weights, q, keys, 1, length, K);
+    linear(weights, q, keys, 1, length, K, (Share){0, length});
     for (int64_t s = 0; s < length; s++) {
         weights[s] *= scale;
         largest = weights[s] > largest ? weights[s] : largest;
@@ -137,53 +156,80 @@ static void attend(float *mixed, const float *q, const float *keys, const float 
     }
 }
 
-/* Floats of working memory that `decode` needs for so many rows. */
-int64_t decode_scratch(const Model *m, int64_t rows) {
-    return rows * (3 * m->hidden_size + 2 * m->num_heads * m->head_dim + 2 * m->num_kv_heads * m->head_dim
-                   + 2 * m->intermediate_size) + m->capacity;
+/* Floats of working memory that `decode` needs for so many threads. */
+int64_t decode_scratch(const Model *m, int64_t threads) {
+    return m->batch_size * (m->hidden_size + 2 * m->num_heads * m->head_dim + 2 * m->num_kv_heads * m->head_dim
+                            + 2 * m->intermediate_size)
+           + threads * (m->batch_size * m->hidden_size + m->capacity);
 }
 
-/* Read ids (one a row) at `position` into the cache and write logits (rows, V), for `rows` rows from `first`.
-   `starts` is where the text of each row begins in the cache, or null: all at 0. */
-void decode(const Model *m, const int64_t *ids, const int64_t *starts, int64_t position, int64_t first, int64_t rows,
-            float *logits, float *scratch) {
-    int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
-    float *x = scratch, *normed = x + rows * D, *added = normed + rows * D, *q = added + rows * D;
-    float *mixed = q + rows * H * K, *k = mixed + rows * H * K, *v = k + rows * G * K;
-    float *gate = v + rows * G * K, *up = gate + rows * F, *weights = up + rows * F;
-    const float *cosines = m->rotary + position * K, *sines = cosines + m->num_positions * K;
+#ifdef _OPENMP
+#define WAIT_FOR_ALL() _Pragma("omp barrier")
+#else
+#define WAIT_FOR_ALL()
+#endif
 
-    for (int64_t r = 0; r < rows; r++) memcpy(x + r * D, m->embedding + ids[first + r] * D, D * sizeof(float));
+/* Read ids (one a row) at `position` into the cache and write logits (rows, V), as thread `thread` of `threads`.
+   `starts` is where the text of each row begins in the cache, or null: all at 0. */
+static void decode_share(const Model *m, const int64_t *ids, const int64_t *starts, int64_t position, float *logits,
+                         float *scratch, int64_t thread, int64_t threads) {
+    int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
+    int64_t rows = m->batch_size;
+    float *x = scratch, *q = x + rows * D, *mixed = q + rows * H * K, *k = mixed + rows * H * K, *v = k + rows * G * K;
+    float *gate = v + rows * G * K, *up = gate + rows * F;
+    float *normed = up + rows * F + thread * (rows * D + m->capacity), *weights = normed + rows * D; /* its own */
+    const float *cosines = m->rotary + position * K, *sines = cosines + m->num_positions * K;
+    Share columns = share_of(D, thread, threads), hidden = share_of(F, thread, threads);
+    Share groups = {rows * G * thread / threads, rows * G * (thread + 1) / threads};
+
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = columns.from; i < columns.to; i++) x[r * D + i] = m->embedding[ids[r] * D + i];
+    WAIT_FOR_ALL();
     for (int64_t l = 0; l < m->num_layers; l++) {
         const Layer *layer = &m->layers[l];
         for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->input_norm, D, m->norm_eps);
-        linear(q, normed, layer->q, rows, H * K, D);
-        linear(k, normed, layer->k, rows, G * K, D);
-        linear(v, normed, layer->v, rows, G * K, D);
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t start = starts ? starts[first + r] : 0, length = position + 1 - start;
-            int64_t head_size = m->capacity * K, row = ((l * m->batch_size + first + r) * G) * head_size;
-            for (int64_t g = 0; g < G; g++) {
-                float *key = k + (r * G + g) * K;
-                place(key, layer->k_norm, cosines, sines, K, m->norm_eps);
-                memcpy(m->keys + row + g * head_size + position * K, key, K * sizeof(float));
-                memcpy(m->values + row + g * head_size + position * K, v + (r * G + g) * K, K * sizeof(float));
-            }
-            for (int64_t h = 0; h < H; h++) {
-                int64_t shared = row + h / (H / G) * head_size + start * K, own = (r * H + h) * K;
+        linear(q, normed, layer->q, rows, H * K, D, share_of(H * K, thread, threads));
+        linear(k, normed, layer->k, rows, G * K, D, share_of(G * K, thread, threads));
+        linear(v, normed, layer->v, rows, G * K, D, share_of(G * K, thread, threads));
+        WAIT_FOR_ALL();
+        for (int64_t i = groups.from; i < groups.to; i++) {
+            int64_t r = i / G, g = i % G, start = starts ? starts[r] : 0, length = position + 1 - start;
+            int64_t row = (l * rows * G + i) * m->capacity * K, here = row + position * K;
+            place(k + i * K, layer->k_norm, cosines, sines, K, m->norm_eps);
+            memcpy(m->keys + here, k + i * K, K * sizeof(float));
+            memcpy(m->values + here, v + i * K, K * sizeof(float));
+            for (int64_t h = g * (H / G); h < (g + 1) * (H / G); h++) {
+                int64_t own = (r * H + h) * K, from = row + start * K;
                 place(q + own, layer->q_norm, cosines, sines, K, m->norm_eps);
-                attend(mixed + own, q + own, m->keys + shared, m->values + shared, weights, length, K);
+                attend(mixed + own, q + own, m->keys + from, m->values + from, weights, length, K);
             }
         }
-        linear(added, mixed, layer->o, rows, D, H * K);
-        for (int64_t i = 0; i < rows * D; i++) x[i] += added[i];
+        WAIT_FOR_ALL();
+        add_linear(x, mixed, layer->o, rows, D, H * K, columns, normed);
+        WAIT_FOR_ALL();
         for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->post_norm, D, m->norm_eps);
-        linear(gate, normed, layer->gate, rows, F, D);
-        linear(up, normed, layer->up, rows, F, D);
-        for (int64_t i = 0; i < rows * F; i++) gate[i] *= up[i] / (1 + exponential(-gate[i]));
-        linear(added, gate, layer->down, rows, D, F);
-        for (int64_t i = 0; i < rows * D; i++) x[i] += added[i];
+        linear(gate, normed, layer->gate, rows, F, D, hidden);
+        linear(up, normed, layer->up, rows, F, D, hidden);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = r * F + hidden.from; i < r * F + hidden.to; i++)
+                gate[i] *= up[i] / (1 + exponential(-gate[i]));
+        WAIT_FOR_ALL();
+        add_linear(x, gate, layer->down, rows, D, F, columns, normed);
+        WAIT_FOR_ALL();
     }
     for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, m->final_norm, D, m->norm_eps);
-    linear(logits, normed, m->vocabulary, rows, m->vocab_size, D);
+    linear(logits, normed, m->vocabulary, rows, m->vocab_size, D, share_of(m->vocab_size, thread, threads));
+}
+
+/* The same by so many threads, if the compiler knows of any. */
+void decode(const Model *m, const int64_t *ids, const int64_t *starts, int64_t position, float *logits, float *scratch,
+            int64_t threads) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        decode_share(m, ids, starts, position, logits, scratch, omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    decode_share(m, ids, starts, position, logits, scratch, 0, 1);
 }

@@ -2,12 +2,12 @@
 
 A step of a small model in PyTorch takes 1.7 ms, most of it between its hundred operations, and torch.compile takes ten
 seconds to halve that, anew for every shape. The C function takes a second to compile, once, serves every model, and
-takes 0.2 ms (4 layers of 256 on one core); at 124M parameters it is still twice as fast as PyTorch on two cores.
+takes 0.2 ms (4 layers of 256 on one core of a Zen 5); at 124M parameters it is still twice as fast as PyTorch on two.
 """
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
+import time
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class _Model(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """decode.c as a library, or why there is none."""
-    found = c_sources.DECODING.load()
+    found = c_sources.decoding().load()
     if not isinstance(found, str):
         found.decode_scratch.restype = ctypes.c_int64
         found.decode.restype = None
@@ -61,8 +61,12 @@ def obstacle(model: Transformer) -> str | None:
     return found if isinstance(found, str) else None
 
 
+# Steps by all threads and by one, in turn, after which the faster goes on: on a busy machine they wait for each other.
+TRIED = 6
+
+
 class NativeStep:
-    """Reads one token a row into `cache` and scores the next; rows of a batch are shared out among threads."""
+    """Reads one token a row into `cache` and scores the next, by as many threads as PyTorch has, or one if faster."""
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
         found = library()
@@ -79,13 +83,10 @@ class NativeStep:
             self._pointer(model.vocabulary_VD), self._pointer(model.rotary),
             cache.keys.data_ptr(), cache.values.data_ptr(), self.layers,
         )  # fmt: skip
-        num_threads = min(torch.get_num_threads(), self.batch_size)
-        most = -(-self.batch_size // num_threads)
-        self.shares = [
-            (first, min(most, self.batch_size - first), self._scratch(min(most, self.batch_size - first)))
-            for first in range(0, self.batch_size, most)
-        ]
-        self.threads = ThreadPoolExecutor(len(self.shares) - 1) if len(self.shares) > 1 else None
+        self.num_threads, self.num_steps = torch.get_num_threads(), 0
+        self.seconds: dict[int, float] = {}  # the fastest step by so many threads
+        size = found.decode_scratch(ctypes.byref(self.model), ctypes.c_int64(self.num_threads))
+        self.scratch = torch.empty(size)
 
     def _pointer(self, tensor: Tensor) -> int:
         self.kept.append(tensor.detach().contiguous())
@@ -102,26 +103,24 @@ class NativeStep:
         ]
         return _Layer(*[self._pointer(weights[name]) if name in weights else None for name in names])
 
-    def _scratch(self, rows: int) -> Tensor:
-        return torch.empty(self.library.decode_scratch(ctypes.byref(self.model), ctypes.c_int64(rows)))
+    def _threads(self) -> int:
+        """How many threads take the next step."""
+        if self.num_threads > 1 and self.num_steps == TRIED:
+            self.num_threads = min(self.seconds, key=self.seconds.__getitem__)
+        return 1 if self.num_steps < TRIED and self.num_steps % 2 else self.num_threads
 
     def __call__(self, ids_B: Tensor) -> Tensor:
         """Logits_BV after ids_B at the position `cache.length`, which the caller advances."""
-        ids_B = ids_B.contiguous()
-        starts_B = self.cache.starts_B
-        starts = None if starts_B is None else starts_B.data_ptr()
+        ids_B, starts_B = ids_B.contiguous(), self.cache.starts_B
         logits_BV = torch.empty(self.batch_size, self.vocab_size)
-
-        def work(share: tuple[int, int, Tensor]) -> None:
-            first, rows, scratch = share
-            self.library.decode(
-                ctypes.byref(self.model), ctypes.c_void_p(ids_B.data_ptr()), ctypes.c_void_p(starts),
-                ctypes.c_int64(self.cache.length), ctypes.c_int64(first), ctypes.c_int64(rows),
-                ctypes.c_void_p(logits_BV[first].data_ptr()), ctypes.c_void_p(scratch.data_ptr()),
-            )  # fmt: skip
-
-        others = self.threads.map(work, self.shares[1:]) if self.threads is not None else ()
-        work(self.shares[0])  # here: one thread fewer to wake up at every step
-        for _ in others:
-            pass
+        num_threads, start = self._threads(), time.perf_counter()
+        self.library.decode(
+            ctypes.byref(self.model), ctypes.c_void_p(ids_B.data_ptr()),
+            ctypes.c_void_p(None if starts_B is None else starts_B.data_ptr()), ctypes.c_int64(self.cache.length),
+            ctypes.c_void_p(logits_BV.data_ptr()), ctypes.c_void_p(self.scratch.data_ptr()),
+            ctypes.c_int64(num_threads),
+        )  # fmt: skip
+        self.num_steps += 1
+        seconds = time.perf_counter() - start
+        self.seconds[num_threads] = min(self.seconds.get(num_threads, seconds), seconds)
         return logits_BV
