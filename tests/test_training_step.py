@@ -1,5 +1,6 @@
 """A step is the same however it is cut up, and finds out how much memory and how many threads it can have."""
 
+import dataclasses
 import json
 import mmap
 import os
@@ -17,7 +18,7 @@ from torch import Tensor
 from minitf.data.batches import Batch
 from minitf.loss import IGNORED
 from minitf.machine.hardware import Hardware, free_memory, growth_of, set_threads, usable_cores
-from minitf.model import ModelConfig, Transformer
+from minitf.model import ModelConfig, TrainingFunctions, Transformer
 from minitf.optim import OptimConfig, Optimizer
 from minitf.training.parallel import Parallel
 from minitf.training.training_step import TrainingStep
@@ -230,6 +231,26 @@ def step(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainingStep:
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda num: num_threads.__setitem__(0, num))
     return found
+
+
+def test_kernels_that_fail_on_a_gpu_are_done_without_and_said(
+    step: TrainingStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(functions: TrainingFunctions) -> float:
+        raise ValueError("no kernel image\nfor this device")
+
+    step.model = Transformer(ModelConfig(num_layers=1, hidden_size=8, num_heads=1), 5)
+    monkeypatch.setattr(step, "use", lambda functions: None)
+    monkeypatch.setattr(step, "kernels_obstacle", lambda: None)
+    monkeypatch.setattr(step, "measure", lambda most: 0.1)
+    monkeypatch.setattr(step, "_try", failing)
+    with pytest.raises(ValueError):  # on a CPU they are the project's own fault
+        step._choose("auto", lambda step_s: 1.0)
+    monkeypatch.setattr(step, "hardware", dataclasses.replace(step.hardware, device=torch.device("cuda")))
+    monkeypatch.setattr("minitf.kernels.functions", lambda model: TrainingFunctions())
+    choice, words = step._choose("auto", lambda step_s: 1.0)
+    assert choice == "false"
+    assert words == ("off, does not pay in 1 s of training; our Triton kernels failed: ValueError: no kernel image")
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,10 @@ class TrainingStep:
                 native_s = self._try(kernels.functions(self.model))
                 if wanted == "native" or native_s < NATIVE_WITHIN * plain_s:
                     return "native", f"by our {language} kernels: {_milliseconds(native_s, plain_s)}"
-            except Exception as error:  # Triton's compiler fails in as many ways as PyTorch's
+            except Exception as error:
+                if language == "C":
+                    raise
+                # Triton's compiler fails in as many ways as PyTorch's, below.
                 failed = f"; our {language} kernels failed: {_first_line(error)}"
                 self.model.zero_grad()
             self.use(PLAIN)
