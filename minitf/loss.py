@@ -33,9 +33,8 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
 
 def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
     """`to += dy^T x` in place: some rows' part of the gradient of weights."""
-    if (
-        to_RC.device.type == "cuda" and to_RC.dtype != x_NC.dtype
-    ):  # added up as it is multiplied, and not rounded before
+    if to_RC.device.type == "cuda" and to_RC.dtype != x_NC.dtype:
+        # Added up in float32 as it is multiplied, and not rounded before.
         torch.addmm(to_RC, dy_NR.mT, x_NC, out_dtype=to_RC.dtype, out=to_RC)
     else:
         to_RC += dy_NR.mT @ x_NC

@@ -267,7 +267,7 @@ class Trainer:
         if not self.group.is_first:
             return [], {}
         model.eval()
-        if self.hardware.device.type == "cpu":
+        if self.hardware.device.type != "cuda":  # there the weights are cast once
             # Token by token, casting the float32 weights takes longer than bfloat16 products save.
             model.compute_dtype = torch.float32
         made = self.task.samples(model, config.sample_tokens, config.eval_answers)
