@@ -112,9 +112,9 @@ def _steps(
             unread = torch.cat(seen, dim=1)[:, -(context // 2 or 1) :]
             seen = [unread]
         weights: list[Tensor] | None = [] if with_weights else None
-        logits_BV = decoder.read(unread[:1] if shared and not with_weights else unread, weights)
+        read = unread[:1] if shared and not with_weights else unread
+        arrival = decoder.next(read, seen_BV, sampling, generator, weights)
         shared = False  # from now on each row has a text of its own
-        arrival = decoder.choose(logits_BV, seen_BV, sampling, generator)
         if seen_BV is not None:
             seen_BV.scatter_(1, arrival.ids_B[:, None], True)
         yield arrival, torch.stack([w[:, :, -1] for w in weights]) if weights is not None else None

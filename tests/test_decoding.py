@@ -1,6 +1,7 @@
 """Decoding one token at a time: every engine computes what the whole model computes, and says why when it cannot."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from minitf.decoding import Decoder, native
 from minitf.decoding.graph import GraphStep
-from minitf.errors import RequestError
+from minitf.decoding.sampling import Sampling
+from minitf.errors import MinitfError, RequestError
+from minitf.generate import generate
 from minitf.model import ModelConfig, Transformer
 
 CONTEXT = 24
@@ -56,6 +59,114 @@ def test_the_native_step_computes_the_model(shape: dict[str, int], batch_size: i
     ids_BT = torch.randint(37, (batch_size, CONTEXT))
     expected = model(ids_BT)[:, 6:]
     torch.testing.assert_close(logits_token_by_token(model, ids_BT, 7, "native"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@torch.no_grad()
+def test_texts_are_read_in_pieces_of_any_length(batch_size: int) -> None:
+    model = random_model(num_kv_heads=2)
+    ids_BT = torch.randint(37, (batch_size, CONTEXT))
+    decoder = Decoder(model, batch_size, CONTEXT, "native")
+    for start, end in itertools.pairwise((0, 5, 6, 13, 14, 15, CONTEXT)):
+        found = decoder.read(ids_BT[:, start:end])
+        torch.testing.assert_close(found, model(ids_BT[:, :end])[:, -1], rtol=1e-4, atol=1e-4)
+    reference = Decoder(model, batch_size, CONTEXT, "torch")
+    reference.read(ids_BT)
+    torch.testing.assert_close(decoder.cache.keys, reference.cache.keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoder.cache.values, reference.cache.values, rtol=1e-4, atol=1e-4)
+
+
+def likeliest(decoder: Decoder, ids_BT: torch.Tensor) -> torch.Tensor:
+    return decoder.next(ids_BT, None, Sampling(0), None).wait()
+
+
+def alike(vocabulary_VD: torch.Tensor) -> None:
+    """Rows in groups of the same to a rounding or two, larger than the others, and one that is repeated."""
+    groups = vocabulary_VD[1:-1].view(-1, 5, vocabulary_VD.shape[1])
+    groups[:] = groups[:, :1] * (1 + 2e-7 * torch.randn_like(groups))
+    vocabulary_VD[-1] = vocabulary_VD[0]
+
+
+def uneven(vocabulary_VD: torch.Tensor) -> None:
+    """One weight of each row dwarfs the others, which the copy then knows nothing of."""
+    vocabulary_VD[:, 3] = 300.0
+
+
+def tiny(vocabulary_VD: torch.Tensor) -> None:
+    vocabulary_VD.mul_(1e-30)
+    vocabulary_VD[::2] = 0
+
+
+VOCABULARIES = {"as it comes": lambda vocabulary_VD: None, "alike": alike, "uneven": uneven, "tiny": tiny}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+@pytest.mark.parametrize(("batch_size", "num_threads"), [(1, 1), (1, 2), (1, 7), (3, 2), (5, 2)])
+@torch.no_grad()
+def test_the_likeliest_is_the_likeliest(
+    kind: str, batch_size: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "LARGE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    for width in (48, 50):
+        model = random_model(202, hidden_size=width, tie_embeddings=False, num_heads=2, head_dim=8)
+        VOCABULARIES[kind](model.vocabulary_VD)
+        scored, chosen = (Decoder(model, batch_size, CONTEXT, "native") for _ in range(2))
+        for _ in range(CONTEXT):  # each time the steps found ahead are for other ids
+            ids_B1 = torch.randint(202, (batch_size, 1))
+            assert likeliest(chosen, ids_B1).tolist() == scored.read(ids_B1).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("scale", [1e-36, 0.0])
+@torch.no_grad()
+def test_the_likeliest_of_what_vanishes(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LARGE", 0)
+    model = random_model()
+    model.model.norm.weight.mul_(scale)  # type: ignore[union-attr,operator]
+    scored, chosen = (Decoder(model, 1, CONTEXT, "native") for _ in range(2))
+    for _ in range(CONTEXT):
+        ids_11 = torch.randint(37, (1, 1))
+        assert likeliest(chosen, ids_11).tolist() == scored.read(ids_11).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["vocabulary", "norm"])
+@pytest.mark.parametrize("large", [0, 1 << 30])
+@torch.no_grad()
+def test_no_token_is_the_likeliest_where_scores_are_not_finite(
+    value: float, where: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "LARGE", large)
+    model = random_model(tie_embeddings=False)
+    (model.vocabulary_VD if where == "vocabulary" else model.model.norm.weight)[5] = value  # type: ignore[union-attr,operator]
+    decoder = Decoder(model, 1, CONTEXT, "native")
+    with pytest.raises(MinitfError, match="not finite"):
+        likeliest(decoder, torch.randint(37, (1, 1)))
+
+
+@torch.no_grad()
+def test_steps_taken_ahead_write_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(context_length=64)
+    written: dict[int, list[torch.Tensor]] = {}
+    for most_ahead in (1, 8):
+        monkeypatch.setattr(native, "MOST_AHEAD", most_ahead)
+        monkeypatch.setattr(native, "AHEAD_S", 1e3)
+        calls = []
+        monkeypatch.setattr(native.NativeStep, "_read", counted(native.NativeStep._read, calls))
+        steps = generate(model, [1, 2, 3], 2, Sampling(0), engine="native", most=100)
+        written[most_ahead] = [step.ids_B for step in steps]
+        monkeypatch.undo()
+        assert len(calls) == 100 if most_ahead == 1 else len(calls) < 40
+    assert len(written[8]) == 100
+    assert torch.equal(torch.stack(written[8]), torch.stack(written[1]))
+
+
+def counted(function: Callable[..., None], calls: list[object]) -> Callable[..., None]:
+    def wrapper(*arguments: object) -> None:
+        calls.append(arguments)
+        function(*arguments)
+
+    return wrapper
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,15 @@ from minitf.errors import MinitfError, RequestError
 from minitf.model import Transformer
 
 ENGINES = ("auto", "native", "persistent", "graph", "torch")
-FEW = 32  # tokens of a text that the persistent step reads one by one sooner than PyTorch starts to read them together
+# Tokens that a step reads at once, or one by one, sooner than PyTorch reads them together.
+MOST_READ = {"native": 1024, "persistent": 32}
+Read = TypeVar("Read", Tensor, Arrival)
 
 
 class Decoder:
-    """Reads ids into a cache that is made once, and scores what comes next; no position is computed twice.
+    """Reads ids into a cache that is made once, and chooses what comes next; no position is computed twice.
 
-    `engine` is who reads a single token: `native`, a C function (see native.py); `persistent`, one CUDA kernel (see
+    `engine` is who reads a few tokens: `native`, a C function (see native.py); `persistent`, one CUDA kernel (see
     persistent.py); `graph`, the compiled model as one CUDA graph (see graph.py); `torch`, the model as it is; `auto`,
     the first of them that this machine and model allow.
     Asking for one that they do not allow is a RequestError that says why.
@@ -75,17 +78,25 @@ class Decoder:
         finally:
             torch.set_num_threads(num_threads)
 
-    def choose(
-        self, logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, generator: torch.Generator | None
+    @torch.no_grad()
+    def next(
+        self,
+        ids_BT: Tensor,
+        seen_BV: Tensor | None,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        weights: list[Tensor] | None = None,
     ) -> Arrival:
-        """The next ids after the logits of the last `read`, without waiting for a CUDA device.
+        """`read`, and the ids that are drawn to come next, without waiting for a CUDA device.
 
-        MinitfError if the scores are not finite: here, or of a CUDA device when the ids arrive.
+        `seen_BV` marks the tokens the repetition penalty applies to. MinitfError if the scores are not finite: here, or
+        of a CUDA device when the ids arrive.
         """
-        if sampling.temperature == 0 and seen_BV is None:
-            chosen: tuple[Tensor, Tensor, Tensor] | None = getattr(self.step, "chosen", None)
-            if chosen is not None and chosen[0] is logits_BV:  # the step has taken the likeliest already
-                return Arrival(*chosen[1:])
+        likeliest: Callable[[Tensor], Arrival] | None = getattr(self.step, "likeliest", None)
+        all_rows = len(ids_BT) == self.cache.keys.shape[1]
+        if likeliest and sampling.temperature == 0 and seen_BV is None and all_rows and self._by_step(ids_BT, weights):
+            return self._step(likeliest, ids_BT)
+        logits_BV = self.read(ids_BT, weights)
         with self.sparing_cores():
             if logits_BV.is_cuda:
                 return Arrival.of(logits_BV, sample(logits_BV, seen_BV, sampling, generator))
@@ -126,19 +137,32 @@ class Decoder:
         One row of ids stands for all rows of an empty cache, and is computed once. A `weights` list gets one
         `weights_BHTS` a layer. What has been read is at most the capacity (ValueError).
         """
-        B, T = ids_BT.shape
-        few = (T == 1 and self.cache.length > 0) or (self.engine == "persistent" and B == 1 and T <= FEW)
-        if self.step is not None and weights is None and few:
-            if self.cache.length + T > self.cache.capacity:
-                raise ValueError(f"the cache holds {self.cache.capacity} positions and is full")
-            for t in range(T):
-                logits_BV = self.step(ids_BT[:, t])
-                self.cache.length += 1
-            return logits_BV
+        if self.step is not None and self._by_step(ids_BT, weights):
+            logits_BV = self._step(self.step, ids_BT)
+            return logits_BV.expand(self.cache.keys.shape[1], -1)
         if weights is None and len(ids_BT) < self.cache.keys.shape[1]:
             return self._read_shared(ids_BT)
         x_BTD = self.model.hidden(ids_BT, self.cache, weights)
         return F.linear(x_BTD[:, -1], self.model.vocabulary_VD.to(x_BTD.dtype)).float()
+
+    def _by_step(self, ids_BT: Tensor, weights: list[Tensor] | None) -> bool:
+        """Whether the step reads these ids: it reads texts for all rows of the cache, and in C one text for all."""
+        B, T = ids_BT.shape
+        few = T == 1 or MOST_READ.get(self.engine, 1) >= B * T
+        shared = self.engine == "native" and B == 1 and self.cache.length == 0
+        return self.step is not None and weights is None and few and (shared or self.cache.keys.shape[1] == B)
+
+    def _step(self, read: Callable[[Tensor], Read], ids_BT: Tensor) -> Read:
+        """What the step finds after these ids, which are read then."""
+        B, T = ids_BT.shape
+        if self.cache.length + T > self.cache.capacity:
+            raise ValueError(f"the cache holds {self.cache.capacity} positions and is full")
+        found = read(ids_BT)
+        if self.cache.keys.shape[1] > B:
+            for part in (self.cache.keys, self.cache.values):
+                part[:, B:, :, :T] = part[:, :B, :, :T]
+        self.cache.length += T
+        return found
 
     def _read_shared(self, ids_1T: Tensor) -> Tensor:
         """Logits_BV of one text with which all rows begin."""

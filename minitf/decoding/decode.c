@@ -1,89 +1,15 @@
-/* One step of decoding on a processor: the next-token scores of some rows of a batch, from the key/value cache.
+/* Decoding on a processor: what comes after the next tokens of some texts, which go into the key/value cache.
 
-   It is the model of model.py for a single position, read from its own float32 parameters. A small model in PyTorch
-   spends four fifths of such a step between the operations; here it is as fast as the weights can be read. Threads share
-   out the outputs of each product, so that each weight is read by one of them, and wait for each other five times a layer.
+   It is the model of model.py for a few positions, read from its own float32 parameters. A small model in PyTorch spends
+   four fifths of such a step between the operations; here it is as fast as the weights can be read. Threads share out
+   the outputs of each product, so that each weight is read by one of them, and wait for each other five times a layer.
 
-   Axes as everywhere: D hidden, H heads, G key/value heads, K head width, F feed-forward, V vocabulary. */
+   Axes as everywhere: T tokens of each text, D hidden, H heads, G key/value heads, K head width, F feed-forward, V
+   vocabulary. A row is one token of one text. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#define WIDTH 16 /* floats the compiler handles as one value; it splits them for narrower processors */
-typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
-
-typedef struct {
-    const float *input_norm, *q, *k, *v, *q_norm, *k_norm, *o, *post_norm, *gate, *up, *down;
-} Layer;
-
-typedef struct {
-    int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
-    int64_t batch_size, capacity, num_positions;
-    float norm_eps;
-    const float *embedding, *final_norm, *vocabulary, *rotary; /* rotary: (2, num_positions, K) */
-    float *keys, *values;                                      /* (layers, B, G, capacity, K) */
-    const Layer *layers;
-} Model;
-
-/* In halves: lane by lane would take longer than the products of a small layer. */
-static float sum(Vector v) {
-    typedef float Half __attribute__((vector_size(2 * WIDTH)));
-    typedef float Quarter __attribute__((vector_size(WIDTH)));
-    union { Vector whole; Half halves[2]; } a = {v};
-    union { Half whole; Quarter halves[2]; } b = {a.halves[0] + a.halves[1]};
-    Quarter c = b.halves[0] + b.halves[1];
-    return (c[0] + c[2]) + (c[1] + c[3]);
-}
-
-/* y[r][n] = sum_d x[r][d] weight[n][d] for R rows and N outputs at once: each loaded value is used R or N times. */
-#define TILE(R, N)                                                                                        \
-    static void tile_##R##_##N(float *y, int64_t y_stride, const float *x, const float *w, int64_t D) {   \
-        Vector sums[R][N];                                                                                \
-        memset(sums, 0, sizeof sums);                                                                     \
-        int64_t d = 0;                                                                                    \
-        for (; d + WIDTH <= D; d += WIDTH)                                                                \
-            for (int n = 0; n < N; n++) {                                                                 \
-                __builtin_prefetch(w + (N + n) * D + d); /* the next tile's weights */                    \
-                for (int r = 0; r < R; r++)                                                               \
-                    sums[r][n] += *(const Vector *)(x + r * D + d) * *(const Vector *)(w + n * D + d);    \
-            }                                                                                             \
-        for (int r = 0; r < R; r++)                                                                       \
-            for (int n = 0; n < N; n++) {                                                                 \
-                float total = sum(sums[r][n]);                                                            \
-                for (int64_t rest = d; rest < D; rest++) total += x[r * D + rest] * w[n * D + rest];      \
-                y[r * y_stride + n] = total;                                                              \
-            }                                                                                             \
-    }
-TILE(1, 1)
-TILE(1, 8)
-TILE(4, 1)
-TILE(4, 4)
-
-/* What is one thread's of N things, in whole eights: [from, to). */
-typedef struct { int64_t from, to; } Share;
-static Share share_of(int64_t N, int64_t thread, int64_t threads) {
-    int64_t eights = (N + 7) / 8, to = (thread + 1) * eights / threads * 8;
-    return (Share){thread * eights / threads * 8, to < N ? to : N};
-}
-
-/* y = x weight^T for a share of the outputs: x (rows, D), weight (N, D), y (rows, N). Each weight is read once. */
-static void linear(float *y, const float *x, const float *weight, int64_t rows, int64_t N, int64_t D, Share own) {
-    int64_t many = rows >= 4 ? 4 : 8;
-    for (int64_t n = own.from; n < own.to; n += many) {
-        if (n + many > own.to) many = 1;
-        const float *w = weight + n * D;
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) (many == 4 ? tile_4_4 : tile_4_1)(y + r * N + n, N, x + r * D, w, D);
-        for (; r < rows; r++) {
-            if (many == 8) tile_1_8(y + r * N + n, N, x + r * D, w, D);
-            else for (int64_t i = 0; i < many; i++) tile_1_1(y + r * N + n + i, N, x + r * D, w + i * D, D);
-        }
-    }
-}
+#include "likeliest.h"
+#include "model.h"
+#include "products.h"
 
 /* x += y weight^T, through `scratch` of the size of x. */
 static void add_linear(float *x, const float *y, const float *weight, int64_t rows, int64_t N, int64_t D, Share own,
@@ -156,34 +82,29 @@ static void attend(float *mixed, const float *q, const float *keys, const float 
     }
 }
 
-/* Floats of working memory that `decode` needs for so many threads. */
-int64_t decode_scratch(const Model *m, int64_t threads) {
-    return m->batch_size * (m->hidden_size + 2 * m->num_heads * m->head_dim + 2 * m->num_kv_heads * m->head_dim
-                            + 2 * m->intermediate_size)
-           + threads * (m->batch_size * m->hidden_size + m->capacity);
+/* Floats of working memory that `decode` needs for so many texts, tokens of each and threads. */
+int64_t decode_scratch(const Model *m, int64_t texts, int64_t length, int64_t threads) {
+    int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
+    int64_t found = 2 * threads * texts * (int64_t)(sizeof(Found) / sizeof(float));
+    int64_t together = texts * length * (D + 2 * H * K + 2 * G * K + 2 * F) + texts * m->vocab_size;
+    return found + together + threads * (texts * length * D + m->capacity + D);
 }
 
-#ifdef _OPENMP
-#define WAIT_FOR_ALL() _Pragma("omp barrier")
-#else
-#define WAIT_FOR_ALL()
-#endif
-
-/* Read ids (one a row) at `position` into the cache and write logits (rows, V), as thread `thread` of `threads`.
-   `starts` is where the text of each row begins in the cache, or null: all at 0. */
-static void decode_share(const Model *m, const int64_t *ids, const int64_t *starts, int64_t position, float *logits,
-                         float *scratch, int64_t thread, int64_t threads) {
+/* As thread `thread` of `threads`. */
+static void decode_share(const Model *m, const Reading *reading, int64_t thread, int64_t threads) {
     int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
-    int64_t rows = m->batch_size;
-    float *x = scratch, *q = x + rows * D, *mixed = q + rows * H * K, *k = mixed + rows * H * K, *v = k + rows * G * K;
+    int64_t T = reading->length, texts = reading->texts, rows = texts * T;
+    Found *found = (Found *)reading->scratch;
+    float *logits = reading->logits ? reading->logits : (float *)(found + 2 * threads * texts);
+    float *x = (float *)(found + 2 * threads * texts) + texts * m->vocab_size;
+    float *q = x + rows * D, *mixed = q + rows * H * K, *k = mixed + rows * H * K, *v = k + rows * G * K;
     float *gate = v + rows * G * K, *up = gate + rows * F;
-    float *normed = up + rows * F + thread * (rows * D + m->capacity), *weights = normed + rows * D; /* its own */
-    const float *cosines = m->rotary + position * K, *sines = cosines + m->num_positions * K;
+    float *normed = up + rows * F + thread * (rows * D + m->capacity + D), *weights = normed + rows * D; /* its own */
+    int16_t *whole = (int16_t *)(weights + m->capacity);
     Share columns = share_of(D, thread, threads), hidden = share_of(F, thread, threads);
-    Share groups = {rows * G * thread / threads, rows * G * (thread + 1) / threads};
 
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = columns.from; i < columns.to; i++) x[r * D + i] = m->embedding[ids[r] * D + i];
+        for (int64_t i = columns.from; i < columns.to; i++) x[r * D + i] = m->embedding[reading->ids[r] * D + i];
     WAIT_FOR_ALL();
     for (int64_t l = 0; l < m->num_layers; l++) {
         const Layer *layer = &m->layers[l];
@@ -192,16 +113,28 @@ static void decode_share(const Model *m, const int64_t *ids, const int64_t *star
         linear(k, normed, layer->k, rows, G * K, D, share_of(G * K, thread, threads));
         linear(v, normed, layer->v, rows, G * K, D, share_of(G * K, thread, threads));
         WAIT_FOR_ALL();
-        for (int64_t i = groups.from; i < groups.to; i++) {
-            int64_t r = i / G, g = i % G, start = starts ? starts[r] : 0, length = position + 1 - start;
-            int64_t row = (l * rows * G + i) * m->capacity * K, here = row + position * K;
-            place(k + i * K, layer->k_norm, cosines, sines, K, m->norm_eps);
-            memcpy(m->keys + here, k + i * K, K * sizeof(float));
-            memcpy(m->values + here, v + i * K, K * sizeof(float));
+        /* Heads are dealt out one by one; of a single token each thread matches the very keys it has put in place. */
+        for (int64_t i = thread; i < texts * G; i += threads)
+            for (int64_t t = 0; t < T; t++) {
+                int64_t position = reading->position + t, from = ((i / G * T + t) * G + i % G) * K;
+                int64_t to = ((l * m->batch_size * G + i) * m->capacity + position) * K;
+                const float *cosines = m->rotary + position * K;
+                place(k + from, layer->k_norm, cosines, cosines + m->num_positions * K, K, m->norm_eps);
+                memcpy(m->keys + to, k + from, K * sizeof(float));
+                memcpy(m->values + to, v + from, K * sizeof(float));
+            }
+        if (T > 1) {
+            WAIT_FOR_ALL();
+        }
+        for (int64_t unit = thread; unit < texts * G * T; unit += threads) {
+            int64_t i = unit / T, t = unit % T, b = i / G, g = i % G, position = reading->position + t;
+            int64_t start = reading->starts ? reading->starts[b] : 0;
+            int64_t first = ((l * m->batch_size * G + i) * m->capacity + start) * K;
+            const float *cosines = m->rotary + position * K, *sines = cosines + m->num_positions * K;
             for (int64_t h = g * (H / G); h < (g + 1) * (H / G); h++) {
-                int64_t own = (r * H + h) * K, from = row + start * K;
+                int64_t own = ((b * T + t) * H + h) * K;
                 place(q + own, layer->q_norm, cosines, sines, K, m->norm_eps);
-                attend(mixed + own, q + own, m->keys + from, m->values + from, weights, length, K);
+                attend(mixed + own, q + own, m->keys + first, m->values + first, weights, position + 1 - start, K);
             }
         }
         WAIT_FOR_ALL();
@@ -217,19 +150,48 @@ static void decode_share(const Model *m, const int64_t *ids, const int64_t *star
         add_linear(x, gate, layer->down, rows, D, F, columns, normed);
         WAIT_FOR_ALL();
     }
-    for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, m->final_norm, D, m->norm_eps);
-    linear(logits, normed, m->vocabulary, rows, m->vocab_size, D, share_of(m->vocab_size, thread, threads));
+    for (int64_t b = 0; b < texts; b++)
+        rms_norm(normed + b * D, x + (b * T + T - 1) * D, m->final_norm, D, m->norm_eps);
+    score(m, reading, normed, logits, whole, found, thread, threads);
 }
 
-/* The same by so many threads, if the compiler knows of any. */
-void decode(const Model *m, const int64_t *ids, const int64_t *starts, int64_t position, float *logits, float *scratch,
-            int64_t threads) {
+static void decode_once(const Model *m, const Reading *reading, int64_t threads) {
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-        decode_share(m, ids, starts, position, logits, scratch, omp_get_thread_num(), omp_get_num_threads());
+        decode_share(m, reading, omp_get_thread_num(), omp_get_num_threads());
         return;
     }
 #endif
-    decode_share(m, ids, starts, position, logits, scratch, 0, 1);
+    decode_share(m, reading, 0, 1);
+}
+
+/* Read by so many threads, if the compiler knows of any. */
+void decode(const Model *m, const Reading *reading, int64_t threads) {
+    Reading next = *reading;
+    for (int64_t step = 0;; step++) {
+        decode_once(m, &next, threads);
+        if (step + 1 >= reading->steps) return;
+        for (int64_t b = 0; b < next.texts; b++) {
+            if (next.likeliest[b] >= 0) continue;
+            for (int64_t rest = b; rest < (reading->steps - step) * next.texts; rest++) next.likeliest[rest] = -1;
+            return;
+        }
+        next.position += next.length;
+        next.length = 1;
+        next.ids = next.likeliest;
+        next.likeliest += next.texts;
+    }
+}
+
+/* Fill `coarse`, `steps` and `errors` from the vocabulary as it is now. */
+void prepare_likeliest(const Model *m, int64_t threads) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        make_coarse(m, share_of(m->vocab_size, omp_get_thread_num(), omp_get_num_threads()));
+        return;
+    }
+#endif
+    make_coarse(m, (Share){0, m->vocab_size});
 }

@@ -94,9 +94,9 @@ class GraphStep:
             self.logits_BV = self._run()
 
     @torch.no_grad()
-    def __call__(self, ids_B: Tensor) -> Tensor:
-        """Logits_BV after ids_B at the position `cache.length`, which the caller advances."""
-        self.ids_B.copy_(ids_B)
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        """Logits_BV after ids_B1 at the position `cache.length`, which the caller advances."""
+        self.ids_B.copy_(ids_B1[:, 0])
         self.position_1.fill_(self.cache.length)
         if self.cache.starts_B is not None:
             self.starts_B.copy_(self.cache.starts_B)

@@ -8,12 +8,16 @@ takes 0.2 ms (4 layers of 256 on one core of a Zen 5); at 124M parameters it is 
 import ctypes
 import functools
 import time
+from collections import deque
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from minitf import c_sources
 from minitf.attention import KeyValueCache
+from minitf.decoding.arrival import NOT_FINITE, Arrival
+from minitf.errors import MinitfError
 from minitf.model import Transformer
 
 
@@ -36,7 +40,16 @@ class _Model(ctypes.Structure):
         ("norm_eps", ctypes.c_float),
         *[(name, ctypes.c_void_p) for name in ("embedding", "final_norm", "vocabulary", "rotary", "keys", "values")],
         ("layers", ctypes.POINTER(_Layer)),
+        *[(name, ctypes.c_void_p) for name in ("coarse", "steps", "errors")],
     ]
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = [
+        ("texts", ctypes.c_int64), ("length", ctypes.c_int64), ("ids", ctypes.c_void_p), ("starts", ctypes.c_void_p),
+        ("position", ctypes.c_int64), ("logits", ctypes.c_void_p), ("likeliest", ctypes.c_void_p),
+        ("steps", ctypes.c_int64), ("scratch", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -44,8 +57,10 @@ def library() -> ctypes.CDLL | str:
     """decode.c as a library, or why there is none."""
     found = c_sources.decoding().load()
     if not isinstance(found, str):
-        found.decode_scratch.restype = ctypes.c_int64
-        found.decode.restype = None
+        model, reading, number = ctypes.POINTER(_Model), ctypes.POINTER(_Reading), ctypes.c_int64
+        found.decode_scratch.restype, found.decode_scratch.argtypes = number, [model, number, number, number]
+        found.decode.restype, found.decode.argtypes = None, [model, reading, number]
+        found.prepare_likeliest.restype, found.prepare_likeliest.argtypes = None, [model, number]
     return found
 
 
@@ -65,35 +80,47 @@ def obstacle(model: Transformer) -> str | None:
 TRIED = 6
 
 
+# Vocabularies of so many weights have a copy of 8 bits in which the likeliest is looked for; of fewer it saves nothing.
+LARGE = 1 << 18
+# The likeliest are found for some steps at once, at most so many and for so long, before somebody sees them: Python
+# after each step takes 40 us to find its way back into the caches, through which all weights have gone.
+MOST_AHEAD, AHEAD_S = 8, 0.004
+
+
 class NativeStep:
-    """Reads one token a row into `cache` and scores the next, by as many threads as PyTorch has, or one if faster."""
+    """Reads the next tokens of each text into `cache` and scores what comes then.
+
+    A single token is read by as many threads as PyTorch has, or by one if that is faster, more of them by all.
+    """
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
         found = library()
         assert not isinstance(found, str)
         self.library, self.cache, self.vocab_size = found, cache, model.vocab_size
         self.kept: list[Tensor] = []  # what C points to must not go away
-        self.layers = (_Layer * model.config.num_layers)(*[self._layer(block) for block in model.model.layers])  # type: ignore
-        c = model.config
-        self.batch_size = cache.keys.shape[1]
+        weights, c = dict(model.named_parameters()), model.config
+        layers = [self._layer(weights, f"model.layers.{layer}.") for layer in range(c.num_layers)]
+        self.layers = (_Layer * c.num_layers)(*layers)
         self.model = _Model(
             c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size,
-            model.vocab_size, self.batch_size, cache.capacity, model.rotary.shape[1], c.rms_norm_eps,
+            model.vocab_size, cache.keys.shape[1], cache.capacity, model.rotary.shape[1], c.rms_norm_eps,
             self._pointer(model.model.embed_tokens.weight), self._pointer(model.model.norm.weight),  # type: ignore
             self._pointer(model.vocabulary_VD), self._pointer(model.rotary),
-            cache.keys.data_ptr(), cache.values.data_ptr(), self.layers,
+            cache.keys.data_ptr(), cache.values.data_ptr(), self.layers, None, None, None,
         )  # fmt: skip
-        self.num_threads, self.num_steps = torch.get_num_threads(), 0
+        self.reading = _Reading()
+        self.most_threads = self.num_threads = torch.get_num_threads()
+        self.num_steps = 0
         self.seconds: dict[int, float] = {}  # the fastest step by so many threads
-        size = found.decode_scratch(ctypes.byref(self.model), ctypes.c_int64(self.num_threads))
-        self.scratch = torch.empty(size)
+        self.scratch = torch.empty(0)
+        self.ahead: deque[Tensor] = deque()  # ids_B found already, if `expected` is what is read next: where, and ids
+        self.expected: tuple[int, list[int]] = 0, []
 
     def _pointer(self, tensor: Tensor) -> int:
         self.kept.append(tensor.detach().contiguous())
         return self.kept[-1].data_ptr()
 
-    def _layer(self, block: torch.nn.Module) -> _Layer:
-        weights = dict(block.named_parameters())
+    def _layer(self, weights: Mapping[str, Tensor], prefix: str) -> _Layer:
         attention, feed_forward = "self_attn.{}.weight", "mlp.{}_proj.weight"
         names = [
             "input_layernorm.weight",
@@ -101,7 +128,8 @@ class NativeStep:
             "post_attention_layernorm.weight",
             *[feed_forward.format(name) for name in ("gate", "up", "down")],
         ]
-        return _Layer(*[self._pointer(weights[name]) if name in weights else None for name in names])
+        found = [weights.get(prefix + name) for name in names]
+        return _Layer(*[None if weight is None else self._pointer(weight) for weight in found])
 
     def _threads(self) -> int:
         """How many threads take the next step."""
@@ -109,18 +137,61 @@ class NativeStep:
             self.num_threads = min(self.seconds, key=self.seconds.__getitem__)
         return 1 if self.num_steps < TRIED and self.num_steps % 2 else self.num_threads
 
-    def __call__(self, ids_B: Tensor) -> Tensor:
-        """Logits_BV after ids_B at the position `cache.length`, which the caller advances."""
-        ids_B, starts_B = ids_B.contiguous(), self.cache.starts_B
-        logits_BV = torch.empty(self.batch_size, self.vocab_size)
-        num_threads, start = self._threads(), time.perf_counter()
-        self.library.decode(
-            ctypes.byref(self.model), ctypes.c_void_p(ids_B.data_ptr()),
-            ctypes.c_void_p(None if starts_B is None else starts_B.data_ptr()), ctypes.c_int64(self.cache.length),
-            ctypes.c_void_p(logits_BV.data_ptr()), ctypes.c_void_p(self.scratch.data_ptr()),
-            ctypes.c_int64(num_threads),
-        )  # fmt: skip
-        self.num_steps += 1
-        seconds = time.perf_counter() - start
-        self.seconds[num_threads] = min(self.seconds.get(num_threads, seconds), seconds)
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        """Logits_BV after ids_BT, read from the position `cache.length` on, which the caller advances.
+
+        B is the rows of the cache, or fewer: its first.
+        """
+        logits_BV = torch.empty(ids_BT.shape[0], self.vocab_size)
+        self.reading.logits, self.reading.likeliest, self.reading.steps = logits_BV.data_ptr(), None, 1
+        self._read(ids_BT)
         return logits_BV
+
+    def likeliest(self, ids_BT: Tensor) -> Arrival:
+        """As a call, but only the ids with the largest logits; MinitfError if any logit is not finite."""
+        B, T = ids_BT.shape
+        if not (T == 1 and self.ahead and (self.expected == (self.cache.length, ids_BT[:, 0].tolist()))):
+            if T == 1 and self.model.coarse is None and self.vocab_size * self.model.hidden_size >= LARGE:
+                self._prepare_likeliest()
+            num_steps = self._steps_ahead() if T == 1 else 1
+            ids_NB = torch.empty(num_steps, B, dtype=torch.long)
+            self.reading.logits, self.reading.likeliest, self.reading.steps = None, ids_NB.data_ptr(), num_steps
+            self._read(ids_BT)
+            self.ahead = deque(ids_NB)
+        ids_B = self.ahead.popleft()
+        ids = ids_B.tolist()
+        self.expected = self.cache.length + T, ids
+        if min(ids) < 0:
+            raise MinitfError(NOT_FINITE)
+        return Arrival(ids_B)
+
+    def _steps_ahead(self) -> int:
+        if self.num_steps <= TRIED:
+            return 1
+        as_long = int(AHEAD_S / self.seconds[self.num_threads])
+        return max(1, min(MOST_AHEAD, as_long, self.cache.capacity - self.cache.length))
+
+    def _prepare_likeliest(self) -> None:
+        V, D = self.vocab_size, self.model.hidden_size
+        self.model.coarse = self._pointer(torch.empty(V, D, dtype=torch.int8))
+        self.model.steps, self.model.errors = self._pointer(torch.empty(V)), self._pointer(torch.empty(V))
+        self.library.prepare_likeliest(self.model, self.most_threads)
+
+    def _read(self, ids_BT: Tensor) -> None:
+        B, T = ids_BT.shape
+        ids_BT, starts_B, reading = ids_BT.contiguous(), self.cache.starts_B, self.reading
+        if (reading.texts, reading.length) != (B, T):
+            size = self.library.decode_scratch(self.model, B, T, self.most_threads)
+            self.scratch = torch.empty(size) if size > len(self.scratch) else self.scratch
+            reading.texts, reading.length, reading.scratch = B, T, self.scratch.data_ptr()
+        reading.ids, reading.position = ids_BT.data_ptr(), self.cache.length
+        reading.starts = None if starts_B is None else starts_B.data_ptr()
+        if T > 1:
+            self.library.decode(self.model, reading, self.most_threads)
+            return
+        num_threads, start = self._threads(), time.perf_counter()
+        self.library.decode(self.model, reading, num_threads)
+        self.num_steps += 1
+        if self.num_steps <= TRIED:
+            seconds = time.perf_counter() - start
+            self.seconds[num_threads] = min(self.seconds.get(num_threads, seconds), seconds)

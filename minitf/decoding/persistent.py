@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
+from minitf.decoding.arrival import Arrival
 from minitf.machine.cuda_program import CudaKernel, CudaProgram
 from minitf.model import Transformer
 
@@ -186,13 +187,7 @@ _spare: list[Tensor] = []
 
 
 class PersistentStep:
-    """Reads one token into `cache` and scores the next, without waiting for the GPU.
-
-    `chosen` is then the last logits, the id with the largest of them, and where in the host's memory that id and
-    whether all scores are finite will be once the step is done.
-    """
-
-    chosen: tuple[Tensor, Tensor, Tensor] | None = None
+    """Reads one token after the other into `cache` and scores the next, without waiting for the GPU."""
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
         planned = _plan_for(model)
@@ -216,16 +211,26 @@ class PersistentStep:
         a.keys, a.values, a.exchange = cache.keys.data_ptr(), cache.values.data_ptr(), self.exchange.data_ptr()
         found.prepare(planned.num_blocks, planned.num_threads, planned.shared_bytes, a)
 
-    def __call__(self, ids_B: Tensor) -> Tensor:
-        """Logits_BV after ids_B at the position `cache.length`, which the caller advances."""
-        ids_B, a, starts_B = ids_B.contiguous(), self.arguments, self.cache.starts_B
-        logits_BV = torch.empty(1, self.vocab_size, device=self.device)
-        likeliest_B = torch.empty(1, dtype=torch.long, device=self.device)
-        told = self.all_told[self.num_steps % MOST_UNHEARD]
-        a.ids, a.logits, a.likeliest = ids_B.data_ptr(), logits_BV.data_ptr(), likeliest_B.data_ptr()
-        a.told, a.starts = told.data_ptr(), None if starts_B is None else starts_B.data_ptr()
-        a.position, a.set = self.cache.length, self.num_steps % 2
-        self.num_steps += 1
-        self.kernel.launch()
-        self.chosen = logits_BV, likeliest_B, told
-        return logits_BV
+    def __call__(self, ids_1T: Tensor) -> Tensor:
+        """Logits_1V after ids_1T, read from the position `cache.length` on, which the caller advances."""
+        return self._read(ids_1T)[0]
+
+    def likeliest(self, ids_1T: Tensor) -> Arrival:
+        """As a call, but the id with the largest logit."""
+        return Arrival(*self._read(ids_1T)[1:])
+
+    def _read(self, ids_1T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The last logits_1V, the id of the largest, and where that id and whether all logits are finite will be told,
+        in the host's memory."""
+        ids_1T, a, starts_1 = ids_1T.contiguous(), self.arguments, self.cache.starts_B
+        logits_1V = torch.empty(1, self.vocab_size, device=self.device)
+        likeliest_1 = torch.empty(1, dtype=torch.long, device=self.device)
+        a.logits, a.likeliest = logits_1V.data_ptr(), likeliest_1.data_ptr()
+        a.starts = None if starts_1 is None else starts_1.data_ptr()
+        for t in range(ids_1T.shape[1]):
+            told = self.all_told[self.num_steps % MOST_UNHEARD]
+            a.ids, a.told = ids_1T[:, t].data_ptr(), told.data_ptr()
+            a.position, a.set = self.cache.length + t, self.num_steps % 2
+            self.num_steps += 1
+            self.kernel.launch()
+        return logits_1V, likeliest_1, told
