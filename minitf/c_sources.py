@@ -11,7 +11,7 @@ from minitf.machine.c_library import CLibrary
 PACKAGE = Path(__file__).parent
 KERNELS = {
     # with AVX-512 BF16
-    "bf16": [f"bfloat16/{name}.c" for name in ("linear", "feed_forward", "rows", "attention", "muon")],
+    "bf16": [f"bfloat16/{name}.c" for name in ("linear", "feed_forward", "rows", "attention", "update")],
     "fp32": [f"float32/{name}.c" for name in ("rows", "attention")],  # on any processor
 }
 

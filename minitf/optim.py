@@ -127,10 +127,16 @@ def move_weights(weights: list[Tensor], updates_NRC: Tensor, decay: float, rate:
     torch._foreach_add_(weights, list(updates_NRC.to(weights[0].dtype).unbind()), alpha=-rate)
 
 
-@dataclass(frozen=True)
-class MuonFunctions:
-    """What a step of Muon spends its time in: the functions above, or faster ones that compute the same."""
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients as one vector."""
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
+
+@dataclass(frozen=True)
+class UpdateFunctions:
+    """What an update spends its time in: the functions above, or faster ones that compute the same."""
+
+    total_norm: Callable[[list[Tensor]], Tensor] = total_norm
     average_gradients: Callable[[list[Tensor], Tensor, float, torch.dtype], Tensor] = average_gradients
     orthogonalise: Callable[..., Tensor] = orthogonalise
     move_weights: Callable[[list[Tensor], Tensor, float, float], None] = move_weights
@@ -207,7 +213,7 @@ class Muon(ParameterGroups):
         groups = [{"params": group} for group in by_shape.values()]
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.dtype, self.processes = dtype, processes
-        self.functions = MuonFunctions()
+        self.functions = UpdateFunctions()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -267,9 +273,11 @@ class Optimizer:
         self.optimizers.append(AdamW(adamw_groups, lr=config.learning_rate, betas=config.betas, eps=1e-10))
         self.peaks = [group["lr"] for group in self.groups()]
         self.factor = 1.0
+        self.functions = UpdateFunctions()
 
-    def use(self, functions: MuonFunctions) -> None:
-        """Compute Muon's part, if there is one, with these functions."""
+    def use(self, functions: UpdateFunctions) -> None:
+        """Compute with these functions."""
+        self.functions = functions
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 optimizer.functions = functions
@@ -287,7 +295,7 @@ class Optimizer:
     def step(self) -> Tensor:
         """Clip the gradient, move the weights, clear the gradient; returns its norm before clipping."""
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(grads))
+        norm = self.functions.total_norm(grads)
         # On a CPU the norm can be asked for; elsewhere that would wait for the device.
         if self.config.grad_clip and not (norm.device.type == "cpu" and norm <= self.config.grad_clip):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)

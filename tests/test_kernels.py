@@ -16,10 +16,10 @@ from torch import Tensor
 from minitf import c_sources, kernels
 from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
 from minitf.kernels import calls
-from minitf.kernels.muon import MUON
+from minitf.kernels.update import UPDATE
 from minitf.loss import linear_cross_entropy
 from minitf.model import FeedForward, ModelConfig, TrainingFunctions, Transformer
-from minitf.optim import Muon, MuonFunctions
+from minitf.optim import Muon, UpdateFunctions
 from minitf.training.training_step import TrainingStep
 
 BF16 = torch.bfloat16
@@ -446,7 +446,7 @@ def test_a_run_takes_them_unless_they_are_slower(
     precision = {BF16: "bf16", torch.float32: "fp32"}[dtype]
     assert not train_here(*tiny, f"trainer.precision={precision}", "trainer.compile=auto", "trainer.max_steps=2")
     assert ("compile    by our C kernels: a step takes" in capsys.readouterr().err) == taken
-    assert used[-1] == (MUON if taken and dtype == BF16 else MuonFunctions())
+    assert used[-1] == (UPDATE if taken and dtype == BF16 else UpdateFunctions())
 
 
 @pytest.mark.parametrize(

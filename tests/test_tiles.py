@@ -15,7 +15,7 @@ from test_kernels import (
     test_the_loss_and_its_gradients,
     test_what_is_no_number_shows,
 )
-from test_muon_kernels import test_matrices_are_orthogonalised_as_well_as_by_full_products
+from test_update_kernels import test_matrices_are_orthogonalised_as_well_as_by_full_products
 
 from minitf.kernels import calls
 from minitf.machine import processor

@@ -16,7 +16,7 @@ from minitf.model import Transformer
 
 ENGINES = ("auto", "native", "persistent", "graph", "torch")
 # Tokens that a step reads at once, or one by one, sooner than PyTorch reads them together.
-MOST_READ = {"native": 1024, "persistent": 32}
+MOST_READ = {"native": 128, "persistent": 32}
 Read = TypeVar("Read", Tensor, Arrival)
 
 

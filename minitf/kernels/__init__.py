@@ -29,10 +29,10 @@ from minitf.kernels.calls import (
     library,
     places_of,
 )
-from minitf.kernels.muon import MUON
+from minitf.kernels.update import UPDATE
 from minitf.loss import IGNORED
 from minitf.model import Block, FeedForward, TrainingFunctions, Transformer
-from minitf.optim import MuonFunctions
+from minitf.optim import UpdateFunctions
 
 MOST_WIDTH = 16384  # of a row that a program of Triton's holds at once
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
@@ -97,7 +97,7 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def parts_of(dweight: Tensor, kinds: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
     """The gradients of `joined` weights of so many rows and such dtypes."""
-    parts = torch.split(dweight, [rows for rows, _ in kinds])
+    parts = torch.split(dweight, [rows for rows, _ in kinds]) if len(kinds) > 1 else [dweight]
     return [part.to(dtype) for part, (_, dtype) in zip(parts, kinds, strict=True)]
 
 
@@ -153,7 +153,7 @@ class _RMSNorm(torch.autograd.Function):
         parts, dx = torch.empty(-(-len(rstd) // PIECE_ROWS), total.shape[-1]), torch.empty_like(total)
         sizes = len(rstd), total.shape[-1], PIECE_ROWS
         call("rms_norm_backward", total.dtype, *sizes, total, weight, rstd, dnormed, dtotal, dx, parts)
-        return dx, dx if ctx.has_added else None, parts.sum(0), None
+        return dx, dx if ctx.has_added else None, parts[0], None
 
 
 def rms_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor, added_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ class _Attend(torch.autograd.Function):
         dmixed, dqkv, (_, G, K) = as_rows(gradients[0]), torch.empty_like(qkv), ctx.heads
         parts = torch.empty(qkv.shape[0] * G, 2, K)
         call("attention_backward", qkv.dtype, _description(ctx.heads, ctx.eps, kept), dmixed, dqkv, parts)
-        dq_norm, dk_norm = (None, None) if q_norm is None else parts.sum(0).unbind()
+        dq_norm, dk_norm = (None, None) if q_norm is None else parts[0].unbind()
         return None, None, dqkv, dq_norm, dk_norm, None, None
 
 
@@ -313,6 +313,6 @@ FUNCTIONS = {
 }
 
 
-def muon_functions(functions: TrainingFunctions) -> MuonFunctions:
-    """Muon's part of a step that computes with these functions."""
-    return MUON if functions is FUNCTIONS[torch.bfloat16] else MuonFunctions()
+def update_functions(functions: TrainingFunctions) -> UpdateFunctions:
+    """The update of a step that computes with these functions."""
+    return UPDATE if functions is FUNCTIONS[torch.bfloat16] else UpdateFunctions()

@@ -39,6 +39,7 @@ _IN_BFLOAT16: dict[str, list[Any]] = {
     "weight_gradient": [_INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER],
     "feed_forward": [_INT, _INT, _INT, *[_POINTER] * 6],
     "feed_forward_backward": [_INT, _INT, _INT, *[_POINTER] * 7],
+    "gradient_norm": [_INT, _POINTER, _POINTER, _POINTER],
     "muon_average": [_INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER],
     "muon_orthogonalise": [_INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
     "muon_move": [_INT, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT],

@@ -62,9 +62,9 @@ class TrainingStep:
         self.threads = f"{num_threads} thread{'s' * (num_threads > 1)}"  # in words
 
     def use(self, functions: TrainingFunctions) -> None:
-        """Compute with these functions; with the C kernels, Muon's part too."""
+        """Compute with these functions; with the C kernels, the update too."""
         self.model.functions = functions
-        self.optimizer.use(kernels.muon_functions(functions))
+        self.optimizer.use(kernels.update_functions(functions))
 
     def run(self, index: int, learning_rate_factor: float) -> tuple[Tensor, Tensor]:
         """Step number `index`, from 0; returns the mean loss in nats a token and the norm of the gradient."""

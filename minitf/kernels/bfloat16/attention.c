@@ -240,7 +240,7 @@ static void backward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t
     }
 }
 
-/* dqkv from dmixed; `parts` has 2 K floats a unit (b, g): gradients of q_norm and of k_norm, to be added up. */
+/* dqkv from dmixed; `parts` has 2 K floats a unit (b, g): gradients of q_norm and of k_norm; the first becomes the sum. */
 void attention_backward(const Attention *a, const bf16 *dmixed, bf16 *dqkv, float *parts) {
     Sizes z = sizes_of(a);
 #pragma omp parallel
@@ -254,4 +254,5 @@ void attention_backward(const Attention *a, const bf16 *dmixed, bf16 *dqkv, floa
         }
         end_tiles();
     }
+    add_up(a->B * a->G, 2 * a->K, parts);
 }

@@ -41,7 +41,7 @@ void rms_norm_forward(int64_t N, int64_t D, const bf16 *x, const bf16 *added, co
 }
 
 /* ds = dsum + gradient of the norm; dsum, which comes past the norm, may be null. `parts` has a row of D floats for
- * every `piece_rows` rows, whose sum is the gradient of the weight. */
+ * every `piece_rows` rows; the first becomes the gradient of the weight. */
 void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const bf16 *s, const float *weight, const float *rstd,
                        const bf16 *dy, const bf16 *dsum, bf16 *ds, float *parts) {
     int64_t pieces = (N + piece_rows - 1) / piece_rows;
@@ -72,6 +72,7 @@ void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const bf16 *s, 
             }
         }
     }
+    add_up(pieces, D, parts);
 }
 
 /* ---- SwiGLU ----------------------------------------------------------------------------------------------------- */

@@ -18,6 +18,12 @@ typedef uint16_t bf16;
 
 static inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
 
+/* Add rows of `count` values to the first of them, in their order. */
+static inline void add_up(int64_t rows, int64_t count, float *x) {
+    for (int64_t row = 1; row < rows; row++)
+        for (int64_t i = 0; i < count; i++) x[i] += x[row * count + i];
+}
+
 static inline __m512 load(const bf16 *at, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16));
 }

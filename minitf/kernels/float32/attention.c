@@ -281,7 +281,7 @@ static void backward_unit(const Attention *a, const Sizes *z, int64_t b, int64_t
     }
 }
 
-/* dqkv from dmixed; `parts` has 2 K floats a unit (b, g): gradients of q_norm and of k_norm, to be added up. */
+/* dqkv from dmixed; `parts` has 2 K floats a unit (b, g): gradients of q_norm and of k_norm; the first becomes the sum. */
 void attention_backward(const Attention *a, const float *dmixed, float *dqkv, float *parts) {
     Sizes z = sizes_of(a);
 #pragma omp parallel for schedule(dynamic)
@@ -290,4 +290,5 @@ void attention_backward(const Attention *a, const float *dmixed, float *dqkv, fl
         memset(dq_norm, 0, 2 * a->K * sizeof(float));
         backward_unit(a, &z, unit / a->G, unit % a->G, dmixed, dqkv, dq_norm, dk_norm);
     }
+    add_up(a->B * a->G, 2 * a->K, parts);
 }

@@ -13,6 +13,12 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
 
+/* Add rows of `count` values to the first of them, in their order. */
+static inline void add_up(int64_t rows, int64_t count, float *x) {
+    for (int64_t row = 1; row < rows; row++)
+        for (int64_t i = 0; i < count; i++) x[i] += x[row * count + i];
+}
+
 /* 2^x by whole powers and a Taylor polynomial; relative error below 3e-7. It is at least 2^-126, from 2^127.5 on
  * infinite, and of a NaN, which no comparison holds for, one. */
 static inline float power_of_2(float x) {

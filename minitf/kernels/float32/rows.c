@@ -28,7 +28,7 @@ void rms_norm_forward(int64_t N, int64_t D, const float *x, const float *added, 
 }
 
 /* ds = dsum + gradient of the norm; dsum, which comes past the norm, may be null. `parts` has a row of D for every
- * `piece_rows` rows, whose sum is the gradient of the weight. */
+ * `piece_rows` rows; the first becomes the gradient of the weight. */
 void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const float *s, const float *weight, const float *rstd,
                        const float *dy, const float *dsum, float *ds, float *parts) {
     int64_t pieces = (N + piece_rows - 1) / piece_rows;
@@ -43,6 +43,7 @@ void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const float *s,
                 for (int64_t d = 0; d < D; d++) out[d] += dsum[n * D + d];
         }
     }
+    add_up(pieces, D, parts);
 }
 
 /* ---- SwiGLU ----------------------------------------------------------------------------------------------------- */

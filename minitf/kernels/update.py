@@ -1,10 +1,22 @@
-"""Muon's part of a step by bfloat16/muon.c."""
+"""The update of a step by bfloat16/update.c."""
+
+import ctypes
 
 import torch
 from torch import Tensor
 
 from minitf.kernels.calls import as_rows, call, places_of
-from minitf.optim import POLAR_EXPRESS, MuonFunctions, orthogonalise
+from minitf.optim import POLAR_EXPRESS, UpdateFunctions, orthogonalise, total_norm
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """`total_norm` of optim.py, by all threads at once."""
+    if any(gradient.dtype != torch.float32 for gradient in gradients):
+        return total_norm(gradients)
+    places, kept = places_of(gradients)
+    sizes, norm = (ctypes.c_int64 * len(kept))(*[gradient.numel() for gradient in kept]), torch.empty(())
+    call("gradient_norm", torch.bfloat16, len(kept), places, sizes, norm)
+    return norm
 
 
 def muon_average(gradients: list[Tensor], averages_NRC: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
@@ -34,4 +46,4 @@ def muon_move(weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: fl
     call("muon_move", torch.bfloat16, len(kept), kept[0].numel(), places, as_rows(updates_NRC), decay, rate)
 
 
-MUON = MuonFunctions(muon_average, muon_orthogonalise, muon_move)
+UPDATE = UpdateFunctions(gradient_norm, muon_average, muon_orthogonalise, muon_move)

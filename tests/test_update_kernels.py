@@ -1,4 +1,4 @@
-"""Muon by the C kernels: what optim.py computes, as exactly as bfloat16 allows."""
+"""An update by the C kernels: what optim.py computes, as exactly as bfloat16 allows."""
 
 import pytest
 import torch
@@ -6,14 +6,25 @@ from test_kernels import BF16, off, random
 from torch import Tensor
 
 from minitf.kernels import calls
-from minitf.kernels.muon import muon_average, muon_move, muon_orthogonalise
-from minitf.optim import average_gradients, move_weights, orthogonalise
+from minitf.kernels.update import gradient_norm, muon_average, muon_move, muon_orthogonalise
+from minitf.optim import average_gradients, move_weights, orthogonalise, total_norm
 
 
 @pytest.fixture(autouse=True)
 def _kernels(bf16_kernels: None) -> None:
     if isinstance(missing := calls.library(BF16), str):
         pytest.skip(missing)
+
+
+@pytest.mark.parametrize("sizes", [[(1,)], [(3, 5), (300, 40), (1,), (16,), (4096,), (257, 129)]])
+def test_the_norm_of_the_gradient(sizes: list[tuple[int, ...]]) -> None:
+    gradients = [random(*shape, seed=seed) for seed, shape in enumerate(sizes)]
+    gradients[0] = gradients[0].mT if gradients[0].dim() == 2 else gradients[0]
+    torch.testing.assert_close(gradient_norm(gradients), total_norm(gradients))
+    in_halves = [gradient.to(BF16) for gradient in gradients]
+    torch.testing.assert_close(gradient_norm(in_halves), total_norm(in_halves))
+    gradients[-1].view(-1)[-1] = torch.nan
+    assert gradient_norm(gradients).isnan()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (40, 17), (96, 64), (33, 4096)])

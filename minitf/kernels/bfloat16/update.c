@@ -1,7 +1,29 @@
-/* Muon's step in three parts: gradients are averaged, what comes of it is orthogonalised, the weights move. */
+/* An update: the norm of the gradient, and Muon's step in three parts: gradients are averaged, what comes of it is
+ * orthogonalised, the weights move. */
 #include "products.h"
 
 #define PIECE 4096 /* values a thread takes at a time */
+
+/* The square root of the sum of all squares of `count` arrays, of `sizes` values each. */
+void gradient_norm(int64_t count, const float *const *gradients, const int64_t *sizes, float *norm) {
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < count; i++) pieces += (sizes[i] + PIECE - 1) / PIECE;
+    float *sums = scratch(pieces * sizeof *sums), *at = sums;
+#pragma omp parallel firstprivate(at)
+    for (int64_t i = 0; i < count; at += (sizes[i++] + PIECE - 1) / PIECE)
+#pragma omp for schedule(static) nowait
+        for (int64_t piece = 0; piece < (sizes[i] + PIECE - 1) / PIECE; piece++) {
+            __m512 squares = _mm512_setzero_ps();
+            for (int64_t k = piece * PIECE; k < MIN(sizes[i], (piece + 1) * PIECE); k += LANES) {
+                __m512 value = _mm512_maskz_loadu_ps(first(sizes[i] - k), gradients[i] + k);
+                squares = _mm512_fmadd_ps(value, value, squares);
+            }
+            at[piece] = _mm512_reduce_add_ps(squares);
+        }
+    double total = 0;
+    for (int64_t piece = 0; piece < pieces; piece++) total += sums[piece];
+    *norm = (float)sqrt(total);
+}
 
 /* average += (1 - momentum) (gradient - average), of N matrices of `count` values, the gradients each at its own place;
  * ahead = gradient + momentum (average - gradient): Nesterov's. */
