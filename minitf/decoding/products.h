@@ -15,14 +15,33 @@
 #define WIDTH 16 /* floats the compiler handles as one value; it splits them for narrower processors */
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
-/* In halves: lane by lane would take longer than the products of a small layer. */
-static float sum(Vector v) {
-    typedef float Half __attribute__((vector_size(2 * WIDTH)));
-    typedef float Quarter __attribute__((vector_size(WIDTH)));
+typedef float Half __attribute__((vector_size(2 * WIDTH)));
+typedef float Quarter __attribute__((vector_size(WIDTH)));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t Order __attribute__((vector_size(WIDTH)));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (Order){i, j, k, l})
+#endif
+
+static inline Quarter quarter_sum(Vector v) {
     union { Vector whole; Half halves[2]; } a = {v};
     union { Half whole; Quarter halves[2]; } b = {a.halves[0] + a.halves[1]};
-    Quarter c = b.halves[0] + b.halves[1];
-    return (c[0] + c[2]) + (c[1] + c[3]);
+    return b.halves[0] + b.halves[1];
+}
+
+/* The sums of four vectors, in halves and side by side: lane by lane would take longer than the products. */
+static inline Quarter sums_of(Vector a, Vector b, Vector c, Vector d) {
+    Quarter qa = quarter_sum(a), qb = quarter_sum(b), qc = quarter_sum(c), qd = quarter_sum(d);
+    Quarter ab = SHUFFLE(qa, qb, 0, 1, 4, 5) + SHUFFLE(qa, qb, 2, 3, 6, 7);
+    Quarter cd = SHUFFLE(qc, qd, 0, 1, 4, 5) + SHUFFLE(qc, qd, 2, 3, 6, 7);
+    return SHUFFLE(ab, cd, 0, 2, 4, 6) + SHUFFLE(ab, cd, 1, 3, 5, 7);
+}
+
+static inline float sum(Vector v) {
+    Quarter q = quarter_sum(v);
+    return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
 /* y[r][n] = sum_d x[r][d] weight[n][d] for R rows and N outputs at once: each loaded value is used R or N times. */
@@ -37,12 +56,17 @@ static float sum(Vector v) {
                 for (int r = 0; r < R; r++)                                                               \
                     sums[r][n] += *(const Vector *)(x + r * D + d) * *(const Vector *)(w + n * D + d);    \
             }                                                                                             \
-        for (int r = 0; r < R; r++)                                                                       \
-            for (int n = 0; n < N; n++) {                                                                 \
-                float total = sum(sums[r][n]);                                                            \
-                for (int64_t rest = d; rest < D; rest++) total += x[r * D + rest] * w[n * D + rest];      \
-                y[r * y_stride + n] = total;                                                              \
-            }                                                                                             \
+        for (int r = 0; r < R; r++) {                                                                     \
+            float *to = y + r * y_stride;                                                                 \
+            if (N % 4 == 0)                                                                               \
+                for (int n = 0; n < N; n += 4) {                                                          \
+                    Quarter four = sums_of(sums[r][n], sums[r][n + 1], sums[r][n + 2], sums[r][n + 3]);   \
+                    memcpy(to + n, &four, sizeof four);                                                   \
+                }                                                                                         \
+            else to[0] = sum(sums[r][0]);                                                                 \
+            for (int n = 0; n < N; n++)                                                                   \
+                for (int64_t rest = d; rest < D; rest++) to[n] += x[r * D + rest] * w[n * D + rest];      \
+        }                                                                                                 \
     }
 TILE(1, 1)
 TILE(1, 8)
