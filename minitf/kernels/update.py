@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from minitf.kernels.calls import as_rows, call, places_of
+from minitf.machine.sharded import is_sharded
 from minitf.optim import POLAR_EXPRESS, UpdateFunctions, orthogonalise, total_norm
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """`total_norm` of optim.py, by all threads at once."""
-    if any(gradient.dtype != torch.float32 for gradient in gradients):
+    """`total_norm` of optim.py, by all threads at once; of gradients that are not whole here it is PyTorch's."""
+    if any(gradient.dtype != torch.float32 or is_sharded(gradient) for gradient in gradients):
         return total_norm(gradients)
     places, kept = places_of(gradients)
     sizes, norm = (ctypes.c_int64 * len(kept))(*[gradient.numel() for gradient in kept]), torch.empty(())
