@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitf.decoding.sampling import Sampling, sample
+from minitf.decoding.sampling import Sampling, draw, sample
 from minitf.errors import RequestError, run_command
 from minitf.generate import Options, explain, generate, generate_text, main, stream_text
 from minitf.model import Transformer
@@ -83,8 +83,7 @@ def test_tokens_are_drawn_by_the_filtered_probabilities(
 ) -> None:
     sampling = Sampling(**{"temperature": 1.0, **settings})
     drawn_from: list[Tensor] = []
-    draw = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: (drawn_from.append(p), draw(p, *a, **k))[1])
+    monkeypatch.setattr("minitf.decoding.sampling.draw", lambda p, *rest: (drawn_from.append(p), draw(p, *rest))[1])
     logits_BV = 2 * torch.randn(3, 20)
     seen = [{1, 5, 7}, set(), set(range(20))]
     seen_BV = torch.tensor([[i in row for i in range(20)] for row in seen])

@@ -43,21 +43,31 @@ def sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, genera
         logits_BV = torch.where(seen_BV, punished, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
+    return draw(probabilities(logits_BV, sampling), generator)
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """What tokens are drawn by, as asked for: of each row at least one is above 0; they need not add up to 1."""
     # Less the largest, which changes no probability: the division cannot overflow.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         smallest = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest, -math.inf)
-    probabilities = logits_BV.softmax(-1)
+    p_BV = logits_BV.softmax(-1)
     if sampling.min_p > 0:
-        likeliest = probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * likeliest, 0.0)
+        p_BV = p_BV.masked_fill(p_BV < sampling.min_p * p_BV.amax(-1, keepdim=True), 0.0)
     if sampling.top_p < 1:
-        sorted_p, order = probabilities.sort(dim=-1, descending=True)
+        sorted_p, order = p_BV.sort(dim=-1, descending=True)
         before = sorted_p.cumsum(-1) - sorted_p  # probability of all likelier tokens: the first token always stays
         sorted_p = sorted_p.masked_fill(before >= sampling.top_p * sorted_p.sum(-1, keepdim=True), 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, sorted_p)
-    if probabilities.is_cuda:  # where torch.multinomial would wait for the device, to check what it is given
-        races_BV = torch.empty_like(probabilities).exponential_(generator=generator)
-        return (probabilities / races_BV).argmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        p_BV = torch.zeros_like(p_BV).scatter_(-1, order, sorted_p)
+    return p_BV
+
+
+def draw(p_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One id for each row by its share of the row.
+
+    They race: who needs the least time, exponentially distributed with rate p. So does torch.multinomial, which checks
+    first what it is given, and waits for a CUDA device to know.
+    """
+    return (p_BV / torch.empty_like(p_BV).exponential_(generator=generator)).argmax(-1)
