@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitf.decoding import Decoder, native
+from minitf.decoding import MOST_READ, Decoder, native
 from minitf.decoding.graph import GraphStep
 from minitf.decoding.sampling import Sampling
 from minitf.errors import MinitfError, RequestError
@@ -167,6 +167,33 @@ def counted(function: Callable[..., None], calls: list[object]) -> Callable[...,
         function(*arguments)
 
     return wrapper
+
+
+@pytest.mark.parametrize("how", ["another text", "by the model", "another row"])
+@torch.no_grad()
+def test_what_was_found_ahead_is_of_one_text(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same id at the same position, after another text."""
+    monkeypatch.setattr(native, "AHEAD_S", 1e3)
+    monkeypatch.setattr(native, "TRIED", 1)
+    model = random_model()
+    if how == "by the model":
+        monkeypatch.setitem(MOST_READ, "native", 1)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        decoder, anew = (Decoder(model, 2, CONTEXT, "native") for _ in range(2))
+        first, other = torch.randint(37, (2, 2, 5)).unbind()
+        for start, end in ((0, 2), (2, 3), (3, 4)):
+            decoder.read(first[:, start:end])
+        ids_B1 = likeliest(decoder, first[:, 4:])[:, None]
+        assert decoder.step.ahead  # type: ignore[union-attr]
+        if how == "another row":
+            decoder.reorder(torch.tensor([1, 0]))
+            anew.read(first.flip(0))
+        else:
+            decoder.forget()
+            for each in (decoder, anew):
+                each.read(other)
+        assert likeliest(decoder, ids_B1).tolist() == anew.read(ids_B1).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])

@@ -1,6 +1,7 @@
 """One token after another: the model behind a key/value cache, by the fastest step this machine and model allow."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -66,6 +67,13 @@ class Decoder:
     def forget(self) -> None:
         """Begin anew with an empty cache."""
         self.cache.length, self.cache.starts_B = 0, None
+        self._text_changed()
+
+    def _text_changed(self) -> None:
+        """Others than the step have written to the cache: what it has found ahead was of another text."""
+        ahead: deque[Tensor] | None = getattr(self.step, "ahead", None)
+        if ahead:
+            ahead.clear()
 
     @contextmanager
     def sparing_cores(self) -> Iterator[None]:
@@ -106,6 +114,7 @@ class Decoder:
 
     def reorder(self, rows_B: Tensor) -> None:
         """Let row i go on with what row `rows_B[i]` has read."""
+        self._text_changed()
         for part in (self.cache.keys, self.cache.values):  # in place: the step knows where they lie
             filled = part[:, :, :, : self.cache.length]
             filled.copy_(filled.index_select(1, rows_B))
@@ -140,6 +149,7 @@ class Decoder:
         if self.step is not None and self._by_step(ids_BT, weights):
             logits_BV = self._step(self.step, ids_BT)
             return logits_BV.expand(self.cache.keys.shape[1], -1)
+        self._text_changed()
         if weights is None and len(ids_BT) < self.cache.keys.shape[1]:
             return self._read_shared(ids_BT)
         x_BTD = self.model.hidden(ids_BT, self.cache, weights)

@@ -144,6 +144,7 @@ class NativeStep:
         """
         logits_BV = torch.empty(ids_BT.shape[0], self.vocab_size)
         self.reading.logits, self.reading.likeliest, self.reading.steps = logits_BV.data_ptr(), None, 1
+        self.ahead.clear()
         self._read(ids_BT)
         return logits_BV
 
