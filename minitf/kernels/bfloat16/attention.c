@@ -74,12 +74,12 @@ static inline void weigh(const float *score, int64_t from, int64_t to, int64_t c
         sum = _mm512_add_ps(sum, p);
         store(weight + k, 0xffff, p);
     }
-    if (*most != top) {
+    if (*most != top && *most > -INFINITY) {
         float fade = exp2f(*most - top);
         *total *= fade;
         for (int64_t k = 0; k < K; k++) sums[k] *= fade;
-        *most = top;
     }
+    *most = top;
     *total += _mm512_reduce_add_ps(sum);
 }
 
