@@ -44,7 +44,7 @@ static float exponential(float x) {
     float n = (float)(int32_t)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
     float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in few bits */
     float polynomial = 1 + r * (1 + r * (0.5f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
-    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
+    union { uint32_t bits; float value; } power = {(uint32_t)((int32_t)n + 127) << 23};
     return polynomial * power.value;
 }
 

@@ -32,7 +32,7 @@ static inline float power_of_2(float x) {
     p = p * f + 2.40226507e-1f;
     p = p * f + 6.93147181e-1f;
     p = p * f + 1.0f;
-    int32_t bits = ((int32_t)whole + 127) * (1 << 23);
+    uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     return p * scale;
