@@ -1,7 +1,6 @@
 """One token after another: the model behind a key/value cache, by the fastest step this machine and model allow."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from minitf.decoding.arrival import NOT_FINITE, Arrival
 from minitf.decoding.sampling import Sampling, sample
+from minitf.decoding.step import Step
 from minitf.errors import MinitfError, RequestError
 from minitf.model import Transformer
 
@@ -37,7 +37,7 @@ class Decoder:
         self.cache = model.new_cache(batch_size, capacity)
         self.engine, self.step = self._choose(engine)
 
-    def _choose(self, engine: str) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    def _choose(self, engine: str) -> tuple[str, Step | None]:
         on_cuda = self.model.device.type == "cuda"
         if engine == "graph" and not on_cuda:
             raise RequestError("--engine graph: CUDA graphs need a CUDA device")
@@ -67,13 +67,8 @@ class Decoder:
     def forget(self) -> None:
         """Begin anew with an empty cache."""
         self.cache.length, self.cache.starts_B = 0, None
-        self._text_changed()
-
-    def _text_changed(self) -> None:
-        """Others than the step have written to the cache: what it has found ahead was of another text."""
-        ahead: deque[Tensor] | None = getattr(self.step, "ahead", None)
-        if ahead:
-            ahead.clear()
+        if self.step:
+            self.step.forget()
 
     @contextmanager
     def sparing_cores(self) -> Iterator[None]:
@@ -100,10 +95,10 @@ class Decoder:
         `seen_BV` marks the tokens the repetition penalty applies to. MinitfError if the scores are not finite: here, or
         of a CUDA device when the ids arrive.
         """
-        likeliest: Callable[[Tensor], Arrival] | None = getattr(self.step, "likeliest", None)
-        all_rows = len(ids_BT) == self.cache.keys.shape[1]
-        if likeliest and sampling.temperature == 0 and seen_BV is None and all_rows and self._by_step(ids_BT, weights):
-            return self._step(likeliest, ids_BT)
+        step, all_rows = self.step, len(ids_BT) == self.cache.keys.shape[1]
+        greedy = sampling.temperature == 0 and seen_BV is None
+        if step and step.finds_likeliest and greedy and all_rows and self._by_step(ids_BT, weights):
+            return self._step(step.likeliest, ids_BT)
         logits_BV = self.read(ids_BT, weights)
         with self.sparing_cores():
             if logits_BV.is_cuda:
@@ -114,7 +109,8 @@ class Decoder:
 
     def reorder(self, rows_B: Tensor) -> None:
         """Let row i go on with what row `rows_B[i]` has read."""
-        self._text_changed()
+        if self.step:
+            self.step.forget()
         for part in (self.cache.keys, self.cache.values):  # in place: the step knows where they lie
             filled = part[:, :, :, : self.cache.length]
             filled.copy_(filled.index_select(1, rows_B))
@@ -146,10 +142,10 @@ class Decoder:
         One row of ids stands for all rows of an empty cache, and is computed once. A `weights` list gets one
         `weights_BHTS` a layer. What has been read is at most the capacity (ValueError).
         """
-        if self.step is not None and self._by_step(ids_BT, weights):
-            logits_BV = self._step(self.step, ids_BT)
-            return logits_BV.expand(self.cache.keys.shape[1], -1)
-        self._text_changed()
+        if self.step and self._by_step(ids_BT, weights):
+            return self._step(self.step, ids_BT).expand(self.cache.keys.shape[1], -1)
+        if self.step:
+            self.step.forget()
         if weights is None and len(ids_BT) < self.cache.keys.shape[1]:
             return self._read_shared(ids_BT)
         x_BTD = self.model.hidden(ids_BT, self.cache, weights)
@@ -160,7 +156,7 @@ class Decoder:
         B, T = ids_BT.shape
         few = T == 1 or MOST_READ.get(self.engine, 1) >= B * T
         shared = self.engine == "native" and B == 1 and self.cache.length == 0
-        return self.step is not None and weights is None and few and (shared or self.cache.keys.shape[1] == B)
+        return weights is None and few and (shared or self.cache.keys.shape[1] == B)
 
     def _step(self, read: Callable[[Tensor], Read], ids_BT: Tensor) -> Read:
         """What the step finds after these ids, which are read then."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
+from minitf.decoding.step import Step
 from minitf.machine.hardware import compiled, compiler_missing
 from minitf.model import Transformer
 
@@ -58,7 +59,7 @@ def compiled_step() -> Callable[..., Tensor]:
     return compiled(fixed_step)
 
 
-class GraphStep:
+class GraphStep(Step):
     """Reads one token a row into `cache` and scores the next."""
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:

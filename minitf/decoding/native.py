@@ -17,6 +17,7 @@ from torch import Tensor
 from minitf import c_sources
 from minitf.attention import KeyValueCache
 from minitf.decoding.arrival import NOT_FINITE, Arrival
+from minitf.decoding.step import Step
 from minitf.errors import MinitfError
 from minitf.model import Transformer
 
@@ -78,8 +79,6 @@ def obstacle(model: Transformer) -> str | None:
 
 # Steps by all threads and by one, in turn, after which the faster goes on: on a busy machine they wait for each other.
 TRIED = 6
-
-
 # Vocabularies of so many weights have a copy of 8 bits in which the likeliest is looked for; of fewer it saves nothing.
 LARGE = 1 << 18
 # The likeliest are found for some steps at once, at most so many and for so long, before somebody sees them: Python
@@ -87,11 +86,13 @@ LARGE = 1 << 18
 MOST_AHEAD, AHEAD_S = 8, 0.004
 
 
-class NativeStep:
+class NativeStep(Step):
     """Reads the next tokens of each text into `cache` and scores what comes then.
 
     A single token is read by as many threads as PyTorch has, or by one if that is faster, more of them by all.
     """
+
+    finds_likeliest = True
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
         found = library()
@@ -144,9 +145,12 @@ class NativeStep:
         """
         logits_BV = torch.empty(ids_BT.shape[0], self.vocab_size)
         self.reading.logits, self.reading.likeliest, self.reading.steps = logits_BV.data_ptr(), None, 1
-        self.ahead.clear()
+        self.forget()
         self._read(ids_BT)
         return logits_BV
+
+    def forget(self) -> None:
+        self.ahead.clear()
 
     def likeliest(self, ids_BT: Tensor) -> Arrival:
         """As a call, but only the ids with the largest logits; MinitfError if any logit is not finite."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitf.attention import KeyValueCache
 from minitf.decoding.arrival import Arrival
+from minitf.decoding.step import Step
 from minitf.machine.cuda_program import CudaKernel, CudaProgram
 from minitf.model import Transformer
 
@@ -186,8 +187,10 @@ class Weights:
 _spare: list[Tensor] = []
 
 
-class PersistentStep:
+class PersistentStep(Step):
     """Reads one token after the other into `cache` and scores the next, without waiting for the GPU."""
+
+    finds_likeliest = True
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
         planned = _plan_for(model)
