@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitf.rope_scaling import scaled_frequencies
+from minitf.rope import scaled_frequencies
 
 
 class Linear(nn.Linear):
@@ -232,4 +232,4 @@ class Attention(nn.Module):
 if __name__ == "__main__":  # `python -m minitf.attention "TEXT"` looks inside a trained model
     import runpy
 
-    runpy.run_module("minitf.interpretability.attention_page", run_name="__main__")
+    runpy.run_module("minitf.interpretability.page", run_name="__main__")

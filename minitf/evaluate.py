@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.answer import AnswerOptions, answer
-from minitf.answer_scores import AnswerScores, score_answers
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.data.batches import Batch, Tokens, held_out_batches, prepare
-from minitf.data.corpus import DataConfig
-from minitf.data.formats import read_text
 from minitf.data.packing import PairIds, TokenizedPairs, fit, held_out_pairs, prepare_pairs
+from minitf.data.sources.files import read_text
+from minitf.data.sources.text import DataConfig
 from minitf.errors import CommandParser, MinitfError, RequestError
+from minitf.evaluation.text_metrics import AnswerScores, score_answers
+from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.interpretability.alignment import NUM_PAIRS, AligningHeads, find_aligning_heads
 from minitf.interpretability.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
-from minitf.machine.hardware import set_threads
+from minitf.system.hardware import set_threads
 from minitf.tokenizer import TokenizerConfig
 
 # Of the same tokens with a head and without: the difference is steady long before either number is.
@@ -187,7 +187,7 @@ def record_heads(report: HeadReport, run_dir: Path, step: int) -> None:
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    from minitf.interpretability.attention_picture import heads_picture
+    from minitf.interpretability.picture import heads_picture
     from minitf.tensorboard.summary import picture_summary
 
     directory = run_dir / "heads"

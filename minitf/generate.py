@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitf.answer import AnswerOptions, answer, answer_file
+from minitf.backends.token_future import Arrival
 from minitf.checkpoints.checkpoint import load_checkpoint
-from minitf.decoding import ENGINES, Decoder
-from minitf.decoding.arrival import Arrival
-from minitf.decoding.sampling import Sampling
 from minitf.errors import CommandParser, RequestError
-from minitf.machine.hardware import set_threads
+from minitf.inference.decoder import ENGINES, Decoder
+from minitf.inference.sampling import Sampling
+from minitf.inference.seq2seq import AnswerOptions, answer, answer_file
 from minitf.model import Transformer
+from minitf.system.hardware import set_threads
 from minitf.tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
-    engine: str = "auto"  # who decodes: native, persistent, graph, torch, or auto for the fastest there is
+    engine: str = "auto"  # who decodes: native, graph, torch, or auto for the fastest there is
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "seed"):

@@ -30,7 +30,7 @@ from minitf.attention import (
 )
 from minitf.errors import RequestError
 from minitf.loss import add_product, chunk_loss, linear_cross_entropy
-from minitf.rope_scaling import check_scaling
+from minitf.rope import check_scaling
 
 # On a CPU the fused kernel's backward pass is slow in bfloat16 (at 512 positions 113 ms against 27 ms for the three
 # explicit steps); beyond this length the size of the scores turns the balance.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from minitf.distributed.process_group import ALONE, Group
+from minitf.distributed.sharding import as_part, is_sharded, local, shard_like, whole
 from minitf.errors import MinitfError, RequestError
-from minitf.machine.distributed import ALONE, Group
-from minitf.machine.sharded import as_part, is_sharded, local, shard_like, whole
 
 SCHEDULES = ("wsd", "cosine", "constant")
 

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from minitf.errors import MinitfError, RequestError
-from minitf.untrusted import check_size
+from minitf.system.safe_io import check_size
 
 END_OF_TEXT = "<|endoftext|>"
 SOURCE, TARGET = "<|source|>", "<|target|>"  # before the text that is turned into another, and before that other

@@ -10,7 +10,7 @@ from minitf.errors import RequestError, run_command
 
 # torch and all that needs it are imported below, where they are used: --help answers without them.
 if TYPE_CHECKING:
-    from minitf.machine.distributed import Group
+    from minitf.distributed.process_group import Group
 
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info",
@@ -20,8 +20,8 @@ HYDRA_FLAGS = (
 
 def start(args: Sequence[str], group: "Group") -> None:
     """Train as the command line says; where torchrun has started anew, go on with the run it was."""
-    from minitf.config import compose_config
-    from minitf.run import new_run_dir, resume, train, whole_context
+    from minitf.config.schema import compose_config
+    from minitf.runs.start import new_run_dir, resume, train, whole_context
 
     if known := group.remembered("run_dir"):  # its config.yaml holds all that the command line says
         return resume(known, [], group)
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see `help_page` for what it takes."""
     args = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(args):
-        from minitf.help_page import help_page
+        from minitf.config.help import help_page
 
         print(help_page())
         return 0
     if args and args[0] in ("-sc", "--shell-completion"):  # Hydra's own does not know `python -m`
-        from minitf.completion import main as completion
+        from minitf.config.shell_completion import main as completion
 
         return completion([args[-1].removeprefix("install=")])
     # Threads that wait for each other keep their core instead of giving it back at every operation: a step took 164 ms
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     if os.environ.get("LOCAL_RANK", "0") == "0":  # on a new machine: two or three seconds, while torch is imported
-        from minitf.c_sources import compile_ahead
+        from minitf.backends.cpu.build import compile_ahead
 
         compile_ahead()
-    from minitf.config import check_sweep
-    from minitf.machine.distributed import joined
+    from minitf.config.schema import check_sweep
+    from minitf.distributed.process_group import joined
 
     with joined() as group:
         flags = [arg for arg in args if arg.startswith("-")]
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{' '.join(flags)} does not go with torchrun: a sweep's runs are trained by one process each"
             )
         check_sweep([arg for arg in args if "=" in arg and not arg.startswith("-")])  # not the job of --cfg job
-        from minitf.sweep import sweep
+        from minitf.runs.sweep import sweep
 
         return sweep(args)
 

@@ -1,7 +1,13 @@
-"""Hostile input for everything that reads; see minitf/faults/fuzz.py."""
+"""Hostile input for everything that reads; see tests/robustness/fuzz.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from robustness.fuzz import main
 
 from minitf.errors import run_command
-from minitf.faults.fuzz import main
 
 if __name__ == "__main__":
     raise SystemExit(run_command(main))

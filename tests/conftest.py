@@ -17,16 +17,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run without a GPU
 
-from minitf.errors import run_command
-from minitf.kernels import calls
-from minitf.machine import processor
-from minitf.machine.c_library import FLAGS
+from helpers import SHAPE, make_text, randomise, train_here
+
+from minitf.backends.cpu import bindings as calls
+from minitf.backends.cpu.compiler import FLAGS
 from minitf.model import ModelConfig, Transformer
+from minitf.system import cpuinfo as processor
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 gc.freeze()  # what the imports made stays: it need not be looked through for garbage again and again
-
-SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,16 +34,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("MINITF_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))  # for the commands started elsewhere
         yield
-
-
-def make_text(num_sentences: int, seed: int = 0) -> str:
-    choose = random.Random(seed).choice
-    sentences = (
-        f"The {choose(['cat', 'dog', 'bird', 'old man'])} {choose(['sat', 'slept', 'sang'])} on the "
-        f"{choose(['mat', 'road', 'roof'])}{choose(['.', ' again.', ', it was tired.'])}" + choose(" \n")
-        for _ in range(num_sentences)
-    )
-    return "".join(sentences)
 
 
 @pytest.fixture(scope="session")
@@ -58,18 +47,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(TokenizerConfig(vocab_size=300), [make_text(600)])
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random values for all parameters, also those that start at zero or one: only then does each of them matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.copy_(1 + 0.3 * noise)
-            else:
-                parameter.copy_(noise * (0.3 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
 
 
 @pytest.fixture(scope="session")
@@ -115,19 +92,14 @@ def bf16_kernels() -> Iterator[None]:
     """The C kernels in bfloat16 run, on a processor without AVX-512 BF16 by the functions of avx512/immintrin.h."""
     with pytest.MonkeyPatch.context() as patch:
         if "avx512_bf16" not in processor.flags():
-            patch.setenv("CPATH", str(Path(__file__).parent / "avx512"))
-            patch.setattr("minitf.machine.c_library.FLAGS", ("-O2", *FLAGS[1:]))  # compiled in a quarter of the time
+            patch.setenv("CPATH", str(Path(__file__).parent / "backends/avx512"))
+            patch.setattr(
+                "minitf.backends.cpu.compiler.FLAGS", ("-O2", *FLAGS[1:])
+            )  # compiled in a quarter of the time
             patch.setattr(processor, "flags", lambda: {"avx512_bf16"})
             calls.library.cache_clear()
         yield
     calls.library.cache_clear()
-
-
-def train_here(*arguments: str) -> int:
-    """`python -m minitf.train ARGUMENTS` in this process; its exit status."""
-    from minitf.train import main
-
-    return run_command(lambda: main(list(arguments)))
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from minitf.benchmark.training import BATCH_SIZE, SIX_256, TOY
 from minitf.errors import MinitfError
 
 if TYPE_CHECKING:
-    from minitf.machine.distributed import Group
-    from minitf.training.training_step import TrainingStep
+    from minitf.distributed.process_group import Group
+    from minitf.training.step import TrainingStep
 
 NUM_PROCESSES, VOCABULARY = 2, 4096
 COUNTER = Path("/proc/net/dev")  # Linux counts what goes through each interface; processes here talk through `lo`
@@ -51,11 +51,11 @@ def _step_of(group: "Group", strategy: str, shape: dict[str, int]) -> "TrainingS
     import torch
 
     from minitf.data.batches import Batches
-    from minitf.machine.hardware import Hardware
     from minitf.model import ModelConfig, Transformer
     from minitf.optim import OptimConfig, Optimizer
+    from minitf.system.hardware import Hardware
     from minitf.training.parallel import Parallel
-    from minitf.training.training_step import TrainingStep
+    from minitf.training.step import TrainingStep
 
     torch.manual_seed(0)
     config = ModelConfig(**shape)  # type: ignore[arg-type]
@@ -99,8 +99,8 @@ def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, wi
 
 def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -> None:
     """In a process started by torchrun: measure, and let the first write `answer`."""
-    from minitf.machine.distributed import ALONE, joined
-    from minitf.machine.hardware import set_threads
+    from minitf.distributed.process_group import ALONE, joined
+    from minitf.system.hardware import set_threads
 
     with joined() as group:
         if group.size != NUM_PROCESSES:

@@ -137,11 +137,11 @@ def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_token
 
     import torch
 
-    from minitf.decoding import Decoder
-    from minitf.decoding.sampling import Sampling
     from minitf.generate import generate
-    from minitf.machine.hardware import choose_hardware
+    from minitf.inference.decoder import Decoder
+    from minitf.inference.sampling import Sampling
     from minitf.model import ModelConfig, Transformer
+    from minitf.system.hardware import choose_hardware
 
     model = Transformer(ModelConfig(**shape), vocab_size).to(device).eval()  # type: ignore[arg-type]
     model.compute_dtype = choose_hardware(device, "auto").dtype if device == "cuda" else torch.float32

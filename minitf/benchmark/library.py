@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minitf.model import Transformer
-    from minitf.training.training_step import TrainingStep
+    from minitf.training.step import TrainingStep
 
 # What `python -m minitf.train` sets before torch is imported; the functions that do not go through it need it given.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
@@ -76,7 +76,7 @@ def held_out(run: str) -> dict[str, Any]:
 def prepare_text(file: str) -> dict[str, Any]:
     """Tokenize a text as training does; seconds of that."""
     from minitf.data.batches import prepare
-    from minitf.data.corpus import DataConfig
+    from minitf.data.sources.text import DataConfig
     from minitf.tokenizer import TokenizerConfig
 
     start = time.perf_counter()
@@ -102,11 +102,11 @@ def step_parts(
     import torch
 
     from minitf.data.batches import Batches
-    from minitf.machine.hardware import choose_hardware
     from minitf.model import ModelConfig, Transformer
     from minitf.optim import OptimConfig, Optimizer
+    from minitf.system.hardware import choose_hardware
     from minitf.training.parallel import Parallel
-    from minitf.training.training_step import TrainingStep
+    from minitf.training.step import TrainingStep
 
     hardware = choose_hardware(device, "auto")
     torch.manual_seed(0)
@@ -207,8 +207,8 @@ def _optimizer_floor(model: "Transformer", matrices: "Sequence[Tensor]", optim: 
 
 def fastest() -> dict[str, Any]:
     """The value of trainer.compile a long run would come to here."""
-    from minitf.kernels.calls import library
-    from minitf.machine.hardware import choose_hardware
+    from minitf.backends.cpu.bindings import library
+    from minitf.system.hardware import choose_hardware
 
     missing = isinstance(library(choose_hardware("cpu", "auto").dtype), str)
     return {"compile": "true" if missing else "native"}
@@ -234,8 +234,8 @@ def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int,
     from itertools import islice
 
     import minitf
-    from minitf.decoding.sampling import Sampling
     from minitf.generate import generate
+    from minitf.inference.sampling import Sampling
 
     lm = minitf.load(checkpoint)
 

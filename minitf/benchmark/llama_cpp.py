@@ -13,7 +13,7 @@ def convert(checkpoint: str, path: str) -> dict[str, Any]:
     It is given ids and asked for ids, which `decode` reads from the text: any tokenizer serves.
     """
     from minitf.checkpoints.checkpoint import load_checkpoint
-    from minitf.checkpoints.export import Vocabulary, write_gguf
+    from minitf.checkpoints.gguf import Vocabulary, write_gguf
 
     model = load_checkpoint(checkpoint, device="cpu").model
     names = Vocabulary("gpt-2", tokens=[f"t{i}" for i in range(model.vocab_size)], merges=["t 0"])

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoints.hugging_face import from_hugging_face, is_hub_name, load_weights, to_hugging_face
-from minitf.checkpoints.runs import LINKS, STEP_NAME, find_checkpoints, step_of
+from minitf.checkpoints.locate import LINKS, STEP_NAME, find_checkpoints, step_of
 from minitf.errors import MinitfError, RequestError
-from minitf.machine.hardware import choose_device
-from minitf.machine.storage import flush
 from minitf.model import ModelConfig, Transformer
+from minitf.system.files import flush
+from minitf.system.hardware import choose_device
+from minitf.system.safe_io import read_json, read_tensors, write_tensors
 from minitf.tokenizer import Tokenizer
-from minitf.untrusted import read_json, read_tensors, write_tensors
 
 MAX_ROTATIONS = 1 << 27  # positions times the width of a head, whose table is made with a model: 1 GB
 

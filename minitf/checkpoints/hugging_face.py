@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minitf.errors import MinitfError, RequestError
 from minitf.model import ModelConfig
-from minitf.untrusted import read_json, read_tensors
+from minitf.system.safe_io import read_json, read_tensors
 
 INDEX = "model.safetensors.index.json"
 # What is fetched of a hub model: these names at its top, nothing else.

@@ -8,10 +8,10 @@ from typing import Any
 
 from minitf.checkpoints.hugging_face import HUB_NAME, is_hub_name
 from minitf.checkpoints.train_state import TrainState
-from minitf.data.corpus import DataConfig
+from minitf.data.sources.text import DataConfig
 from minitf.errors import MinitfError
 from minitf.model import Transformer
-from minitf.untrusted import check_size
+from minitf.system.safe_io import check_size
 
 MAX_CARD_BYTES = 1 << 20
 USE = {  # by data.kind

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minitf.data.corpus import Corpus, DataConfig, Row, num_bytes_of, open_corpus
-from minitf.data.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
+from minitf.data.sources.text import Corpus, DataConfig, Row, num_bytes_of, open_corpus
+from minitf.data.tokenize import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from minitf.data.batches import Batch, Tokens
-from minitf.data.corpus import DataConfig, num_bytes_of
-from minitf.data.pairs import Pair, PairCorpus, open_pairs
-from minitf.data.preparation import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
+from minitf.data.sources.pairs import Pair, PairCorpus, open_pairs
+from minitf.data.sources.text import DataConfig, num_bytes_of
+from minitf.data.tokenize import Arrays, Preparation, Source, evenly_sampled, ids_dtype, prepare_once, to_stderr
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minitf.answer import answer
 from minitf.attention import rotate
 from minitf.errors import MinitfError, RequestError
+from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
 from minitf.interpretability.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
 from minitf.tokenizer import join_bytes

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.decoding.sampling import Sampling
 from minitf.errors import MinitfError
 from minitf.generate import encode_prompt, generate
+from minitf.inference.sampling import Sampling
 from minitf.interpretability.attention_maps import (
     ARROW,
     AttentionMaps,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from minitf.data.batches import Batch
+from minitf.distributed.process_group import ALONE, Group
+from minitf.distributed.sharding import whole as full
 from minitf.errors import RequestError
-from minitf.machine.distributed import ALONE, Group
-from minitf.machine.sharded import whole as full
 from minitf.model import Block, Transformer
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp")

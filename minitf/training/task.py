@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitf.answer import AnswerOptions, answer
-from minitf.answer_scores import score_answers
 from minitf.data.batches import Batches, BatchSource, TokenizedText, prepare
-from minitf.data.corpus import DataConfig, fingerprint
 from minitf.data.packing import PairBatches, TokenizedPairs, fit, prepare_pairs
-from minitf.decoding.sampling import Sampling
+from minitf.data.sources.text import DataConfig, fingerprint
 from minitf.errors import RequestError
 from minitf.evaluate import HeldOut, evaluate, evaluate_pairs
+from minitf.evaluation.text_metrics import score_answers
 from minitf.generate import Options, generate_text
+from minitf.inference.sampling import Sampling
+from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.interpretability.alignment import NUM_PAIRS as NUM_ALIGNED
 from minitf.interpretability.alignment import AligningHeads, find_aligning_heads
 from minitf.interpretability.attention_maps import ARROW, GENERAL_PROBE, AttentionMaps, attention_maps, pair_maps

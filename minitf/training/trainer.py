@@ -8,26 +8,26 @@ from pathlib import Path
 
 import torch
 
+from minitf.backends.cpu import decoding as native
+from minitf.checkpoints.background_save import Saver
 from minitf.checkpoints.model_card import model_card
-from minitf.checkpoints.saving import Saver
 from minitf.checkpoints.train_state import TrainState
 from minitf.data.batches import BatchSource
-from minitf.decoding import native
 from minitf.errors import MinitfError
 from minitf.interpretability.attention_maps import ARROW, AttentionConfig
 from minitf.loss import linear_cross_entropy
-from minitf.machine import random_state
-from minitf.machine.hardware import Hardware
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
-from minitf.training import resumption
-from minitf.training.choices import Choices
-from minitf.training.looks import Looks
-from minitf.training.monitor import Monitor
+from minitf.reporting.monitor import Monitor
+from minitf.system.hardware import Hardware
+from minitf.training import resume_state as resumption
+from minitf.training import rng as random_state
+from minitf.training.attention_logger import Looks
+from minitf.training.decisions import Choices
 from minitf.training.parallel import Parallel
 from minitf.training.signals import ending_on_signals
+from minitf.training.step import TrainingStep
 from minitf.training.task import Sample, Task
 from minitf.training.trainer_config import FORWARD_ALONE, Schedule, TrainerConfig
-from minitf.training.training_step import TrainingStep
 
 NUM_SHOWN = 16  # answers in TensorBoard's table of samples
 

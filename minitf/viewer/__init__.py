@@ -15,8 +15,8 @@ FOLDER = Path(__file__).parent
 # Each imports only those before it.
 MODULES = (
     "texts.js", "preferences.js", "dom.js", "maps.js", "source.js", "timeline.js", "overview.js", "sentence.js",
-    "lines.js", "matrix.js", "alignment.js", "walk.js", "expected.js", "growth.js", "compare.js", "prompt.js",
-    "telling.js", "viewer.js",
+    "lines.js", "matrix.js", "alignment.js", "three_steps.js", "next_token.js", "over_training.js", "compare.js",
+    "prompt.js", "defaults.js", "viewer.js",
 )  # fmt: skip
 
 

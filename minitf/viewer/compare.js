@@ -1,7 +1,7 @@
 /* Two steps or two runs side by side: the same head, the same reading word, and the difference. */
 
 import { make, percent, quoted } from "./dom.js";
-import { atPosition } from "./expected.js";
+import { atPosition } from "./next_token.js";
 import { headLook } from "./maps.js";
 import { matrix, steering } from "./matrix.js";
 import { patternName } from "./overview.js";

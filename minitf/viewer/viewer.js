@@ -8,18 +8,18 @@ import { clamp, choices, make, rich } from "./dom.js";
 import { MAX_HEADS, headLook, paletteOf, readMap } from "./maps.js";
 import { alignmentView } from "./alignment.js";
 import { compareView } from "./compare.js";
-import { expectedView } from "./expected.js";
-import { growthView } from "./growth.js";
+import { expectedView } from "./next_token.js";
+import { growthView } from "./over_training.js";
 import { linesView } from "./lines.js";
 import { matrixView } from "./matrix.js";
 import { overview, patternName } from "./overview.js";
 import { preferredLanguage, remember } from "./preferences.js";
 import { promptPanel } from "./prompt.js";
-import { describe, longest, mostTelling, tellingQuery } from "./telling.js";
+import { describe, longest, mostTelling, tellingQuery } from "./defaults.js";
 import { sentenceView } from "./sentence.js";
 import { LANGUAGES, translator } from "./texts.js";
 import { timeline } from "./timeline.js";
-import { walkView } from "./walk.js";
+import { walkView } from "./three_steps.js";
 
 const VIEWS = { alignment: alignmentView, lines: linesView, matrix: matrixView, walk: walkView, expected: expectedView, growth: growthView, compare: compareView };
 const OWN = "\u0000own"; // the choice of typing a sentence

@@ -1,0 +1,96 @@
+"""A trained model in Python: text in, text and attention out.
+
+import minitf
+lm = minitf.load("runs/kjv/2026-01-01_12-00-00")
+print(lm.generate("And the LORD said"))
+lm.attention("And the LORD said unto Moses")      # displays itself in a notebook
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
+from minitf.generate import Options, generate_text, stream_text
+from minitf.inference.sampling import Sampling
+from minitf.inference.seq2seq import AnswerOptions, answer
+from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
+from minitf.model import Transformer
+from minitf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded checkpoint and what can be done with it."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def model(self) -> Transformer:
+        return self.checkpoint.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.checkpoint.tokenizer
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    @property
+    def step(self) -> int | None:
+        return self.checkpoint.step
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 200,
+        num_samples: int = 1,
+        seed: int | None = None,
+        stop: tuple[str, ...] = (),
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.05,
+        repetition_penalty: float = 1.0,
+    ) -> str | list[str]:
+        """The continuation of `prompt`, without the prompt; a list of them if `num_samples` is above 1."""
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        options = Options(max_tokens, seed, stop, sampling)
+        texts = generate_text(self.model, self.tokenizer, prompt, options, num_samples)
+        return texts[0] if num_samples == 1 else texts
+
+    def answer(self, source: str | Sequence[str], *, beam: int = 1, length_penalty: float = 1.0) -> str | list[str]:
+        """What a model trained on pairs turns `source` into; a list for a list."""
+        sources = [source] if isinstance(source, str) else list(source)
+        options = AnswerOptions(beam=beam, length_penalty=length_penalty)
+        answers = answer(self.model, self.tokenizer, sources, options)
+        return answers[0] if isinstance(source, str) else answers
+
+    def stream(self, prompt: str, options: Options | None = None) -> Iterator[str]:
+        """Pieces of the continuation as they are decided."""
+        return stream_text(self.model, self.tokenizer, prompt, options or Options())
+
+    def evaluate(self, text: str | None = None, max_tokens: int | None = None) -> HeldOut:
+        """Loss, bits per byte and perplexity on `text`, or else on the held-out part of the text of its own run."""
+        if text is None:
+            tokens, num_bytes = held_out_part(self.checkpoint)
+        else:
+            tokens, num_bytes = np.array(self.tokenizer.encode(text), dtype=np.uint32), len(text.encode())
+        return evaluate_checkpoint(self.checkpoint, tokens, num_bytes, max_tokens)
+
+    def attention(self, text: str) -> AttentionMaps:
+        """What every head looks at in `text`; scores of previous token, first token and entropy are of this text.
+
+        Of a model trained on pairs: in `text` and its answer, or in "SOURCE => TARGET".
+        """
+        return maps_of_checkpoint(self.checkpoint, text)
+
+
+def load(run: str | Path = "latest", device: str = "auto") -> LanguageModel:
+    """The model of a run directory, a checkpoint directory, or `latest`."""
+    return LanguageModel(load_checkpoint(run, device))

@@ -1,0 +1,1 @@
+"""C kernels for this processor, for training and for decoding."""

@@ -1,0 +1,1 @@
+"""The configuration: schema, presets, help, shell completion."""

@@ -1,0 +1,1 @@
+"""From ids to more ids: decoding, sampling, beam search, answers to prompts."""

@@ -1,0 +1,111 @@
+"""An update by the C kernels: what optim.py computes, as exactly as bfloat16 allows."""
+
+import pytest
+import torch
+from helpers import random_tensor as random
+from helpers import relative_error as off
+from torch import Tensor
+
+from minitf.backends.cpu import bindings as calls
+from minitf.backends.cpu.muon import gradient_norm, muon_average, muon_move, muon_orthogonalise
+from minitf.optim import average_gradients, move_weights, orthogonalise, total_norm
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _kernels(bf16_kernels: None) -> None:
+    if isinstance(missing := calls.library(BF16), str):
+        pytest.skip(missing)
+
+
+@pytest.mark.parametrize("sizes", [[(1,)], [(3, 5), (300, 40), (1,), (16,), (4096,), (257, 129)]])
+def test_the_norm_of_the_gradient(sizes: list[tuple[int, ...]]) -> None:
+    gradients = [random(*shape, seed=seed) for seed, shape in enumerate(sizes)]
+    gradients[0] = gradients[0].mT if gradients[0].dim() == 2 else gradients[0]
+    torch.testing.assert_close(gradient_norm(gradients), total_norm(gradients))
+    in_halves = [gradient.to(BF16) for gradient in gradients]
+    torch.testing.assert_close(gradient_norm(in_halves), total_norm(in_halves))
+    gradients[-1].view(-1)[-1] = torch.nan
+    assert gradient_norm(gradients).isnan()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (40, 17), (96, 64), (33, 4096)])
+def test_gradients_are_averaged_and_weights_move(shape: tuple[int, int]) -> None:
+    gradients = [random(*shape, seed=1), random(*shape[::-1], seed=2).mT]  # the second lies elsewise
+    averages = [random(2, *shape, seed=3) for _ in range(2)]
+    ahead = muon_average(list(gradients), averages[0], 0.9, BF16)
+    torch.testing.assert_close(
+        ahead.float(), average_gradients(gradients, averages[1], 0.9, BF16), rtol=0.005, atol=0.005
+    )
+    torch.testing.assert_close(*averages)
+    weights = [[random(*shape, seed=seed) for seed in (4, 5)] for _ in range(2)]
+    muon_move(weights[0], ahead, 0.99, 0.3)
+    move_weights(weights[1], ahead, 0.99, 0.3)
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def spectrum(kind: str, N: int, R: int, C: int) -> Tensor:
+    """Matrices of random singular vectors; "flat" are of random numbers."""
+    if kind == "flat":
+        return random(N, R, C)
+    K = min(R, C)
+    U, V = torch.linalg.qr(random(N, R, K, seed=1))[0], torch.linalg.qr(random(N, C, K, seed=2))[0]
+    falling = {
+        "steep": torch.logspace(0, -4, K),
+        "low rank": (torch.arange(K) < max(1, K // 8)).float(),
+        "ruled": torch.where(
+            torch.arange(K) == 0, 1, 0.2 * torch.logspace(0, -2, K)
+        ),  # by one direction: early gradients
+    }[kind]
+    return 1e-3 * (U * falling) @ V.mT
+
+
+@pytest.mark.parametrize("kind", ["flat", "steep", "low rank", "ruled"])
+@pytest.mark.parametrize(
+    "shape", [(32, 32), (96, 32), (256, 704), (352, 144), (100, 70), (7, 200), (1, 40), (5, 1), (128, 32)]
+)
+def test_matrices_are_orthogonalised_as_well_as_by_full_products(shape: tuple[int, int], kind: str) -> None:
+    matrices = spectrum(kind, max(3, torch.get_num_threads()), *shape).to(BF16)
+    exact = orthogonalise(matrices, torch.float64)
+    native, plain = muon_orthogonalise(matrices, BF16), orthogonalise(matrices, BF16)
+    if kind != "low rank":  # of few directions each weighs much, and any value from 0.79 to 1.21 is as good
+        assert off(native, exact) < (0.03 if kind == "flat" else 0.07) + off(plain, exact)
+    # Rounding gives directions without a gradient a little of one; it must not grow. The polynomials end below 1.21.
+    assert torch.linalg.matrix_norm(native.double(), 2).max() < 1.27
+    # How near it comes to U V^T, which is the point of it.
+    U, _, Vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    if kind == "flat":
+        near = [torch.cosine_similarity(x.double().flatten(1), (U @ Vh).flatten(1)).min() for x in (native, exact)]
+        assert near[0] > near[1] - 0.003
+
+
+def test_no_matrix_leaks_into_another_and_nothing_stays_nothing() -> None:
+    count = max(3, torch.get_num_threads())
+    matrices = random(count, 48, 80).to(BF16)
+    before = muon_orthogonalise(matrices, BF16)
+    matrices[0], matrices[1] = 0, float("nan")
+    after = muon_orthogonalise(matrices, BF16)
+    assert torch.equal(after[2:], before[2:])
+    assert not after[0].any()
+    assert after[1].isnan().all()
+
+
+def test_with_more_threads_than_matrices_pytorch_shares_one_out() -> None:
+    before, matrices = torch.get_num_threads(), random(2, 24, 40)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(muon_orthogonalise(matrices, BF16), orthogonalise(matrices, BF16))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_neither_threads_nor_repetition_change_a_bit() -> None:
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3, 1):
+            torch.set_num_threads(num_threads)
+            outcomes.append(muon_orthogonalise(random(3, 70, 40), BF16))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)

@@ -1,0 +1,69 @@
+"""Completion: what may follow, in a moment, and as bash hands it to the command line."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitf.config.help import all_keys
+from minitf.config.shell_completion import candidates, main, script
+from minitf.errors import RequestError
+
+
+def test_words_a_training_may_go_on_with(workdir: Path) -> None:
+    assert candidates("python -m minitf.train trainer.prec") == ["trainer.precision="]
+    assert candidates("python3 -m minitf.train model=nano trainer.precision=b") == ["trainer.precision=bf16"]
+    assert candidates("minitf-train model=") == [f"model={size}" for size in ("auto", "gpt2", "mini", "nano", "small")]
+    assert candidates("/some/bin/python -m minitf.train data.streaming=") == [
+        "data.streaming=true", "data.streaming=false"
+    ]  # fmt: skip
+    every = {word.rstrip("=") for word in candidates("minitf-train ")}
+    assert every == {*all_keys(), "experiment"} - {"trainer", "attention"}
+    (workdir / "runs/kjv/one/checkpoints/latest").mkdir(parents=True)
+    assert candidates("minitf-train resume=") == ["resume=latest", "resume=runs/kjv/one"]
+
+
+def test_flags_of_the_other_commands(workdir: Path) -> None:
+    assert candidates("python scripts/generate.py --max") == ["--max-tokens"]
+    assert candidates("minitf-export --type ") == ["f32", "f16", "q8_0"]
+    assert candidates("python -m minitf.evaluate --run ") == ["latest"]
+    for line in ("python scripts/other.py --", "python -m http.server --", "python ", "minitf-generate The"):
+        assert candidates(line) == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_understands_what_it_is_to_read(shell: str, tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "file").write_text(script(shell))
+    assert subprocess.run([shell, "-n", tmp_path / "file"], capture_output=True).stderr == b""
+
+
+def test_an_unknown_shell_is_said_and_hydras_way_leads_here(capsys: pytest.CaptureFixture[str]) -> None:
+    from minitf.train import main as train
+
+    with pytest.raises(RequestError, match="bash, zsh, fish"):
+        main(["tcsh"])
+    assert train(["--shell-completion", "install=bash"]) == 0
+    assert capsys.readouterr().out == script("bash")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("line", "replies"),
+    [
+        ("python -m minitf.train model.num_l", "model.num_layers="),
+        ("python -m minitf.train trainer.precision=f", "fp32"),  # what stands before the "=" stays
+        ("minitf-generate --expl", "--explain"),
+        ("python other.py --x", "theirs"),
+    ],
+)
+def test_bash_completes(line: str, replies: str) -> None:
+    """Completion of `python` that was there before still answers for all that is not minitf's."""
+    words = f'COMP_LINE="{line}" COMP_POINT=${{#COMP_LINE}} COMP_WORDBREAKS=$" \\t\\n=:"'
+    before = "theirs() { COMPREPLY=(theirs); }; complete -F theirs python"
+    code = f'{before}; eval "$({sys.executable} -m minitf.completion bash)"; {words}; _minitf; echo ${{COMPREPLY[@]}}'
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == [replies], done.stderr

@@ -1,0 +1,137 @@
+"""Local files by their extension: what is inside is what is trained on."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from minitf.data.sources.text import DataConfig, fingerprint, open_corpus
+from minitf.errors import RequestError
+
+TEXTS = ['The cat,\nand "the" mat.', "naïve 世界\r\n", "", "third", *(f"document {i}" for i in range(4, 20))]
+KEPT = [text for text in TEXTS if text]
+
+
+def write(path: Path, column: str = "text") -> Path:
+    """TEXTS in the format of the file's extension."""
+    kind = path.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[1]
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(TEXTS))), column: TEXTS}), path)
+        return path
+    if kind == "jsonl":
+        content = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(TEXTS))
+    else:
+        import io
+
+        written = io.StringIO()
+        table = csv.writer(written, delimiter="\t" if kind == "tsv" else ",")
+        table.writerows([["id", column], *enumerate(TEXTS)])
+        content = written.getvalue()
+    data = content.encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    if path.suffix == ".zst":
+        data = pytest.importorskip("zstandard", reason="install the extra minitf[zst]").compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def read(config: DataConfig) -> tuple[list[str], list[str]]:
+    corpus = open_corpus(config)
+    parts = []
+    for rows in (corpus.train, corpus.val):
+        found = list(rows)
+        assert all(row["end"] for row in found)
+        parts.append([row["text"] for row in found])
+    return parts[0], parts[1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.zst", "A.JSONL"])
+def test_a_row_is_a_document(tmp_path: Path, name: str) -> None:
+    config = DataConfig(source="files", files=[str(write(tmp_path / name.lower()).rename(tmp_path / name))])
+    train, val = read(config)
+    assert val == [KEPT[9]]
+    assert train == [text for text in KEPT if text != KEPT[9]]
+
+
+def test_folders_globs_and_files_together(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl.gz")
+    write(tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("a plain text")
+    (tmp_path / "d.log").write_text("not asked for")
+    (tmp_path / "e.tar.gz").write_bytes(b"nor this")
+    train, val = read(DataConfig(source="files", files=[str(tmp_path)]))
+    assert sorted([*train, *val]) == sorted([*KEPT, *KEPT, "a plain text"])
+    train, val = read(DataConfig(source="files", files=[f"{tmp_path}/a.*"], max_documents=5))
+    assert [*train, *val] == KEPT[:5]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_text_is_text(tmp_path: Path, suffix: str) -> None:
+    text = "".join(f"line {i} – ü\n" for i in range(1000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    packed = tmp_path / f"a.txt{suffix}"
+    if suffix == ".gz":
+        packed.write_bytes(gzip.compress(text.encode()))
+    else:
+        zstandard = pytest.importorskip("zstandard", reason="install the extra minitf[zst]")
+        packed.write_bytes(zstandard.compress(text.encode()))
+
+    def whole(path: Path) -> list[str]:
+        config = DataConfig(source="files", files=[str(path)])
+        corpus = open_corpus(config)
+        return ["".join(row["text"] for row in rows) for rows in (corpus.train, corpus.val)]
+
+    assert whole(packed) == whole(tmp_path / "a.txt")
+    packed.write_bytes(packed.read_bytes()[:100])
+    if suffix == ".gz":  # a zstd stream that ends early is not told from one that is whole
+        with pytest.raises(RequestError, match=r"a\.txt\.gz: damaged"):
+            whole(packed)
+
+
+def test_another_column_is_another_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", column="body")
+    named = DataConfig(source="files", files=[str(file)], text_column="body")
+    assert read(named)[1] == [KEPT[9]]
+    assert fingerprint(named) != fingerprint(DataConfig(source="files", files=[str(file)]))
+    with pytest.raises(RequestError, match=r"row 1 has no 'text'.*id, body"):
+        read(DataConfig(source="files", files=[str(file)]))
+    with pytest.raises(RequestError, match="id holds int"):
+        read(DataConfig(source="files", files=[str(file)], text_column="id"))
+    with pytest.raises(RequestError, match=r"has no 'text'.*id, body"):
+        read(DataConfig(source="files", files=[str(write(tmp_path / "a.parquet", column="body"))]))
+
+
+def test_parquet_that_holds_no_utf8_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["plain", "stuff"]}), path, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"stuff", b"st\xffff"))
+    with pytest.raises(RequestError, match=r"a\.parquet: cannot be read as parquet: 'utf-8'"):
+        read(DataConfig(source="files", files=[str(path)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'"a"\n', "line 1 is no JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "row 2: text holds half a surrogate pair"),
+        ("a.csv", b'text\n"a\n', "unexpected end"),
+        ("a.csv", b"text\n\xff\xfe\n", "not UTF-8"),
+        ("a.parquet", b"no", "cannot be read as parquet"),
+        ("a.jsonl.gz", b"no", "damaged"),
+        ("a.jsonl", b'{"text": "a"}\n', "1 documents with text are too few"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=words):
+        read(DataConfig(source="files", files=[str(tmp_path / name)]))

@@ -1,0 +1,222 @@
+"""Pairs from wherever they come: recognised, complete, and a bad row named by its number."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitf.data.sources.books import aligned_verses
+from minitf.data.sources.pairs import Pair, open_pairs
+from minitf.data.sources.synthetic import EXERCISES, exercise_pairs
+from minitf.data.sources.text import DataConfig, fingerprint
+from minitf.errors import RequestError
+
+ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(25)]
+
+
+def config_of(path: Path, **settings: Any) -> DataConfig:
+    return DataConfig(kind="pairs", source="files", files=[str(path)], **settings)
+
+
+def write_json(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path, **settings: Any) -> list[Pair]:
+    return list(open_pairs(config_of(path, **settings)))
+
+
+def test_the_formats_hold_the_same_pairs(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    write_json(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    for name, delimiter in (("c.csv", ","), ("d.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(ROWS)
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "e.parquet"))
+    expected = [Pair(row["prompt"], row["completion"], i % 10 == 9) for i, row in enumerate(ROWS)]
+    for path in sorted(tmp_path.iterdir()):
+        assert read(path) == expected, path.name
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_hold_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+    def pack(data: bytes) -> bytes:
+        if suffix == ".gz":
+            return gzip.compress(data)
+        zstandard = pytest.importorskip("zstandard", reason="install the extra minitf[zst]")
+        half = len(data) // 2  # several frames, as parallel compressors write them
+        return b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))
+
+    table = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS)
+    contents = {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "b.json": json.dumps(ROWS),
+        "c.csv": table,
+        "d.tsv": table.replace(",", "\t"),
+    }
+    expected = [Pair(row["prompt"], row["completion"], i % 10 == 9) for i, row in enumerate(ROWS)]
+    for name, content in contents.items():
+        path = tmp_path / (name + suffix)
+        path.write_bytes(pack(content.encode()))
+        assert read(path) == expected, name
+        path.write_bytes(b"damage" + path.read_bytes()[6:])
+        with pytest.raises(RequestError, match="damaged"):
+            read(path)
+
+
+def test_quotes_newlines_and_tabs_survive(tmp_path: Path) -> None:
+    row = {"prompt": 'a "quoted", text\nof two lines', "completion": "ünï 世界 \t tab"}
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows([row, row])
+    for path in (tmp_path / "a.csv", write_json(tmp_path / "a.jsonl", [row, row])):
+        assert [tuple(pair[:2]) for pair in read(path)] == [(row["prompt"], row["completion"])] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion", "said"),
+    [
+        ({"source": "s", "target": "t"}, "s", "t", "source -> target"),
+        ({"id": 3, "question": "q", "answer": 42}, "q", "42", "question -> answer"),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n1 2", "3", "instruction and input -> output"),
+        ({"instruction": "Sing.", "input": "", "output": "La"}, "Sing.", "La", "instruction and input -> output"),
+        ({"translation": {"en": "cat", "fr": "chat"}}, "cat", "chat", "translation, en -> fr"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "Be kind."},
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Hello"},
+                ]
+            },
+            "Be kind.\nHi",
+            "Hello",
+            "messages, earlier turns -> last answer",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            "Hi",
+            "Hello",
+            "conversations, earlier turns -> last answer",
+        ),
+    ],
+)
+def test_usual_rows_are_recognised_and_said(
+    tmp_path: Path, row: dict[str, Any], prompt: str, completion: str, said: str
+) -> None:
+    corpus = open_pairs(config_of(write_json(tmp_path / "a.jsonl", [row, row])))
+    assert [tuple(pair[:2]) for pair in corpus] == [(prompt, completion)] * 2
+    assert f"({said})" in corpus.description
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.jsonl", [{"prompt": "no", "old": "thou", "new": "you", "completion": "no"}] * 2)
+    assert read(path, prompt_column="old", completion_column="new")[0][:2] == ("thou", "you")
+    with pytest.raises(RequestError, match=r"has no column 'older' \(data\.prompt_column\); it has: prompt, old, new"):
+        read(path, prompt_column="older")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": " ", "completion": "x"}', "row 2: prompt is empty"),
+        ('{"prompt": "x"}', "row 2: completion is missing"),
+        ('{"prompt": "x", "completion": ["y"]}', "row 2: completion holds list, not text"),
+        ('{"prompt": "x"', "row 2: not JSON"),
+        ("[1]", "row 2: no JSON object"),
+        ('{"prompt": "x\\udc00", "completion": "y"}', "row 2: prompt holds half a surrogate pair"),
+    ],
+)
+def test_a_bad_row_is_named_or_left_out(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(ROWS[0])
+    path.write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8")
+    with pytest.raises(RequestError, match=message):
+        read(path)
+    corpus = open_pairs(config_of(path, bad_rows="skip"))
+    assert len(list(corpus)) == 2
+    assert corpus.num_skipped == 1
+    assert len(list(corpus)) == 2
+    assert corpus.num_skipped == 1
+
+
+def test_a_wrong_encoding_is_named_by_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("prompt,completion\na,b\ncafé,d\n".encode("latin-1"))
+    with pytest.raises(RequestError, match=r"row 3: invalid UTF-8 at byte 3 of the line"):
+        read(path)
+    path.write_bytes(b"prompt,completion\na,b,c\n")
+    with pytest.raises(RequestError, match=r"row 2: 3 columns, the header has 2"):
+        read(path)
+
+
+def test_what_is_no_file_of_pairs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(RequestError, match=r"not from .*a\.txt"):
+        read(tmp_path / "a.txt")
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(RequestError, match="no rows"):
+        read(tmp_path / "b.jsonl")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 not at all")
+    with pytest.raises(RequestError, match="cannot be read as parquet"):
+        read(tmp_path / "c.parquet")
+    with pytest.raises(RequestError, match=r"data\.source=kjv is not known for data\.kind=pairs"):
+        DataConfig(kind="pairs", source="kjv")
+    write_json(tmp_path / "d.jsonl", [{"a": "1", "b": "2"}])
+    with pytest.raises(RequestError, match=r"none of its columns .*\(a, b\); set data\.prompt_column"):
+        read(tmp_path / "d.jsonl")
+
+
+def test_a_hub_data_set_of_pairs(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)])
+    data = DataConfig(kind="pairs", source="hub", hub_path="json", files=[str(tmp_path / "a.jsonl")])
+    pairs = list(open_pairs(data))
+    assert [pair.prompt for pair in pairs] == [f"q{i}" for i in range(20)]
+    assert [pair.prompt for pair in pairs if pair.held_out] == ["q9", "q19"]
+
+
+def test_verses_are_aligned_by_their_numbers() -> None:
+    chapters = aligned_verses()
+    assert len(chapters) == 1189
+    assert sum(map(len, chapters)) == 31_095
+    assert chapters[0][0] == (
+        "In the beginning God created the heaven and the earth.",
+        "In the beginning God created the heavens and the earth.",
+    )
+    pairs = list(open_pairs(DataConfig(kind="pairs", source="kjv_to_web")))
+    held_out = [pair.prompt for pair in pairs if pair.held_out]
+    assert len(held_out) == 3056
+    assert "Thou shalt not bear false witness against thy neighbour." in held_out
+    assert not any(pair.completion.count('"') % 2 for pair in pairs)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercises_are_right_and_nothing_is_held_out_and_trained_on(name: str) -> None:
+    pairs = list(open_pairs(DataConfig(kind="pairs", source=name, num_pairs=2000)))
+    assert len({pair.prompt for pair in pairs}) == 2000
+    assert sum(pair.held_out for pair in pairs) == 200
+    assert [tuple(pair[:2]) for pair in pairs] == list(exercise_pairs(name, 2000))
+    for prompt, completion, _ in pairs:
+        if name == "addition":
+            assert int(completion) == sum(map(int, prompt.split("+")))
+        else:
+            wanted = {"copy": prompt, "reverse": prompt[::-1], "sort": "".join(sorted(prompt))}
+            assert completion == wanted[name]
+
+
+def test_the_fingerprint_knows_the_pairs(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.jsonl", ROWS)
+    first = fingerprint(config_of(path))
+    assert fingerprint(config_of(path)) == first
+    assert fingerprint(config_of(path, prompt_column="completion", completion_column="prompt")) != first
+    write_json(path, ROWS[:-1])
+    assert fingerprint(config_of(path)) != first

@@ -1,0 +1,380 @@
+"""Several processes train what one process trains, on the CPU: losses, checkpoints, failures, restarts."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import train_here
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minitf.backends.cpu import bindings as calls
+from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.distributed.process_group import ALONE, Group, joined
+from minitf.errors import RequestError
+from minitf.optim import OptimConfig, Optimizer, orthogonalise
+from minitf.system.hardware import PRECISIONS
+from minitf.training.parallel import choose_strategy
+
+# Sums of other parts, in another order: float32 rounds them differently, in the seventh digit.
+TOLERANCE = 2e-5
+
+
+def torchrun(
+    num: int, *arguments: str, options: tuple[str, ...] = (), program: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Train with `num` processes; `program` is Python that runs in each of them before, to break things."""
+    return subprocess.run(
+        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=60
+    )
+
+
+def command(num: int, *arguments: str, options: tuple[str, ...] = (), program: str = "") -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}", *options]
+    if not program:
+        return [*start, "-m", "minitf.train", *arguments]
+    Path("program.py").write_text(
+        "import os, sys, signal\nfrom minitf.errors import MinitfError, run_command\n"
+        "from minitf.train import main\nfrom minitf.training.trainer import Trainer\n"
+        f"{program}\nraise SystemExit(run_command(main))\n",
+        encoding="utf-8",
+    )
+    return [*start, "program.py", *arguments]
+
+
+# What a process does in the step it is about to take: {do} at step {at} in the process of rank {rank}.
+BREAKING = """
+step = Trainer.train_one_step
+def broken(self):
+    if self.state.step == {at} and self.group.rank == {rank} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {do}
+    step(self)
+Trainer.train_one_step = broken
+"""
+
+
+def rows(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same_losses(run: str, expected: str) -> None:
+    assert [(row["step"], row["split"]) for row in rows(run)] == [(row["step"], row["split"]) for row in rows(expected)]
+    for found, wanted in zip(rows(run), rows(expected), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=TOLERANCE)
+        assert found["tokens"] == wanted["tokens"]
+        if "grad_norm" in wanted:
+            assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+        else:
+            assert found["num_tokens"] == wanted["num_tokens"]
+
+
+def our_lines(stderr: str) -> list[str]:
+    """What minitf says of an error, without torchrun's own words."""
+    return [line for line in stderr.splitlines() if line.startswith("minitf: ")]
+
+
+@pytest.fixture
+def small(tiny: list[str]) -> list[str]:
+    return [*tiny, "trainer.batch_size=8"]
+
+
+# The same training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "num"),
+    [
+        ("auto", 2),
+        ("fsdp", 2),
+        pytest.param("ddp", 4, marks=pytest.mark.machines),
+        pytest.param("fsdp", 4, marks=pytest.mark.machines),
+    ],
+)
+def test_several_processes_train_what_one_trains(workdir: Path, small: list[str], strategy: str, num: int) -> None:
+    """Losses, gradient norms and held-out losses, over accumulated batches, and the checkpoint they lead to."""
+    small += ["trainer.grad_accumulation=2", "trainer.attention_every=3", "trainer.sample_tokens=4"]
+    assert train_here(*small, "run_dir=one") == 0
+    done = torchrun(num, *small, "run_dir=several", f"trainer.strategy={strategy}", "trainer.micro_batch_size=3")
+    assert done.returncode == 0, done.stderr
+    assert f"{min(3, 8 // num)} sequences at a time" in done.stderr
+    assert_same_losses("several", "one")
+    expected = load_file("one/checkpoints/latest/model.safetensors")
+    found = load_file("several/checkpoints/latest/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=2e-4), name
+    assert load_checkpoint("several").model.config == load_checkpoint("one").model.config
+    # One process speaks, and what it says and leaves is what a process on its own leaves.
+    assert done.stderr.count("text       ") == done.stderr.count("held-out   ") == 1
+    kind = "ddp" if strategy == "auto" else strategy
+    share, threads = 8 // num, max(1, (os.cpu_count() or 1) // num)
+    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, {threads} CPU thread" in done.stderr
+    assert "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
+    left = {path.name.split(".")[0] for path in Path("several").iterdir()}
+    assert left == {path.name.split(".")[0] for path in Path("one").iterdir()}
+    assert not list(Path("several/checkpoints").glob(".*"))
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_blocks_and_recomputed_activations_give_the_same(
+    workdir: Path, small: list[str], strategy: str
+) -> None:
+    small = [*small, "trainer.activation_checkpointing=true", "trainer.max_steps=3"]
+    assert train_here(*small, "run_dir=one") == 0
+    done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}", "trainer.compile=true")
+    assert done.returncode == 0, done.stderr
+    assert "compile    on" in done.stderr
+    assert_same_losses("two", "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("ddp", "bf16"), ("fsdp", "bf16"), pytest.param("ddp", "fp32", marks=pytest.mark.machines)],
+)
+def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], strategy: str, precision: str) -> None:
+    if isinstance(missing := calls.library(PRECISIONS[precision]), str):
+        pytest.skip(missing)
+    small = [*small, f"trainer.precision={precision}", "trainer.compile=native", "trainer.max_steps=3"]
+    assert train_here(*small, "run_dir=one") == 0
+    done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")
+    assert done.returncode == 0, done.stderr
+    assert "C kernels" in done.stderr
+    # FSDP rounds the gradients to bf16, like the weights it hands over.
+    near = {"fp32": TOLERANCE, "bf16": 0.005 if strategy == "ddp" else 0.02}[precision]
+    assert [row["loss"] for row in rows("two")] == pytest.approx([row["loss"] for row in rows("one")], abs=near)
+
+
+def test_a_process_on_its_own_is_single_whatever_the_strategy() -> None:
+    for name in ("auto", "single", "ddp", "fsdp"):
+        assert choose_strategy(name, ALONE) == "single"
+    assert choose_strategy("auto", Group(0, 2)) == "ddp"
+    with pytest.raises(RequestError, match=r"trainer\.strategy=single"):
+        choose_strategy("single", Group(0, 2))
+
+
+# Resuming
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str]) -> None:
+    """Half a run by two processes, gone on with by one, by four, and by two that hold copies."""
+    assert train_here(*small, "run_dir=whole", "trainer.max_steps=12") == 0
+    halves = ["trainer.max_steps=12", "run_dir=half", "trainer.strategy=fsdp"]
+    stop = BREAKING.format(at=5, rank=1, do="self.interrupted = True")
+    done = torchrun(2, *small, *halves, program=stop)
+    assert done.returncode == 0, done.stderr
+    checkpoint = Path("half/checkpoints/latest")
+    assert len(list((checkpoint / "shards").iterdir())) == 2
+    for file in checkpoint.rglob("*"):  # nothing but JSON, safetensors and the card
+        assert file.is_dir() or file.suffix in (".json", ".safetensors", ".md"), file
+        assert file.is_dir() or file.read_bytes()[:2] != b"\x80\x02"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == 6
+    for name, num, strategy in (("by_one", 1, "fsdp"), ("by_four", 4, "fsdp"), ("by_copies", 2, "ddp")):
+        subprocess.run(["cp", "-r", "half", name], check=True)
+        arguments = [f"resume={name}", f"trainer.strategy={strategy}"]
+        if num == 1:
+            assert train_here(*arguments) == 0
+        else:
+            done = torchrun(num, *arguments)
+            assert done.returncode == 0, done.stderr
+            changed = f"resumed    with processes {num} instead of 2"
+            assert (changed in done.stderr) == (num != 2)
+        assert_same_losses(name, "whole")
+        assert (Path(name) / "checkpoints/latest/shards").exists() == (num == 4)
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_one_process_goes_on_with_copies_and_back(workdir: Path, small: list[str]) -> None:
+    assert train_here(*small, "run_dir=whole", "trainer.max_steps=9", "optim.schedule=constant") == 0
+    assert train_here(*small, "run_dir=parts", "trainer.max_steps=3", "optim.schedule=constant") == 0
+    for strategy, steps in (("ddp", 6), ("fsdp", 9)):
+        done = torchrun(2, "resume=parts", f"trainer.max_steps={steps}", f"trainer.strategy={strategy}")
+        assert done.returncode == 0, done.stderr
+    train = [[row["loss"] for row in rows(run) if row["split"] == "train"] for run in ("parts", "whole")]
+    assert train[0] == pytest.approx(train[1], abs=TOLERANCE)
+
+
+# Failing
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_killed_process_ends_all_and_a_restarted_job_loses_nothing(
+    workdir: Path, small: list[str], strategy: str
+) -> None:
+    """Killed with -9 two steps after a checkpoint: torchrun starts all anew, and they go on from it by themselves."""
+    small = [*small, "trainer.save_every=2", "trainer.max_steps=8", f"trainer.strategy={strategy}", "name=job"]
+    assert torchrun(2, *small, "run_dir=undisturbed").returncode == 0
+    kill = BREAKING.format(at=5, rank=1, do="os.kill(os.getpid(), signal.SIGKILL)")
+    done = torchrun(2, *small, program=kill, options=("--max-restarts=1",))
+    assert done.returncode == 0, done.stderr
+    (run,) = Path("runs/job").iterdir()
+    assert_same_losses(str(run), "undisturbed")
+    assert [line for line in our_lines(done.stderr) if "lost another one" in line] == our_lines(done.stderr)
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_without_a_restart_a_killed_process_ends_all_with_one_line(workdir: Path, small: list[str]) -> None:
+    kill = BREAKING.format(at=3, rank=0, do="os.kill(os.getpid(), signal.SIGKILL)")
+    done = torchrun(4, *small, "run_dir=run", program=kill)
+    assert done.returncode == 1
+    (line,) = our_lines(done.stderr)
+    assert re.search(r"process [123] of 4 lost another one", line)
+    assert train_here("resume=run") == 0
+    assert [row["step"] for row in rows("run") if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_and_is_said_once(workdir: Path, small: list[str]) -> None:
+    fail = BREAKING.format(at=2, rank=1, do="raise MinitfError('the disk of this machine is on fire')")
+    done = torchrun(2, *small, "run_dir=run", program=fail)
+    assert done.returncode == 1
+    assert our_lines(done.stderr) == ["minitf: the disk of this machine is on fire (process 1 of 2)"]
+    assert "minitf/training/trainer.py" not in done.stderr  # torchrun's own traceback is not ours to keep back
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_a_request_that_does_not_fit_is_refused_once(workdir: Path, small: list[str]) -> None:
+    done = torchrun(2, *small, "run_dir=run", "trainer.batch_size=7")
+    assert done.returncode == 1
+    (line,) = our_lines(done.stderr)
+    assert "trainer.batch_size=7" in line
+    assert "multiple of their number, 2" in line
+    assert not Path("run").exists()
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_a_signal_ends_all_after_the_same_step_and_saves(workdir: Path, small: list[str]) -> None:
+    """torchrun hands its own SIGTERM on to all; here it comes to one process alone, which is harder."""
+    one = BREAKING.format(at=3, rank=1, do="os.kill(os.getpid(), signal.SIGTERM)")
+    done = torchrun(2, *small, "run_dir=run", program=one)
+    assert done.returncode == 0, done.stderr
+    assert "stopped after step 4" in done.stderr
+    assert json.loads(Path("run/checkpoints/latest/trainer_state.json").read_text())["step"] == 4
+    assert torchrun(2, "resume=run").returncode == 0
+    assert train_here(*small, "run_dir=one") == 0
+    assert_same_losses("run", "one")
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_a_run_by_the_clock_takes_as_many_steps_in_all_processes(workdir: Path, small: list[str]) -> None:
+    """The number is corrected on the way; processes that disagreed on it would wait for each other for ever."""
+    small = [word for word in small if not word.startswith("trainer.max_steps")]
+    done = torchrun(2, *small, "run_dir=run", "trainer.max_minutes=0.03", "trainer.eval_every=0", "trainer.log_every=5")
+    assert done.returncode == 0, done.stderr
+    state = json.loads(Path("run/checkpoints/latest/trainer_state.json").read_text())
+    assert state["step"] == state["num_steps"] > 5
+    assert state["num_steps_final"]
+
+
+@pytest.mark.machines
+@pytest.mark.slow
+def test_torchrun_stopped_by_its_scheduler_leaves_a_checkpoint(workdir: Path, small: list[str]) -> None:
+    small = [*small, "trainer.max_steps=100000", "trainer.eval_every=100000", "run_dir=run"]
+    process = subprocess.Popen(command(2, *small), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "step " not in (line := process.stderr.readline()):
+        assert line, "it ended by itself"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert load_checkpoint("run", prefer="latest").step
+
+
+# Sharing out
+
+
+def _in_group(rank: int, size: int, port: int, check: Callable[[Group], None]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    torch.set_num_threads(1)
+    with joined() as group:
+        check(group)
+
+
+def together(size: int, check: Callable[[Group], None]) -> None:
+    """Run `check` in `size` processes."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_in_group, (size, port, check), size)  # type: ignore[no-untyped-call]
+
+
+def _check_sharing(group: Group) -> None:
+    generator = torch.Generator().manual_seed(0)
+    worked_on = 0
+
+    def work(matrices_NRC: Tensor) -> Tensor:
+        nonlocal worked_on
+        worked_on += len(matrices_NRC)
+        return orthogonalise(matrices_NRC, torch.float32)
+
+    for shape in ((7, 10, 4), (2, 5, 8), (3, 3, 3), (1, 2, 6)):  # also fewer matrices, and fewer rows, than processes
+        matrices_NRC = torch.randn(shape, generator=generator)
+        expected_NRC, worked_on = orthogonalise(matrices_NRC, torch.float32), 0
+        found_NRC = group.share_out(work, matrices_NRC, torch.float32)()
+        torch.testing.assert_close(found_NRC, expected_NRC, atol=1e-6, rtol=1e-5)
+        assert group.sum([worked_on]) == [len(matrices_NRC)]  # each matrix once
+        worked_on = 0
+        height = -(-shape[1] // group.size)
+        mine = slice(group.rank * height, (group.rank + 1) * height)
+        rows_NrC = group.share_out_rows(work, matrices_NRC[:, mine], shape[1], torch.float32)()
+        torch.testing.assert_close(rows_NrC, expected_NRC[:, mine], atol=1e-6, rtol=1e-5)
+        assert group.sum([worked_on]) == [len(matrices_NRC)]
+
+
+@pytest.mark.slow
+def test_every_matrix_is_orthogonalised_once_and_as_by_one_process() -> None:
+    together(3, _check_sharing)
+
+
+def _check_words(group: Group) -> None:
+    assert group.agree({"a": [group.rank, "é"]}) == {"a": [0, "é"]}
+    assert group.any(group.rank == 1)
+    assert not group.any(False)
+    assert group.sum([1.0, group.rank]) == [2.0, 1.0]
+    assert group.mean(torch.tensor([float(group.rank)])).tolist() == [0.5]
+    assert group.gather(torch.tensor([group.rank])).tolist() == [[0], [1]]
+    assert group.own(6) == slice(3 * group.rank, 3 * group.rank + 3)
+
+
+@pytest.mark.slow
+def test_what_processes_tell_each_other() -> None:
+    together(2, _check_words)
+    assert ALONE.agree("x") == "x"
+    assert ALONE.any(True)
+    assert ALONE.sum([1.5]) == [1.5]
+    assert ALONE.own(6) == slice(0, 6)
+
+
+def test_a_process_alone_does_not_meet_the_machinery(make_model: Callable[..., Any]) -> None:
+    code = "import minitf.train, minitf.training.trainer, sys; assert 'torch.distributed.fsdp' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    optimizer = Optimizer(make_model(), OptimConfig(), torch.float32)
+    with joined() as group:
+        assert group is ALONE
+        assert optimizer.optimizers[0].processes is group  # type: ignore[attr-defined]

@@ -1,0 +1,125 @@
+"""What tests share: a tiny model and text, training in this process, and comparisons of runs."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minitf.errors import run_command
+from minitf.interpretability.attention_maps import AttentionMaps
+
+SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
+
+
+def make_text(num_sentences: int, seed: int = 0) -> str:
+    choose = random.Random(seed).choice
+    sentences = (
+        f"The {choose(['cat', 'dog', 'bird', 'old man'])} {choose(['sat', 'slept', 'sang'])} on the "
+        f"{choose(['mat', 'road', 'roof'])}{choose(['.', ' again.', ', it was tired.'])}" + choose(" \n")
+        for _ in range(num_sentences)
+    )
+    return "".join(sentences)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random values for all parameters, also those that start at zero or one: only then does each of them matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * noise)
+            else:
+                parameter.copy_(noise * (0.3 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
+
+
+def train_here(*arguments: str) -> int:
+    """`python -m minitf.train ARGUMENTS` in this process; its exit status."""
+    from minitf.train import main
+
+    return run_command(lambda: main(list(arguments)))
+
+
+def rows(run: Path | str, split: str | None = None) -> list[dict[str, Any]]:
+    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if split in (None, row["split"])]
+
+
+def losses(run: Path | str) -> list[tuple[int, str, float]]:
+    return [(row["step"], row["split"], row["loss"]) for row in rows(run)]
+
+
+def tensors(run: Path | str) -> dict[str, torch.Tensor]:
+    """All of the latest checkpoint: weights, optimiser, random state."""
+    latest = Path(run) / "checkpoints/latest"
+    return {**load_file(latest / "model.safetensors"), **load_file(latest / "trainer_state.safetensors")}
+
+
+def assert_one_line(err: str, *words: str) -> None:
+    last = err.splitlines()[-1]
+    assert last.startswith("minitf: "), err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in last
+
+
+def assert_same_run(run: str, expected: str) -> None:
+    assert losses(run) == losses(expected)
+    found, wanted = tensors(run), tensors(expected)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """As if Ctrl-C had been pressed while this step was computed."""
+    from minitf.training.trainer import Trainer
+
+    original = Trainer.train_one_step
+
+    def train_one_step(self: Trainer) -> None:
+        original(self)
+        if self.state.step == step:
+            self.interrupted = True
+
+    monkeypatch.setattr(Trainer, "train_one_step", train_one_step)
+
+
+def maps_of(tokens: list[str], num_layers: int = 2, num_heads: int = 3) -> AttentionMaps:
+    size = len(tokens)
+    scores = torch.randn(num_layers, num_heads, size, size, generator=torch.Generator().manual_seed(0))
+    weights = scores.masked_fill(torch.ones(size, size).triu(1).bool(), float("-inf")).softmax(-1)
+    return AttentionMaps(" ".join(tokens), tokens, list(range(size)), weights, [[("a", 0.5)]] * size, 10)
+
+
+NASTY = ["</script><script>alert(1)</script>", "<!--", "]]>", "\u2028", "\ud800", '"', "&amp;"]
+
+
+class WordTokenizer:
+    """Words of a sentence <-> ids, as far as `attention_maps` needs it."""
+
+    start_ids: ClassVar[list[int]] = []
+
+    def __init__(self, words: str = "the cat sat on mat dog it was") -> None:
+        self.words = words.split()
+
+    def encode(self, text: str) -> list[int]:
+        return [self.words.index(word) for word in text.split()]
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        return [" " + self.words[id_] for id_ in ids]
+
+
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Relative distance."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))

@@ -1,0 +1,470 @@
+"""Generation: every filter as defined, every token from the right window, and text that ends where it should."""
+
+import io
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitf.errors import RequestError, run_command
+from minitf.generate import Options, explain, generate, generate_text, main, stream_text
+from minitf.inference.sampling import Sampling, draw, sample
+from minitf.model import Transformer
+from minitf.tokenizer import Tokenizer
+
+MakeModel = Callable[..., Transformer]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: MakeModel, tokenizer: Tokenizer) -> Transformer:
+    """Random, over the tiny tokenizer; end of text is as unlikely as can be."""
+    model = make_model(tokenizer.vocab_size, tie_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.7
+        model.lm_head.weight[tokenizer.end_id] = 0
+    return model
+
+
+def never_ends(model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "end_id", -1)
+
+
+# Sampling
+
+
+def naive_probabilities(logits: list[float], seen: set[int], sampling: Sampling) -> list[float]:
+    """Probabilities after every filter, one number at a time."""
+    logits = [
+        x if i not in seen else x / sampling.repetition_penalty if x > 0 else x * sampling.repetition_penalty
+        for i, x in enumerate(logits)
+    ]
+    logits = [x / sampling.temperature for x in logits]
+    ranks = sorted(range(len(logits)), key=lambda i: -logits[i])
+    allowed = set(ranks[: sampling.top_k] if sampling.top_k else ranks)
+    p = [math.exp(x) if i in allowed else 0.0 for i, x in enumerate(logits)]
+    p = [x / sum(p) for x in p]
+    p = [x if x >= sampling.min_p * max(p) else 0.0 for x in p]
+    total, reached = sum(p), 0.0
+    for i in sorted(range(len(p)), key=lambda i: -p[i]):
+        if reached >= sampling.top_p * total:
+            p[i] = 0.0
+        reached += p[i]
+    return [x / sum(p) for x in p]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 1},
+        {"top_k": 5},
+        {"top_k": 1000},
+        {"top_p": 0.3},
+        {"top_p": 0.9},
+        {"top_p": 1e-9},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.5},
+        {"temperature": 0.7, "top_k": 12, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.2},
+    ],
+)
+def test_tokens_are_drawn_by_the_filtered_probabilities(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(**{"temperature": 1.0, **settings})
+    drawn_from: list[Tensor] = []
+    monkeypatch.setattr("minitf.inference.sampling.draw", lambda p, *rest: (drawn_from.append(p), draw(p, *rest))[1])
+    logits_BV = 2 * torch.randn(3, 20)
+    seen = [{1, 5, 7}, set(), set(range(20))]
+    seen_BV = torch.tensor([[i in row for i in range(20)] for row in seen])
+    ids_B = sample(logits_BV, seen_BV if sampling.repetition_penalty != 1 else None, sampling, None)
+    (p_BV,) = drawn_from
+    for row in range(3):
+        expected = naive_probabilities(logits_BV[row].tolist(), seen[row], sampling)
+        found = (p_BV[row] / p_BV[row].sum()).tolist()
+        assert found == pytest.approx(expected, abs=1e-6)
+        assert expected[int(ids_B[row])] > 0
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits_BV = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
+    ids_B = sample(logits_BV, None, Sampling(temperature=1.0), torch.Generator().manual_seed(0))
+    shares = torch.bincount(ids_B, minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), rtol=0, atol=0.02)
+
+
+def test_temperature_0_takes_the_likeliest() -> None:
+    logits_BV = torch.randn(50, 30)
+    for settings in ({}, {"top_k": 3}, {"top_p": 0.1}, {"min_p": 0.5}):
+        ids_B = sample(logits_BV, None, Sampling(temperature=0, **settings), None)
+        assert torch.equal(ids_B, logits_BV.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -0.1}, {"temperature": math.inf}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0},
+        {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0},
+    ],
+)  # fmt: skip
+def test_impossible_sampling_is_refused_by_name(settings: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="--" + next(iter(settings)).replace("_", "-")):
+        Sampling(**settings)
+
+
+# Tokens
+
+
+@torch.no_grad()
+def naive_generate(model: Transformer, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy, every token recomputed without a cache over the window that `generate` documents.
+
+    Up to a full context all text; then the last half of a context, growing until the context is full again.
+    """
+    context = model.config.context_length
+    ids, start = list(prompt), max(0, len(prompt) - context)
+    for _ in range(num_tokens):
+        if len(ids) - start > context:
+            start = len(ids) - max(1, context // 2)
+        ids.append(int(model(torch.tensor([ids[start:]]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 10, 31, 32, 33, 80])
+def test_every_token_past_the_context_is_that_of_a_fresh_reading(model: Transformer, prompt_length: int) -> None:
+    prompt = torch.randint(model.vocab_size, (prompt_length,)).tolist()
+    steps = generate(model, prompt, 1, Sampling(temperature=0))
+    assert [int(next(steps).ids_B) for _ in range(70)] == naive_generate(model, prompt, 70)
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 3])
+def test_the_smallest_contexts_generate_too(make_model: MakeModel, context_length: int) -> None:
+    model = make_model(context_length=context_length)
+    steps = generate(model, [1, 2, 3, 4], 1, Sampling(temperature=0))
+    assert [int(next(steps).ids_B) for _ in range(10)] == naive_generate(model, [1, 2, 3, 4], 10)
+
+
+def test_greedy_rows_of_a_batch_are_the_single_continuation(model: Transformer) -> None:
+    steps = generate(model, [1, 2, 3], 4, Sampling(temperature=0))
+    rows = torch.stack([next(steps).ids_B for _ in range(50)], dim=1)
+    assert all(torch.equal(row, rows[0]) for row in rows)
+    assert rows[0].tolist() == naive_generate(model, [1, 2, 3], 50)
+
+
+def test_rows_of_a_batch_are_different_draws_each_continued_from_itself(model: Transformer) -> None:
+    """Each row is checked against the probabilities of its own text."""
+    sampling = Sampling(temperature=1.0, top_k=2)
+    steps = generate(model, [1, 2, 3], 5, sampling, seed=1)
+    rows = torch.stack([next(steps).ids_B for _ in range(25)], dim=1).tolist()
+    assert len({tuple(row) for row in rows}) == 5
+    for row in rows:
+        ids_BT = torch.tensor([[1, 2, 3, *row]])
+        likeliest_TK = model(ids_BT)[0].topk(2).indices
+        assert all(token in likeliest_TK[2 + t] for t, token in enumerate(row))
+
+
+def test_the_repetition_penalty_sees_prompt_and_continuation_of_each_row(model: Transformer) -> None:
+    steps = generate(model, [1, 2, 3], 2, Sampling(temperature=0, repetition_penalty=1e9))
+    row = [int(next(steps).ids_B[0]) for _ in range(40)]
+    assert len(set(row)) == 40
+    assert not {1, 2, 3} & set(row)
+
+
+def test_the_same_seed_gives_the_same_text_and_no_seed_another(model: Transformer, tokenizer: Tokenizer) -> None:
+    def write(seed: int | None, num_samples: int = 1) -> list[str]:
+        options = Options(30, seed, sampling=Sampling(temperature=1.0))
+        return generate_text(model, tokenizer, "The cat", options, num_samples)
+
+    assert write(3) == write(3)
+    assert write(3, 4) == write(3, 4)
+    assert write(3) != write(4)
+    assert write(None) != write(None)
+
+
+def test_a_seed_leaves_the_random_numbers_of_others_alone(model: Transformer, tokenizer: Tokenizer) -> None:
+    before = torch.get_rng_state()
+    generate_text(model, tokenizer, "The cat", Options(10, seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_captured_weights_are_those_of_the_new_token(model: Transformer) -> None:
+    steps = generate(model, [1, 2, 3, 4], 1, Sampling(temperature=0), with_weights=True)
+    ids = [1, 2, 3, 4]
+    for _ in range(20):
+        step = next(steps)
+        expected: list[Tensor] = []
+        model(torch.tensor([ids]), weights=expected)
+        whole = torch.stack([w[:, :, -1] for w in expected])
+        torch.testing.assert_close(step.weights_LBHS, whole, rtol=1e-4, atol=1e-5)
+        ids.append(int(step.ids_B))
+    for _ in range(40):  # past the context
+        weights = next(steps).weights_LBHS
+        assert weights is not None
+        assert weights.shape[-1] <= 32
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+# Text
+
+
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options) -> list[str]:
+    return list(stream_text(model, tokenizer, prompt, options))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_streamed_text_is_the_text(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
+    """A random model writes random bytes: half characters, and the end in the middle of one."""
+    options = Options(60, seed, sampling=Sampling(temperature=1.0))
+    (whole,) = generate_text(model, tokenizer, "The cat", options)
+    pieces = stream(model, tokenizer, "The cat", options)
+    assert "".join(pieces) == whole
+    assert "" not in pieces
+    assert "\ufffd" in whole
+    for length in (1, 2, 5):
+        one = Options(length, seed, sampling=Sampling(temperature=1.0))
+        assert "".join(stream(model, tokenizer, "The cat", one)) == generate_text(model, tokenizer, "The cat", one)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_text_ends_before_the_first_stop_string_however_it_is_cut_into_tokens(
+    model: Transformer, tokenizer: Tokenizer, seed: int
+) -> None:
+    options = Options(60, seed, sampling=Sampling(temperature=1.0))
+    (whole,) = generate_text(model, tokenizer, "The cat", options)
+    for start in range(len(whole) - 4):
+        stop = whole[start : start + 4]
+        stops = (stop, "never said", whole[start + 1 : start + 6])
+        expected = whole[: min(whole.find(s) for s in stops if s in whole)]
+        stopped = Options(60, seed, stops, Sampling(temperature=1.0))
+        if start % 6 == 0:
+            assert generate_text(model, tokenizer, "The cat", stopped) == [expected]
+            assert "".join(stream(model, tokenizer, "The cat", stopped)) == expected
+
+
+def test_streaming_holds_back_only_what_could_become_a_stop_string(model: Transformer, tokenizer: Tokenizer) -> None:
+    options = Options(20, 0, ("\n\n",), Sampling(temperature=1.0))
+    pieces = stream(model, tokenizer, "The cat", options)
+    assert len(pieces) > 8
+    options = Options(20, 0, ("never said",), Sampling(temperature=1.0))
+    (whole,) = generate_text(model, tokenizer, "The cat", Options(20, 0, sampling=Sampling(temperature=1.0)))
+    assert "".join(stream(model, tokenizer, "The cat", options)) == whole
+
+
+def test_the_end_of_the_text_ends_it(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+    """A model that repeats its last token, over a prompt whose continuation is the end-of-text token."""
+    model = make_model(tokenizer.vocab_size, tie_embeddings=False)
+    options = Options(50, 0, sampling=Sampling(temperature=1.0))
+    steps = generate(model, tokenizer.encode("The cat"), 1, options.sampling, 0)
+    ids = [int(next(steps).ids_B) for _ in range(20)]
+    end_id = tokenizer.end_id
+    try:
+        tokenizer.end_id = ids[12]
+        first = ids.index(ids[12])
+        expected = tokenizer.decode(ids[:first])
+        assert generate_text(model, tokenizer, "The cat", options) == [expected]
+        assert "".join(stream(model, tokenizer, "The cat", options)) == expected
+        assert explain(model, tokenizer, "The cat", options).startswith("The cat" + expected + "\n\n")
+    finally:
+        tokenizer.end_id = end_id
+
+
+def test_a_row_that_ended_stays_as_it_is(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+    model = make_model(tokenizer.vocab_size, tie_embeddings=False)
+    options = Options(40, 0, (" ", "e", "a", "t"), Sampling(temperature=1.0))
+    texts = generate_text(model, tokenizer, "The cat", options, 8)
+    assert len(texts) == 8
+    assert len({len(text) for text in texts}) > 1
+    assert not any(stop in text for text in texts for stop in options.stop)
+
+
+def test_an_empty_prompt_begins_a_document(model: Transformer, tokenizer: Tokenizer) -> None:
+    steps = generate(model, [tokenizer.end_id], 1, Sampling(temperature=0))
+    expected = tokenizer.decode([int(next(steps).ids_B) for _ in range(10)])
+    options = Options(10, sampling=Sampling(temperature=0))
+    assert generate_text(model, tokenizer, "", options) == [expected]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10, 70])
+def test_explain_shows_the_text_and_for_each_token_where_it_looked(
+    model: Transformer, tokenizer: Tokenizer, num_tokens: int
+) -> None:
+    options = Options(num_tokens, 0, sampling=Sampling(temperature=0))
+    (continuation,) = generate_text(model, tokenizer, "The cat sat", options)
+    prompt = tokenizer.encode("The cat sat")
+    steps = generate(model, prompt, 1, options.sampling)
+    ids = [int(next(steps).ids_B) for _ in range(num_tokens)]
+    text, _, table = explain(model, tokenizer, "The cat sat", options).rpartition("\n\n")
+    assert text == "The cat sat" + continuation
+    rows = table.split("\n")
+    assert [row[2:].split("  looked at  ")[0].strip() for row in rows] == [
+        piece.strip() for piece in tokenizer.pieces(ids)
+    ]
+
+    # The first row by hand: means over layers and heads, without the first token, the three largest.
+    weights: list[Tensor] = []
+    model(torch.tensor([prompt]), weights=weights)
+    shares = torch.stack(weights)[:, 0, :, -1].mean((0, 1)).tolist()
+    top = sorted(range(1, len(prompt)), key=lambda i: -shares[i])[:3]
+    expected = "  ".join(f"{tokenizer.pieces([prompt[i]])[0].strip()} {shares[i]:.0%}" for i in top)
+    assert rows[0].split("looked at  ")[1] == expected
+
+
+def test_explain_leaves_out_the_first_token_where_heads_park_their_weight(
+    make_model: MakeModel, tokenizer: Tokenizer
+) -> None:
+    text = "The bird slept on the roof, it was tired."
+    ids = tokenizer.encode(text)
+    for seed in range(100):  # until a random model looks at the first token most
+        model = make_model(tokenizer.vocab_size, seed)
+        weights: list[Tensor] = []
+        model(torch.tensor([ids]), weights=weights)
+        if torch.stack(weights)[:, 0, :, -1].mean((0, 1)).argmax() == 0:
+            break
+    else:
+        pytest.fail("no such model")
+    out = explain(model, tokenizer, text, Options(1, 0, sampling=Sampling(temperature=0)))
+    looked_at = [one.split()[0] for one in out.split("looked at  ")[1].split("  ")]
+    assert len(looked_at) == 3
+    assert tokenizer.pieces(ids)[0].strip() not in looked_at
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"stop": ("",)}])
+def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        Options(**options)
+
+
+# The command
+
+
+def command(*arguments: str) -> int:
+    return run_command(lambda: main(list(arguments)))
+
+
+PROMPTS = [
+    "one, two",
+    'say "no"',
+    "a=b",
+    "two\nlines\n",
+    "it's $HOME `x` \\n",
+    "世界 naïve",
+    "- dash first",
+    " spaces  ",
+    "",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_any_prompt_is_continued_on_stdout(trained_run: Path, capsys: pytest.CaptureFixture[str], prompt: str) -> None:
+    assert command(prompt, "--run", str(trained_run), "--max-tokens", "5", "--temperature", "0") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(prompt)
+    assert len(out) > len(prompt) + 1
+    assert str(trained_run.resolve()) in err
+
+
+@pytest.mark.parametrize("prompt", ["two\nlines, a=b", "世界\n\n", ""])
+def test_the_prompt_comes_from_standard_input_when_not_given(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    arguments = ("--run", str(trained_run), "--max-tokens", "5", "--seed", "1")
+    assert command(prompt, *arguments) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((prompt + "\n").encode())))
+    assert command(*arguments) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_samples_explanations_and_stops_on_the_command_line(
+    trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("The cat", "--run", str(trained_run), "--max-tokens", "8", "--seed", "1")
+    assert command(*arguments, "--num-samples", "3") == 0
+    out = capsys.readouterr().out
+    assert [f"--- {n}\nThe cat" in out for n in (1, 2, 3, 4)] == [True, True, True, False]
+    assert command(*arguments, "--explain") == 0
+    assert capsys.readouterr().out.count("looked at") == 8
+    assert command(*arguments) == 0
+    whole = capsys.readouterr().out.removesuffix("\n")
+    assert command(*arguments, "--stop", "never said", "--stop", whole[10:12]) == 0
+    assert capsys.readouterr().out == "The cat" + whole[7:].partition(whole[10:12])[0] + "\n"
+
+
+def test_interactive_answers_every_line(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The cat\nA dog, a bird\n"))
+    assert command("--run", str(trained_run), "--max-tokens", "3", "--interactive", "--temperature", "0") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The cat")
+    assert "\nA dog, a bird" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "2"], "--top-p"),
+        (["--top-k", "-3"], "--top-k"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--num-samples", "0"], "--num-samples"),
+        (["--stop", ""], "--stop"),
+        (["--run", "nowhere"], "nowhere does not exist"),
+        (["--device", "cuda:99"], "device"),
+        (["--device", "abacus"], "device"),
+        (["--seed", "99999999999999999999999"], "--seed"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_status_2(
+    trained_run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    run = [] if "--run" in arguments else ["--run", str(trained_run)]
+    assert command("The cat", *run, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert "The cat" not in out
+    last = err.splitlines()[-1]
+    assert last.startswith("minitf: ")
+    assert words in last
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["x", "--temprature", "0.7"], "did you mean --temperature?"),
+        (["x", "--nonsense"], "--nonsense; see "),
+        (["x", "--seed", "many"], "invalid int value: 'many'"),
+        (["one", "two"], "a text of several words needs quotes"),
+    ],
+)
+def test_arguments_argparse_refuses_are_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("minitf: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_the_script_writes_text_to_stdout_and_the_rest_to_stderr(trained_run: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts/generate.py"), "--run", str(trained_run), "--max-tokens", "4"]
+    done = subprocess.run([*script, "--seed", "1"], input="The cat\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("The cat")
+    assert "context 32 tokens" in done.stderr
+    failed = subprocess.run([*script, "x", "--top-p", "7"], capture_output=True, text=True, timeout=60)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "minitf: --top-p 7.0 must be above 0 and at most 1\n"

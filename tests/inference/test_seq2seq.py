@@ -1,0 +1,243 @@
+"""Sources to answers: the same alone and in a batch, by every engine; beams against all there is; files to the line."""
+
+import io
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import train_here
+
+from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from minitf.errors import RequestError
+from minitf.evaluate import main as evaluate_main
+from minitf.generate import main as generate_main
+from minitf.inference import seq2seq as answer_module
+from minitf.inference.beam_search import beam_search
+from minitf.inference.decoder import Decoder
+from minitf.inference.sampling import Sampling
+from minitf.inference.seq2seq import AnswerOptions, answer, answer_file, answer_ids
+from minitf.model import Transformer
+
+Make = Callable[..., Transformer]
+PROMPTS = [[3, 9, 4], [3, 8, 7, 6, 5, 9, 1, 4], [3, 4], [3, 1, 1, 4], [3, 5, 4]]
+
+
+def greedy_alone(model: Transformer, prompt: list[int], end_id: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) <= model.config.context_length:
+        id_ = int(model(torch.tensor([ids]))[0, -1].argmax())
+        if id_ == end_id:
+            break
+        ids.append(id_)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
+def test_a_batch_of_any_lengths_answers_as_each_alone(
+    make_model: Make, engine: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_module, "BATCH_SIZE", 3)
+    for seed in range(3):
+        model = make_model(vocab_size=12, seed=seed, attention=attention)
+        found = dict(answer_ids(model, 2, PROMPTS, AnswerOptions(engine=engine)))
+        assert [found[index] for index in range(5)] == [greedy_alone(model, prompt, end_id=2) for prompt in PROMPTS]
+
+
+def test_sampling_with_a_seed_gives_the_same(make_model: Make) -> None:
+    model = make_model(vocab_size=12)
+    options = AnswerOptions(seed=1, sampling=Sampling(temperature=1.0), max_tokens=8)
+    first = dict(answer_ids(model, 2, PROMPTS, options))
+    assert dict(answer_ids(model, 2, PROMPTS, options)) == first
+    other = AnswerOptions(seed=2, sampling=Sampling(temperature=1.0), max_tokens=8)
+    assert dict(answer_ids(model, 2, PROMPTS, other)) != first
+
+
+@torch.no_grad()
+def test_a_wide_beam_finds_the_best_of_all_answers(make_model: Make) -> None:
+    """With 5 tokens and at most 3 of them there are few enough answers to try them all."""
+    prompts, end_id, penalty = [[1, 3], [4, 2, 2, 1]], 0, 0.7
+    for seed in range(4):
+        model = make_model(vocab_size=5, seed=seed)
+        decoder = Decoder(model, 2 * 64, 16, "torch")
+        found = beam_search(decoder, decoder.read_texts(prompts, 64), end_id, 64, 3, penalty)
+        for prompt, ids in zip(prompts, found, strict=True):
+
+            def score(answer: tuple[int, ...], prompt: list[int] = prompt) -> float:
+                log_p = model(torch.tensor([[*prompt, *answer]]))[0].log_softmax(-1)  # noqa: B023
+                total = sum(log_p[len(prompt) - 1 + i, id_] for i, id_ in enumerate(answer))
+                return float(total) / len(answer) ** penalty
+
+            whole = [(*body, end_id) for n in range(3) for body in itertools.product(range(1, 5), repeat=n)]
+            cut = list(itertools.product(range(1, 5), repeat=3))
+            best = max(whole + cut, key=score)
+            assert ids == [id_ for id_ in best if id_ != end_id]
+
+
+def test_a_beam_finds_no_worse_than_greedy(make_model: Make) -> None:
+    def log_p(model: Transformer, prompt: list[int], ids: list[int]) -> float:
+        with torch.no_grad():
+            values = model(torch.tensor([[*prompt, *ids]]))[0].log_softmax(-1)
+        return float(sum(values[len(prompt) - 1 + i, id_] for i, id_ in enumerate(ids)))
+
+    better = 0
+    for seed in range(5):
+        model = make_model(vocab_size=12, seed=seed)
+        options = AnswerOptions(max_tokens=6, length_penalty=0.0)
+        greedy = dict(answer_ids(model, 99, PROMPTS, options))
+        for engine in ("native", "torch"):
+            beam = dict(answer_ids(model, 99, PROMPTS, AnswerOptions(6, beam=4, length_penalty=0.0, engine=engine)))
+            for index, prompt in enumerate(PROMPTS):
+                assert len(beam[index]) == 6
+                gain = log_p(model, prompt, beam[index]) - log_p(model, prompt, greedy[index])
+                assert gain > -1e-4
+                better += gain > 1e-4
+    assert better
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(RequestError, match="--beam 0 must be between 1 and 64"):
+        AnswerOptions(beam=0)
+    with pytest.raises(RequestError, match="does not go with --temperature"):
+        AnswerOptions(beam=2, sampling=Sampling(temperature=1.0))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(copying_run: Path) -> Checkpoint:
+    return load_checkpoint(copying_run)
+
+
+def test_it_learned_to_copy(checkpoint: Checkpoint) -> None:
+    sources = ["cab", "dadbca", "a", "bbdd"]
+    assert answer(checkpoint.model, checkpoint.tokenizer, sources) == sources
+    assert answer(checkpoint.model, checkpoint.tokenizer, sources, AnswerOptions(beam=3)) == sources
+
+
+def test_a_source_without_room_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(RequestError, match=r"the source is 402 tokens long, of a context of 32"):
+        answer(checkpoint.model, checkpoint.tokenizer, ["a" * 400])
+
+
+def test_a_file_is_answered_line_by_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.txt", tmp_path / "out" / "out.txt"
+    lines = ["abc", "", "d" * 200, "ca", "dbdb"] * 30
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    said = answer_file(checkpoint, source, target, AnswerOptions())
+    assert "150 lines" in said
+    assert "30 are too long for the context and left empty (line 3, 8" in said
+    assert target.read_text().splitlines() == ["abc", "", "", "ca", "dbdb"] * 30
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_goes_on_where_it_stopped(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_module, "BATCH_SIZE", 4)
+    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
+    lines = [letter * count for letter in "abcd" for count in range(1, 8)]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    asked: list[int] = []
+    real = answer_module.answer_ids
+
+    def stopping(model, end_id, prompts, options):  # type: ignore[no-untyped-def]
+        asked.append(len(prompts))
+        for number, item in enumerate(real(model, end_id, prompts, options)):
+            if number == 10 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(answer_module, "answer_ids", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(checkpoint, source, target, AnswerOptions())
+    assert not target.exists()
+    kept = tmp_path / ".out.txt.partial.jsonl"
+    with kept.open("a") as file:
+        file.write('[27, "cut o')  # as a kill leaves it
+    assert "10 of them before" in answer_file(checkpoint, source, target, AnswerOptions())
+    assert asked == [28, 18]
+    whole = target.read_text()
+    # Another source begins anew.
+    kept.write_text(json.dumps({"identity": "of something else"}) + '\n[0, "wrong"]\n')
+    answer_file(checkpoint, source, target, AnswerOptions())
+    assert asked[-1] == 28
+    assert target.read_text() == whole
+
+
+# The commands
+
+
+def test_generate_answers_and_stops(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--run", str(copying_run)]
+    assert generate_main(["dab", *run]) == 0
+    assert capsys.readouterr().out == "dab\n"
+    assert generate_main(["dab", *run, "--beam", "3", "--length-penalty", "0.5"]) == 0
+    assert capsys.readouterr().out == "dab\n"
+    assert generate_main(["dab", *run, "--num-samples", "2", "--temperature", "0.01", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == "dab\ndab\n"
+
+
+def test_generate_talks_and_takes_files(
+    copying_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nxyz\ncc\n"))
+    assert generate_main(["--interactive", "--run", str(copying_run)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "ab\ncc\n"
+    assert "'x' (U+0078) at character 0 of the text is not in the vocabulary" in captured.err
+    (tmp_path / "in.txt").write_text("bad\nabba\n")
+    arguments = ["--file", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out.txt")]
+    assert generate_main([*arguments, "--run", str(copying_run)]) == 0
+    assert (tmp_path / "out.txt").read_text() == "bad\nabba\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pairs", "message"),
+    [
+        (["x", "--beam", "2"], False, "--beam is for models trained on pairs"),
+        (["--file", "a", "--out", "b"], False, "--file is for models trained on pairs"),
+        (["ab", "--explain"], True, "--explain: .* answers pairs and stops by itself"),
+        (["--file", "a"], True, "--file IN and --out OUT go together"),
+        (["--file", "not there", "--out", "b"], True, "--file not there: no such file"),
+    ],
+)
+def test_generate_refuses_what_does_not_fit(
+    copying_run: Path, trained_run: Path, arguments: list[str], pairs: bool, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        generate_main([*arguments, "--run", str(copying_run if pairs else trained_run)])
+
+
+def test_evaluate_scores_all_held_out_answers(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_main(["--run", str(copying_run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    held_out = len((copying_run.parents[2] / "copies.jsonl").read_text().splitlines()) // 10
+    assert found["num_pairs"] == held_out
+    assert found["exact_match"] > 0.95
+    assert found["copy_chrf"] == pytest.approx(100)
+    assert found["alignment"]["score"] > 0.9
+    assert evaluate_main(["--run", str(copying_run), "--max-pairs", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "version:" in printed
+    assert "of 20 pairs" in printed
+
+
+def test_pairs_are_learned_from_a_run_on_text(trained_run: Path, workdir: Path) -> None:
+    (workdir / "pairs.jsonl").write_text('{"source": "The cat", "target": "sat"}\n' * 40, encoding="utf-8")
+    arguments = ["data=pairs", "data.files=[pairs.jsonl]", f"init_from={trained_run}", "trainer.batch_size=2"]
+    small = ["trainer.max_steps=3", "trainer.eval_answers=2", "trainer.compile=false", "run_dir=run"]
+    assert train_here(*arguments, *small) == 0
+    before, after = load_checkpoint(trained_run), load_checkpoint("run")
+    assert after.answers
+    assert not before.answers
+    assert after.tokenizer.vocab_size == before.tokenizer.vocab_size + 2
+    assert after.model.config == before.model.config
+    known = before.tokenizer.vocab_size
+    old, new = (c.model.model.embed_tokens.weight.detach() for c in (before, after))  # type: ignore[union-attr]
+    assert (old - new[:known]).abs().max() < 0.1
+    # It goes on, and from it another run begins.
+    assert train_here("resume=run", "trainer.max_steps=5") == 0
+    assert train_here(*arguments[:2], "init_from=run", *small[:3], "run_dir=next") == 0
+    assert load_checkpoint("next").tokenizer.vocab_size == after.tokenizer.vocab_size

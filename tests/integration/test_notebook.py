@@ -1,0 +1,40 @@
+"""The notebook runs from top to bottom as in a kernel: cell by cell, showing what a cell ends with."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+from minitf.interpretability.attention_maps import AttentionMaps
+
+NOTEBOOK = Path(__file__).parents[2] / ".github/notebook.ipynb"
+
+
+def run_cell(source: str, names: dict[str, Any]) -> Any:
+    """Execute a cell; the value of its last line, if that is an expression."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if isinstance(last, ast.Expr) else None
+
+
+def test_the_notebook_runs_from_top_to_bottom(workdir: Path, tiny: list[str], capsys: Any) -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)  # no run of ours in git
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in cells:
+        source = "".join(cell["source"])
+        if "experiment=quick" in source:  # as short as all trainings of the tests
+            settings = [*tiny, "experiment=quick", "trainer.max_minutes=null", "model.context_length=128"]
+            source = source.replace('["experiment=quick"]', repr(settings))
+        shown.append(run_cell(source, names))
+    assert shown[0] == 0
+    (maps,) = [value for value in shown if isinstance(value, AttentionMaps)]
+    assert maps._repr_html_().startswith("<iframe")
+    printed = capsys.readouterr().out
+    assert "1.0" in printed or "0.99" in printed
+    assert printed.count("bits_per_byte") == 2
+    assert len(shown[-1]) == 5

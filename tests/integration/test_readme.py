@@ -1,0 +1,224 @@
+"""Every command in the README and the pages beside it runs: tiny models and texts, but as it is written."""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from helpers import make_text, train_here
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+OURS = re.compile(r"\bpython3? (-m minitf\.|scripts/)")
+# Commands of others that the README may name. They are not run here: they install, wait, or run these very tests.
+OTHERS = (
+    "pip install ", "tensorboard --logdir ", "git clone ", "cd ", "python -m venv ", "python3 -m venv ", "source ",
+    "torchrun ", "pytest", "hf upload ", "transformers serve ", "lm-eval ", "ruff ", "mypy", ".ci/run", "pre-commit ",
+)  # fmt: skip
+# What makes any training tiny; settings of these in the README are checked for being valid, and then left out.
+REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
+ANSWERS = re.compile(r"--beam|generate.*--file|Thou shalt")  # commands of the README about a run on pairs
+PLACEHOLDER = re.compile(r"\bRUN\b|\bHuggingFaceTB/[\w.-]+|\bruns/(?!tiny/)[\w.…*-]+/[\w.…-]+")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def without_comment(line: str) -> str:
+    quote = ""
+    for i, char in enumerate(line):
+        if char == quote:
+            quote = ""
+        elif not quote and char in "'\"":
+            quote = char
+        elif not quote and char == "#" and (i == 0 or line[i - 1].isspace()):
+            return line[:i]
+    return line
+
+
+def commands(text: str) -> list[str]:
+    """The commands of all bash blocks, without prompts and comments, each once."""
+    found: dict[str, None] = {}
+    for block in blocks(text, "(?:bash|sh|shell|console)"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = without_comment(line).strip().removeprefix("$ ")
+            found |= dict.fromkeys(part.strip() for part in re.split(r"\s&&\s", line) if part.strip())
+    return list(found)
+
+
+TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
+PAGES = [page.read_text(encoding="utf-8") for page in sorted((ROOT / ".github").glob("*.md"))]
+COMMANDS = list(dict.fromkeys(command for text in (TEXT, *PAGES) for command in commands(text)))
+RUNNABLE = [command for command in COMMANDS if OURS.search(command)]
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """A run of two steps whose context takes the README's sentences."""
+    run = tmp_path_factory.mktemp("readme") / "run"
+    assert train_here(*tiny, "model.context_length=128", "trainer.max_steps=2", f"run_dir={run}") == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def pairs_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """The same on pairs."""
+    root = tmp_path_factory.mktemp("readme_pairs")
+    (root / "pairs.jsonl").write_text('{"prompt": "The cat", "completion": "sat"}\n' * 40, encoding="utf-8")
+    own = [word for word in tiny if not word.startswith("data")]
+    changes = ["model.context_length=128", "trainer.max_steps=2", f"run_dir={root / 'run'}"]
+    assert train_here("data=pairs", f"data.files=[{root / 'pairs.jsonl'}]", *own, *changes) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def place(workdir: Path, pairs_run: Path, text_run: Path) -> Path:
+    """A checkout of sorts: the scripts, a run on pairs, and a newer one on text that `latest` means."""
+    shutil.copytree(pairs_run, workdir / "runs/tiny/pairs", symlinks=True)
+    shutil.copytree(text_run, workdir / "runs/tiny/one", symlinks=True)
+    (workdir / "scripts").symlink_to(ROOT / "scripts")
+    return workdir
+
+
+def adapt(text: str, place: Path) -> str:
+    """The same with the tiny run for the README's, and with the text files it names in place."""
+    text = PLACEHOLDER.sub(lambda found: found[0] if found[0] == "runs" else "runs/tiny/one", text)
+    text = text.replace("init_from=runs/reader", "init_from=runs/tiny/one")
+    if ANSWERS.search(text):
+        text += " --run runs/tiny/pairs"
+    for name in re.findall(r"[\w./-]+\.(?:txt|md)\b", text):
+        if not (place / name).exists() and not name.startswith(("/", "..")):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(make_text(30), encoding="utf-8")
+    return text
+
+
+def run(command: str, place: Path) -> None:
+    """The command from that place: in this process, which has the imports behind it, or what needs a shell in one."""
+    words = shlex.split(command)
+    if words[0] != "python" or {"|", "<", ">"} & set(words):
+        in_a_shell(command, place)
+        return
+    status: object = 0
+    with pytest.MonkeyPatch.context() as patch, Path(os.devnull).open(encoding="utf-8") as nothing:
+        patch.setattr(sys, "stdin", nothing)
+        script = str(ROOT / "minitf" / f"{words[2].split('.')[1]}.py") if words[1] == "-m" else words[1]
+        patch.setattr(sys, "argv", words[2 if words[1] == "-m" else 1 :])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    assert not status, command
+
+
+def in_a_shell(command: str, place: Path) -> None:
+    (place / "bin").mkdir()
+    (place / "bin/python").symlink_to(sys.executable)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=place, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def train(arguments: list[str], tiny: list[str], place: Path) -> None:
+    """A documented training: first whether its settings are right as they are, then a tiny run with the rest."""
+    from minitf.config.schema import check_overrides, compose_config
+
+    flags = [word for word in arguments if word.startswith("-")]
+    if {"--help", "-h", "--cfg", "--hydra-help"} & set(flags):
+        run(shlex.join(["python", "-m", "minitf.train", *arguments]), place)
+        return
+    settings = [word for word in arguments if word not in flags]
+    check_overrides(settings)
+    if any(word.startswith("resume=") for word in settings):
+        kept = [word for word in settings if not word.startswith(("trainer.max_steps", "trainer.max_minutes"))]
+        assert train_here(*kept, "trainer.max_steps=4") == 0
+        return
+    if "-m" not in flags:
+        compose_config(settings)
+    kept = [word for word in settings if not word.lstrip("+").startswith(REPLACED)]
+    if any(word.startswith("init_from=") for word in kept):  # it brings shape and tokenizer
+        tiny = [word for word in tiny if not word.startswith(("model.", "tokenizer"))]
+    defaults = [word for word in tiny if not any(word.split("=")[0] == other.split("=")[0] for other in kept)]
+    changed = [*defaults, "trainer.max_steps=2", *kept]
+    if "-m" not in flags:  # else it is a sweep, which test_train runs
+        assert train_here(*changed) == 0
+
+
+def test_there_is_a_readme_with_the_commands_of_the_contract() -> None:
+    assert TEXT, "README.md is missing"
+    for command in ("minitf.train", "scripts/generate.py", "tensorboard --logdir runs", "pip install"):
+        assert command in "\n".join(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_known(command: str) -> None:
+    assert OURS.search(command) or command.startswith(OTHERS), f"add {command!r} to the table of this test"
+    for extra in re.findall(r"\.\[([\w,]+)\]", command):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert set(extra.split(",")) <= set(project["optional-dependencies"])
+    if command.startswith("tensorboard"):
+        assert shlex.split(command)[2].rstrip("/") in ("runs", "RUN") or "runs/" in command
+
+
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_every_command_of_ours_runs(command: str, place: Path, tiny: list[str]) -> None:
+    command = adapt(command, place)
+    if "minitf.train" in command:
+        words = shlex.split(command)
+        train(words[words.index("minitf.train") + 1 :], tiny, place)
+        return
+    command = command.replace(
+        "scripts/benchmark.py", "scripts/benchmark.py --help"
+    )  # it trains for minutes; kills: test_robustness
+    command = command.replace("--kills 200", "--help").replace("--minutes 10", "--minutes 0.01 --inputs 20")
+    command = re.sub(r"(scripts/generate\.py|-m minitf\.generate)", r"\1 --max-tokens 4", command)
+    command = re.sub(r"--max-tokens (?!4\b)\d+", "--max-tokens 3", command)
+    run(command, place)
+
+
+@pytest.mark.parametrize("number", range(len(blocks(TEXT, "python"))))
+def test_every_python_example_runs(number: int, place: Path) -> None:
+    exec(compile(adapt(blocks(TEXT, "python")[number], place), f"README.md python example {number}", "exec"), {})
+
+
+def test_the_settings_the_readme_names_exist() -> None:
+    from minitf.config.help import SECTIONS, all_keys
+
+    sections = "|".join(section for section in SECTIONS if section)
+    named = set(re.findall(rf"`((?:{sections})\.(?!json\b|html\b|py\b)[a-z_]+)", TEXT))
+    assert named <= set(all_keys()), f"the README names settings that do not exist: {named - set(all_keys())}"
+
+
+def test_the_reading_of_a_readme_finds_its_commands() -> None:
+    text = """
+```bash
+pip install -e . && python -m minitf.train
+$ python scripts/generate.py "say # two, a=b" --run runs/kjv/2026-01-01_12-00-00   # a comment
+python -m minitf.train \\
+    model=small
+```
+text, `python nothing`
+```python
+import minitf
+```
+"""
+    assert commands(text) == [
+        "pip install -e .",
+        "python -m minitf.train",
+        'python scripts/generate.py "say # two, a=b" --run runs/kjv/2026-01-01_12-00-00',
+        "python -m minitf.train      model=small",
+    ]
+    assert blocks(text, "python") == ["import minitf\n"]
+    assert PLACEHOLDER.sub("X", "--logdir runs resume=RUN --run runs/kjv/2026-01-01_12-00-00 runs/tiny/one") == (
+        "--logdir runs resume=X --run X runs/tiny/one"
+    )

@@ -1,0 +1,172 @@
+"""The house is built as designed: modules import only what is above them, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "minitf"
+# From the bottom up. A module stands where the longest of these names that it begins with stands, and imports only what
+# stands before it, or in the same place.
+ORDER = [
+    "errors", "system.safe_io", "system.files", "system.cpuinfo",
+    "distributed", "training.rng", "system",
+    "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
+    "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
+    "evaluation", "evaluate", "api",
+    "reporting", "training", "reporting.console", "config", "completion", "runs", "train", "cli",
+]  # fmt: skip
+# The command that measures may import anything; nothing imports it.
+BESIDE = {"benchmark"}
+HEAVY = ("datasets", "tensorboard", "torch._dynamo", "torch.utils.tensorboard", "transformers", "hydra", "matplotlib")
+
+
+def place(module: str) -> int:
+    """Where `module` (without "minitf.") stands in the order."""
+    found = [name for name in ORDER if f"{module}.".startswith(f"{name}.")]
+    assert found, f"{module} has no place in the order"
+    return ORDER.index(max(found, key=len))
+
+
+def module_names() -> list[str]:
+    files = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    names = (".".join(path.parts).removesuffix("__init__").rstrip(".") for path in files)
+    return sorted(name for name in names if name and name.partition(".")[0] not in BESIDE)
+
+
+def is_test_of(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.If) and name in ast.unparse(node.test)
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """Modules of minitf that are imported anywhere below `node`, inside functions too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and (is_test_of(child, "TYPE_CHECKING") or is_test_of(child, "__main__")):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name[7:] for alias in child.names if alias.name.startswith("minitf."))
+        elif isinstance(child, ast.ImportFrom) and child.module and child.module.split(".")[0] == "minitf":
+            _, _, name = child.module.partition(".")
+            for alias in child.names:
+                whole = f"{name}.{alias.name}".strip(".")
+                path = PACKAGE / whole.replace(".", "/")
+                yield whole if path.is_dir() or path.with_suffix(".py").is_file() else name
+        else:
+            yield from imports(child)
+
+
+@pytest.mark.parametrize("module", module_names())
+def test_a_module_imports_only_those_before_it(module: str) -> None:
+    path = PACKAGE / module.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{module} does not say what it is responsible for"
+    for imported in set(imports(tree)):
+        assert imported.partition(".")[0] not in BESIDE
+        assert place(imported) <= place(module), f"{module} imports {imported}"
+
+
+def test_the_check_sees_imports_wherever_they_are() -> None:
+    source = """
+from typing import TYPE_CHECKING
+import minitf.data.sources.text
+from minitf import train
+from minitf.data import batches
+from minitf.model import Transformer
+if TYPE_CHECKING:
+    from minitf.reporting.monitor import Monitor
+def f():
+    from minitf.training.trainer import Trainer
+    try:
+        import minitf.optim
+    except ImportError:
+        pass
+if __name__ == "__main__":
+    from minitf.errors import run_command
+"""
+    assert sorted(imports(ast.parse(source))) == [
+        "data.batches",
+        "data.sources.text",
+        "model",
+        "optim",
+        "train",
+        "training.trainer",
+    ]
+
+
+def test_importing_says_nothing_and_loads_nothing_heavy() -> None:
+    """One process, module by module: the heavy ones are for those who use them."""
+    names = [name for name in module_names() if not name.startswith("tensorboard.")]  # TensorBoard's own process
+    code = f"""
+import os, sys, importlib
+os.environ.pop("MINITF_CACHE", None)
+before = set(os.listdir("."))
+import torch
+for name in {sorted(names, key=place)!r}:
+    importlib.import_module("minitf." + name)
+    heavy = [h for h in {HEAVY!r} if h in sys.modules]
+    heavy = [h for h in heavy if h != "hydra" or name.split(".")[0] not in ("config", "runs", "train", "cli")]
+    assert not heavy, (name, heavy)
+assert set(os.listdir(".")) == before
+assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_neither_training_nor_writing_imports_the_compiler(workdir: Path, tiny: list[str]) -> None:
+    """A second or three of every start; some of PyTorch's functions import it in passing."""
+    code = f"""
+import sys
+from minitf import generate, train
+train.main({[*tiny, "trainer.max_steps=1", "trainer.sample_tokens=2", "trainer.attention_every=1"]!r})
+generate.main(["The cat", "--max-tokens", "2"])
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_the_benchmark_loads_nothing_before_it_measures() -> None:
+    """Its children are measured: what the parent imports must not be in them, nor slow `--list` down."""
+    names = [path.stem for path in sorted((PACKAGE / "benchmark").glob("*.py")) if path.stem != "__init__"]
+    code = f"""
+import sys, importlib
+for name in {names!r}:
+    importlib.import_module("minitf.benchmark." + name)
+    heavy = [h for h in {("torch", "numpy", *HEAVY)!r} if h in sys.modules]
+    assert not heavy, (name, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for path in (PACKAGE / "benchmark").glob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path.name
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, minitf; assert 'torch' not in sys.modules; assert minitf.load; assert 'torch' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_scripts_are_thin() -> None:
+    scripts = sorted((PACKAGE.parent / "scripts").glob("*.py"))
+    assert {"attention.py", "benchmark.py", "evaluate.py", "generate.py"} <= {path.name for path in scripts}
+    for path in scripts:
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 15, path.name
+
+
+def test_nothing_is_called_utils() -> None:
+    assert not {"utils", "util", "common", "helpers", "misc"} & {path.stem for path in PACKAGE.rglob("*.py")}
+
+
+def test_no_pickle_anywhere() -> None:
+    others = PACKAGE / "benchmark/nanogpt.py"  # whose own files are pickles
+    for path in set(PACKAGE.rglob("*.py")) - {others}:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert "pickle" not in names, path.name
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.save", "torch.load"):
+                pytest.fail(f"{path.name}:{node.lineno} uses pickle through {ast.unparse(node.func)}")

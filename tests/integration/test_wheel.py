@@ -1,0 +1,80 @@
+"""The wheel works anywhere: built, unpacked alone, started by its console commands in an empty folder."""
+
+import configparser
+import os
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train", "generate", "evaluate", "attention", "export", "benchmark")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip makes of the wheel: the package with its data, and entry_points.txt."""
+    pytest.importorskip("hatchling", reason="install the extra minitf[test]")
+    place = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(place)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = place.glob("minitf-*.whl")
+    zipfile.ZipFile(wheel).extractall(place / "site")
+    return place / "site"
+
+
+CALLS = """
+import importlib, sys
+for words in {calls}:
+    sys.argv = [f"minitf-{{words[0]}}", *words[1:]]
+    module, function = {entries}[sys.argv[0]].split(":")
+    try:
+        status = getattr(importlib.import_module(module), function)()
+    except SystemExit as end:
+        status = end.code
+    if status:
+        sys.exit(status)
+"""
+
+
+def run(installed: Path, place: Path, *commands: str) -> subprocess.CompletedProcess[str]:
+    """Console commands as their scripts call them, with only the unpacked wheel to find minitf in."""
+    entries = configparser.ConfigParser()
+    (file,) = installed.glob("minitf-*.dist-info/entry_points.txt")
+    entries.read(file)
+    calls = [shlex.split(command) for command in commands]
+    code = CALLS.format(calls=calls, entries=dict(entries["console_scripts"]))
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=place, env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_console_command_says_how_it_is_used(installed: Path, workdir: Path) -> None:
+    done = run(installed, workdir, *(f"{command} --help" for command in COMMANDS))
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"minitf-{command}" in done.stdout or command == "train"
+    assert "trainer.max_steps" in done.stdout
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_and_used_in_an_empty_folder(installed: Path, workdir: Path, tiny: list[str]) -> None:
+    settings = [word for word in tiny if not word.startswith("data")]
+    done = run(installed, workdir, shlex.join(["train", "experiment=quick", *settings, "trainer.eval_tokens=1000"]))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in workdir.iterdir()] == ["runs"]
+    assert "python -m minitf.generate" in done.stderr
+    used = run(installed, workdir, "generate And --max-tokens 4", "attention 'And God' --out look.html")
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.startswith("And"), used.stderr
+    assert "<canvas" in (workdir / "look.html").read_text() or (workdir / "look.html").stat().st_size > 50_000
+    wrong = run(installed, workdir, "train model=huge")
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.splitlines()) == 1

@@ -1,0 +1,171 @@
+"""Weights of every head, and the scores that say what a head does."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import WordTokenizer
+from torch import Tensor, nn
+
+from minitf.errors import MinitfError, RequestError
+from minitf.interpretability.attention_maps import AttentionMaps, attention_maps
+from minitf.interpretability.heads import describe_head, head_scores, pattern_scores
+from minitf.model import ModelConfig, Transformer
+
+
+class PatternModel(nn.Module):
+    """One layer whose heads are a perfect previous-token, first-token, induction, uniform and self-looking head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(context_length=32)
+        self.vocab_size = 1000
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, ids_BT: Tensor, weights: list[Tensor]) -> Tensor:
+        B, T = ids_BT.shape
+        weights_BHTS = torch.zeros(B, 5, T, T)
+        for b in range(B):
+            for t in range(T):
+                weights_BHTS[b, 0, t, max(t - 1, 0)] = 1
+                weights_BHTS[b, 1, t, 0] = 1
+                before = (ids_BT[b, :t] == ids_BT[b, t]).nonzero()
+                weights_BHTS[b, 2, t, int(before[-1]) + 1 if len(before) else t] = 1
+                weights_BHTS[b, 3, t, : t + 1] = 1 / (t + 1)
+                weights_BHTS[b, 4, t, t] = 1
+        weights.append(weights_BHTS)
+        return torch.zeros(B, T, self.vocab_size)
+
+
+@pytest.fixture
+def model() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(num_layers=3, hidden_size=16, num_heads=2, context_length=12, dropout=0.5), 8)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model.train()
+
+
+def random_weights(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(*shape, generator=generator) * 2
+    return scores.masked_fill(torch.ones(shape[-2:]).triu(1).bool(), -math.inf).softmax(-1)
+
+
+def test_maps_are_the_weights_and_predictions_of_the_model(model: Transformer) -> None:
+    maps = attention_maps(model, WordTokenizer(), "the cat sat on the mat", step=7, top_k=3)
+    assert model.training
+    weights: list[Tensor] = []
+    with torch.no_grad():
+        logits_BTV = model.eval()(torch.tensor([[0, 1, 2, 3, 0, 4]]), weights=weights)
+    torch.testing.assert_close(maps.weights_LHTS, torch.stack([w[0] for w in weights]))
+    assert maps.weights_LHTS.shape == (3, 2, 6, 6)
+    torch.testing.assert_close(maps.weights_LHTS.sum(-1), torch.ones(3, 2, 6))
+    assert not maps.weights_LHTS.triu(1).any()
+    assert (maps.tokens, maps.ids, maps.step) == (
+        [" the", " cat", " sat", " on", " the", " mat"],
+        [0, 1, 2, 3, 0, 4],
+        7,
+    )
+    probabilities_TV = logits_BTV[0].softmax(-1)
+    for t, top in enumerate(maps.next_tokens):
+        likeliest = sorted(range(8), key=lambda v: -probabilities_TV[t, v])[:3]
+        assert [token for token, _ in top] == WordTokenizer().pieces(likeliest)
+        assert [p for _, p in top] == pytest.approx(probabilities_TV[t, likeliest].tolist())
+
+
+def test_maps_of_an_empty_or_too_long_text_are_refused_with_numbers(model: Transformer) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        attention_maps(model, WordTokenizer(), "")
+    with pytest.raises(RequestError, match=r"13 tokens.*12"):
+        attention_maps(model, WordTokenizer(), " ".join(["cat"] * 13))
+    assert len(attention_maps(model, WordTokenizer(), " ".join(["cat"] * 12)).tokens) == 12
+
+
+def test_json_holds_the_weights_to_six_decimals(model: Transformer) -> None:
+    maps = attention_maps(model, WordTokenizer(), "the cat sat")
+    parsed = json.loads(json.dumps(maps.to_json(), allow_nan=False))
+    assert parsed["weights_shape"] == {"layers": 3, "heads": 2, "queries": 3, "keys": 3}
+    torch.testing.assert_close(torch.tensor(parsed["weights"]), maps.weights_LHTS, rtol=0, atol=6e-7)
+    assert all(round(w, 6) == w for w in torch.tensor(parsed["weights"], dtype=torch.float64).flatten().tolist())
+
+
+def test_json_of_a_diverged_model_is_refused() -> None:
+    broken = AttentionMaps("a", ["a"], [0], torch.full((1, 1, 1, 1), math.nan), [[("a", 1.0)]])
+    with pytest.raises(MinitfError, match="diverged"):
+        broken.to_json()
+
+
+def test_pattern_scores_equal_naive_loops() -> None:
+    weights_HBTS = random_weights(4, 3, 9, 9)
+    scores = pattern_scores(weights_HBTS)
+    for h in range(4):
+        entropies, previous, first = [], [], []
+        for b in range(3):
+            for t in range(9):
+                row = weights_HBTS[h, b, t].tolist()
+                if t >= 1:
+                    entropies.append(-sum(w * math.log(w) for w in row if w > 0) / math.log(t + 1))
+                if t >= 2:
+                    previous.append(row[t - 1])
+                    first.append(row[0])
+        assert float(scores["entropy"][h]) == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+        assert float(scores["previous_token"][h]) == pytest.approx(sum(previous) / len(previous), abs=1e-5)
+        assert float(scores["first_token"][h]) == pytest.approx(sum(first) / len(first), abs=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_texts_too_short_for_a_pattern_score_zero(num_tokens: int) -> None:
+    scores = pattern_scores(random_weights(2, 1, num_tokens, num_tokens))
+    assert scores["previous_token"].tolist() == scores["first_token"].tolist() == [0, 0]
+    assert all(values.isfinite().all() for values in scores.values())
+
+
+def test_constructed_heads_get_the_score_of_their_pattern_and_no_other() -> None:
+    ids_BT = torch.arange(40).view(2, 20)  # nothing repeats, so the induction head looks at itself there
+    scores = head_scores(PatternModel(), ids_BT)
+    assert {name: tuple(values.shape) for name, values in scores.items()} == dict.fromkeys(
+        ("entropy", "previous_token", "first_token", "this_token", "nearby", "same_word", "induction"), (1, 5)
+    )
+    previous, first, induction, uniform, itself = range(5)
+    table = {name: values[0].tolist() for name, values in scores.items()}
+    for name, head in (("previous_token", previous), ("first_token", first), ("entropy", uniform)):
+        assert table[name][head] == pytest.approx(1, abs=1e-6)
+        assert max(value for other, value in enumerate(table[name]) if other != head) < 0.2
+    assert table["induction"][induction] > 0.95  # by chance a random token occurs twice in a half
+    assert max(table["induction"][head] for head in (previous, first, uniform, itself)) < 0.1
+    labels = [describe_head(scores, 0, head).rsplit(" ", 1)[0] for head in range(5)]
+    assert labels == ["previous token", "first token", "induction", "broad", "this token"]
+
+
+def test_induction_looks_at_the_key_after_the_previous_occurrence(model: Transformer) -> None:
+    scores = head_scores(model, torch.tensor([[0, 1, 2, 3]]), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    ids_BT = torch.randint(8, (4, 6), generator=generator).repeat(1, 2)
+    weights: list[Tensor] = []
+    with torch.no_grad():
+        model.eval()(ids_BT, weights=weights)
+    for layer in range(3):
+        for head in range(2):
+            values = [float(weights[layer][b, head, t, t - 5]) for b in range(4) for t in range(6, 12)]
+            assert float(scores["induction"][layer, head]) == pytest.approx(sum(values) / len(values), abs=1e-5)
+
+
+def test_head_scores_repeat_and_leave_the_model_and_the_random_state_alone(model: Transformer) -> None:
+    ids_BT = torch.randint(8, (2, 12))
+    state = torch.get_rng_state()
+    once, again = head_scores(model, ids_BT), head_scores(model, ids_BT)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_labels_come_from_the_text_itself_without_scores() -> None:
+    weights_LHTS = torch.zeros(1, 2, 5, 5)
+    weights_LHTS[0, 0] = torch.eye(5).roll(-1, 1)
+    weights_LHTS[0, 1, :, 0] = 1
+    assert AttentionMaps("", list("abcde"), [0] * 5, weights_LHTS, []).labels == [
+        ["previous token 1.00", "first token 1.00"]
+    ]

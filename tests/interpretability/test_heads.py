@@ -1,0 +1,208 @@
+"""Switching heads off, and the head that copies: what a score finds is what the model needs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_text
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from minitf.attention import causal_mask, gather, match, weigh
+from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.errors import RequestError
+from minitf.evaluate import evaluate_checkpoint, evaluate_heads
+from minitf.evaluate import main as evaluate_command
+from minitf.interpretability.attention_maps import attention_maps_of_ids
+from minitf.interpretability.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
+from minitf.model import ModelConfig, Transformer
+
+
+def without_heads(model: Transformer, ids_BT: Tensor, off: set[Head]) -> Tensor:
+    """Logits of a forward written out, in which the outputs of some heads are set to zero before `o_proj`."""
+    T, config = ids_BT.shape[1], model.config
+    mask_TS = causal_mask(T, T, model.device, torch.float32)
+    x_BTD = model.model.embed_tokens(ids_BT)
+    for index, block in enumerate(model.model.layers):
+        weights: list[Tensor] = []
+        block(x_BTD, model.rotary[:, :T], mask_TS, weights=weights)
+        attention, normed = block.self_attn, block.input_layernorm(x_BTD)
+        v_BHSK = attention.v_proj(normed).view(*ids_BT.shape, -1, config.head_dim).transpose(1, 2)
+        mixed_BHTK = gather(weights[0], v_BHSK).clone()
+        for layer, head in off:
+            if layer == index:
+                mixed_BHTK[:, head] = 0
+        x_BTD = x_BTD + attention.o_proj(mixed_BHTK.transpose(1, 2).flatten(2))
+        x_BTD = x_BTD + block.mlp(block.post_attention_layernorm(x_BTD))
+    return model.model.norm(x_BTD) @ model.vocabulary_VD.T
+
+
+@pytest.mark.parametrize("off", [set(), {(0, 1)}, {(1, 3)}, {(0, 0), (0, 3), (1, 2)}])
+@torch.no_grad()
+def test_a_head_that_is_off_gathers_nothing(make_model: Callable[..., Transformer], off: set[Head]) -> None:
+    model = make_model()
+    ids_BT = torch.randint(50, (2, 9))
+    with heads_off(model, off):
+        torch.testing.assert_close(model(ids_BT), without_heads(model, ids_BT, off), rtol=1e-4, atol=1e-4)
+    if off:
+        with heads_off(model, off):
+            changed = model(ids_BT)
+        assert not torch.allclose(changed, model(ids_BT), atol=1e-2)
+
+
+def test_the_model_is_as_it_was_afterwards_whatever_happens(make_model: Callable[..., Transformer]) -> None:
+    model = make_model()
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), heads_off(model, [(0, 0), (1, 1)]):
+        raise ZeroDivisionError
+    with pytest.raises(RequestError, match="layer 2, head 0"), heads_off(model, [(0, 0), (2, 0)]):
+        pass
+    with pytest.raises(RequestError, match="there is no"), heads_off(model, [(0, -1)]):
+        pass
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_vectors_are_those_the_model_matches_and_gathers_with(
+    make_model: Callable[..., Transformer], num_kv_heads: int, qk_norm: bool
+) -> None:
+    class Pieces:
+        def pieces(self, ids: list[int]) -> list[str]:
+            return [str(id_) for id_ in ids]
+
+    model = make_model(num_kv_heads=num_kv_heads, qk_norm=qk_norm)
+    gathered: list[Tensor] = []
+    hooks = [
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: gathered.append(inputs[0]))
+        for block in model.model.layers
+    ]
+    maps = attention_maps_of_ids(model, Pieces(), list(range(11)), "")  # type: ignore[arg-type]
+    for hook in hooks:
+        hook.remove()
+    assert maps.vectors is not None
+    mask_TS = causal_mask(11, 11, model.device, torch.float32)
+    for layer in range(2):
+        q, k, v = (tensor[layer][None] for tensor in vars(maps.vectors).values())
+        weights = weigh(match(q, k, mask_TS))
+        torch.testing.assert_close(weights[0], maps.weights_LHTS[layer])
+        mixed = gather(weights, v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(mixed, gathered[layer])
+    assert not any(block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_a_head_that_looks_nearby_or_everywhere_is_called_so() -> None:
+    size = 40
+    weights_LHBTS = torch.zeros(1, 3, 1, size, size)
+    for t in range(size):
+        weights_LHBTS[0, 0, 0, t, max(t - 4, 0) : max(t, 1)] = 1
+        weights_LHBTS[0, 1, 0, t, : t + 1] = 1
+        weights_LHBTS[0, 2, 0, t, t // 2] = 1
+    scores = pattern_scores(weights_LHBTS / weights_LHBTS.sum(-1, keepdim=True))
+    assert head_pattern(scores, 0, 0) == ("nearby", pytest.approx(1))
+    assert head_pattern(scores, 0, 1) == ("broad", pytest.approx(1))
+    assert head_pattern(scores, 0, 2) is None
+    assert [describe_head(scores, 0, head) for head in range(3)] == ["nearby words 1.00", "broad 1.00", ""]
+
+
+CONTEXT, VOCABULARY = 32, 64
+
+
+def repetitions(num_rows: int, generator: torch.Generator, shortest: int = 10) -> tuple[Tensor, Tensor]:
+    """Random tokens said again and again, with a period of `shortest` to 16: (ids_BT, targets_BT).
+
+    The period differs from row to row, so that looking back by a fixed distance does not help. Only what was said
+    before can be foretold; the rest does not count.
+    """
+    ids_BT = torch.randint(VOCABULARY, (num_rows, CONTEXT), generator=generator)
+    period_B1 = torch.randint(shortest, CONTEXT // 2 + 1, (num_rows, 1), generator=generator)
+    position_BT = torch.arange(CONTEXT).expand(num_rows, -1)
+    ids_BT = ids_BT.gather(1, position_BT % period_B1)
+    targets_BT = ids_BT.roll(-1, 1)
+    targets_BT[position_BT < period_B1 - 1] = targets_BT[:, -1] = -100
+    return ids_BT, targets_BT
+
+
+@torch.no_grad()
+def copying(model: Transformer, generator: torch.Generator) -> float:
+    """The share of tokens of the second time that the model foretells."""
+    ids_BT, targets_BT = repetitions(256, generator)
+    known_BT = targets_BT >= 0
+    return float((model(ids_BT).argmax(-1) == targets_BT)[known_BT].float().mean())
+
+
+@pytest.mark.slow
+def test_an_induction_head_forms_is_found_and_copying_needs_it() -> None:
+    """Two layers learn to repeat what was said; the heads whose score says that they do it are those that do it."""
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
+    shape = ModelConfig(
+        num_layers=2, hidden_size=64, num_heads=2, context_length=CONTEXT, intermediate_size=64,
+        tie_embeddings=False, rope_theta=10.0,
+    )  # fmt: skip
+    model = Transformer(shape, VOCABULARY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98))
+    held_out_BT = repetitions(4, generator)[0]
+    assert float(head_scores(model, held_out_BT)["induction"].max()) < 0.2
+    for step in range(2000):
+        model.loss(*repetitions(64, generator)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 99 and copying(model, generator) > 0.97:
+            break
+    model.eval()
+    scores = head_scores(model, held_out_BT)
+    heads = [(layer, head) for layer in range(2) for head in range(2)]
+    value = {head: float(scores["induction"][head]) for head in heads}
+    found = [head for head in heads if describe_head(scores, *head).startswith("induction")]
+    assert max(value.values()) > 0.6
+    assert found
+    assert all(layer == 1 for layer, _ in found)  # it needs a head before it that knows the previous token
+    assert copying(model, generator) > 0.95
+    with heads_off(model, found):
+        assert copying(model, generator) < 0.4
+    for head in {(1, 0), (1, 1)} - set(found):
+        with heads_off(model, [head]):
+            assert copying(model, generator) > 0.8
+    assert copying(model, generator) > 0.95
+
+
+def test_what_a_head_is_worth_is_what_its_absence_costs(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, symlinks=True)
+    assert evaluate_command(["--run", str(run), "--heads", "--json", "--max-tokens", "600"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert evaluate_command(["--run", str(run), "--json", "--max-tokens", "600"]) == 0
+    assert report["bits_per_byte"] == json.loads(capsys.readouterr().out)["bits_per_byte"]
+    assert [(one["layer"], one["head"]) for one in report["heads"]] == [(i, j) for i in range(2) for j in range(4)]
+
+    checkpoint = load_checkpoint(run, "cpu")
+    text = make_text(600)
+    ids = np.array(checkpoint.tokenizer.encode(text), dtype=np.uint32)
+    found = evaluate_heads(checkpoint, ids, len(text.encode()), 600)
+    whole = evaluate_checkpoint(checkpoint, ids, len(text.encode()), 600).bits_per_byte
+    with heads_off(checkpoint.model, [(1, 2)]):
+        without = evaluate_checkpoint(checkpoint, ids, len(text.encode()), 600).bits_per_byte
+    assert float(found.importance_LH[1, 2]) == pytest.approx(without - whole, abs=1e-6)
+    table = found.table().splitlines()
+    assert len(table) == 9
+    values = [float(line.split()[2]) for line in table[1:]]
+    assert values == sorted(values, reverse=True)
+
+    # For TensorBoard it lies in a directory of its own: a newer event file would hide what a training run adds.
+    assert len(list(run.glob("events.out.*"))) == 1
+    assert len(list((run / "heads").glob("events.out.*"))) == 1
+    written = json.loads((run / f"heads/step_{checkpoint.step:08d}.json").read_text())
+    assert written["heads"] == report["heads"]
+    reader = EventAccumulator(str(run / "heads"), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+    assert reader.Tags()["images"] == ["heads/importance"]
+    assert len(reader.Tags()["scalars"]) == 8
+    assert reader.Scalars("importance/layer1_head2")[0].value == pytest.approx(report["heads"][6]["importance"])

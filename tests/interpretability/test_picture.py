@@ -1,0 +1,86 @@
+"""The picture of all heads, and that its pixels are the weights."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import maps_of
+from PIL import Image
+
+from minitf.interpretability.heads import pattern_scores
+from minitf.interpretability.picture import MAX_CELL, MAX_SIDE, RAMP, attention_picture
+
+BRIGHTEST = RAMP[-1]
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def test_the_brightest_cells_are_where_the_weights_are_one() -> None:
+    maps = maps_of(["one", "two", "three", "four", "five", "six"], num_layers=1, num_heads=2)
+    weights = torch.full((1, 2, 6, 6), 0.01).tril()
+    weights[0, 0, 4, 2] = weights[0, 1, 5, 0] = 1.0
+    image = pixels(attention_picture(replace(maps, weights_LHTS=weights)))
+    bright = (image == BRIGHTEST).all(-1)
+    bright[:70] = False  # the colour scale
+    rows, columns = bright.nonzero()
+    assert bright.sum() == 2 * MAX_CELL**2
+    left, right = columns < columns.max() - MAX_CELL, columns >= columns.max() - MAX_CELL + 1
+    # Head 0 has it one row above and two columns to the right of where head 1 has it in its own panel.
+    assert rows[right].min() - rows[left].min() == MAX_CELL
+    panel_distance = max(6 * MAX_CELL, 112) + 14
+    assert columns[left].min() - (columns[right].min() - panel_distance) == 2 * MAX_CELL
+
+
+def test_every_cell_has_the_colour_of_its_weight() -> None:
+    maps = maps_of(["a", "b", "c", "d"], num_layers=1, num_heads=1)
+    steps = torch.linspace(0, 1, len(RAMP)) ** 2  # weights whose square roots are the nodes of the ramp
+    weights = torch.zeros(1, 1, 4, 4)
+    weights[0, 0, 3] = steps[[1, 3, 5, 7]]
+    image = pixels(attention_picture(replace(maps, weights_LHTS=weights)))[70:]
+    corner = np.argwhere((image == BRIGHTEST).all(-1)).min(0)
+    found = [image[corner[0] + 5, corner[1] + 5 + (column - 3) * MAX_CELL] for column in range(4)]
+    np.testing.assert_allclose(found, [RAMP[i] for i in (1, 3, 5, 7)], atol=3)
+
+
+def test_the_picture_changes_with_weights_scores_and_step() -> None:
+    maps = maps_of(["a", "b", "c"])
+    scores = pattern_scores(maps.weights_LHTS[:, :, None])
+    others = [replace(maps, weights_LHTS=maps.weights_LHTS.flip(1)), replace(maps, step=11)]
+    pictures = [attention_picture(one, scores) for one in (maps, *others)] + [attention_picture(maps)]
+    assert len(set(pictures)) == len(pictures)
+    assert attention_picture(maps, scores) == pictures[0]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["a"],
+        ["", " ", "\n", "⏎", "\x00", "\u200b", "⟨e4⟩"],
+        ["naïve", "дом", "中文", "שלום", "😀", "\ud800", "e\u0301", "\U0010ffff"],
+        ["x" * 500, "y"],
+        ["w"] * 30,
+        ["w"] * 300,
+    ],
+)
+def test_any_text_becomes_a_picture_of_bounded_size(tokens: list[str]) -> None:
+    for num_layers, num_heads in ((1, 1), (6, 8)):
+        png = attention_picture(maps_of(tokens, num_layers, num_heads))
+        with Image.open(io.BytesIO(png)) as image:
+            image.load()
+            assert image.mode == "P"
+            assert max(image.size) <= MAX_SIDE + 100
+
+
+def test_weights_that_are_not_numbers_still_become_a_picture() -> None:
+    maps = maps_of(["a", "b"])
+    with np.errstate(invalid="raise"):
+        assert attention_picture(replace(maps, weights_LHTS=torch.full_like(maps.weights_LHTS, float("nan"))))
+
+
+def test_more_heads_than_the_picture_is_wide_still_fit() -> None:
+    png = attention_picture(maps_of(["a", "b", "c"], num_layers=2, num_heads=64))
+    assert Image.open(io.BytesIO(png)).size[1] < 400

@@ -1,0 +1,487 @@
+"""The Attention tab's server: what runs write and TensorBoard keeps, the routes, and who is let in."""
+
+import argparse
+import base64
+import gzip
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+import torch
+from helpers import maps_of
+from werkzeug.test import Client, TestResponse
+
+import minitf
+from minitf.interpretability.attention_maps import attention_maps
+from minitf.interpretability.heads import heads_off
+from minitf.interpretability.picture import attention_picture
+from minitf.reporting.monitor import Monitor
+from minitf.tensorboard.folders import RunFolders
+from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
+from minitf.tensorboard.live import Live
+from minitf.tensorboard.loader import Loader
+from minitf.tensorboard.plugin import AttentionPlugin
+from minitf.tensorboard.summary import sentence_tag
+
+RUN = "tiny/one"
+TEXT = "The cat sat on the mat."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program itself, with both of its loaders
+
+
+@pytest.fixture(scope="module")
+def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH on which minitf is installed as far as TensorBoard is concerned."""
+    root = Path(__file__).parents[2]
+    installed = tmp_path_factory.mktemp("site") / "minitf-0.0.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: minitf\nVersion: 0.0.0\n")
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    entry = project.split("[project.entry-points.tensorboard_plugins]")[1].split("\n")[1].replace('"', "")
+    (installed / "entry_points.txt").write_text(f"[tensorboard_plugins]\n{entry}\n")
+    return os.pathsep.join([str(installed.parent), str(root)])
+
+
+def write_looks(run_dir: Path, steps: range, resumed_from: int = 0) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    maps = maps_of(["the", " cat", " sat"], 1, 2)
+    png = attention_picture(maps)
+    with Monitor(run_dir, resumed_from) as monitor:
+        for step in steps:
+            monitor.scalars({"heads/induction/layer0_head1": step / 100, "train/loss": 9.0 - step / 100}, step)
+            monitor.attention({**maps.to_viewer(), "step": step, "wrote": resumed_from}, png, step)
+
+
+@pytest.fixture(scope="module")
+def logdir(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
+    """A hundred looks; a run resumed at step 5 after it had got to 8; a trained run; one of damaged files."""
+    logdir = tmp_path_factory.mktemp("logdir")
+    write_looks(logdir / "hundred", range(100))
+    write_looks(logdir / "resumed", range(9))
+    write_looks(logdir / "resumed", range(6, 12), resumed_from=5)
+    (logdir / "resumed/attention.jsonl").unlink()  # what is asked for then comes from TensorBoard's own data
+    shutil.copytree(trained_run, logdir / RUN, symlinks=True)
+    shutil.copytree(logdir / "hundred", logdir / "damaged")
+    file = next((logdir / "damaged").glob("events.out.*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 50] = b"x" * 50
+    file.write_bytes(content[: len(content) * 7 // 10])
+    shutil.copytree(trained_run, logdir / "gone", symlinks=True)
+    shutil.rmtree(logdir / "gone/checkpoints")
+    rows = (logdir / "gone/attention.jsonl").read_bytes()
+    (logdir / "gone/attention.jsonl").write_bytes(b'{"text": "\\ud8", "step": 1, }\n' + rows[: len(rows) // 2])
+    return logdir
+
+
+@pytest.fixture(scope="module", params=["true", "false"], ids=["fast", "slow"])
+def server(request: pytest.FixtureRequest, logdir: Path, plugin_path: str) -> Iterator[str]:
+    """The address of a TensorBoard over `logdir`, with the Rust or the Python loader."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", str(port)]
+    command += [f"--load_fast={request.param}", "--path_prefix", "/some/where", "--reload_interval", "1"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": plugin_path}, stderr=subprocess.DEVNULL)
+    address = f"http://localhost:{port}/some/where/data/plugin/minitf_attention"
+    try:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            try:
+                if len(get(f"{address}/runs")["runs"]) == 5 and looks(address, "resumed")[-1][0] == 11:
+                    break
+            except (OSError, KeyError, urllib.error.HTTPError):
+                pass
+            time.sleep(0.3)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def get(address: str, **arguments: object) -> Any:
+    with urllib.request.urlopen(f"{address}?{urlencode(arguments)}") as reply:
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        body = reply.read()
+        return json.loads(gzip.decompress(body) if reply.headers["Content-Encoding"] == "gzip" else body)
+
+
+def looks(address: str, run: str) -> list[list[float]]:
+    return list(get(f"{address}/run", run=run)["sentences"][0]["looks"])
+
+
+@pytest.mark.slow
+def test_both_loaders_keep_every_step_and_after_a_resume_none_twice(server: str) -> None:
+    assert get(f"{server}/runs")["live"]
+    assert [step for step, _ in looks(server, "hundred")] == list(range(100))
+    assert [step for step, _ in looks(server, "resumed")] == list(range(12))
+    tag = get(f"{server}/run", run="resumed")["sentences"][0]["tag"]
+    wrote = [get(f"{server}/map", run="resumed", tag=tag, step=step)["wrote"] for step in (5, 6, 8, 11)]
+    assert wrote == [0, 5, 5, 5]
+    run = get(f"{server}/run", run="hundred")
+    assert run["curves"]["train"][:2] == [[0, 9.0], [1, pytest.approx(8.99)]]
+
+
+@pytest.mark.slow
+def test_a_served_map_holds_the_weights_of_the_model(server: str, trained_run: Path) -> None:
+    run = get(f"{server}/run", run=RUN)
+    sentence = next(one for one in run["sentences"] if one["text"] == TEXT)
+    step = sentence["looks"][-1][0]
+    assert step == 40
+    assert 40 in run["checkpoints"]
+    served = get(f"{server}/map", run=RUN, tag=sentence["tag"], step=step)
+    lm = minitf.load(trained_run / "checkpoints/latest", device="cpu")
+    weights_LHTS = attention_maps(lm.model, lm.tokenizer, TEXT).weights_LHTS
+    query, key = torch.tril_indices(*weights_LHTS.shape[2:])
+    stored = torch.frombuffer(bytearray(base64.b64decode(served["weights"])), dtype=torch.uint8).float() / 255
+    torch.testing.assert_close(stored, weights_LHTS[:, :, query, key].flatten(), rtol=0, atol=1 / 255)
+    assert served["vectors"]["encoding"] == "int8"
+    gone = get(f"{server}/map", run="gone", tag=sentence["tag"], step=step)
+    assert gone == {**served, "vectors": None}
+    scores = run["scores"]
+    assert scores["steps"][-1] == 40
+    assert len(scores["values"]["induction"]) == 2
+    assert len(scores["values"]["induction"][1]) == 4
+
+
+@pytest.mark.slow
+def test_damaged_data_and_missing_checkpoints_leave_the_rest_working(server: str) -> None:
+    assert len(looks(server, "damaged")) < 100
+    assert get(f"{server}/run", run="gone")["checkpoints"] == []
+    assert len(looks(server, "gone")) == len(looks(server, RUN))
+    for path, arguments, status in (
+        ("run", {"run": "none"}, 404),
+        ("run", {}, 400),
+        ("map", {"run": RUN, "tag": "none", "step": 0}, 404),
+        ("map", {"run": RUN, "tag": sentence_tag(TEXT), "step": 7}, 404),
+        ("map", {"run": RUN, "tag": sentence_tag(TEXT), "step": "-1"}, 400),
+        ("live", {}, 405),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            get(f"{server}/{path}", **arguments)
+        assert (caught.value.code, "error" in json.load(caught.value)) == (status, True)
+    assert len(get(f"{server}/runs")["runs"]) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The routes, in this process
+
+
+class Data:
+    """What the routes need of TensorBoard's data: the runs it lists."""
+
+    def __init__(self, runs: list[str]) -> None:
+        self.runs = runs
+
+    def list_runs(self, context: object, experiment_id: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(run_name=run, start_time=0) for run in self.runs]
+
+
+def plugin_over(logdir: Path | None, runs: list[str], **flags: object) -> AttentionPlugin:
+    context = SimpleNamespace(
+        data_provider=Data(runs), logdir=logdir and str(logdir), flags=SimpleNamespace(logdir_spec="", **flags)
+    )
+    return AttentionPlugin(context)
+
+
+@pytest.fixture
+def runs_root(tmp_path: Path, trained_run: Path) -> Path:
+    shutil.copytree(trained_run, tmp_path / "runs" / RUN, symlinks=True)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def plugin(runs_root: Path) -> AttentionPlugin:
+    return plugin_over(runs_root, [RUN, "..", "../secret", "linked", "/etc"])
+
+
+GOOD = {"Host": "localhost:6006", "Origin": "http://localhost:6006", HEADER: "1"}
+
+
+def ask(plugin: AttentionPlugin, body: Any = None, content: bytes | None = None, **headers: str | None) -> TestResponse:
+    """POST to the live route as the tab does, with some headers changed, or left out (None)."""
+    sent = {**GOOD, "Content-Type": "application/json"}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}  # type: ignore[misc]
+    body = {"run": RUN, "step": 40, "text": TEXT} | (body or {}) if not isinstance(body, list) else body
+    return Client(plugin.get_plugin_apps()["/live"]).post(
+        "/live",
+        data=json.dumps(body).encode() if content is None else content,
+        headers={name: value for name, value in sent.items() if value is not None},
+    )
+
+
+def test_a_live_sentence_is_exactly_the_models(plugin: AttentionPlugin, trained_run: Path) -> None:
+    reply = ask(plugin)
+    assert reply.status_code == 200
+    lm = minitf.load(trained_run / "checkpoints/step_00000040", device="cpu")
+    check_exact(reply.json, lm)
+    lm.model.eval()
+    off = ask(plugin, {"heads_off": [[0, 1], [1, 3]]}).json
+    with heads_off(lm.model, [(0, 1), (1, 3)]):
+        check_exact(off, lm)
+    before = dict(off["before"]["next_tokens"][-1])
+    assert before == dict(reply.json["next_tokens"][-1])
+    assert dict(off["next_tokens"][-1]) != before
+    check_exact(ask(plugin).json, lm)  # the model kept in memory is whole again
+
+
+def check_exact(reply: Any, lm: minitf.LanguageModel) -> None:
+    maps = attention_maps(lm.model, lm.tokenizer, TEXT, top_k=10)
+    query, key = torch.tril_indices(*maps.weights_LHTS.shape[2:])
+    weights = torch.frombuffer(bytearray(base64.b64decode(reply["weights"])), dtype=torch.float32)
+    torch.testing.assert_close(weights, maps.weights_LHTS[:, :, query, key].flatten(), rtol=0, atol=1e-5)
+    assert maps.vectors is not None
+    for name, tensor in zip("qkv", vars(maps.vectors).values(), strict=True):
+        values = torch.frombuffer(bytearray(base64.b64decode(reply["vectors"][name]["values"])), dtype=torch.float32)
+        torch.testing.assert_close(values, tensor.flatten(), rtol=0, atol=1e-5)
+    for served, expected in zip(reply["next_tokens"], maps.next_tokens, strict=True):
+        assert [p for _, p in served] == pytest.approx([p for _, p in expected], abs=1e-5)
+
+
+def test_a_source_is_answered_and_aligned(tmp_path: Path, copying_run: Path) -> None:
+    shutil.copytree(copying_run, tmp_path / "runs/copying", symlinks=True)
+    plugin = plugin_over(tmp_path / "runs", ["copying"])
+    asked = {"run": "copying", "step": 300}
+    reply = ask(plugin, {**asked, "text": "cabd"}).json
+    assert reply["full"] == "cabd => cabd"
+    assert reply["prompt_length"] == 6
+    assert reply["alignment"]["source"] == reply["alignment"]["target"] == list("cabd")
+    assert [row.index(max(row)) for row in reply["alignment"]["weights"]] == [0, 1, 2, 3]
+    given = ask(plugin, {**asked, "text": "cabd => dbac", "heads_off": [[1, 0], [1, 1], [1, 2], [1, 3]]}).json
+    assert given["alignment"]["target"] == list("dbac")
+    assert given["before"]["next_tokens"] != given["next_tokens"]
+    assert ask(plugin, {**asked, "text": "xyz"}).status_code == 422
+
+
+def test_generation_goes_on_step_by_step(plugin: AttentionPlugin) -> None:
+    replies = [ask(plugin, {"text": "The", "new_tokens": n, "seed": 3}).json for n in range(5)]
+    tokens = [reply["tokens"] for reply in replies]
+    assert [len(one) for one in tokens] == [3, 4, 5, 6, 7]
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in itertools.pairwise(tokens))
+    assert all(reply["prompt_length"] == 3 for reply in replies)
+    greedy = ask(plugin, {"text": "The", "new_tokens": 1, "temperature": 0}).json
+    assert greedy["tokens"][-1] == greedy["next_tokens"][2][0][0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example:6006", "Origin": "http://evil.example:6006"}, 403),  # DNS rebinding
+        ({"Host": "localhost.evil.example", "Origin": "http://localhost.evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example", "Origin": "http://127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost@evil.example", "Origin": "http://localhost@evil.example"}, 403),
+        ({"Host": "192.168.0.7:6006", "Origin": "http://192.168.0.7:6006"}, 403),
+        ({"Origin": "http://evil.example"}, 403),  # another site's page
+        ({"Origin": "http://localhost:8000"}, 403),  # another server on this machine
+        ({"Origin": "null"}, 403),
+        ({"Origin": "file://localhost:6006"}, 403),
+        ({"Origin": "http://localhost:6006/path"}, 403),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Origin": None}, 403),
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"X_Minitf_Attention": None}, 403),  # what a plain form could send
+        ({"X_Minitf_Attention": "2"}, 403),
+        ({"Content_Type": "text/plain"}, 415),
+        ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Host": "127.0.0.1:6006", "Origin": "http://127.0.0.1:6006"}, 200),
+        ({"Host": "[::1]:6006", "Origin": "http://[::1]:6006"}, 200),
+        ({"Sec_Fetch_Site": "same-origin"}, 200),
+    ],
+)
+def test_only_pages_of_this_tensorboard_are_answered(
+    plugin: AttentionPlugin, headers: dict[str, str | None], status: int
+) -> None:
+    assert ask(plugin, **headers).status_code == status
+
+
+def test_named_hosts_are_let_in(runs_root: Path) -> None:
+    plugin = plugin_over(runs_root, [RUN], minitf_live_hosts="box.example, other", host="box.example")
+    assert plugin.gate.why_closed() is None
+    assert ask(plugin, Host="box.example:6006", Origin="http://box.example:6006").status_code == 200
+    assert ask(plugin, Host="evil.example:6006", Origin="http://evil.example:6006").status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"minitf_live": "off"}, "off"),
+        ({"bind_all": True}, "bind_all"),
+        ({"host": "0.0.0.0"}, "bind_all"),
+        ({"host": "192.168.0.7"}, "bind_all"),
+        ({"host": "127.0.0.1"}, None),
+    ],
+)
+def test_it_is_closed_where_others_could_reach_it(runs_root: Path, flags: dict[str, Any], why: str | None) -> None:
+    plugin = plugin_over(runs_root, [RUN], **flags)
+    assert plugin.gate.why_closed() == why
+    assert ask(plugin).status_code == (403 if why else 200)
+
+
+def test_it_is_closed_without_a_directory_of_runs(runs_root: Path) -> None:
+    for logdir in (None, "gs://bucket/runs"):
+        closed = plugin_over(logdir, [RUN])  # type: ignore[arg-type]
+        assert closed.gate.why_closed() == "logdir"
+        assert ask(closed).status_code == 403
+    closed = plugin_over(runs_root, [RUN])
+    closed.gate.logdir_spec = True
+    assert ask(closed).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "content", [b" ", b"{", b"[]", b"1", b"null", b"\xff", b"[" * 60_000, b'{"run": NaN', b'{"a": ' * 9000]
+)
+def test_what_is_no_json_object_is_refused(plugin: AttentionPlugin, content: bytes) -> None:
+    assert ask(plugin, content=content).status_code == 400
+
+
+def test_a_body_is_bounded(plugin: AttentionPlugin) -> None:
+    assert ask(plugin, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
+    assert ask(plugin, content=b"").status_code in (400, 411)
+    assert ask(plugin, {"text": "a" * 30_000}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"run": 1}, {"run": None}, {"text": None}, {"text": ["a"]}, {"step": "40"}, {"step": -1}, {"step": 1.5},
+        {"step": True}, {"step": 10**30}, {"new_tokens": -1}, {"new_tokens": 10**9}, {"new_tokens": "1"},
+        {"temperature": "hot"}, {"temperature": -1}, {"temperature": 1e999}, {"temperature": True}, {"seed": -1},
+        {"seed": 2**70}, {"heads_off": 3}, {"heads_off": [1]}, {"heads_off": [[0]]}, {"heads_off": [[0, -1]]},
+        {"heads_off": [[0, "1"]]}, {"heads_off": [[0, 1]] * 2000}, {"path": "/etc/passwd"}, {"step": None},
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_sense_are_refused(plugin: AttentionPlugin, body: dict[str, Any]) -> None:
+    reply = ask(plugin, body)
+    assert reply.status_code == 400
+    assert reply.json
+    assert reply.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"run": "none"}, 404), ({"run": "../secret"}, 404), ({"run": ".."}, 404), ({"run": "/etc"}, 404),
+        ({"run": "tiny/one\0"}, 404), ({"run": f"{RUN}/checkpoints"}, 404), ({"step": 39}, 404),
+        ({"text": "a" * 300}, 422), ({"text": "a", "new_tokens": 200}, 422), ({"heads_off": [[5, 0]]}, 422),
+        ({"text": "\ud800"}, 422),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_or_does_not_fit_is_refused(
+    plugin: AttentionPlugin, runs_root: Path, body: dict[str, Any], status: int
+) -> None:
+    shutil.copytree(runs_root / RUN, runs_root.parent / "secret", symlinks=True)
+    reply = ask(plugin, body)
+    assert reply.status_code == status
+    assert reply.json
+    assert reply.json["error"]
+    assert ask(plugin).status_code == 200
+
+
+def test_no_link_leads_out_of_the_runs(plugin: AttentionPlugin, runs_root: Path) -> None:
+    outside = runs_root.parent / "outside"
+    shutil.copytree(runs_root / RUN, outside, symlinks=True)
+    (runs_root / "linked").symlink_to(outside)
+    assert ask(plugin, {"run": "linked"}).status_code == 404
+    checkpoints = runs_root / RUN / "checkpoints"
+    (checkpoints / "step_00000041").symlink_to(outside / "checkpoints/step_00000040")
+    shutil.copytree(checkpoints / "step_00000040", checkpoints / "step_00000042")
+    (checkpoints / "step_00000042/model.safetensors").unlink()
+    (checkpoints / "step_00000042/model.safetensors").symlink_to(
+        outside / "checkpoints/step_00000040/model.safetensors"
+    )
+    (checkpoints / "step_00000043").mkdir()
+    (checkpoints / "step_00000043/pytorch_model.bin").write_bytes(b"no pickle")
+    assert RunFolders(str(runs_root)).steps(RUN) == [20, 40]
+    assert [ask(plugin, {"step": step}).status_code for step in (41, 42, 43, 40)] == [404, 404, 404, 200]
+
+
+def test_a_damaged_or_removed_checkpoint_is_one_clear_answer(plugin: AttentionPlugin, runs_root: Path) -> None:
+    file = runs_root / RUN / "checkpoints/step_00000040/model.safetensors"
+    file.write_bytes(b"damaged" + file.read_bytes()[7:])
+    reply = ask(plugin)
+    assert reply.status_code == 422
+    assert "damaged" in reply.json["error"]  # type: ignore[index]
+    shutil.rmtree(runs_root / RUN / "checkpoints")
+    assert ask(plugin).status_code == 404
+
+
+def test_one_sentence_at_a_time(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = plugin_over(runs_root, [RUN])
+    assert ask(plugin).status_code == 200
+    started, go_on = threading.Event(), threading.Event()
+    run = Live._run
+
+    def slow(self: Live, question: Any) -> Any:
+        started.set()
+        assert go_on.wait(20)
+        return run(self, question)
+
+    monkeypatch.setattr(Live, "_run", slow)
+    statuses: list[int] = []
+    first = threading.Thread(target=lambda: statuses.append(ask(plugin).status_code))
+    first.start()
+    assert started.wait(20)
+    assert ask(plugin).status_code == 503
+    go_on.set()
+    first.join()
+    assert statuses == [200]
+    assert ask(plugin).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "/static/", "/static/../plugin.py", "/static/..%2fplugin.py", "/static/page.html", "/static/x"],
+)
+def test_no_other_files_are_served(plugin: AttentionPlugin, path: str) -> None:
+    assert Client(plugin.get_plugin_apps()["/static/*"]).get(path).status_code == 404
+
+
+def test_the_viewers_files_are_served(plugin: AttentionPlugin) -> None:
+    client = Client(plugin.get_plugin_apps()["/static/*"])
+    for name in ("tab.js", "viewer.js", "viewer.css", "texts.js"):
+        reply = client.get(f"/static/{name}")
+        assert reply.status_code == 200
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert "javascript" in client.get("/static/tab.js").content_type
+    assert client.post("/static/tab.js").status_code == 405
+
+
+def test_the_loader_keeps_all_looks_unless_told_otherwise() -> None:
+    loader, parser = Loader(), argparse.ArgumentParser()
+    loader.define_flags(parser)
+    flags = parser.parse_args([])
+    assert (flags.minitf_live, flags.minitf_live_hosts) == ("auto", "")
+    for given, kept in (({}, 1000), ({"minitf_attention": 7}, 7)):
+        flags.samples_per_plugin = dict(given)
+        loader.fix_flags(flags)
+        assert flags.samples_per_plugin["minitf_attention"] == kept
+    loader.fix_flags(argparse.Namespace())
+
+
+def test_finding_the_tab_loads_no_torch() -> None:
+    code = """
+import sys
+from types import SimpleNamespace
+import minitf.tensorboard.loader as loader
+assert "torch" not in sys.modules and "minitf.tensorboard.plugin" not in sys.modules
+plugin = loader.Loader().load(SimpleNamespace(data_provider=None, logdir="runs", flags=None))
+assert plugin.get_plugin_apps() and "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
