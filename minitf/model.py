@@ -207,7 +207,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
     @torch.no_grad()
-    def take_over(self, other: "Transformer") -> None:
+    def copy_weights_from(self, other: "Transformer") -> None:
         """The weights of `other`, of the same shape; tokens at the end that it does not know keep theirs."""
         state = other.state_dict()
         for name, parameter in self.state_dict().items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from minitf.distributed.process_group import ALONE, Group
+from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.distributed.sharding import as_part, is_sharded, local, shard_like, whole
 from minitf.errors import MinitfError, RequestError
 
@@ -205,7 +205,7 @@ class Muon(ParameterGroups):
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype,
-        processes: Group = ALONE,
+        processes: ProcessGroup = SINGLE,
     ) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in params:
@@ -236,8 +236,8 @@ class Muon(ParameterGroups):
         ahead_NRC = self.functions.average_gradients(gradients, averages_NRC, momentum, self.dtype)
         work = partial(self.functions.orthogonalise, dtype=self.dtype)
         if is_sharded(params[0]):
-            return self.processes.share_out_rows(work, ahead_NRC, params[0].shape[0], self.dtype)
-        return self.processes.share_out(work, ahead_NRC, self.dtype)
+            return self.processes.scatter_row_work(work, ahead_NRC, params[0].shape[0], self.dtype)
+        return self.processes.scatter_work(work, ahead_NRC, self.dtype)
 
     def _finish(self, group: dict[str, Any], updates: Callable[[], Tensor]) -> None:
         rows, columns = group["params"][0].shape
@@ -249,7 +249,9 @@ class Muon(ParameterGroups):
 class Optimizer:
     """All parameters of a model; the state is a flat dictionary of tensors, so that a checkpoint needs no pickle."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype, processes: Group = ALONE) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, dtype: torch.dtype, processes: ProcessGroup = SINGLE
+    ) -> None:
         self.config = config
         matrices, embeddings, vectors = [], [], []
         for name, parameter in model.named_parameters():

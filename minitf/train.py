@@ -10,7 +10,7 @@ from minitf.errors import RequestError, run_command
 
 # torch and all that needs it are imported below, where they are used: --help answers without them.
 if TYPE_CHECKING:
-    from minitf.distributed.process_group import Group
+    from minitf.distributed.process_group import ProcessGroup
 
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info",
@@ -18,7 +18,7 @@ HYDRA_FLAGS = (
 )  # fmt: skip
 
 
-def start(args: Sequence[str], group: "Group") -> None:
+def start(args: Sequence[str], group: "ProcessGroup") -> None:
     """Train as the command line says; where torchrun has started anew, go on with the run it was."""
     from minitf.config.schema import compose_config
     from minitf.runs.start import new_run_dir, resume, train, whole_context
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         compile_ahead()
     from minitf.config.schema import check_sweep
-    from minitf.distributed.process_group import joined
+    from minitf.distributed.process_group import connected
 
-    with joined() as group:
+    with connected() as group:
         flags = [arg for arg in args if arg.startswith("-")]
         if not flags:
             start(args, group)

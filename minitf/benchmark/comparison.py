@@ -74,7 +74,7 @@ class Row:
         return {**asdict(self), **derived, "ratios": self.ratios}
 
 
-def in_turn(
+def main_first(
     sides: Mapping[str, Callable[[int], Result]], num_rounds: int, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[Result]]:
     """Call every side once a round with the round's number, every other round in the opposite order."""

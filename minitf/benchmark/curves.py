@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minitf.benchmark import plots
-from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.comparison import Row, main_first
 from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
@@ -39,7 +39,7 @@ def curves(request: Request, report: Report) -> None:
             sides[f"{axis} {value}"] = training(request, overrides, f"curves-{axis}-{value}")
             places[f"{axis} {value}"] = axis, value
     points: dict[str, list[tuple[int, float, float]]] = {axis: [] for axis in AXES}
-    for name, results in in_turn(sides, request.repeats, report.say).items():
+    for name, results in main_first(sides, request.repeats, report.say).items():
         (axis, value), row = places[name], speed_row(name, results)
         report.add(row)
         points[axis].append((value, row.median, row.raw["mb"]))
@@ -98,7 +98,7 @@ def corpus(request: Request, report: Report) -> None:
         size = ["model=nano", "model.context_length=32"] if request.quick else ["model=mini"]
         overrides = ["data=text", f"data.files=[{text}]", *size, *speed(request, 16)]
         sides[f"{name}, training"] = training(request, overrides, f"corpus-{megabytes}", environment=cache)
-    rows = [speed_row(name, results) for name, results in in_turn(sides, request.repeats, report.say).items()]
+    rows = [speed_row(name, results) for name, results in main_first(sides, request.repeats, report.say).items()]
     for row in rows:
         report.add(row)
     measured = list(zip(request.corpus_mb, rows, strict=True))
@@ -160,7 +160,7 @@ def logging(request: Request, report: Report) -> None:
         "on": lambda round_: train(request, steps, f"logging-on-{round_}", **timed),
         "off": lambda round_: train(request, [*steps, *off], f"logging-off-{round_}", **timed),
     }
-    on, without = in_turn(sides, request.repeats, report.say).values()
+    on, without = main_first(sides, request.repeats, report.say).values()
     spent = [result["seconds"].get("look", 0.0) + result["seconds"].get("sample", 0.0) for result in on]
     shares = [100 * s / result["train"][-1]["train_s"] for s, result in zip(spent, on, strict=True)]
     raw = {"on": [r["seconds"] for r in on], "off": [r["seconds"] for r in without]}

@@ -14,7 +14,7 @@ from minitf.benchmark.training import BATCH_SIZE, SIX_256, TOY
 from minitf.errors import MinitfError
 
 if TYPE_CHECKING:
-    from minitf.distributed.process_group import Group
+    from minitf.distributed.process_group import ProcessGroup
     from minitf.training.step import TrainingStep
 
 NUM_PROCESSES, VOCABULARY = 2, 4096
@@ -46,7 +46,7 @@ def distributed(request: Request, report: Report) -> None:
         )
 
 
-def _step_of(group: "Group", strategy: str, shape: dict[str, int]) -> "TrainingStep":
+def _step_of(group: "ProcessGroup", strategy: str, shape: dict[str, int]) -> "TrainingStep":
     import numpy as np
     import torch
 
@@ -69,7 +69,7 @@ def _step_of(group: "Group", strategy: str, shape: dict[str, int]) -> "TrainingS
     return TrainingStep(parallel, optimizer, batches, hardware, 1)
 
 
-def _median_ms(step: "TrainingStep", group: "Group", num_steps: int) -> float:
+def _median_ms(step: "TrainingStep", group: "ProcessGroup", num_steps: int) -> float:
     times = []
     for index in range(num_steps):
         group.barrier()
@@ -99,14 +99,14 @@ def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, wi
 
 def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -> None:
     """In a process started by torchrun: measure, and let the first write `answer`."""
-    from minitf.distributed.process_group import ALONE, joined
+    from minitf.distributed.process_group import SINGLE, connected
     from minitf.system.hardware import set_threads
 
-    with joined() as group:
+    with connected() as group:
         if group.size != NUM_PROCESSES:
             raise MinitfError(f"{group.size} processes were started instead of {NUM_PROCESSES}")
         set_threads(group=group)
-        alone, together = _step_of(ALONE, "single", shape), _step_of(group, strategy, shape)
+        alone, together = _step_of(SINGLE, "single", shape), _step_of(group, strategy, shape)
         for step in (alone, together):
             step.run(0, 0.0)
         alone_ms = _median_ms(alone, group, num_steps)
@@ -122,7 +122,7 @@ def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -
             "expected_mb": expected_bytes(strategy, matrices, others, group.size) / 1e6,
             "million_weights": (matrices + others) / 1e6,
         }  # fmt: skip
-        if group.is_first:
+        if group.is_main:
             Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 

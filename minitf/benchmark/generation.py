@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minitf.benchmark import hugging_face
-from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.comparison import Row, main_first
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import QUIET, train
@@ -62,7 +62,7 @@ def decode(request: Request, report: Report, checkpoint: str, prompt: list[int],
     }
     if peer:
         sides[f"transformers, batch {batch_size}"] = lambda round_: in_child("hugging_face:decode", arguments)
-    ours, *theirs = in_turn(sides, request.repeats, report.say).values()
+    ours, *theirs = main_first(sides, request.repeats, report.say).values()
 
     def speeds(results: list[dict[str, Any]]) -> list[float]:
         return [batch_size * num_tokens / sorted(r["seconds"])[len(r["seconds"]) // 2] for r in results]
@@ -90,7 +90,7 @@ def beside_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: 
         "minitf": lambda round_: in_child("library:decode", {"checkpoint": checkpoint, "batch_size": 1, **ask}),
         "llama.cpp": lambda round_: in_child("llama_cpp:decode", {"file": file, **ask}),
     }
-    ours, theirs = in_turn(sides, request.repeats, report.say).values()
+    ours, theirs = main_first(sides, request.repeats, report.say).values()
     speeds = [[num_tokens / sorted(r["seconds"])[len(r["seconds"]) // 2] for r in side] for side in (ours, theirs)]
     same = all(a["ids"] == b["ids"] for a, b in zip(ours, theirs, strict=True))
     raw = {"ours": [drop_ids(r) for r in ours], "theirs": [drop_ids(r) for r in theirs]}

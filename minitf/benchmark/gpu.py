@@ -3,7 +3,7 @@
 from typing import Any
 
 from minitf.benchmark import nanogpt
-from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.comparison import Row, main_first
 from minitf.benchmark.machine import peak
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
@@ -12,7 +12,7 @@ from minitf.benchmark.training import train
 # conf/experiment/gpt2.yaml
 GPT2 = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "context_length": 1024, "intermediate_size": 2048}
 VOCABULARY, BATCH_SIZE, ACCUMULATION = 50_304, 32, 8
-SETTLING = 5  # of nanoGPT's iterations, that compile and settle
+SETTLING = 5  # of nanoGPT's iterations, that compile and reshard
 TARGET_LOSS = 1.4697  # held-out nats a character of Tiny Shakespeare: nanoGPT's README, on an A100
 
 
@@ -72,7 +72,7 @@ def compare(
             return {"tokens_per_s": tokens * len(ms) / sum(ms) * 1000, "ms": ms}
 
         sides["nanoGPT compiled"] = other
-    results = in_turn(sides, request.repeats, report.say)
+    results = main_first(sides, request.repeats, report.say)
     peaks, ours = results["peak"], results["minitf"]
     speeds = [tokens / result["ms"]["whole"] * 1000 for result in ours]
     pairs = zip(speeds, ours, peaks, strict=True)

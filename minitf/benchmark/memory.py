@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.comparison import Row, main_first
 from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
@@ -31,7 +31,7 @@ def losses(request: Request, report: Report) -> None:
         return lambda round_: in_child("library:loss_memory", {"kind": kind, **shape}, ENVIRONMENT)
 
     sides = {"naive loss": side("naive"), "chunked loss": side("chunked")}
-    naive, chunked = in_turn(sides, request.repeats, report.say).values()
+    naive, chunked = main_first(sides, request.repeats, report.say).values()
     logits_mb = vocab_size * num_tokens * 4 / 1e6
     for name, unit in (("mb", "MB"), ("seconds", "s")):
         what = f"loss of {num_tokens:,} tokens, vocabulary {vocab_size:,}"
@@ -56,7 +56,7 @@ def activations(request: Request, report: Report) -> None:
         return lambda round_: train(request, [*base, f"{CHECKPOINTING}={value}"], f"memory-{value}-{round_}")
 
     sides = {"activations kept": side("false"), "activations computed again": side("true")}
-    kept, again = in_turn(sides, request.repeats, report.say).values()
+    kept, again = main_first(sides, request.repeats, report.say).values()
 
     def step_ms(results: list[dict[str, Any]]) -> list[float]:
         rows = [result["train"] for result in results]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minitf.benchmark import nanogpt
-from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.comparison import Row, main_first
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import train
@@ -30,7 +30,7 @@ def shakespeare(request: Request, report: Report) -> None:
     else:
         checkout, dataset = request.nanogpt, nanogpt.write_dataset(text, request.work / "nanogpt-data")
         sides["nanoGPT"] = lambda round_: nanogpt_race(request, checkout, dataset)
-    ours, *theirs = in_turn(sides, request.repeats, report.say).values()
+    ours, *theirs = main_first(sides, request.repeats, report.say).values()
     losses = [result["loss"] for result in ours]
     tokens = ours[0]["tokens"]
     values = {

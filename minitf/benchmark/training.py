@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitf.benchmark import hugging_face, nanogpt
-from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.comparison import Row, main_first
 from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.machine import best_peak, faster_precision, peak
 from minitf.benchmark.process import in_child
@@ -38,7 +38,7 @@ def step(request: Request, report: Report) -> None:
             return in_child("library:step_parts", arguments, ENVIRONMENT)
 
         sides = {"peak": lambda round_: peak(request), f"{name}, parts": parts}
-        peaks, results = in_turn(sides, request.repeats, report.say).values()
+        peaks, results = main_first(sides, request.repeats, report.say).values()
         report_step(report, name, peaks, results)
 
 
@@ -87,7 +87,7 @@ def throughput(request: Request, report: Report) -> None:
     else:
         sides[f"HF Trainer {precision}"] = lambda round_: hugging_face_speed(request, shape, batch_size, precision)
     sides["peak"] = lambda round_: peak(request)
-    results = in_turn(sides, request.repeats, report.say)
+    results = main_first(sides, request.repeats, report.say)
     peaks = results.pop("peak")
     cost = in_child("library:flops_per_token", {"shape": shape, "vocab_size": 65})
     for name in ("minitf", "minitf adamw"):

@@ -12,7 +12,7 @@ LINKS = {"latest", "best", ".latest.new", ".best.new"}
 
 
 @contextmanager
-def own(run_dir: Path) -> Iterator[None]:
+def lock_run_dir(run_dir: Path) -> Iterator[None]:
     """Make `run_dir` and keep other processes out of it; the lock goes with the process, however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -35,12 +35,12 @@ def own(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def own_new(run_dir: Path, numbered: bool) -> Iterator[Path]:
+def create_run_dir(run_dir: Path, numbered: bool) -> Iterator[Path]:
     """Own `run_dir`; if `numbered` one that is not there yet, so that runs begun in the same second are several."""
     with ExitStack() as stack:
         if numbered:
             run_dir = _claim(run_dir)
-        stack.enter_context(own(run_dir))
+        stack.enter_context(lock_run_dir(run_dir))
         if (run_dir / "checkpoints").exists():  # since it was looked for another process may have trained here
             raise RequestError(f"run_dir={run_dir} holds an earlier run: resume={run_dir} goes on with it")
         yield run_dir
@@ -76,7 +76,7 @@ def refuse_links(run_dir: Path) -> None:
 
 
 @contextmanager
-def naming(run_dir: Path) -> Iterator[None]:
+def annotate_os_errors(run_dir: Path) -> Iterator[None]:
     """An OSError that does not say where it happened (a write to an open file) gets the run's directory."""
     try:
         yield

@@ -27,7 +27,7 @@ LOST = ("connection closed by peer", "connection reset", "gloo", "nccl", "socket
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """Process `rank` of `size`, the `local_rank`-th of `local_size` on its machine. All methods are for all at once."""
 
     rank: int = 0
@@ -37,16 +37,16 @@ class Group:
     store: Any = field(default=None, repr=False)  # torchrun's key-value store, which outlives a restart
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that logs, saves and looks."""
         return self.rank == 0
 
-    def own(self, count: int) -> slice:
+    def rows_of(self, count: int) -> slice:
         """This process's part of `count` rows, which `size` divides."""
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process says, for all: anything JSON has a notation for."""
         if self.size == 1:
             return value
@@ -55,7 +55,7 @@ class Group:
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         length = torch.tensor([len(content)])
         dist.broadcast(length, 0)
-        if not self.is_first:
+        if not self.is_main:
             content = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(content, 0)
         return json.loads(bytes(content.tolist()))
@@ -96,7 +96,7 @@ class Group:
         self.any(False)
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """The first process of each machine does what is inside before the others do: what it leaves serves them."""
         if self.size > 1 and self.local_rank:
             self.barrier()
@@ -104,7 +104,7 @@ class Group:
         if self.size > 1 and not self.local_rank:
             self.barrier()
 
-    def share_out(
+    def scatter_work(
         self, work: Callable[[Tensor], Tensor], items_NRC: Tensor, dtype: torch.dtype
     ) -> Callable[[], Tensor]:
         """`work` on matrices that all processes hold, each matrix by one of them; `work` returns them in `dtype`.
@@ -131,7 +131,7 @@ class Group:
 
         return result
 
-    def share_out_rows(
+    def scatter_row_work(
         self, work: Callable[[Tensor], Tensor], rows_NrC: Tensor, num_rows: int, dtype: torch.dtype
     ) -> Callable[[], Tensor]:
         """The same for matrices of which every process holds `rows_NrC`, its part of their `num_rows` rows.
@@ -163,18 +163,18 @@ class Group:
 
     def remember(self, name: str, value: str) -> None:
         """Leave a word for the processes that torchrun starts in place of these when one has failed."""
-        if self.store is not None and self.is_first:
+        if self.store is not None and self.is_main:
             self.store.set(_key(name), value)
 
     def remembered(self, name: str) -> str | None:
         """What `remember` was given by the processes before these, or None; the same for all."""
         if self.store is None:
             return None
-        known = self.store.get(_key(name)).decode() if self.is_first and self.store.check([_key(name)]) else None
-        return self.agree(known)  # type: ignore[no-any-return]
+        known = self.store.get(_key(name)).decode() if self.is_main and self.store.check([_key(name)]) else None
+        return self.broadcast(known)  # type: ignore[no-any-return]
 
 
-ALONE = Group()
+SINGLE = ProcessGroup()
 
 
 def _key(name: str) -> str:
@@ -207,14 +207,14 @@ def _meet(store: Any, rank: int, size: int) -> str:
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def connected() -> Iterator[ProcessGroup]:
     """Join the processes torchrun has started, if it has.
 
     An error of one ends all. The one it happened to tells it, in a line that names the process; the others, who only
     find it gone, end in silence.
     """
     if not started_by_torchrun():
-        yield ALONE
+        yield SINGLE
         return
     import torch.distributed as dist
 
@@ -235,7 +235,7 @@ def joined() -> Iterator[Group]:
             rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
             own = dist.PrefixStore(_meet(store, rank, size), store)  # type: ignore[attr-defined]
             dist.init_process_group(backend, timeout=PATIENCE, store=own, rank=rank, world_size=size)
-    group = Group(numbers["RANK"], numbers["WORLD_SIZE"], *local, store)
+    group = ProcessGroup(numbers["RANK"], numbers["WORLD_SIZE"], *local, store)
     try:
         yield group
     except Exception as error:
@@ -246,7 +246,7 @@ def joined() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _fail(group: Group, error: Exception) -> None:
+def _fail(group: ProcessGroup, error: Exception) -> None:
     """Raise what this process has to say about its error; SystemExit if another was first."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:

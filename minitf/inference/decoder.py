@@ -47,9 +47,9 @@ class Decoder:
             return "graph", GraphStep(self.model, self.cache)
         if engine == "torch":
             return engine, None
-        from minitf.backends.cpu.decoding import NativeStep, obstacle
+        from minitf.backends.cpu.decoding import NativeStep, unsupported
 
-        reason = obstacle(self.model)
+        reason = unsupported(self.model)
         if reason is None:
             return "native", NativeStep(self.model, self.cache)
         if engine == "native":

@@ -227,13 +227,13 @@ class Monitor:
         self.tensorboard._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
 
 
-class Mute:
+class NullMonitor:
     """A monitor for the processes beside the first: it says and records nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **named: None
 
-    def __enter__(self) -> "Mute":
+    def __enter__(self) -> "NullMonitor":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -13,15 +13,15 @@ from minitf.backends.cpu import blocks as kernels
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.locate import RUNS, find_run
 from minitf.checkpoints.model_card import origin_of
-from minitf.checkpoints.run_directory import naming, own, own_new
+from minitf.checkpoints.run_directory import annotate_os_errors, create_run_dir, lock_run_dir
 from minitf.checkpoints.train_state import TrainState
 from minitf.config.schema import Config, changed_settings, load_config, model_sizes, save_config
 from minitf.data.sources.text import fingerprint
-from minitf.distributed.process_group import ALONE, Group
+from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.errors import RequestError
 from minitf.model import Transformer
 from minitf.reporting.console import conclude, introduce
-from minitf.reporting.monitor import SCALARS, Monitor, Mute, record_environment
+from minitf.reporting.monitor import SCALARS, Monitor, NullMonitor, record_environment
 from minitf.runs.dry_run import dry_run
 from minitf.runs.model_size import Budget, choose_size
 from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul, usable_cores
@@ -44,36 +44,41 @@ class Prepared(NamedTuple):
     size: str  # why the model has its size, where nobody asked for one
 
 
-def train(config: Config, run_dir: Path, group: Group | None = None, compared: Mapping[str, Any] | None = None) -> None:
+def train(
+    config: Config, run_dir: Path, group: ProcessGroup | None = None, compared: Mapping[str, Any] | None = None
+) -> None:
     """Train as `config` says in `run_dir`, or, where that is being used, beside it with a number behind its name.
 
     A request that cannot be met (RequestError) is found out before the directory is made. Of a `group` of processes
     the first one keeps the directory; the others only compute. `compared`: what a sweep gives this run, by key.
     """
-    group = group or ALONE
+    group = group or SINGLE
     prepared = _prepare(config, None, Choices(), group)
     if prepared.config.trainer.dry_run:
         _say_dry_run(prepared, None)
         return
-    with own_new(run_dir, numbered=not config.run_dir) if group.is_first else nullcontext(run_dir) as owned:
-        _train(prepared, Path(group.agree(str(owned))), None, Choices(), compared)
+    with create_run_dir(run_dir, numbered=not config.run_dir) if group.is_main else nullcontext(run_dir) as owned:
+        _train(prepared, Path(group.broadcast(str(owned))), None, Choices(), compared)
 
 
 def _train(
     prepared: Prepared, run_dir: Path, resumed: Checkpoint | None, choices: Choices,
     compared: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Train in a directory that is this run's own, from the checkpoint `resumed` if given; leaves all it made there."""
+    """Train in a directory that is its own, from the checkpoint `resumed` if given; leaves all it made there."""
     config, task, parallel, hardware, origin, size = prepared
-    model, group, first = parallel.model, parallel.group, parallel.group.is_first
+    model, group, first = parallel.model, parallel.group, parallel.group.is_main
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
-    with naming(run_dir):
+    with annotate_os_errors(run_dir):
         if first:  # in this order: a run that dies in between ends where it was to end before
             choices.finished = False
             choices.save(run_dir)
             save_config(config, run_dir / "config.yaml")
-    with naming(run_dir), Monitor(run_dir, state.step) if first else cast(Monitor, Mute()) as monitor:
+    with (
+        annotate_os_errors(run_dir),
+        Monitor(run_dir, state.step) if first else cast(Monitor, NullMonitor()) as monitor,
+    ):
         trainer = Trainer(
             config.trainer, config.optim, config.attention, parallel, task, batches, hardware, run_dir, monitor, state,
             choices,
@@ -119,11 +124,11 @@ def _say_dry_run(prepared: Prepared, resumed: Checkpoint | None) -> None:
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     report = dry_run(config, task, parallel, batches, hardware, state, size)
-    if parallel.group.is_first:
+    if parallel.group.is_main:
         print(report)
 
 
-def _prepare(config: Config, resumed: Checkpoint | None, choices: Choices, group: Group) -> Prepared:
+def _prepare(config: Config, resumed: Checkpoint | None, choices: Choices, group: ProcessGroup) -> Prepared:
     """The task, its data prepared, the model to train, new or from a checkpoint, with the latter's shape in the config,
     in the hands of the group; and the hardware, with the precision that was chosen on it before."""
     check_batch_size(config.trainer.batch_size, group)
@@ -138,13 +143,13 @@ def _prepare(config: Config, resumed: Checkpoint | None, choices: Choices, group
     if decided:
         hardware = replace(hardware, reason="as the run began")
     # One measurement: all processes choose the same size.
-    flops = group.agree(measure_quiet_matmul(hardware)) * group.size if config.size_is_open else 0.0
-    with group.in_turn():
+    flops = group.broadcast(measure_quiet_matmul(hardware)) * group.size if config.size_is_open else 0.0
+    with group.main_first():
         config, task, model, origin, size = _open(config, resumed, flops)
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
-    if config.trainer.compile == "native" and (missing := kernels.obstacle(model)):
+    if config.trainer.compile == "native" and (missing := kernels.unsupported(model)):
         raise RequestError(f"trainer.compile=native: {missing}")
     parallel = Parallel(model, group, strategy)
     if group.rank:  # the first weights are those of all; what is dropped in other rows is not
@@ -169,7 +174,7 @@ def _open(
     # A pretrained model may have room for more tokens than its tokenizer has.
     model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
     if loaded:
-        model.take_over(loaded.model)
+        model.copy_weights_from(loaded.model)
     origin = origin_of(None if resumed else config.init_from, loaded.directory if loaded else None)
     return config, task, model, origin, size
 
@@ -191,7 +196,7 @@ def new_run_dir(config: Config) -> Path:
     return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def resume(run: str, overrides: Sequence[str], group: Group) -> None:
+def resume(run: str, overrides: Sequence[str], group: ProcessGroup) -> None:
     """Continue the run RUN in its own directory, with its own config and `overrides` on top."""
     for override in overrides:
         fixed = (
@@ -202,19 +207,19 @@ def resume(run: str, overrides: Sequence[str], group: Group) -> None:
             raise RequestError(
                 f"{override}: a resumed run keeps its own text, model and place; trainer.* may be changed"
             )
-    run_dir = Path(group.agree(str(find_run(run) if group.is_first else "")))
+    run_dir = Path(group.broadcast(str(find_run(run) if group.is_main else "")))
     # Before anything is read: another process may be about to write it.
-    with own(run_dir) if group.is_first else nullcontext():
+    with lock_run_dir(run_dir) if group.is_main else nullcontext():
         _resume(run, run_dir, overrides, group)
 
 
-def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: Group) -> None:
+def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: ProcessGroup) -> None:
     ends = [override for override in overrides if override.startswith(("trainer.max_steps", "trainer.max_minutes"))]
     if len(ends) == 1:  # the other limit was that of the run as it was meant: it must not end this one
         other = "max_minutes" if "max_steps" in ends[0] else "max_steps"
         overrides = [f"trainer.{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    choices = Choices(**group.agree(asdict(Choices.load(run_dir)) if group.is_first else {}))
+    choices = Choices(**group.broadcast(asdict(Choices.load(run_dir)) if group.is_main else {}))
     checkpoint = _newest(run, run_dir, group)
     if checkpoint is None:
         choices = replace(choices, compile="", num_steps=0, corrected_at=0) if ends else choices
@@ -242,11 +247,11 @@ def _resume(run: str, run_dir: Path, overrides: Sequence[str], group: Group) -> 
         _train(prepared, run_dir, checkpoint, choices)
 
 
-def _newest(run: str, run_dir: Path, group: Group) -> Checkpoint | None:
+def _newest(run: str, run_dir: Path, group: ProcessGroup) -> Checkpoint | None:
     """The checkpoint to go on from, as the first process chooses; None where the run died before it saved anything."""
     place = Path(run) if Path(run).absolute().parent.name == "checkpoints" else run_dir
     checkpoint = None
-    if group.is_first:
+    if group.is_main:
         try:
             checkpoint = load_checkpoint(place, device="cpu", prefer="latest")
         except RequestError:
@@ -254,7 +259,7 @@ def _newest(run: str, run_dir: Path, group: Group) -> Checkpoint | None:
                 raise
             # There is nothing to lose, and what it had decided still holds.
             print(f"minitf: {run_dir} has no checkpoint yet: starting it again from the first step", file=sys.stderr)
-    found = group.agree(str(checkpoint.directory) if checkpoint else None)
+    found = group.broadcast(str(checkpoint.directory) if checkpoint else None)
     return checkpoint or (load_checkpoint(found, device="cpu") if found else None)
 
 

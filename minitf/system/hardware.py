@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from minitf.distributed.process_group import ALONE, Group
+from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.errors import RequestError
 from minitf.system import cpuinfo as processor
 
@@ -131,7 +131,7 @@ def _limits(controller: str, new: list[str], old: list[str], root: Path, members
                 break
 
 
-def set_threads(wanted: int = 0, group: Group = ALONE) -> bool:
+def set_threads(wanted: int = 0, group: ProcessGroup = SINGLE) -> bool:
     """Have PyTorch compute on so many threads in each process; returns whether that was wished for.
 
     0: as $OMP_NUM_THREADS says, else one for each core (PyTorch leaves out a core's second thread) that this process
@@ -198,7 +198,7 @@ def measure_quiet_matmul(hardware: Hardware) -> float:
     return num_threads * one
 
 
-def choose_hardware(device_name: str, precision: str, group: Group = ALONE, threads: int = 0) -> Hardware:
+def choose_hardware(device_name: str, precision: str, group: ProcessGroup = SINGLE, threads: int = 0) -> Hardware:
     """Resolve `trainer.device`, `trainer.precision` (auto | bf16 | fp32) and `trainer.threads` (0: all that help).
 
     Of several processes each gets the device of its number on its machine; the precision is the first one's choice.
@@ -227,7 +227,7 @@ def choose_hardware(device_name: str, precision: str, group: Group = ALONE, thre
         bf16 = 0.0
     fp32 = measure_matmul(device, torch.float32)
     torch.set_num_threads(num_threads)
-    dtype = torch.bfloat16 if group.agree(bf16 > BF16_MIN_SPEEDUP * fp32) else torch.float32
+    dtype = torch.bfloat16 if group.broadcast(bf16 > BF16_MIN_SPEEDUP * fp32) else torch.float32
     where = "a core" if device.type == "cpu" else "the device"
     reason = f"{where} does {bf16 / 1e9:,.0f} GFLOP/s in bf16 and {fp32 / 1e9:,.0f} in fp32"
     return Hardware(device, dtype, measure_matmul(device, dtype), reason, threads_set)

@@ -1,4 +1,4 @@
-"""Looks at attention while a model trains: maps of the probes, scores of the heads, and the heads that align."""
+"""Logs attention while a model trains: maps of the probes, scores of the heads, and the heads that align."""
 
 from minitf.checkpoints.train_state import TrainState
 from minitf.errors import RequestError
@@ -14,7 +14,7 @@ from minitf.training.task import Task
 ALIGNED = 0.8  # an alignment score from which on it is there
 
 
-class Looks:
+class AttentionLogger:
     """The first process looks, all together give it the weights and hear what it has found."""
 
     def __init__(
@@ -32,8 +32,8 @@ class Looks:
 
     def look(self) -> None:
         """Log what every head looks at in the probes, and scores of what it does."""
-        model = self.parallel.whole()
-        if self.group.is_first:
+        model = self.parallel.full_model()
+        if self.group.is_main:
             if self.config.heads:
                 self._score(model)
             aligning = self._align(model)
@@ -43,8 +43,8 @@ class Looks:
 
     def align(self) -> None:
         """Find and log the heads that align, between the looks."""
-        model = self.parallel.whole()
-        if self.group.is_first:
+        model = self.parallel.full_model()
+        if self.group.is_main:
             self._align(model)
         self._agree()
 
@@ -82,7 +82,7 @@ class Looks:
     def _agree(self) -> None:
         """Whether alignment is looked for between the looks depends on what the first process has found."""
         if self.task.data.kind == "pairs":
-            self.state.aligned = self.group.agree(self.state.aligned)
+            self.state.aligned = self.group.broadcast(self.state.aligned)
 
     def _say_once(self, line: str) -> None:
         if line not in self.said:

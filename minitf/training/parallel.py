@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minitf.data.batches import Batch
-from minitf.distributed.process_group import ALONE, Group
+from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.distributed.sharding import whole as full
 from minitf.errors import RequestError
 from minitf.model import Block, Transformer
@@ -21,7 +21,7 @@ from minitf.model import Block, Transformer
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
 
 
-def choose_strategy(name: str, group: Group) -> str:
+def choose_strategy(name: str, group: ProcessGroup) -> str:
     """Resolve `trainer.strategy`: a process on its own holds the whole model, whatever the name."""
     if group.size == 1:
         return "single"
@@ -33,7 +33,7 @@ def choose_strategy(name: str, group: Group) -> str:
     return "ddp" if name == "auto" else name
 
 
-def check_batch_size(batch_size: int, group: Group) -> None:
+def check_batch_size(batch_size: int, group: ProcessGroup) -> None:
     """RequestError where the batch of all cannot be divided."""
     if batch_size % group.size:
         raise RequestError(
@@ -56,7 +56,7 @@ class _Loss(nn.Module):
 class Parallel:
     """A model in the hands of a group of processes."""
 
-    def __init__(self, model: Transformer, group: Group = ALONE, strategy: str = "single") -> None:
+    def __init__(self, model: Transformer, group: ProcessGroup = SINGLE, strategy: str = "single") -> None:
         """`model` is the same in all processes; its `compute_dtype` is set."""
         self.model, self.group, self.strategy = model, group, strategy
         self.ddp: nn.Module | None = None
@@ -93,7 +93,7 @@ class Parallel:
         """This process's rows of a batch, and what their mean loss counts in the mean over the processes."""
         if self.group.size == 1:
             return batch, 1.0
-        own, share = batch.rows(self.group.own(len(batch.inputs_BT)))
+        own, share = batch.rows(self.group.rows_of(len(batch.inputs_BT)))
         return own, share * self.group.size
 
     def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
@@ -114,14 +114,14 @@ class Parallel:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         yield
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         """After forward passes without a backward one: give back the weights that were put together for them."""
         if self.strategy == "fsdp":
             for module in self.model.modules():
                 if hasattr(module, "reshard"):
                     module.reshard()  # type: ignore[operator]
 
-    def whole(self) -> Transformer:
+    def full_model(self) -> Transformer:
         """The model with all its weights, to look at and to save; of use in the first process alone.
 
         With fsdp it is a copy on the CPU, of the weights as they are now, and all processes must call.
@@ -130,12 +130,12 @@ class Parallel:
             return self.model
         if self.copy is None:
             with torch.random.fork_rng(devices=[]):  # initialising draws random numbers
-                self.copy = Transformer(self.model.config, self.model.vocab_size) if self.group.is_first else self.model
+                self.copy = Transformer(self.model.config, self.model.vocab_size) if self.group.is_main else self.model
         targets = dict(self.copy.named_parameters())
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 value = full(parameter)
-                if self.group.is_first:
+                if self.group.is_main:
                     targets[name].copy_(value)
         return self.copy
 
@@ -146,7 +146,7 @@ def _set_dynamo(optimize_ddp: bool) -> None:
     torch._dynamo.config.optimize_ddp = optimize_ddp
 
 
-def shard(model: Transformer, group: Group) -> None:
+def shard(model: Transformer, group: ProcessGroup) -> None:
     """Leave each process its rows of every weight (FSDP2), put together block by block where they are needed."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -99,7 +99,7 @@ class TrainingStep:
             start = time.perf_counter()
             self.run(0, 0.0)
             self.hardware.synchronize()
-            times.append(self.group.agree(time.perf_counter() - start))
+            times.append(self.group.broadcast(time.perf_counter() - start))
         return statistics.median(times)
 
     def describe_micro_batch(self) -> str:
@@ -203,7 +203,7 @@ class TrainingStep:
         left_s = seconds_left(plain_s)
         if wanted != "true" and left_s < COMPILE_PAYS_FROM_S:
             return "false", f"off, does not pay in {left_s:.0f} s of training"
-        missing = self.group.agree(compiler_missing(self.hardware.device) or "")
+        missing = self.group.broadcast(compiler_missing(self.hardware.device) or "")
         if missing:
             return "false", f"off, {missing}"
         try:
@@ -258,9 +258,9 @@ class TrainingStep:
 
     def kernels_obstacle(self) -> str | None:
         """Why the C kernels cannot do this step in all processes, or None."""
-        obstacle = kernels.obstacle(self.model)
-        missing = self.group.any(obstacle is not None)
-        return (obstacle or "another process has no C kernels") if missing else None
+        unsupported = kernels.unsupported(self.model)
+        missing = self.group.any(unsupported is not None)
+        return (unsupported or "another process has no C kernels") if missing else None
 
     def _try(self, functions: TrainingFunctions) -> float:
         """Seconds of a step with these functions, the faster of two: another program's turn must not decide."""

@@ -21,7 +21,7 @@ from minitf.reporting.monitor import Monitor
 from minitf.system.hardware import Hardware
 from minitf.training import resume_state as resumption
 from minitf.training import rng as random_state
-from minitf.training.attention_logger import Looks
+from minitf.training.attention_logger import AttentionLogger
 from minitf.training.decisions import Choices
 from minitf.training.parallel import Parallel
 from minitf.training.signals import ending_on_signals
@@ -64,7 +64,7 @@ class Trainer:
         self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
         self.last_sample: tuple[str, str] | None = None
         self.origin: Mapping[str, str] = {}  # what the model card says of the model this one began as
-        self.looks = Looks(attention, parallel, task, monitor, state)
+        self.looks = AttentionLogger(attention, parallel, task, monitor, state)
         self.saver = Saver(run_dir / "checkpoints", before=monitor.flush)
         self.interrupted = False
         self.is_best = False  # whether the weights at hand are the best so far, and unsaved
@@ -83,7 +83,7 @@ class Trainer:
         """
         started = time.perf_counter()
         config, choices, state = self.config, self.choices, self.state
-        if config.sample_tokens and self.group.is_first and self.hardware.device.type == "cpu":
+        if config.sample_tokens and self.group.is_main and self.hardware.device.type == "cpu":
             native.library()  # compiled now, once on a machine, and not while the loop waits for its first sample
         decided = choices.compile if config.compile == "auto" else ""
         step_s, choices.compile, words = self.training_step.warm_up(
@@ -187,7 +187,7 @@ class Trainer:
         self._settle()
         self.saver.check()
         state = self.state
-        state.train_s = self.group.agree(state.train_s)  # the number of steps may depend on it
+        state.train_s = self.group.broadcast(state.train_s)  # the number of steps may depend on it
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()
         self._check_finite(sum(losses))
         tokens, seconds = state.tokens - self.row_start[0], state.train_s - self.row_start[1]
@@ -226,7 +226,7 @@ class Trainer:
             return
         else:
             choices.corrected_at, choices.corrected_num_steps = state.step, self._num_steps(state.train_s / state.step)
-            if self.group.is_first:
+            if self.group.is_main:
                 choices.save(self.run_dir)
         state.num_steps_final = True
         state.num_steps = choices.corrected_num_steps
@@ -248,7 +248,7 @@ class Trainer:
             loss_of = self.parallel.loss_value
             at_once = self.training_step.micro_batch_size * self.group.size
             result = self.task.held_out(loss_of, context, at_once, device, config.eval_tokens)
-        self.parallel.settle()
+        self.parallel.reshard()
         model.train()
         self._check_finite(result.loss)
         self.evaluated_step = self.state.step
@@ -263,8 +263,8 @@ class Trainer:
 
     def sample(self) -> tuple[list[Sample], dict[str, float]]:
         """What the model writes, and metrics of it."""
-        model, config = self.parallel.whole(), self.config
-        if not self.group.is_first:
+        model, config = self.parallel.full_model(), self.config
+        if not self.group.is_main:
             return [], {}
         model.eval()
         if self.hardware.device.type != "cuda":  # there the weights are cast once
@@ -296,13 +296,13 @@ class Trainer:
         if self.evaluated_step != self.state.step:
             self._check_weights()
         state = {**asdict(self.state), "data": asdict(self.task.data), "text_fingerprint": self.task.fingerprint}
-        tensors, model, shards = resumption.gathered(self.group, self.pending), self.parallel.whole(), None
+        tensors, model, shards = resumption.gathered(self.group, self.pending), self.parallel.full_model(), None
         if self.parallel.strategy == "fsdp":
             shards = self.run_dir / f"checkpoints/.shards_{self.state.step:08d}"
             resumption.write_own_shards(shards, self.group, self.optimizer)
         else:
             tensors |= self.optimizer.state_dict()
-        if self.group.is_first:
+        if self.group.is_main:
             self.saver.save(
                 model, self.task.tokenizer, tensors, state,
                 is_best=self.is_best, keep=self.config.keep_checkpoints, card=self._card(), shards=shards,
@@ -329,7 +329,7 @@ class Trainer:
             before = random_state.capture()  # what dropout draws here is not to be missing later
             loss = self.parallel.loss_value(*batch[:3])
             random_state.restore(before)
-            self.parallel.settle()
+            self.parallel.reshard()
             return self._check_finite(float(loss))
         rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
         segments_BT = None if batch.segments_BT is None else batch.segments_BT[rows]

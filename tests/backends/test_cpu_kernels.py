@@ -466,9 +466,9 @@ def test_where_there_are_none_asking_for_them_is_an_error(
 def test_what_they_cannot_serve_has_a_reason(dtype: torch.dtype) -> None:
     model = model_of()
     model.compute_dtype = dtype
-    assert kernels.obstacle(model) is None
+    assert kernels.unsupported(model) is None
     assert isinstance(model.functions, TrainingFunctions)
     model.compute_dtype = torch.float64
-    assert "do not compute in float64" in str(kernels.obstacle(model))
-    assert "model.attention=sdpa" in str(kernels.obstacle(model_of(attention="sdpa")))
-    assert "trainer.device=cpu" in str(kernels.obstacle(model_of().to("meta")))
+    assert "do not compute in float64" in str(kernels.unsupported(model))
+    assert "model.attention=sdpa" in str(kernels.unsupported(model_of(attention="sdpa")))
+    assert "trainer.device=cpu" in str(kernels.unsupported(model_of().to("meta")))

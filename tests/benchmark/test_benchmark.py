@@ -27,7 +27,7 @@ from minitf.benchmark import (
     shakespeare,
 )
 from minitf.benchmark.__main__ import BENCHMARKS, main
-from minitf.benchmark.comparison import Row, in_turn
+from minitf.benchmark.comparison import Row, main_first
 from minitf.benchmark.gpu import compare, gpu, learn
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
@@ -121,10 +121,10 @@ def test_sides_take_turns_in_changing_order() -> None:
     def side(name: str) -> Callable[[int], int]:
         return lambda round_: order.append(name) or round_  # type: ignore[func-returns-value]
 
-    assert in_turn({"a": side("a"), "b": side("b")}, 3) == {"a": [0, 1, 2], "b": [0, 1, 2]}
+    assert main_first({"a": side("a"), "b": side("b")}, 3) == {"a": [0, 1, 2], "b": [0, 1, 2]}
     assert "".join(order) == "abbaab"
     with pytest.raises(RequestError, match="--repeats 0"):
-        in_turn({"a": side("a")}, 0)
+        main_first({"a": side("a")}, 0)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minitf.backends.cpu import bindings as calls
 from minitf.checkpoints.checkpoint import load_checkpoint
-from minitf.distributed.process_group import ALONE, Group, joined
+from minitf.distributed.process_group import SINGLE, ProcessGroup, connected
 from minitf.errors import RequestError
 from minitf.optim import OptimConfig, Optimizer, orthogonalise
 from minitf.system.hardware import PRECISIONS
@@ -160,10 +160,10 @@ def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], 
 
 def test_a_process_on_its_own_is_single_whatever_the_strategy() -> None:
     for name in ("auto", "single", "ddp", "fsdp"):
-        assert choose_strategy(name, ALONE) == "single"
-    assert choose_strategy("auto", Group(0, 2)) == "ddp"
+        assert choose_strategy(name, SINGLE) == "single"
+    assert choose_strategy("auto", ProcessGroup(0, 2)) == "ddp"
     with pytest.raises(RequestError, match=r"trainer\.strategy=single"):
-        choose_strategy("single", Group(0, 2))
+        choose_strategy("single", ProcessGroup(0, 2))
 
 
 # Resuming
@@ -306,15 +306,15 @@ def test_torchrun_stopped_by_its_scheduler_leaves_a_checkpoint(workdir: Path, sm
 # Sharing out
 
 
-def _in_group(rank: int, size: int, port: int, check: Callable[[Group], None]) -> None:
+def _in_group(rank: int, size: int, port: int, check: Callable[[ProcessGroup], None]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    with joined() as group:
+    with connected() as group:
         check(group)
 
 
-def together(size: int, check: Callable[[Group], None]) -> None:
+def together(size: int, check: Callable[[ProcessGroup], None]) -> None:
     """Run `check` in `size` processes."""
     import socket
 
@@ -324,7 +324,7 @@ def together(size: int, check: Callable[[Group], None]) -> None:
     mp.spawn(_in_group, (size, port, check), size)  # type: ignore[no-untyped-call]
 
 
-def _check_sharing(group: Group) -> None:
+def _check_sharing(group: ProcessGroup) -> None:
     generator = torch.Generator().manual_seed(0)
     worked_on = 0
 
@@ -336,13 +336,13 @@ def _check_sharing(group: Group) -> None:
     for shape in ((7, 10, 4), (2, 5, 8), (3, 3, 3), (1, 2, 6)):  # also fewer matrices, and fewer rows, than processes
         matrices_NRC = torch.randn(shape, generator=generator)
         expected_NRC, worked_on = orthogonalise(matrices_NRC, torch.float32), 0
-        found_NRC = group.share_out(work, matrices_NRC, torch.float32)()
+        found_NRC = group.scatter_work(work, matrices_NRC, torch.float32)()
         torch.testing.assert_close(found_NRC, expected_NRC, atol=1e-6, rtol=1e-5)
         assert group.sum([worked_on]) == [len(matrices_NRC)]  # each matrix once
         worked_on = 0
         height = -(-shape[1] // group.size)
         mine = slice(group.rank * height, (group.rank + 1) * height)
-        rows_NrC = group.share_out_rows(work, matrices_NRC[:, mine], shape[1], torch.float32)()
+        rows_NrC = group.scatter_row_work(work, matrices_NRC[:, mine], shape[1], torch.float32)()
         torch.testing.assert_close(rows_NrC, expected_NRC[:, mine], atol=1e-6, rtol=1e-5)
         assert group.sum([worked_on]) == [len(matrices_NRC)]
 
@@ -352,29 +352,29 @@ def test_every_matrix_is_orthogonalised_once_and_as_by_one_process() -> None:
     together(3, _check_sharing)
 
 
-def _check_words(group: Group) -> None:
-    assert group.agree({"a": [group.rank, "é"]}) == {"a": [0, "é"]}
+def _check_words(group: ProcessGroup) -> None:
+    assert group.broadcast({"a": [group.rank, "é"]}) == {"a": [0, "é"]}
     assert group.any(group.rank == 1)
     assert not group.any(False)
     assert group.sum([1.0, group.rank]) == [2.0, 1.0]
     assert group.mean(torch.tensor([float(group.rank)])).tolist() == [0.5]
     assert group.gather(torch.tensor([group.rank])).tolist() == [[0], [1]]
-    assert group.own(6) == slice(3 * group.rank, 3 * group.rank + 3)
+    assert group.rows_of(6) == slice(3 * group.rank, 3 * group.rank + 3)
 
 
 @pytest.mark.slow
 def test_what_processes_tell_each_other() -> None:
     together(2, _check_words)
-    assert ALONE.agree("x") == "x"
-    assert ALONE.any(True)
-    assert ALONE.sum([1.5]) == [1.5]
-    assert ALONE.own(6) == slice(0, 6)
+    assert SINGLE.broadcast("x") == "x"
+    assert SINGLE.any(True)
+    assert SINGLE.sum([1.5]) == [1.5]
+    assert SINGLE.rows_of(6) == slice(0, 6)
 
 
 def test_a_process_alone_does_not_meet_the_machinery(make_model: Callable[..., Any]) -> None:
     code = "import minitf.train, minitf.training.trainer, sys; assert 'torch.distributed.fsdp' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     optimizer = Optimizer(make_model(), OptimConfig(), torch.float32)
-    with joined() as group:
-        assert group is ALONE
+    with connected() as group:
+        assert group is SINGLE
         assert optimizer.optimizers[0].processes is group  # type: ignore[attr-defined]

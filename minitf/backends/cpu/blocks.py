@@ -38,7 +38,7 @@ MOST_WIDTH = 16384  # of a row that a program of Triton's holds at once
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
 
 
-def obstacle(model: Transformer) -> str | None:
+def unsupported(model: Transformer) -> str | None:
     """Why the kernels cannot train this model, or None."""
     device, c = model.device.type, model.config
     if device not in ("cpu", "cuda"):
@@ -56,7 +56,7 @@ def obstacle(model: Transformer) -> str | None:
 
 
 def functions(model: Transformer) -> TrainingFunctions:
-    """The kernels that train this model, where there is no obstacle."""
+    """The kernels that train this model, where they can."""
     if model.device.type == "cuda":
         from minitf.backends.cuda import triton_blocks as cuda
 

@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL | str:
     return found
 
 
-def obstacle(model: Transformer) -> str | None:
+def unsupported(model: Transformer) -> str | None:
     """Why the native step cannot serve this model, or None."""
     if model.device.type != "cpu":
         return f"it runs on a processor, and the model is on {model.device.type}"
