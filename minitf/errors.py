@@ -22,6 +22,10 @@ class RequestError(MinitfError):
     exit_status = 2
 
 
+class Unavailable(MinitfError):
+    """This machine or this model cannot do it: why. A caller with an alternative takes that instead."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse, whose usage of many lines does not hide what was wrong: one line, status 2."""
 
