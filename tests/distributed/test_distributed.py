@@ -35,7 +35,7 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """Train with `num` processes; `program` is Python that runs in each of them before, to break things."""
     return subprocess.run(
-        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=60
+        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=600
     )
 
 
@@ -117,8 +117,8 @@ def test_several_processes_train_what_one_trains(workdir: Path, small: list[str]
     # One process speaks, and what it says and leaves is what a process on its own leaves.
     assert done.stderr.count("text       ") == done.stderr.count("held-out   ") == 1
     kind = "ddp" if strategy == "auto" else strategy
-    share, threads = 8 // num, max(1, (os.cpu_count() or 1) // num)
-    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, {threads} CPU thread" in done.stderr
+    share = 8 // num
+    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, 1 CPU thread" in done.stderr
     assert "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
     left = {path.name.split(".")[0] for path in Path("several").iterdir()}
     assert left == {path.name.split(".")[0] for path in Path("one").iterdir()}
@@ -298,7 +298,7 @@ def test_torchrun_stopped_by_its_scheduler_leaves_a_checkpoint(workdir: Path, sm
         assert line, "it ended by itself"
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate()
     assert load_checkpoint("run", prefer="latest").step
 
 
