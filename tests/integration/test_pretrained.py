@@ -225,7 +225,7 @@ def test_a_pretrained_model_generates_is_evaluated_inspected_and_trained_further
 
     own = [word for word in tiny if not word.startswith(("model.", "tokenizer"))]
     short = ["model.context_length=32", "optim=adamw", "trainer.max_steps=40", "run_dir=runs/on/one"]
-    assert train_here(*own, f"init_from={pretrained}", *short) == 0
+    assert train_here(*own, f"init_from='{pretrained}'", *short) == 0
     further = load_checkpoint("runs/on/one").model
     assert further.config.context_length == 32
     assert further.vocab_size == load_checkpoint(pretrained).model.vocab_size
@@ -236,9 +236,9 @@ def test_a_pretrained_model_generates_is_evaluated_inspected_and_trained_further
 
 def test_the_default_context_is_that_of_the_model(pretrained: Path, workdir: Path, tiny: list[str]) -> None:
     own = [word for word in tiny if not word.startswith(("model.", "tokenizer", "trainer.max_steps"))]
-    assert train_here(*own, f"init_from={pretrained}", "trainer.max_steps=1", "run_dir=runs/on/one") == 0
+    assert train_here(*own, f"init_from='{pretrained}'", "trainer.max_steps=1", "run_dir=runs/on/one") == 0
     assert load_checkpoint("runs/on/one").model.config.context_length == 128
-    assert train_here(*own, f"init_from={pretrained}", "model.num_layers=1") == 2
+    assert train_here(*own, f"init_from='{pretrained}'", "model.num_layers=1") == 2
 
 
 def test_the_cache_is_as_long_as_the_requested_text(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
