@@ -35,7 +35,7 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """Train with `num` processes; `program` is Python that runs in each of them before, to break things."""
     return subprocess.run(
-        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=60
+        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=600
     )
 
 
@@ -91,12 +91,11 @@ def small(tiny: list[str]) -> list[str]:
 # The same training
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "num"),
     [
         ("auto", 2),
-        ("fsdp", 2),
+        pytest.param("fsdp", 2, marks=pytest.mark.machines),
         pytest.param("ddp", 4, marks=pytest.mark.machines),
         pytest.param("fsdp", 4, marks=pytest.mark.machines),
     ],
@@ -118,8 +117,8 @@ def test_several_processes_train_what_one_trains(workdir: Path, small: list[str]
     # One process speaks, and what it says and leaves is what a process on its own leaves.
     assert done.stderr.count("text       ") == done.stderr.count("held-out   ") == 1
     kind = "ddp" if strategy == "auto" else strategy
-    share, threads = 8 // num, max(1, (os.cpu_count() or 1) // num)
-    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, {threads} CPU thread" in done.stderr
+    share = 8 // num
+    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, 1 CPU thread" in done.stderr
     assert "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
     left = {path.name.split(".")[0] for path in Path("several").iterdir()}
     assert left == {path.name.split(".")[0] for path in Path("one").iterdir()}
@@ -140,7 +139,7 @@ def test_compiled_blocks_and_recomputed_activations_give_the_same(
     assert_same_losses("two", "one")
 
 
-@pytest.mark.slow
+@pytest.mark.backends
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [("ddp", "bf16"), ("fsdp", "bf16"), pytest.param("ddp", "fp32", marks=pytest.mark.machines)],
@@ -299,7 +298,7 @@ def test_torchrun_stopped_by_its_scheduler_leaves_a_checkpoint(workdir: Path, sm
         assert line, "it ended by itself"
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate()
     assert load_checkpoint("run", prefer="latest").step
 
 
@@ -362,7 +361,6 @@ def _check_words(group: ProcessGroup) -> None:
     assert group.rows_of(6) == slice(3 * group.rank, 3 * group.rank + 3)
 
 
-@pytest.mark.slow
 def test_what_processes_tell_each_other() -> None:
     together(2, _check_words)
     assert SINGLE.broadcast("x") == "x"
