@@ -8,7 +8,8 @@ Axes in tensor names, here and everywhere:
     B batch   T query position   S key position   D hidden   H heads   K head width   F feed-forward   V vocabulary
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -242,6 +243,16 @@ class Transformer(nn.Module):
         if self.usable_functions.visible and self.device.type == "cpu":
             return "native"
         return "explicit" if self.explicit_attention else "sdpa"
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Activations are of `dtype` inside, and of `compute_dtype` afterwards."""
+        before = self.compute_dtype
+        self.compute_dtype = dtype
+        try:
+            yield
+        finally:
+            self.compute_dtype = before
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

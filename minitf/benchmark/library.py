@@ -23,17 +23,29 @@ if TYPE_CHECKING:
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
 
 
-def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> dict[str, Any]:
-    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, what was chosen, and seconds in `timed` methods.
+def methods() -> dict[str, tuple[type, str]]:
+    """The parts of training that can be timed: class and method."""
+    from minitf.training.actions import Evaluate, LogAttention, SaveCheckpoint
+    from minitf.training.trainer import Trainer
 
-    `timed` names methods of the trainer; timing them needs torch before the command sets its environment.
+    return {
+        "run": (Trainer, "run"),
+        "look": (LogAttention, "__call__"),
+        "sample": (Evaluate, "write_samples"),
+        "save": (SaveCheckpoint, "__call__"),
+    }
+
+
+def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> dict[str, Any]:
+    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, what was chosen, and seconds in `timed` parts.
+
+    `timed` names some of `methods`; timing them needs torch before the command sets its environment.
     """
     seconds: dict[str, float] = defaultdict(float)
     if timed:
-        from minitf.training.trainer import Trainer
-
         for name in timed:
-            setattr(Trainer, name, _timed(getattr(Trainer, name), name, seconds))
+            owner, method = methods()[name]
+            setattr(owner, method, _timed(getattr(owner, method), name, seconds))
     from minitf.train import main
 
     main([*overrides, f"run_dir={run_dir}"])
@@ -43,8 +55,7 @@ def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> 
     return {
         "train": [row for row in rows if row["split"] == "train"],
         "val": [row for row in rows if row["split"] == "val"],
-        "choices": environment.get("choices", {}),
-        "compile": json.loads((Path(run_dir) / "choices.json").read_text(encoding="utf-8"))["compile"],
+        "setup": environment["setup"],
         "seconds": dict(seconds),
     }
 

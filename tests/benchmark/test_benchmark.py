@@ -35,7 +35,6 @@ from minitf.benchmark.text import write_text
 from minitf.benchmark.training import TOY
 from minitf.errors import MinitfError, RequestError, run_command
 from minitf.model import Transformer
-from minitf.training.trainer import Trainer
 
 SPEEDS = Row("speed", "tokens/s", [30.0, 10.0, 60.0], "peer", [10.0, 10.0, 10.0])
 # What a checkout of nanoGPT would print, iteration 0 and every fourth with an evaluation in it.
@@ -288,7 +287,7 @@ def test_made_up_text_has_the_size_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("benchmark", "module"), [(curves.logging, curves), (saving.saving, saving)])
-def test_what_is_timed_are_methods_of_the_trainer(
+def test_timed_parts_of_training_exist(
     request_here: Request, monkeypatch: pytest.MonkeyPatch, benchmark: Callable[..., None], module: ModuleType
 ) -> None:
     asked: set[str] = set()
@@ -296,13 +295,13 @@ def test_what_is_timed_are_methods_of_the_trainer(
     def train(request: Request, overrides: list[str], name: str, **options: Any) -> dict[str, Any]:
         asked.update(options.get("timed", ()))
         rows = [{"step": 1, "train_s": 2.0}]
-        return {"train": rows, "compile": "false", "seconds": {"run": 4.0, "look": 0.3, "sample": 0.1, "save": 0.2}}
+        return {"train": rows, "seconds": {"run": 4.0, "look": 0.3, "sample": 0.1, "save": 0.2}}
 
     monkeypatch.setattr(module, "train", train)
     report = Report("one")
     benchmark(request_here, report)
     assert asked > {"run"}
-    assert all(callable(getattr(Trainer, name)) for name in asked)
+    assert all(callable(getattr(*library.methods()[name])) for name in asked)
     assert report.rows[0].samples == [pytest.approx(20.0 if module is curves else 5.0)]
 
 

@@ -66,12 +66,14 @@ class Lives:
 
         from minitf.checkpoints import background_save as saving
         from minitf.train import main as train
+        from minitf.training.actions import Evaluate, LogAttention, SaveCheckpoint
         from minitf.training.trainer import Trainer
 
         torch.set_num_threads(1)
         for owner, name, phase in (
-            (Trainer, "train_one_step", "step"), (Trainer, "evaluate", "evaluation"), (Trainer, "look", "look"),
-            (Trainer, "save", "save"), (saving, "save_checkpoint", "save"),
+            (Trainer, "train_one_step", "step"), (Evaluate, "__call__", "evaluation"),
+            (LogAttention, "__call__", "look"), (SaveCheckpoint, "__call__", "save"),
+            (saving, "save_checkpoint", "save"),
         ):  # fmt: skip
             place = int(owner is saving)
             setattr(owner, name, self._telling(getattr(owner, name), place, PHASES.index(phase)))
@@ -121,7 +123,7 @@ def kill_until_done(lives: Lives, name: str, chance: random.Random, most: int) -
 
 def _finished(run_dir: Path) -> bool:
     """Whether the last kill came when all was written: then there is nothing to resume, and minitf says so."""
-    path = run_dir / "choices.json"
+    path = run_dir / "decisions.json"
     return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
@@ -177,11 +179,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _events(run: Path) -> list[tuple[int, str, str]]:
     from tensorboard.compat.proto.event_pb2 import Event
 
-    from minitf.reporting.event_files import PATTERN, records
+    from minitf.reporting.tensorboard import EVENT_FILES, event_records
 
     found = []
-    for path in run.glob(PATTERN):
-        for record in records(path.read_bytes()):
+    for path in run.glob(EVENT_FILES):
+        for record in event_records(path.read_bytes()):
             event = Event.FromString(record[12:-4])
             for value in event.summary.value:
                 if not value.tag.startswith(("perf/", "_hparams_", "final/")):
@@ -196,9 +198,10 @@ def _import_everything() -> None:
         "torch._dynamo",
         "torch.utils.tensorboard",
         "minitf.config.schema",
-        "minitf.reporting.monitor",
+        "minitf.reporting.reporter",
         "minitf.train",
         "minitf.runs.start",
+        "minitf.runs.resume",
     )
     for module in (*modules, "minitf.training.trainer"):
         importlib.import_module(module)

@@ -76,7 +76,7 @@ def test_a_run_says_what_it_chose_and_stays_with_it(
     assert train_here(*settings, "model.dropout=0.1", "run_dir=run") == 0
     line = re.search(r"^size       (nano, for .*)$", capsys.readouterr().err, re.M)
     assert line
-    assert json.loads(Path("run/environment.json").read_text())["choices"]["size"] == line[1]
+    assert json.loads(Path("run/environment.json").read_text())["setup"]["size"] == line[1]
     saved = load_config(Path("run/config.yaml")).model
     assert (saved.num_layers, saved.hidden_size, saved.dropout) == (2, 128, 0.1)
     assert train_here("resume=run", "trainer.max_steps=100000", "trainer.dry_run=true") == 0  # enough for `mini`

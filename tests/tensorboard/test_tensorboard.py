@@ -29,7 +29,7 @@ import minitf
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.heads import heads_off
 from minitf.interpretability.picture import attention_picture
-from minitf.reporting.monitor import Monitor
+from minitf.reporting.reporter import RunReporter
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
@@ -62,10 +62,10 @@ def write_looks(run_dir: Path, steps: range, resumed_from: int = 0) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     maps = maps_of(["the", " cat", " sat"], 1, 2)
     png = attention_picture(maps)
-    with Monitor(run_dir, resumed_from) as monitor:
+    with RunReporter(run_dir, resumed_from) as reporter:
         for step in steps:
-            monitor.scalars({"heads/induction/layer0_head1": step / 100, "train/loss": 9.0 - step / 100}, step)
-            monitor.attention({**maps.to_viewer(), "step": step, "wrote": resumed_from}, png, step)
+            reporter.scalars({"heads/induction/layer0_head1": step / 100, "train/loss": 9.0 - step / 100}, step)
+            reporter.attention({**maps.to_viewer(), "step": step, "wrote": resumed_from}, png, step)
 
 
 @pytest.fixture(scope="module")
