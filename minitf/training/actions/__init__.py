@@ -7,6 +7,8 @@ from minitf.training.actions.log import LogRow
 from minitf.training.context import RunContext
 from minitf.training.trainer import Action
 
+__all__ = ["Evaluate", "LogAlignment", "LogAttention", "LogRow", "SaveCheckpoint", "default_actions"]
+
 
 def default_actions(context: RunContext) -> list[Action]:
     """All actions of a run, in the order in which they are done after a step."""
