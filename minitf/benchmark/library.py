@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What `python -m minitf.train` sets before torch is imported; the functions that do not go through it need it given.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
+# The values of trainer.compile that lead to these backends; to the others: false.
+COMPILE = {"cpu": "native", "triton": "native", "compile": "true"}
 
 
 def methods() -> dict[str, tuple[type, str]]:
@@ -51,11 +53,15 @@ def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> 
     main([*overrides, f"run_dir={run_dir}"])
     lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    environment = json.loads((Path(run_dir) / "environment.json").read_text(encoding="utf-8"))
+    environment, decisions = (
+        json.loads((Path(run_dir) / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("environment", "decisions")
+    )
     return {
         "train": [row for row in rows if row["split"] == "train"],
         "val": [row for row in rows if row["split"] == "val"],
         "setup": environment["setup"],
+        "compile": COMPILE.get(decisions["backend"], "false"),
         "seconds": dict(seconds),
     }
 
@@ -128,7 +134,7 @@ def step_parts(
     batches = Batches(tokens.astype(np.uint32), config.context_length, batch_size, 0)
     optimizer = Optimizer(model, OptimConfig(kind=optim), hardware.dtype)
     step = TrainingStep(Parallel(model), optimizer, batches, hardware, accumulation)
-    *_, choice = step.warm_up(compilation, lambda step_s: 1e9)
+    choice = step.warm_up(compilation, lambda step_s: 1e9).reason
     hardware.synchronize()
     started = time.perf_counter()
     for index in range(num_steps):
@@ -286,6 +292,6 @@ def loss_memory(kind: str, vocab_size: int, width: int, num_tokens: int) -> dict
     else:
         logits_BTV = F.linear(x_BTD, vocabulary_VD.to(x_BTD.dtype))
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     seconds = time.perf_counter() - start
     return {"mb": memory_mb("VmHWM") - before_mb, "seconds": seconds, "loss": float(loss)}

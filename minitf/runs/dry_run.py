@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitf.backends.cpu import blocks as kernels
 from minitf.checkpoints.locate import RUNS
 from minitf.config.schema import Config
 from minitf.data.batches import Tokens
@@ -23,14 +22,14 @@ NUM_TIMED_STEPS = 3
 
 def dry_run(context: RunContext) -> None:
     """Print what the run would do and need, and warnings. All ranks must call it; rank 0 prints."""
-    optimizer = Optimizer(context.model, context.config.optim, context.hardware.dtype, context.group)
+    optimizer = context.parallel.new_optimizer(context.config.optim, context.hardware.dtype)
     report = _report(context, optimizer, *_time_step(context, optimizer))
     if context.group.is_main:
         print("\n".join([*report, "nothing was trained or written: this was trainer.dry_run=true"]))
 
 
-def _time_step(context: RunContext, optimizer: Optimizer) -> tuple[float, bool]:
-    """Seconds of a step, and whether our kernels computed it."""
+def _time_step(context: RunContext, optimizer: Optimizer) -> tuple[float, str]:
+    """Seconds of a step, and the backend that computed it."""
     config = context.config.trainer
     step = TrainingStep(
         context.parallel,
@@ -41,15 +40,14 @@ def _time_step(context: RunContext, optimizer: Optimizer) -> tuple[float, bool]:
         config.micro_batch_size,
         config.cuda_graph,
     )
-    native = not step.kernels_obstacle() and config.compile in ("auto", "native")
-    if native:
-        step.use(kernels.functions(context.model))
     step.first_step()
+    # torch.compile is not tried: it takes longer than a dry run should.
+    backend = step.choose_backend("native" if config.compile in ("auto", "native") else "false").backend
     step.capture()
-    return step.measure(NUM_TIMED_STEPS), native
+    return step.measure(NUM_TIMED_STEPS), backend
 
 
-def _report(context: RunContext, optimizer: Optimizer, step_s: float, native: bool) -> list[str]:
+def _report(context: RunContext, optimizer: Optimizer, step_s: float, backend: str) -> list[str]:
     config, state, model = context.config, context.initial_state(), context.model
     train, val = tokens_of(context.task)
     tokens_per_step = context.tokens_per_step
@@ -61,7 +59,7 @@ def _report(context: RunContext, optimizer: Optimizer, step_s: float, native: bo
     checkpoint_bytes = 4 * num_parameters + sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
     disk_bytes = checkpoint_bytes * (config.trainer.keep_checkpoints + 2)  # the best, and the one being written
     precision = str(context.hardware.dtype).removeprefix("torch.")
-    how = f"{context.hardware.device.type} in {precision}, {'by our kernels' if native else 'not compiled'}"
+    how = f"{context.hardware.device.type} in {precision}, by {backend}"
     lines = [
         line("text", context.task.description),
         line("", f"{len(train):,} tokens to train on, {len(val):,} held out"),

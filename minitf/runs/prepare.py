@@ -5,12 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from minitf.backends.cpu import blocks as kernels
+from minitf.backends.autotune import require_kernels
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.model_card import origin_of
 from minitf.config.schema import Config, model_sizes
 from minitf.distributed.process_group import ProcessGroup
-from minitf.errors import RequestError
 from minitf.model import Transformer
 from minitf.runs.model_size import Budget, choose_size
 from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul, usable_cores
@@ -126,6 +125,6 @@ def place_model(model: Transformer, config: TrainerConfig, hardware: Hardware) -
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.activation_checkpointing
-    if config.compile == "native" and (reason := kernels.unsupported(model)):
-        raise RequestError(f"trainer.compile=native: {reason}")
+    if config.compile == "native":
+        require_kernels(model)
     return model

@@ -5,10 +5,11 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from minitf.backends.autotune import Selection
 from minitf.checkpoints.train_state import TrainState
 from minitf.model import Transformer
 from minitf.training.context import RunContext
-from minitf.training.trainer import Selection, Trainer
+from minitf.training.trainer import Trainer
 
 LABEL_WIDTH = 10
 
@@ -42,7 +43,6 @@ def describe_setup(trainer: Trainer, selection: Selection) -> dict[str, str]:
         "device": context.hardware.device.type,
         "threads": step.threads,
         "precision": f"{trainer.decisions.precision}, {context.hardware.reason}",
-        "attention": context.model.attention_path,
         "micro_batch": step.describe_micro_batch(),
         "backend": selection.reason,
         "processes": context.parallel.describe(trainer.config.batch_size),
@@ -64,8 +64,7 @@ def introduction(trainer: Trainer, setup: Mapping[str, str]) -> list[str]:
     if "size" in setup:
         lines.append(line("size", setup["size"]))
     device = f"{setup['device']}, {setup['threads']}" if setup["device"] == "cpu" else setup["device"]
-    lines.append(line("device", f"{device}; {setup['precision']}"))
-    lines.append(line("step", f"{setup['micro_batch']}; {setup['attention']} attention"))
+    lines.append(line("device", f"{device}; {setup['precision']}; {setup['micro_batch']}"))
     lines.append(line("backend", setup["backend"]))
     if "processes" in setup:
         lines.append(line("processes", setup["processes"]))

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from minitf.backends.sdpa import EXPLICIT_MAX_LENGTH
 from minitf.errors import MinitfError
-from minitf.model import EXPLICIT_MAX_LENGTH, ModelConfig
+from minitf.model import ModelConfig
 from minitf.system.files import write_whole
 from minitf.system.safe_io import read_json
 
@@ -75,20 +76,20 @@ class RunDecisions:
         return [f"{name} {now} instead of {earlier}" for name, earlier, now in pairs if earlier and earlier != now]
 
 
-def plain_backend(model: ModelConfig, device: str) -> str:
-    """The backend of a model for which no faster one was chosen: reference (explicit attention) or sdpa."""
-    if model.attention == "auto":
-        return "reference" if device == "cpu" and model.context_length <= EXPLICIT_MAX_LENGTH else "sdpa"
-    return "reference" if model.attention == "explicit" else "sdpa"
-
-
 def _renamed(content: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """The content of an old file, in which `compile` was native, true or false."""
     device = content.get("device")
     backends = {
         "native": "cpu" if device == "cpu" else "triton",
         "true": "compile",
-        "false": plain_backend(model, str(device)),
+        "false": _uncompiled(model, str(device)),
     }
     compiled = content.get("compile", "")
     return {**content, "backend": backends.get(compiled, compiled) if isinstance(compiled, str) else compiled}
+
+
+def _uncompiled(model: ModelConfig, device: str) -> str:
+    """The backend that earlier versions used without compilation: the explicit steps or PyTorch's fused attention."""
+    if model.attention == "auto":
+        return "reference" if device == "cpu" and model.context_length <= EXPLICIT_MAX_LENGTH else "sdpa"
+    return "reference" if model.attention == "explicit" else "sdpa"

@@ -3,21 +3,21 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Protocol
 
 import torch
 
+from minitf.backends.autotune import Selection
 from minitf.backends.cpu import decoding as native
 from minitf.checkpoints.background_save import Saver
 from minitf.errors import MinitfError
-from minitf.optim import Optimizer, schedule_factor
+from minitf.optim import schedule_factor
 from minitf.reporting.reporter import Reporter
 from minitf.training import resume_state
 from minitf.training.budget import estimate_num_steps
 from minitf.training.clock import TrainingClock
 from minitf.training.context import RunContext
-from minitf.training.decisions import plain_backend
 from minitf.training.signals import ending_on_signals
 from minitf.training.step import TrainingStep
 
@@ -34,16 +34,6 @@ class Action(Protocol):
         """Do it; the training clock is paused."""
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The backend chosen for the training step."""
-
-    backend: str  # as in RunDecisions
-    step_s: float  # seconds of a step
-    reason: str  # one line for people
-    as_set: bool  # whether it was prescribed, so that nothing was compared
-
-
 class Trainer:
     """One training run, from its state to its last step."""
 
@@ -57,7 +47,7 @@ class Trainer:
         self.group = context.group
         self.state = context.initial_state()
         self.decisions = context.decisions
-        self.optimizer = Optimizer(context.model, config.optim, context.hardware.dtype, self.group)
+        self.optimizer = context.parallel.new_optimizer(config.optim, context.hardware.dtype)
         self.training_step = TrainingStep(
             context.parallel,
             self.optimizer,
@@ -88,7 +78,7 @@ class Trainer:
         hardware = self.context.hardware
         if self.config.sample_tokens and self.group.is_main and hardware.device.type == "cpu":
             native.library()  # compiled now, once on each machine, so that the first sample need not wait for it
-        selection = _select_backend(self)
+        selection = self._select_backend()
         state.warmup_s += time.perf_counter() - started
         if state.step <= decided.decided_at:  # the checkpoint is older than the decision on the end of the run
             state.num_steps = 0
@@ -109,6 +99,17 @@ class Trainer:
         if self.context.checkpoint is not None:
             self.pending = resume_state.restore(self.context.checkpoint, self.group, self.optimizer, hardware.device)
         return selection
+
+    def _select_backend(self) -> Selection:
+        """Have the training step choose and measure a backend: the one the run decided on, if there is one."""
+        decided = self.decisions.backend if self.config.compile == "auto" else ""
+
+        def seconds_left(step_s: float) -> float:
+            return (estimate_num_steps(self.config, self.state, step_s) - self.state.step) * step_s
+
+        by_time = self.config.minutes is not None
+        selection = self.training_step.warm_up(decided or self.config.compile, seconds_left, by_time)
+        return replace(selection, reason=f"{selection.reason}, as when the run began") if decided else selection
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -228,26 +229,3 @@ class Trainer:
                 model, context.task.tokenizer, tensors, content, is_best=is_best, keep=keep, card=card, shards=shards
             )
         self.last_checkpoint = context.run_dir / f"checkpoints/step_{state.step:08d}"
-
-
-def _select_backend(trainer: Trainer) -> Selection:
-    """Have the training step choose and measure a backend: the one the run decided on, if there is one."""
-    config, step = trainer.config, trainer.training_step
-    device = trainer.context.hardware.device.type
-    names = {"cpu": "native", "triton": "native", "compile": "true", "sdpa": "false", "reference": "false", "": ""}
-    decided = names[trainer.decisions.backend] if config.compile == "auto" else ""
-    wanted = decided or config.compile
-
-    def seconds_left(step_s: float) -> float:
-        return (estimate_num_steps(config, trainer.state, step_s) - trainer.state.step) * step_s
-
-    step_s, chosen, reason = step.warm_up(wanted, seconds_left, by_time=config.minutes is not None)
-    backends = {
-        "native": "cpu" if device == "cpu" else "triton",
-        "true": "compile",
-        "false": plain_backend(trainer.context.model.config, device),
-    }
-    as_set = wanted == chosen == "false"
-    if as_set and decided:
-        reason = "off, as when the run began"
-    return Selection(backends[chosen], step_s, reason, as_set)

@@ -407,13 +407,13 @@ def test_a_run_goes_on_with_them(
     ]
     assert not train_here(*short, "trainer.compile=native", "run_dir=native")
     assert "native attention" in (printed := capsys.readouterr().err)
-    assert "backend    by our C kernels: a step takes" in printed
+    assert "compile    by our C kernels: a step takes" in printed
     assert not train_here(*short, "trainer.compile=native", "run_dir=again")
     assert not train_here(*short, "trainer.compile=false", "run_dir=plain")
     assert losses("again") == losses("native")
     assert [row[2] for row in losses("plain")] == pytest.approx([row[2] for row in losses("native")], rel=0.01)
-    decisions = json.loads(Path("native/decisions.json").read_text(encoding="utf-8"))
-    assert decisions["backend"] == "cpu"
+    choices = json.loads(Path("native/choices.json").read_text(encoding="utf-8"))
+    assert choices["compile"] == "native"
 
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
@@ -424,7 +424,7 @@ def test_a_run_goes_on_with_them(
 
     monkeypatch.setattr("minitf.backends.cpu.blocks.library", lambda dtype: "no gcc found")
     assert not train_here("resume=moved", "trainer.compile=auto")  # elsewhere it goes on without, and says so
-    assert "backend reference instead of cpu" in capsys.readouterr().err
+    assert "compile false instead of native" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("native_s", "taken"), [(0.5, True), (1.1, True), (2.0, False)])
@@ -437,7 +437,7 @@ def test_a_run_takes_them_unless_they_are_slower(
     monkeypatch.setattr(TrainingStep, "measure", lambda step, most: native_s if step.model.functions.dtype else 1.0)
     precision = {BF16: "bf16", torch.float32: "fp32"}[dtype]
     assert not train_here(*tiny, f"trainer.precision={precision}", "trainer.compile=auto", "trainer.max_steps=2")
-    assert ("backend    by our C kernels: a step takes" in capsys.readouterr().err) == taken
+    assert ("compile    by our C kernels: a step takes" in capsys.readouterr().err) == taken
     assert used[-1] == (UPDATE if taken and dtype == BF16 else UpdateFunctions())
 
 

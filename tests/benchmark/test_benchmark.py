@@ -295,7 +295,7 @@ def test_timed_parts_of_training_exist(
     def train(request: Request, overrides: list[str], name: str, **options: Any) -> dict[str, Any]:
         asked.update(options.get("timed", ()))
         rows = [{"step": 1, "train_s": 2.0}]
-        return {"train": rows, "seconds": {"run": 4.0, "look": 0.3, "sample": 0.1, "save": 0.2}}
+        return {"train": rows, "compile": "false", "seconds": {"run": 4.0, "look": 0.3, "sample": 0.1, "save": 0.2}}
 
     monkeypatch.setattr(module, "train", train)
     report = Report("one")

@@ -92,7 +92,7 @@ def test_batch_that_does_not_fit_into_memory_is_split(
     assert train_here(*tiny, "trainer.batch_size=8", "run_dir=whole") == 0
     small_memory(3, error)
     assert train_here(*tiny, "trainer.batch_size=8", "run_dir=parts") == 0
-    assert "step       2 sequences at a time" in capsys.readouterr().err
+    assert "; 2 sequences at a time" in capsys.readouterr().err
     assert json.loads(Path("parts/decisions.json").read_text(encoding="utf-8"))["micro_batch_size"] == 2
     environment = json.loads(Path("parts/environment.json").read_text(encoding="utf-8"))
     assert environment["setup"]["micro_batch"] == "2 sequences at a time"
