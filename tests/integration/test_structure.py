@@ -18,7 +18,7 @@ ORDER = [
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluation", "evaluate", "api",
-    "reporting", "training", "reporting.console", "config", "completion", "runs", "train", "cli",
+    "reporting", "training", "config", "completion", "runs", "train", "cli",
 ]  # fmt: skip
 # The benchmark may import anything; nothing imports it.
 OUTSIDE = {"benchmark"}
@@ -77,7 +77,7 @@ from minitf import train
 from minitf.data import batches
 from minitf.model import Transformer
 if TYPE_CHECKING:
-    from minitf.reporting.monitor import Monitor
+    from minitf.reporting.reporter import RunReporter
 def f():
     from minitf.training.trainer import Trainer
     try:

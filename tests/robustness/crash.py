@@ -71,12 +71,14 @@ class Processes:
 
         from minitf.checkpoints import background_save
         from minitf.train import main as train
+        from minitf.training.actions import Evaluate, LogAttention, SaveCheckpoint
         from minitf.training.trainer import Trainer
 
         torch.set_num_threads(1)
         for owner, name, phase in (
-            (Trainer, "train_one_step", "step"), (Trainer, "evaluate", "evaluation"), (Trainer, "look", "attention"),
-            (Trainer, "save", "save"), (background_save, "save_checkpoint", "save"),
+            (Trainer, "train_one_step", "step"), (Evaluate, "__call__", "evaluation"),
+            (LogAttention, "__call__", "attention"), (SaveCheckpoint, "__call__", "save"),
+            (background_save, "save_checkpoint", "save"),
         ):  # fmt: skip
             byte = SAVING if owner is background_save else TRAINING
             setattr(owner, name, self._announcing(getattr(owner, name), byte, phase))
@@ -157,7 +159,7 @@ def kill_until_done(processes: Processes, name: str, rng: random.Random, max_kil
 
 def _is_finished(run_dir: Path) -> bool:
     """Whether the last kill came after everything was written."""
-    path = run_dir / "choices.json"
+    path = run_dir / "decisions.json"
     return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
