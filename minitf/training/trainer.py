@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minitf.backends.cpu import decoding as native
+from minitf.backends.cpu import decode_bindings as native
 from minitf.checkpoints.background_save import Saver
 from minitf.checkpoints.model_card import model_card
 from minitf.checkpoints.train_state import TrainState
@@ -84,7 +84,7 @@ class Trainer:
         started = time.perf_counter()
         config, choices, state = self.config, self.choices, self.state
         if config.sample_tokens and self.group.is_main and self.hardware.device.type == "cpu":
-            native.library()  # compiled now, once on a machine, and not while the loop waits for its first sample
+            native.unavailable()  # compiled now, once on a machine, and not while the loop waits for its first sample
         decided = choices.compile if config.compile == "auto" else ""
         step_s, choices.compile, words = self.training_step.warm_up(
             decided or config.compile,

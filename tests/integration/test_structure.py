@@ -16,7 +16,7 @@ ORDER = [
     "distributed", "training.rng", "system",
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
-    "evaluation", "evaluate", "api",
+    "evaluate", "evaluation", "api",
     "reporting", "training", "reporting.console", "config", "completion", "runs", "train", "cli",
 ]  # fmt: skip
 # The command that measures may import anything; nothing imports it.
@@ -121,7 +121,8 @@ def test_neither_training_nor_writing_imports_the_compiler(workdir: Path, tiny: 
     """A second or three of every start; some of PyTorch's functions import it in passing."""
     code = f"""
 import sys
-from minitf import generate, train
+from minitf import train
+from minitf.cli import generate
 train.main({[*tiny, "trainer.max_steps=1", "trainer.sample_tokens=2", "trainer.attention_every=1"]!r})
 generate.main(["The cat", "--max-tokens", "2"])
 print("torch._dynamo" in sys.modules)

@@ -18,9 +18,9 @@ import torch
 from helpers import assert_one_line, assert_same_run, interrupt_at, losses, make_text, rows, tensors, train_here
 
 import minitf
-from minitf import evaluate
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.checkpoints.locate import find_checkpoint
+from minitf.cli import evaluate
 from minitf.errors import run_command
 from minitf.generate import Options
 from minitf.inference.sampling import Sampling
