@@ -113,7 +113,7 @@ def evaluate_checkpoint(
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
     batch_size = max(1, TOKENS_PER_BATCH // context)
-    return evaluate(model.loss_value, tokens, num_bytes, context, batch_size, model.device, max_tokens)
+    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
 
 def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:

@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.backends.engine import TokenFuture
 from minitf.errors import RequestError
 from minitf.inference.decoder import Decoder
@@ -20,7 +21,7 @@ from minitf.tokenizer import Tokenizer
 class GenerationRequest:
     """What `generate` is to do with a prompt, a non-empty list of ids."""
 
-    prompt_T: list[int]  # noqa: N815
+    prompt_T: list[int]
     sampling: Sampling = field(default_factory=Sampling)
     num_samples: int = 1  # continuations, computed as one batch
     max_tokens: int | None = None  # the cache is made for no more than these; None: without end
@@ -60,8 +61,8 @@ class NextToken:
     `weights_LBHS` are those of the last position, of which the new tokens are the prediction.
     """
 
-    ids_B: Tensor  # noqa: N815
-    weights_LBHS: Tensor | None = None  # noqa: N815
+    ids_B: Tensor
+    weights_LBHS: Tensor | None = None
 
 
 def generate(model: Transformer, request: GenerationRequest) -> Iterator[NextToken]:
@@ -90,20 +91,20 @@ def _steps(
         seen_BV[:, prompt_T] = True
     latest: deque[Tensor] = deque(maxlen=context // 2 or 1)  # ids_B of the latest steps
     texts = [prompt_T[-context:]] * (request.num_samples if request.with_weights else 1)
-    weights: list[Tensor] | None = [] if request.with_weights else None
-    logits_BV = decoder.prefill(texts, weights)
+    record: list[AttentionRecord] | None = [] if request.with_weights else None
+    logits_BV = decoder.prefill(texts, record)
     while True:
         tokens = decoder.sample(logits_BV, seen_BV, sampling, generator)
         if seen_BV is not None:
             seen_BV.scatter_(1, tokens.ids_B[:, None], True)
-        yield tokens, None if weights is None else torch.stack([w[:, :, -1] for w in weights])
-        weights = None if weights is None else []
+        yield tokens, None if record is None else torch.stack([layer.weights_BHTS[:, :, -1] for layer in record])
+        record = None if record is None else []
         latest.append(tokens.ids_B)
         if decoder.length < context:
-            logits_BV = decoder.decode(tokens.ids_B, weights)
+            logits_BV = decoder.decode(tokens.ids_B, record)
         else:
             new_BT = torch.stack(list(latest), dim=1).tolist()
-            logits_BV = decoder.prefill([[*prompt_T, *new_T][-(context // 2 or 1) :] for new_T in new_BT], weights)
+            logits_BV = decoder.prefill([[*prompt_T, *new_T][-(context // 2 or 1) :] for new_T in new_BT], record)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

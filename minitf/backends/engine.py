@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.attention import KeyValueCache
+from minitf.attention import AttentionRecord, KeyValueCache
 from minitf.errors import MinitfError
 from minitf.model import Transformer
 
@@ -27,15 +26,15 @@ class DecodingEngine(Protocol):
     def unsupported(model: Transformer) -> str | None:
         """The reason why this engine cannot decode with this model on this machine, or None."""
 
-    def prefill(self, texts: Sequence[Sequence[int]], weights: list[Tensor] | None = None) -> Tensor:
+    def prefill(self, texts: Sequence[Sequence[int]], record: list[AttentionRecord] | None = None) -> Tensor:
         """Empty the cache and read `texts`, lists of ids of any lengths; returns next-token logits_BV in float32.
 
-        Each of N texts is read once and fills B / N consecutive rows. A `weights` list gets the attention weights of
-        the N texts, one `weights_NHTS` a layer.
+        Each of N texts is read once and fills B / N consecutive rows. A `record` list gets one `AttentionRecord` of the
+        N texts a layer.
         """
 
-    def decode(self, ids_B: Tensor, weights: list[Tensor] | None = None) -> Tensor:
-        """Read one more token of each row; returns next-token logits_BV in float32. `weights` as in `prefill`."""
+    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
+        """Read one more token of each row; returns next-token logits_BV in float32. `record` as in `prefill`."""
 
     def reorder(self, rows_B: Tensor) -> None:
         """Let row i continue the text of row `rows_B[i]`."""
@@ -59,7 +58,7 @@ class TorchEngine:
         return None
 
     @torch.no_grad()
-    def prefill(self, texts: Sequence[Sequence[int]], weights: list[Tensor] | None = None) -> Tensor:
+    def prefill(self, texts: Sequence[Sequence[int]], record: list[AttentionRecord] | None = None) -> Tensor:
         longest, copies = max(map(len, texts)), self.batch_size // len(texts)
         ids_NT = torch.zeros(len(texts), longest, dtype=torch.long)
         for row, text in enumerate(texts):  # aligned at their ends, so the next tokens of all share a position
@@ -67,20 +66,17 @@ class TorchEngine:
         starts_N = torch.tensor([longest - len(text) for text in texts], device=self.model.device)
         read = self.cache if copies == 1 else self.model.new_cache(len(texts), longest)
         read.length, read.starts_B = 0, starts_N if min(map(len, texts)) < longest else None
-        x_NTD = self.model.hidden(ids_NT.to(self.model.device), read, weights)
+        x_NTD = self.model.hidden(ids_NT.to(self.model.device), read, record)
         if copies > 1:
             self.cache.keys[:, :, :, :longest] = read.keys.repeat_interleave(copies, 1)
             self.cache.values[:, :, :, :longest] = read.values.repeat_interleave(copies, 1)
             self.cache.length = longest
             self.cache.starts_B = None if read.starts_B is None else read.starts_B.repeat_interleave(copies)
-        return self._logits(x_NTD).repeat_interleave(copies, 0)
+        return self.model.logits(x_NTD[:, -1]).repeat_interleave(copies, 0)
 
     @torch.no_grad()
-    def decode(self, ids_B: Tensor, weights: list[Tensor] | None = None) -> Tensor:
-        return self._logits(self.model.hidden(ids_B[:, None], self.cache, weights))
-
-    def _logits(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD[:, -1], self.model.vocabulary_VD.to(x_BTD.dtype)).float()
+    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
+        return self.model.logits(self.model.hidden(ids_B[:, None], self.cache, record)[:, -1])
 
     def reorder(self, rows_B: Tensor) -> None:
         for part in (self.cache.keys, self.cache.values):  # in place: C functions and CUDA graphs keep their addresses

@@ -42,7 +42,7 @@ def evaluate_answers(
     context = model.config.context_length
     batch_size = max(1, TOKENS_PER_BATCH // context)
     with torch.no_grad():
-        held_out = evaluate_pairs(model.loss_value, val, long_pairs, context, batch_size, model.device)
+        held_out = evaluate_pairs(model.loss, val, long_pairs, context, batch_size, model.device)
     used = evenly_spread(np.flatnonzero(fit(val, context, long_pairs)[0]), max_pairs)
     texts = [val.texts(int(index), tokenizer) for index in used]
     sources, references = [source for source, _ in texts], [target for _, target in texts]

@@ -24,7 +24,7 @@ class HeadReport:
     """
 
     whole: HeldOut
-    importance_LH: Tensor  # noqa: N815
+    importance_LH: Tensor
     scores: HeadScores
 
     def to_json(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.backends.cpu.decoding import CpuEngine
 from minitf.backends.cuda.decoding import GraphEngine
 from minitf.backends.engine import DecodingEngine, TokenFuture, TorchEngine
@@ -49,27 +50,26 @@ class Decoder:
         """Positions of the cache that are filled."""
         return self.engine.cache.length
 
-    def prefill(self, texts: Sequence[Sequence[int]], weights: list[Tensor] | None = None) -> Tensor:
+    def prefill(self, texts: Sequence[Sequence[int]], record: list[AttentionRecord] | None = None) -> Tensor:
         """Start with `texts`, lists of ids of any lengths; returns next-token logits_BV in float32.
 
-        With N texts, each is read once and fills B / N consecutive rows. A `weights` list gets the attention weights
-        of the N texts, one `weights_NHTS` a layer. Raises ValueError where the texts do not fit into the cache.
+        With N texts, each is read once and fills B / N consecutive rows. A `record` list gets one `AttentionRecord`
+        of the N texts a layer. Raises ValueError where the texts do not fit into the cache.
         """
         if not texts or self.batch_size % len(texts):
             raise ValueError(f"{len(texts)} texts do not divide the {self.batch_size} rows of the cache")
         if not 0 < min(map(len, texts)) <= max(map(len, texts)) <= self.capacity:
             raise ValueError(f"a text is empty or longer than the {self.capacity} positions of the cache")
-        return self.engine.prefill(texts, weights)
+        return self.engine.prefill(texts, record)
 
-    def decode(self, ids_B: Tensor, weights: list[Tensor] | None = None) -> Tensor:
+    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
         """Read one more token of each row; returns next-token logits_BV in float32.
 
-        A `weights` list gets the attention weights of the new tokens, one `weights_BH1S` a layer. Raises ValueError
-        when the cache is full.
+        A `record` list gets one `AttentionRecord` of the new tokens a layer. Raises ValueError when the cache is full.
         """
         if self.length == self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions and is full")
-        return self.engine.decode(ids_B, weights)
+        return self.engine.decode(ids_B, record)
 
     def reorder(self, rows_B: Tensor) -> None:
         """Let row i continue the text of row `rows_B[i]`."""

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import recorded_weights
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.backends.cpu import decode_bindings
 from minitf.backends.cpu.decoding import MAX_PREFILL, CpuEngine, ThreadChoice
 from minitf.backends.cuda.decoding import GraphEngine
@@ -120,16 +122,15 @@ def test_a_second_prefill_starts_from_an_empty_cache(engine: type[DecodingEngine
 def test_captured_weights_are_those_of_the_model(engine: type[DecodingEngine]) -> None:
     model, decoding = random_model(), engine(random_model(), 2, CONTEXT)
     ids_BT = torch.randint(VOCABULARY, (2, 9))
-    expected: list[Tensor] = []
-    model(ids_BT, weights=expected)
-    prefilled: list[Tensor] = []
+    expected = recorded_weights(model, ids_BT)
+    prefilled: list[AttentionRecord] = []
     decoding.prefill(ids_BT[:, :7].tolist(), prefilled)
     decoding.decode(ids_BT[:, 7])
-    decoded: list[Tensor] = []
+    decoded: list[AttentionRecord] = []
     decoding.decode(ids_BT[:, 8], decoded)
     for layer in range(2):
-        assert_close(prefilled[layer], expected[layer][:, :, :7, :7])
-        assert_close(decoded[layer], expected[layer][:, :, 8:])
+        assert_close(prefilled[layer].weights_BHTS, expected[layer][:, :, :7, :7])
+        assert_close(decoded[layer].weights_BHTS, expected[layer][:, :, 8:])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import recorded_weights
 from torch import Tensor
 
 from minitf.cli.generate import main
@@ -201,8 +202,7 @@ def test_captured_weights_are_those_that_chose_the_token(model: Transformer) -> 
     ids = [1, 2, 3, 4]
     for _ in range(20):
         step = next(steps)
-        expected: list[Tensor] = []
-        model(torch.tensor([ids]), weights=expected)
+        expected = recorded_weights(model, torch.tensor([ids]))
         whole = torch.stack([w[:, :, -1] for w in expected])
         torch.testing.assert_close(step.weights_LBHS, whole, rtol=1e-4, atol=1e-5)
         ids.append(int(step.ids_B))
@@ -310,8 +310,7 @@ def test_explain_shows_the_text_and_the_keys_with_most_weight(
     ]
 
     # The first row by hand: the three largest means over layers and heads, the first token left out.
-    weights: list[Tensor] = []
-    model(torch.tensor([prompt]), weights=weights)
+    weights = recorded_weights(model, torch.tensor([prompt]))
     shares = torch.stack(weights)[:, 0, :, -1].mean((0, 1)).tolist()
     top = sorted(range(1, len(prompt)), key=lambda i: -shares[i])[:3]
     expected = "  ".join(f"{tokenizer.pieces([prompt[i]])[0].strip()} {shares[i]:.0%}" for i in top)
@@ -323,8 +322,7 @@ def test_explain_leaves_out_the_first_token(make_model: MakeModel, tokenizer: To
     ids = tokenizer.encode(text)
     for seed in range(100):  # until a random model gives the first token most weight
         model = make_model(tokenizer.vocab_size, seed)
-        weights: list[Tensor] = []
-        model(torch.tensor([ids]), weights=weights)
+        weights = recorded_weights(model, torch.tensor([ids]))
         if torch.stack(weights)[:, 0, :, -1].mean((0, 1)).argmax() == 0:
             break
     else:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.backends.cpu.decode_bindings import DecodeFunction, unavailable
 from minitf.backends.engine import TorchEngine
 from minitf.model import Transformer
@@ -70,11 +71,11 @@ class CpuEngine(TorchEngine):
             return "it reads float32 weights"
         return unavailable()
 
-    def prefill(self, texts: Sequence[Sequence[int]], weights: list[Tensor] | None = None) -> Tensor:
+    def prefill(self, texts: Sequence[Sequence[int]], record: list[AttentionRecord] | None = None) -> Tensor:
         N, T = len(texts), len(texts[0])
         few = N in (1, self.batch_size) and N * T <= MAX_PREFILL
-        if not few or weights is not None or any(len(text) != T for text in texts):
-            return super().prefill(texts, weights)
+        if not few or record is not None or any(len(text) != T for text in texts):
+            return super().prefill(texts, record)
         self.cache.length, self.cache.starts_B = 0, None
         logits_NV = self.function(torch.tensor(texts), self.threads.max_threads)
         if N == 1:
@@ -82,7 +83,7 @@ class CpuEngine(TorchEngine):
                 part[:, 1:, :, :T] = part[:, :1, :, :T]
         return logits_NV.expand(self.batch_size, -1)
 
-    def decode(self, ids_B: Tensor, weights: list[Tensor] | None = None) -> Tensor:
-        if weights is not None:
-            return super().decode(ids_B, weights)
+    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
+        if record is not None:
+            return super().decode(ids_B, record)
         return self.threads.run(lambda num_threads: self.function(ids_B[:, None], num_threads))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.backends.engine import Step, TorchEngine
 from minitf.model import Transformer
 from minitf.system.hardware import compiled, compiler_missing
@@ -104,9 +105,9 @@ class GraphEngine(TorchEngine):
             self.logits_BV = self._run()
 
     @torch.no_grad()
-    def decode(self, ids_B: Tensor, weights: list[Tensor] | None = None) -> Tensor:
-        if weights is not None:
-            return super().decode(ids_B, weights)
+    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
+        if record is not None:
+            return super().decode(ids_B, record)
         self.ids_B.copy_(ids_B)
         self.position_1.fill_(self.cache.length)
         if self.cache.starts_B is not None:
