@@ -82,7 +82,7 @@ def held_out(run: str) -> dict[str, Any]:
     import contextlib
     import io
 
-    from minitf.evaluate import main
+    from minitf.cli.evaluate import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -251,13 +251,13 @@ def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int,
     from itertools import islice
 
     import minitf
-    from minitf.generate import generate
+    from minitf.generate import GenerationRequest, generate
     from minitf.inference.sampling import Sampling
 
     lm = minitf.load(checkpoint)
 
     def once() -> list[list[int]]:
-        steps = generate(lm.model, prompt, batch_size, Sampling(temperature=0))
+        steps = generate(lm.model, GenerationRequest(prompt, Sampling(temperature=0), batch_size))
         return [step.ids_B.tolist() for step in islice(steps, num_tokens)]
 
     started = time.perf_counter()

@@ -14,14 +14,14 @@ def train() -> int:
 
 def generate() -> int:
     """`minitf-generate`"""
-    from minitf.generate import main
+    from minitf.cli.generate import main
 
     return run_command(main)
 
 
 def evaluate() -> int:
     """`minitf-evaluate`"""
-    from minitf.evaluate import main
+    from minitf.cli.evaluate import main
 
     return run_command(main)
 

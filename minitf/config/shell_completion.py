@@ -15,7 +15,7 @@ from minitf.errors import RequestError, run_command
 
 # The module each command's parser is in.
 PARSERS = {
-    "generate": "generate.py", "evaluate": "evaluate.py", "attention": "interpretability/attention_page.py",
+    "generate": "cli/generate.py", "evaluate": "cli/evaluate.py", "attention": "interpretability/attention_page.py",
     "export": "checkpoints/export.py", "benchmark": "benchmark/__main__.py",
 }  # fmt: skip
 COMMAND = re.compile(

@@ -93,7 +93,7 @@ AutoTokenizer.from_pretrained(sys.argv[1]).push_to_hub("me/other", token="hf_non
 
 CONTINUE = """
 import sys
-from minitf.generate import main
+from minitf.cli.generate import main
 for run in sys.argv[1:]:
     main(["The cat", "--max-tokens", "8", "--temperature", "0", "--run", run])
     print(end="\\0")

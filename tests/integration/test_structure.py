@@ -17,7 +17,7 @@ ORDER = [
     "distributed", "training.rng", "system",
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
-    "evaluation", "evaluate", "api",
+    "evaluate", "evaluation", "api",
     "reporting", "training", "config", "completion", "runs", "train", "cli",
 ]  # fmt: skip
 # The benchmark may import anything; nothing imports it.
@@ -122,7 +122,8 @@ def test_training_and_generating_do_not_import_the_compiler(workdir: Path, tiny:
     """It takes 1 to 3 s of every start, and some functions of PyTorch import it in passing."""
     code = f"""
 import sys
-from minitf import generate, train
+from minitf import train
+from minitf.cli import generate
 train.main({[*tiny, "trainer.max_steps=1", "trainer.sample_tokens=2", "trainer.attention_every=1"]!r})
 generate.main(["The cat", "--max-tokens", "2"])
 print("torch._dynamo" in sys.modules)
