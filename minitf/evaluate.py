@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.data.batches import Batch, Tokens, held_out_batches, prepare
-from minitf.data.packing import PairIds, TokenizedPairs, fit, held_out_pairs, prepare_pairs
+from minitf.data.batches import Batch, evaluation_batch_size, evenly_spaced, held_out_batches
+from minitf.data.config import DataConfig
+from minitf.data.packing import fit, held_out_pairs
 from minitf.data.sources.files import read_text
-from minitf.data.sources.text import DataConfig
+from minitf.data.tokenized_pairs import PairIds, TokenizedPairs, prepare_pairs
+from minitf.data.tokenized_text import Tokens, prepare
 from minitf.errors import CommandParser, MinitfError, RequestError
 from minitf.evaluation.text_metrics import AnswerScores, score_answers
 from minitf.inference.seq2seq import AnswerOptions, answer
@@ -99,7 +101,7 @@ def evaluate_pairs(
     used = np.flatnonzero(lengths)
     if max_tokens is not None and max_tokens < int(lengths.sum()):
         count = max(1, round(len(used) * max_tokens / int(lengths.sum())))
-        used = used[np.arange(count) * len(used) // count]
+        used = used[evenly_spaced(len(used), count)]
     batches = held_out_pairs(pairs, lengths, used.tolist(), context_length, batch_size)
     loss_nats, num_tokens = _mean_loss(loss_of, batches, batch_size, device)
     num_bytes = int(pairs.completion_bytes[used].sum())
@@ -114,7 +116,7 @@ def evaluate_checkpoint(
     """Evaluate a loaded model in float32 on `tokens`, ids of a text of `num_bytes` bytes."""
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
-    batch_size = max(1, 4096 // context)
+    batch_size = evaluation_batch_size(context)
     return evaluate(model.loss_value, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
 
@@ -212,12 +214,11 @@ def evaluate_answers(
     """
     model, tokenizer, val = checkpoint.model, pairs.tokenizer, pairs.val
     context = model.config.context_length
-    batch_size = max(1, 4096 // context)
+    batch_size = evaluation_batch_size(context)
     with torch.no_grad():
         whole = evaluate_pairs(model.loss_value, val, long_pairs, context, batch_size, model.device)
     used = np.flatnonzero(fit(val, context, long_pairs)[0])
-    if max_pairs is not None and max_pairs < len(used):
-        used = used[np.arange(max_pairs) * len(used) // max_pairs]
+    used = used[evenly_spaced(len(used), max_pairs)]
     texts = [val.texts(int(index), tokenizer) for index in used]
     sources, references = [source for source, _ in texts], [target for _, target in texts]
     started = time.perf_counter()

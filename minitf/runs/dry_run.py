@@ -11,7 +11,8 @@ from minitf.backends.cpu import blocks as kernels
 from minitf.checkpoints.locate import RUNS
 from minitf.checkpoints.train_state import TrainState
 from minitf.config.schema import Config
-from minitf.data.batches import BatchSource, Tokens
+from minitf.data.batches import BatchSource
+from minitf.data.tokenized_text import Tokens
 from minitf.optim import Optimizer
 from minitf.reporting.console import too_large
 from minitf.system.hardware import Hardware

@@ -16,7 +16,7 @@ from minitf.checkpoints.model_card import origin_of
 from minitf.checkpoints.run_directory import annotate_os_errors, create_run_dir, lock_run_dir
 from minitf.checkpoints.train_state import TrainState
 from minitf.config.schema import Config, changed_settings, load_config, model_sizes, save_config
-from minitf.data.sources.text import fingerprint
+from minitf.data.fingerprint import fingerprint
 from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.errors import RequestError
 from minitf.model import Transformer

@@ -24,8 +24,9 @@ class Targets:
     """What is tormented; each method takes the input's bytes and works in a directory of its own."""
 
     def __init__(self, directory: Path) -> None:
+        from minitf.data.tokenizer_training import train_tokenizer
         from minitf.model import ModelConfig, Transformer
-        from minitf.tokenizer import TokenizerConfig, train_tokenizer
+        from minitf.tokenizer import TokenizerConfig
 
         self.directory = directory
         text = "The cat sat on the mat, and it was tired. 世界 \n" * 20
