@@ -14,8 +14,9 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from minitf.errors import MinitfError, RequestError
 from minitf.system.files import flush, write_whole
@@ -26,8 +27,8 @@ RESUMABLE_S = 30 * STALE_S  # how long an interrupted build can be resumed
 POLL_S = 0.2
 
 T = TypeVar("T")
-Entry = TypeVar("Entry", covariant=True)
 Log = Callable[[str], None]
+Meta = dict[str, Any]  # of a complete entry, JSON-able
 
 
 class Partial:
@@ -77,18 +78,13 @@ class Partial:
                 file.close()
 
 
-class Builder(Protocol[Entry]):
+@dataclass(frozen=True)
+class Builder(Generic[T]):
     """How an entry is built and read."""
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that grow while the entry is built."""
-
-    def build(self, partial: Partial) -> tuple[dict[str, Any], str]:
-        """Fill `partial` from where it is; returns metadata, JSON-able, and a summary for people."""
-
-    def load(self, directory: Path, meta: dict[str, Any]) -> Entry:
-        """Open a complete entry, given its metadata."""
+    files: tuple[str, ...]  # that grow while it is built
+    build: Callable[[Partial], tuple[Meta, str]]  # fills them from where they are; returns a summary for people too
+    load: Callable[[Path, Meta], T]
 
 
 def get_or_build(directory: Path, builder: Builder[T], log: Log) -> T:
@@ -148,7 +144,7 @@ def _build(directory: Path, workspace: Path, builder: Builder[T], log: Log) -> T
 
 
 def _publish(workspace: Path, directory: Path, builder: Builder[T]) -> T:
-    """Rename `workspace` to `directory`, unless another process was first and its entry is complete."""
+    """Rename `workspace` to `directory`; without locks another process may be first, whose entry is then taken."""
     for _ in range(10):
         try:
             workspace.rename(directory)

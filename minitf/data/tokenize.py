@@ -1,10 +1,11 @@
-"""Items of a corpus -> ids appended to files, in parallel: it shows its progress and resumes where it was stopped."""
+"""Items of a corpus -> ids appended to files, in parallel, with progress; an interrupted preparation is resumed."""
 
 import contextlib
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from minitf.data.fingerprint import cache_key
 from minitf.data.progress import Progress, amount_done
 from minitf.data.resumable import ResumableIterator
 from minitf.data.sources.corpus import Corpus, Item
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import MinitfError, RequestError
 from minitf.system.files import cache_root
 from minitf.tokenizer import Tokenizer, TokenizerConfig
@@ -26,56 +28,63 @@ GROUP_ITEMS = 4096
 SAVE_EVERY_S = 5.0
 
 Arrays = dict[str, npt.NDArray[Any]]  # by the name of the file they are appended to
-Encode = Callable[[list[Item], Tokenizer], tuple[Arrays, dict[str, int]]]
+Counts = dict[str, int]
+Encode = Callable[[list[Item], Tokenizer], tuple[Arrays, Counts]]
 
 
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def entry_directory(data: DataConfig, config: TokenizerConfig, tokenizer: Tokenizer | None) -> Path:
-    """The cache entry of `data` tokenized by `tokenizer`, or, if that is None, by the one `config` describes."""
-    root = cache_root(data.cache_dir)
-    trained = root / cache_key(data, config, None)
-    if tokenizer is None:
-        return trained
-    with contextlib.suppress(MinitfError, OSError):
-        if Tokenizer.load(trained).to_json() == tokenizer.to_json():  # it was trained on this very text
+@dataclass(frozen=True)
+class Preparation:
+    """Which data are tokenized, and by which tokenizer: the one given, else one trained on them as `config` says."""
+
+    data: DataConfig
+    config: TokenizerConfig
+    tokenizer: Tokenizer | None
+    log: Log
+
+    @property
+    def directory(self) -> Path:
+        """The cache entry."""
+        root = cache_root(self.data.cache_dir)
+        trained = root / cache_key(self.data, self.config, None)
+        if self.tokenizer is None:
             return trained
-    return root / cache_key(data, config, tokenizer)
+        with contextlib.suppress(MinitfError, OSError):
+            if Tokenizer.load(trained).to_json() == self.tokenizer.to_json():  # it was trained on these very data
+                return trained
+        return root / cache_key(self.data, self.config, self.tokenizer)
+
+    def make_tokenizer(self, corpus: Corpus) -> Tokenizer:
+        train, val = ((item.text for item in items) for items in (corpus.train, corpus.val))
+        pairs = self.data.kind == "pairs"
+        streamed = self.data.streaming and not pairs
+        return self.tokenizer or train_tokenizer(self.config, train, val, for_pairs=pairs, streamed=streamed)
 
 
-def tokenize(
-    corpus: Corpus, make_tokenizer: Callable[[], Tokenizer], encode: Encode, partial: Partial, log: Log
-) -> tuple[Tokenizer, dict[str, int]]:
-    """Fill the files of `partial`, and its tokenizer's, from where they are.
+def tokenize(job: Preparation, corpus: Corpus, encode: Encode, partial: Partial) -> tuple[Tokenizer, Counts]:
+    """Save a tokenizer and append the ids of all items to the files of `partial`, from where these are.
 
-    `encode` returns the arrays of some items and what they add to the counts. Returns the tokenizer, which is made only
-    if nothing was saved before, and the counts of all items.
+    `encode` returns the arrays of some items and what they add to the counts. Returns the tokenizer and all counts.
     """
-    with Progress(log, "training the tokenizer") as progress, _saying_what_is_saved(partial):
+    with Progress(job.log, "training the tokenizer") as progress, _saving_on_failure(partial):
         if partial.state:
             tokenizer = Tokenizer.load(partial.directory)
-            log(f"resuming {corpus.description}: {_amount_saved(partial)} were prepared before")
+            job.log(f"resuming {corpus.description}: {_amount_saved(partial)} were prepared before")
         else:
-            log(f"preparing {corpus.description}")
-            tokenizer = make_tokenizer()
+            job.log(f"preparing {corpus.description}")
+            tokenizer = job.make_tokenizer(corpus)
             with naming_write_errors(partial.directory.parent):
                 tokenizer.save(partial.directory)
-        try:
-            counts = _append_ids(corpus, tokenizer, encode, partial, progress)
-        except BaseException:
-            partial.save()
-            raise
-    return tokenizer, counts
+        return tokenizer, _append_ids(corpus, tokenizer, encode, partial, progress)
 
 
-def _append_ids(
-    corpus: Corpus, tokenizer: Tokenizer, encode: Encode, partial: Partial, progress: Progress
-) -> dict[str, int]:
+def _append_ids(corpus: Corpus, tokenizer: Tokenizer, encode: Encode, partial: Partial, progress: Progress) -> Counts:
+    items = ResumableIterator(corpus.read, partial.state.get("position"))
     counts = Counter({"bytes": 0, "documents": 0, **partial.state.get("counts", {})})
     totals = partial.state.get("totals") or {"bytes": corpus.num_bytes, "documents": corpus.num_documents}
-    items = ResumableIterator(corpus.read, partial.state.get("position"))
     progress.start(counts, totals)
     saved = time.monotonic()
     for group in _groups(items):
@@ -88,7 +97,7 @@ def _append_ids(
         if time.monotonic() - saved > SAVE_EVERY_S:
             partial.save()
             saved = time.monotonic()
-    return dict(counts)
+    return counts
 
 
 def _groups(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -111,22 +120,20 @@ def _amount_saved(partial: Partial) -> str:
 
 
 @contextlib.contextmanager
-def _saying_what_is_saved(partial: Partial) -> Iterator[None]:
-    """An interruption, or a failure that is not the user's mistake, says that the work can be resumed."""
-
-    def saved() -> str:
-        if not partial.state:
-            return ""
-        return f"; {_amount_saved(partial)} are prepared: the same command resumes from there"
-
+def _saving_on_failure(partial: Partial) -> Iterator[None]:
+    """Save what the block appended, whatever stops it; an interruption, or an error of the machine, says how much."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted{saved()}") from None
-    except RequestError:
+    except BaseException as error:
+        partial.save()
+        if not partial.state or isinstance(error, RequestError):
+            raise
+        kept = f"{_amount_saved(partial)} are prepared: the same command resumes from there"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; {kept}") from None
+        if isinstance(error, MinitfError):
+            raise MinitfError(f"{error}; {kept}") from error
         raise
-    except MinitfError as error:
-        raise MinitfError(f"{error}{saved()}") from error
 
 
 def ids_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:

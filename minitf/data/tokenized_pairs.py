@@ -3,24 +3,26 @@
 A pair is `<|source|> prompt <|target|> completion <|endoftext|>`.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from minitf.data.cache import Log, Partial, get_or_build
+from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
 from minitf.data.config import DataConfig
 from minitf.data.sources.corpus import Item, num_bytes_of
 from minitf.data.sources.pairs import open_pairs
-from minitf.data.tokenize import Arrays, entry_directory, ids_dtype, to_stderr, tokenize
+from minitf.data.tokenize import Arrays, Counts, Preparation, ids_dtype, to_stderr, tokenize
 from minitf.data.tokenized_text import Tokens
-from minitf.data.tokenizer_training import load_pretrained, train_tokenizer
+from minitf.data.tokenizer_training import load_pretrained
 from minitf.errors import RequestError
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
+COLUMNS = ("lengths", "prompts", "bytes")  # int32, one number a pair, as in `PairIds`
+FILES = tuple(f"{part}_{name}.bin" for part in ("train", "val") for name in ("ids", *COLUMNS))
 Lengths = npt.NDArray[np.int32]
 
 
@@ -61,59 +63,41 @@ def prepare_pairs(
     data: DataConfig, config: TokenizerConfig, tokenizer_from: Tokenizer | None = None, log: Log = to_stderr
 ) -> TokenizedPairs:
     """The pairs of `data` as ids, as `prepare` does with text; `tokenizer_from` must be one made for pairs."""
-    tokenizer = tokenizer_from or load_pretrained(config, for_pairs=True)
-    return get_or_build(entry_directory(data, config, tokenizer), PairBuilder(data, config, tokenizer, log), log)
+    job = Preparation(data, config, tokenizer_from or load_pretrained(config, for_pairs=True), log)
+    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), _load), log)
 
 
-@dataclass(frozen=True)
-class PairBuilder:
-    """Builds and loads the cache entry of pairs."""
+def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
+    corpus = open_pairs(job.data)
+    tokenizer, counts = tokenize(job, corpus, encode_pairs, partial)
+    for part, name in (("train", "to train on"), ("val", "held out")):
+        if not counts.get(f"{part}_pairs"):
+            raise RequestError(f"no pairs {name}; use more pairs, or another data.val_fraction")
+    num_skipped = corpus.bad_rows.num_skipped
+    skipped = f", {num_skipped:,} bad rows left out" if num_skipped else ""
+    meta = {
+        "train_pairs": counts["train_pairs"],
+        "val_pairs": counts["val_pairs"],
+        "description": corpus.description + skipped,
+        "dtype": ids_dtype(tokenizer).name,
+    }
+    return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out{skipped}"
 
-    data: DataConfig
-    config: TokenizerConfig
-    tokenizer: Tokenizer | None  # None: to be trained
-    log: Log
-    files: tuple[str, ...] = tuple(
-        f"{part}_{name}.bin" for part in ("train", "val") for name in ("ids", "lengths", "prompts", "bytes")
-    )
 
-    def build(self, partial: Partial) -> tuple[dict[str, Any], str]:
-        corpus = open_pairs(self.data)
-
-        def make_tokenizer() -> Tokenizer:
-            train, val = ((item.text for item in items) for items in (corpus.train, corpus.val))
-            return self.tokenizer or train_tokenizer(self.config, train, val, for_pairs=True)
-
-        tokenizer, counts = tokenize(corpus, make_tokenizer, encode_pairs, partial, self.log)
-        for part, name in (("train", "to train on"), ("val", "held out")):
-            if not counts.get(f"{part}_pairs"):
-                raise RequestError(f"no pairs {name}; use more pairs, or another data.val_fraction")
-        num_skipped = corpus.bad_rows.num_skipped
-        skipped = f", {num_skipped:,} bad rows left out" if num_skipped else ""
-        meta = {
-            "train_pairs": counts["train_pairs"],
-            "val_pairs": counts["val_pairs"],
-            "description": corpus.description + skipped,
-            "dtype": ids_dtype(tokenizer).name,
-        }
-        return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out{skipped}"
-
-    def load(self, directory: Path, meta: dict[str, Any]) -> TokenizedPairs:
-        train, val = (_load_part(directory, part, meta["dtype"]) for part in ("train", "val"))
-        return TokenizedPairs(Tokenizer.load(directory), train, val, meta["description"], directory)
+def _load(directory: Path, meta: Meta) -> TokenizedPairs:
+    train, val = (_load_part(directory, part, meta["dtype"]) for part in ("train", "val"))
+    return TokenizedPairs(Tokenizer.load(directory), train, val, meta["description"], directory)
 
 
 def _load_part(directory: Path, part: str, ids_dtype: str) -> PairIds:
     ids = np.memmap(directory / f"{part}_ids.bin", dtype=ids_dtype, mode="r")
-    lengths, prompts, num_bytes = (
-        np.memmap(directory / f"{part}_{name}.bin", dtype=np.int32, mode="r")
-        for name in ("lengths", "prompts", "bytes")
-    )
+    columns = (np.memmap(directory / f"{part}_{name}.bin", dtype=np.int32, mode="r") for name in COLUMNS)
+    lengths, prompts, num_bytes = columns
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return PairIds(ids, starts, prompts, num_bytes)
 
 
-def encode_pairs(items: list[Item], tokenizer: Tokenizer) -> tuple[Arrays, dict[str, int]]:
+def encode_pairs(items: list[Item], tokenizer: Tokenizer) -> tuple[Arrays, Counts]:
     """The ids and lengths of pairs for each file, and counts."""
     prompts = tokenizer.encode_batch([item.texts[0] for item in items])
     completions = tokenizer.encode_batch([item.texts[1] for item in items])

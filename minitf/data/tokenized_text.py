@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minitf.data.cache import Log, Partial, get_or_build
+from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
 from minitf.data.config import DataConfig
 from minitf.data.sources.corpus import Item
 from minitf.data.sources.text import open_text
-from minitf.data.tokenize import Arrays, entry_directory, ids_dtype, to_stderr, tokenize
-from minitf.data.tokenizer_training import load_pretrained, train_tokenizer
+from minitf.data.tokenize import Arrays, Counts, Preparation, ids_dtype, to_stderr, tokenize
+from minitf.data.tokenizer_training import load_pretrained
 from minitf.errors import RequestError
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
+FILES = ("train.bin", "val.bin")
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -42,47 +43,33 @@ def prepare(
     people. Several processes may prepare the same text at once; an interrupted preparation is resumed by the next.
     Raises RequestError or MinitfError, one line each.
     """
-    tokenizer = tokenizer_from or load_pretrained(config)
-    return get_or_build(entry_directory(data, config, tokenizer), TextBuilder(data, config, tokenizer, log), log)
+    job = Preparation(data, config, tokenizer_from or load_pretrained(config), log)
+    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), _load), log)
 
 
-@dataclass(frozen=True)
-class TextBuilder:
-    """Builds and loads the cache entry of a text."""
-
-    data: DataConfig
-    config: TokenizerConfig
-    tokenizer: Tokenizer | None  # None: to be trained
-    log: Log
-    files: tuple[str, ...] = ("train.bin", "val.bin")
-
-    def build(self, partial: Partial) -> tuple[dict[str, Any], str]:
-        corpus = open_text(self.data)
-
-        def make_tokenizer() -> Tokenizer:
-            train, val = ((item.text for item in items) for items in (corpus.train, corpus.val))
-            return self.tokenizer or train_tokenizer(self.config, train, val, streamed=self.data.streaming)
-
-        encode = functools.partial(encode_text, separated=corpus.separated)
-        tokenizer, counts = tokenize(corpus, make_tokenizer, encode, partial, self.log)
-        for part, name in (("train", "text to train on"), ("val", "held-out text")):
-            if not counts.get(f"{part}_bytes"):
-                raise RequestError(f"{corpus.description}: no {name}; use more text, or another data.val_fraction")
-        meta = {
-            "train_bytes": counts["train_bytes"],
-            "val_bytes": counts["val_bytes"],
-            "dtype": ids_dtype(tokenizer).name,
-            "description": corpus.description,
-        }
-        return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out"
-
-    def load(self, directory: Path, meta: dict[str, Any]) -> TokenizedText:
-        train, val = (np.memmap(directory / name, dtype=meta["dtype"], mode="r") for name in self.files)
-        sizes = meta["train_bytes"], meta["val_bytes"]
-        return TokenizedText(Tokenizer.load(directory), train, val, *sizes, meta["description"], directory)
+def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
+    corpus = open_text(job.data)
+    encode = functools.partial(encode_text, separated=corpus.separated)
+    tokenizer, counts = tokenize(job, corpus, encode, partial)
+    for part, name in (("train", "text to train on"), ("val", "held-out text")):
+        if not counts.get(f"{part}_bytes"):
+            raise RequestError(f"{corpus.description}: no {name}; use more text, or another data.val_fraction")
+    meta = {
+        "train_bytes": counts["train_bytes"],
+        "val_bytes": counts["val_bytes"],
+        "dtype": ids_dtype(tokenizer).name,
+        "description": corpus.description,
+    }
+    return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out"
 
 
-def encode_text(items: list[Item], tokenizer: Tokenizer, separated: bool) -> tuple[Arrays, dict[str, int]]:
+def _load(directory: Path, meta: Meta) -> TokenizedText:
+    train, val = (np.memmap(directory / name, dtype=meta["dtype"], mode="r") for name in FILES)
+    sizes = meta["train_bytes"], meta["val_bytes"]
+    return TokenizedText(Tokenizer.load(directory), train, val, *sizes, meta["description"], directory)
+
+
+def encode_text(items: list[Item], tokenizer: Tokenizer, separated: bool) -> tuple[Arrays, Counts]:
     """The ids of `items` for each file, if `separated` with an end-of-text token after each document; and counts."""
     parts: dict[str, list[int]] = {"train": [], "val": []}
     num_bytes = {"train": 0, "val": 0}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitf.data.batches import IGNORED, Batches, held_out_batches
+from minitf.data.batches import IGNORED, Batches, evenly_spaced, held_out_batches
 from minitf.errors import RequestError
 
 
@@ -72,6 +72,12 @@ def test_text_shorter_than_a_context_is_refused() -> None:
 
 
 # Held-out batches
+
+
+def test_evenly_spaced_indices() -> None:
+    assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced(3).tolist() == evenly_spaced(3, 3).tolist() == evenly_spaced(3, 9).tolist() == [0, 1, 2]
+    assert evenly_spaced(0, 5).tolist() == []
 
 
 @pytest.mark.parametrize("num_tokens", [2, 16, 17, 18, 33, 1000, 1025])

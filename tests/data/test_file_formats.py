@@ -101,12 +101,18 @@ def test_the_text_column_can_be_chosen(tmp_path: Path) -> None:
     named = DataConfig(source="files", files=[str(file)], text_column="body")
     assert read(named)[1] == [KEPT[9]]
     assert fingerprint(named) != fingerprint(DataConfig(source="files", files=[str(file)]))
-    with pytest.raises(RequestError, match=r"row 1 has no 'text'.*id, body"):
+    with pytest.raises(RequestError, match=r"row 1: no column 'text', only id, body; set data\.text_column"):
         read(DataConfig(source="files", files=[str(file)]))
     with pytest.raises(RequestError, match="id holds int"):
         read(DataConfig(source="files", files=[str(file)], text_column="id"))
-    with pytest.raises(RequestError, match=r"has no 'text'.*id, body"):
+    with pytest.raises(RequestError, match=r"no column 'text', only id, body"):
         read(DataConfig(source="files", files=[str(write(tmp_path / "a.parquet", column="body"))]))
+
+
+def test_short_and_long_rows_of_a_table_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1\n2,"two ""quoted""\nlines",more\n\n3,three\n')
+    train, val = read(DataConfig(source="files", files=[str(tmp_path / "a.csv")]))
+    assert [*train, *val] == ['two "quoted"\nlines', "three"]
 
 
 def test_parquet_with_invalid_utf8_is_refused(tmp_path: Path) -> None:

@@ -161,6 +161,14 @@ def test_invalid_utf8_is_reported_with_its_row(tmp_path: Path) -> None:
         read(path)
 
 
+def test_invalid_utf8_inside_a_quoted_field_makes_its_row_bad(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,completion\na,b\n"c\n\xff\nc",d\n' + b"e,f\n" * 20)
+    with pytest.raises(RequestError, match="row 5: invalid UTF-8 at byte 0 of the line"):
+        read(path)
+    assert [pair.texts for pair in read(path, bad_rows="skip")] == [("a", "b")] + [("e", "f")] * 20
+
+
 def test_files_without_pairs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(RequestError, match=r"not from .*a\.txt"):

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minitf.data import cache, tokenize
+from minitf.data import cache, tokenize, tokenized_text
 from minitf.data.batches import Batches
+from minitf.data.cache import Builder
 from minitf.data.config import DataConfig
-from minitf.data.fingerprint import cache_key
+from minitf.data.fingerprint import cache_key, fingerprint
 from minitf.data.sources import books
 from minitf.data.sources import text as text_source
-from minitf.data.tokenized_text import TextBuilder, prepare
+from minitf.data.tokenized_text import prepare
 from minitf.data.tokenizer_training import evenly_sampled, first_texts
 from minitf.errors import MinitfError, RequestError
 from minitf.tokenizer import Tokenizer, TokenizerConfig
@@ -128,6 +129,14 @@ def test_settings_that_change_the_ids_change_the_cache_key(tmp_path: Path) -> No
     )
 
 
+def test_cache_keys_are_those_of_earlier_versions() -> None:
+    pairs = DataConfig(kind="pairs", source="addition", num_pairs=1000, val_fraction=0.2)
+    assert cache_key(pairs, TokenizerConfig(vocab_size=500), None) == "0f8bf4adbb95af532132"
+    assert cache_key(pairs, BYTE, None) == "9e943829d8c361a63186"
+    streamed = DataConfig(source="hub", hub_path="a/b", shuffle_buffer=10, streaming=True)
+    assert fingerprint(streamed) == "5f8e34834ad06bbc6a5d0373137cc1e1d03e6ce8f16e25735dca03d2a51729fc"
+
+
 def _prepare_in_process(data: DataConfig, barrier: object) -> tuple[str, int]:
     barrier.wait()  # type: ignore[attr-defined]
     found = prepare(data, TokenizerConfig(vocab_size=300), log=quiet)
@@ -150,7 +159,7 @@ def test_publishing_keeps_an_entry_that_is_complete(tmp_path: Path) -> None:
     copy = cache._temporary_name(found.directory)
     shutil.copytree(found.directory, copy)
     before = found.directory.stat().st_ino
-    published = cache._publish(copy, found.directory, TextBuilder(data, BYTE, None, quiet))
+    published = cache._publish(copy, found.directory, Builder((), lambda _: ({}, ""), tokenized_text._load))
     assert published.directory.stat().st_ino == before
 
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from minitf.data.config import DataConfig
-from minitf.data.sources.tables import BadRowError, Row, has_lone_surrogate
+from minitf.data.sources.tables import BadRowError, Row, text_of
 from minitf.errors import RequestError
 
 # Names of the two columns, the first that a table has are taken.
@@ -52,19 +51,16 @@ def choose_columns(config: DataConfig, names: list[str], row: Row, where: str) -
     )
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
+def _text(row: Row, name: str) -> str:
     value = row.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    if value is None:
+    text = text_of({name: value}, name)
+    if text is None:
         raise BadRowError(f"{name} is missing")
-    if not isinstance(value, str):
-        raise BadRowError(f"{name} holds {type(value).__name__}, not text")
-    if not value.strip():
+    if not text.strip():
         raise BadRowError(f"{name} is empty")
-    if has_lone_surrogate(value):
-        raise BadRowError(f"{name} holds half a surrogate pair, which is no character")
-    return value.strip()
+    return text.strip()
 
 
 def _two_columns(prompt: str, completion: str, extra: str | None = None) -> Columns:

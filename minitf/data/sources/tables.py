@@ -26,30 +26,31 @@ class BadRowError(Exception):
 Row = Mapping[str, Any]
 
 
-def has_lone_surrogate(text: str) -> bool:
-    """Whether `text` holds half a surrogate pair, as JSON can: it has no UTF-8 form."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return True
-    return False
+def text_of(row: Row, column: str, hint: str = "") -> str | None:
+    """The text in a column, None where it is null. BadRowError, which may end with a hint, where it is no text."""
+    if column not in row:
+        raise BadRowError(f"no column {column!r}, only {', '.join(row)}{hint}")
+    text = row[column]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise BadRowError(f"{column} holds {type(text).__name__}, not text{hint}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can hold that
+        raise BadRowError(f"{column} holds half a surrogate pair, which is no character") from None
+    return text
 
 
 def documents(path: Path, column: str) -> Iterator[str]:
     """The texts in `column` of a table, without empty ones. RequestError names the file and the row that has none."""
     for number, row in rows(path, [column]):
-        if isinstance(row, BadRowError):
-            raise RequestError(f"{path}: row {number}: {row}")
-        if column not in row:
-            known = ", ".join(row)
-            raise RequestError(f"{path}: row {number} has no {column!r}; set data.text_column, one of: {known}")
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            kind = type(text).__name__
-            raise RequestError(f"{path}: row {number}: {column} holds {kind}, not text; set data.text_column")
-        if text and has_lone_surrogate(text):
-            raise RequestError(f"{path}: row {number}: {column} holds half a surrogate pair, which is no character")
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            text = text_of(row, column, hint="; set data.text_column")
+        except BadRowError as reason:
+            raise RequestError(f"{path}: row {number}: {reason}") from None
         if text:
             yield text
 
@@ -162,7 +163,7 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[int, 
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
         if columns and columns[0] not in names:
-            raise RequestError(f"{path} has no {columns[0]!r}; set data.text_column, one of: {', '.join(names)}")
+            raise RequestError(f"{path}: no column {columns[0]!r}, only {', '.join(names)}; set data.text_column")
         number = 0
         for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():

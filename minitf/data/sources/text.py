@@ -63,19 +63,47 @@ def _open_book(config: DataConfig) -> Corpus:
 
 
 def _open_files(config: DataConfig) -> Corpus:
+    """Documents: the rows of tables, and every other file."""
     paths = [path for path in find_files(config.files, TEXT_SUFFIXES) if path.stat().st_size > 0]
-    if any(kind_of(path) in TEXT_TABLES for path in paths):
-        return _open_tables(config, paths)
-    paths = paths[: config.max_documents]
+    tables = any(kind_of(path) in TEXT_TABLES for path in paths)
+    if not tables:
+        paths = paths[: config.max_documents]
     if not paths:
         raise RequestError(f"data.files={config.files}: the files are empty; name files with text")
-    if len(paths) == 1:
+    if len(paths) == 1 and not tables:
         return _open_file(config, paths[0])
+
+    def read() -> Iterator[Iterable[str]]:
+        every = itertools.chain.from_iterable(_documents(path, config.text_column) for path in paths)
+        return itertools.islice(every, config.max_documents)
+
+    if tables:
+        count, num_bytes = _measure(read())
+        if count < 2:
+            raise RequestError(
+                f"data.files={config.files}: {count} documents with text are too few: one to train on, one held out"
+            )
+        description = f"{count:,} documents of {len(paths):,} files"
+        return _documents_corpus(read, count, config.val_fraction, description, num_bytes)
     compressed = any(path.suffix.lower() in COMPRESSED for path in paths)
-    num_bytes = None if compressed else sum(path.stat().st_size for path in paths)
-    return _documents_corpus(
-        lambda: map(read_text, paths), len(paths), config.val_fraction, f"{len(paths):,} files", num_bytes
-    )
+    size = None if compressed else sum(path.stat().st_size for path in paths)
+    return _documents_corpus(read, len(paths), config.val_fraction, f"{len(paths):,} files", size)
+
+
+def _documents(path: Path, column: str) -> Iterable[Iterable[str]]:
+    """The documents of a file, each as its chunks."""
+    if kind_of(path) in TEXT_TABLES:
+        return ([text] for text in documents(path, column))
+    return [read_text(path)]
+
+
+def _measure(documents: Iterable[Iterable[str]]) -> tuple[int, int]:
+    """The number of documents, and their bytes in UTF-8."""
+    count = num_bytes = 0
+    for chunks in documents:
+        count += 1
+        num_bytes += sum(map(num_bytes_of, chunks))
+    return count, num_bytes
 
 
 def _open_file(config: DataConfig, path: Path) -> Corpus:
@@ -106,32 +134,6 @@ def _split(chunks: Iterable[str], num_train: int) -> Iterator[tuple[str, bool]]:
         if left < len(text):
             yield text[left:], True
         left = max(0, left - len(text))
-
-
-def _open_tables(config: DataConfig, paths: list[Path]) -> Corpus:
-    """Tables, whose rows are documents, and perhaps other files, each of which is one document."""
-
-    def read() -> Iterator[Iterable[str]]:
-        every = itertools.chain.from_iterable(_documents(path, config.text_column) for path in paths)
-        return itertools.islice(every, config.max_documents)
-
-    count = num_bytes = 0
-    for chunks in read():
-        count += 1
-        num_bytes += sum(map(num_bytes_of, chunks))
-    if count < 2:
-        raise RequestError(
-            f"data.files={config.files}: {count} documents with text are too few: one to train on, one held out"
-        )
-    description = f"{count:,} documents of {len(paths):,} files"
-    return _documents_corpus(read, count, config.val_fraction, description, num_bytes)
-
-
-def _documents(path: Path, column: str) -> Iterable[Iterable[str]]:
-    """The documents of a file, each as its chunks."""
-    if kind_of(path) in TEXT_TABLES:
-        return ([text] for text in documents(path, column))
-    return [read_text(path)]
 
 
 def _open_hub(config: DataConfig) -> Corpus:
