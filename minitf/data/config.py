@@ -37,31 +37,23 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         sources = {"text": [*BOOKS], "pairs": ["kjv_to_web", *EXERCISES]}
-        if self.kind not in sources:
-            raise RequestError(f"data.kind={self.kind} is not known; use text or pairs")
+        self._check("kind", self.kind in sources, "is not known; use text or pairs")
         known = [*sources[self.kind], "files", "hub"]
-        if self.source not in known:
-            raise RequestError(
-                f"data.source={self.source} is not known for data.kind={self.kind}; one of {', '.join(known)}"
-            )
-        for name, allowed in (("long_pairs", ("drop", "truncate")), ("bad_rows", ("error", "skip"))):
-            if getattr(self, name) not in allowed:
-                raise RequestError(f"data.{name}={getattr(self, name)} must be {' or '.join(allowed)}")
-        if not 0 <= self.prompt_loss_share <= 1:
-            raise RequestError(f"data.prompt_loss_share={self.prompt_loss_share} must be between 0 and 1")
-        if not 2 <= self.num_pairs <= MAX_PAIRS:
-            raise RequestError(f"data.num_pairs={self.num_pairs} must be between 2 and {MAX_PAIRS:,}")
+        self._check("source", self.source in known, f"is not known for data.kind={self.kind}; one of {', '.join(known)}")
+        self._check("long_pairs", self.long_pairs in ("drop", "truncate"), "must be drop or truncate")
+        self._check("bad_rows", self.bad_rows in ("error", "skip"), "must be error or skip")
+        self._check("prompt_loss_share", 0 <= self.prompt_loss_share <= 1, "must be between 0 and 1")
+        self._check("num_pairs", 2 <= self.num_pairs <= MAX_PAIRS, f"must be between 2 and {MAX_PAIRS:,}")
         if self.source == "files" and not self.files:
             raise RequestError("data.files is empty; name files, globs or folders, e.g. data.files=[book.txt]")
         if self.source == "hub" and not self.hub_path:
             raise RequestError("data.hub_path is empty; name a dataset, e.g. data.hub_path=roneneldan/TinyStories")
-        if not 0 < self.val_fraction <= 0.5:
-            raise RequestError(f"data.val_fraction={self.val_fraction} must be above 0 and at most 0.5")
-        if self.shuffle_buffer < 0:
-            raise RequestError(
-                f"data.shuffle_buffer={self.shuffle_buffer} must be 0, or the number of documents shuffled at once"
-            )
-        if self.shuffle_seed < 0:
-            raise RequestError(f"data.shuffle_seed={self.shuffle_seed} must be at least 0")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise RequestError(f"data.max_documents={self.max_documents} must be at least 1, or null for all")
+        self._check("val_fraction", 0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5")
+        self._check("shuffle_buffer", self.shuffle_buffer >= 0, "must be 0, or the number of documents shuffled at once")
+        self._check("shuffle_seed", self.shuffle_seed >= 0, "must be at least 0")
+        too_few = self.max_documents is not None and self.max_documents < 1
+        self._check("max_documents", not too_few, "must be at least 1, or null for all")
+
+    def _check(self, key: str, valid: bool, rule: str) -> None:
+        if not valid:
+            raise RequestError(f"data.{key}={getattr(self, key)} {rule}")
