@@ -22,7 +22,7 @@ class RequestError(MinitfError):
     exit_status = 2
 
 
-class Unavailable(MinitfError):
+class Unavailable(MinitfError):  # noqa: N818
     """This machine or this model cannot do it: why. A caller with an alternative takes that instead."""
 
 

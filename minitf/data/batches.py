@@ -22,10 +22,10 @@ class Batch(NamedTuple):
     `weights_BT` weighs each target's loss; None: all alike.
     """
 
-    inputs_BT: torch.Tensor  # noqa: N815
-    targets_BT: torch.Tensor  # noqa: N815
-    segments_BT: torch.Tensor | None = None  # noqa: N815
-    weights_BT: torch.Tensor | None = None  # noqa: N815
+    inputs_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    segments_BT: torch.Tensor | None = None
+    weights_BT: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy to a GPU overlaps with its computation."""

@@ -39,7 +39,9 @@ class DataConfig:
         sources = {"text": [*BOOKS], "pairs": ["kjv_to_web", *EXERCISES]}
         self._check("kind", self.kind in sources, "is not known; use text or pairs")
         known = [*sources[self.kind], "files", "hub"]
-        self._check("source", self.source in known, f"is not known for data.kind={self.kind}; one of {', '.join(known)}")
+        self._check(
+            "source", self.source in known, f"is not known for data.kind={self.kind}; one of {', '.join(known)}"
+        )
         self._check("long_pairs", self.long_pairs in ("drop", "truncate"), "must be drop or truncate")
         self._check("bad_rows", self.bad_rows in ("error", "skip"), "must be error or skip")
         self._check("prompt_loss_share", 0 <= self.prompt_loss_share <= 1, "must be between 0 and 1")
@@ -49,7 +51,9 @@ class DataConfig:
         if self.source == "hub" and not self.hub_path:
             raise RequestError("data.hub_path is empty; name a dataset, e.g. data.hub_path=roneneldan/TinyStories")
         self._check("val_fraction", 0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5")
-        self._check("shuffle_buffer", self.shuffle_buffer >= 0, "must be 0, or the number of documents shuffled at once")
+        self._check(
+            "shuffle_buffer", self.shuffle_buffer >= 0, "must be 0, or the number of documents shuffled at once"
+        )
         self._check("shuffle_seed", self.shuffle_seed >= 0, "must be at least 0")
         too_few = self.max_documents is not None and self.max_documents < 1
         self._check("max_documents", not too_few, "must be at least 1, or null for all")
