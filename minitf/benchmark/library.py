@@ -92,8 +92,8 @@ def held_out(run: str) -> dict[str, Any]:
 
 def prepare_text(file: str) -> dict[str, Any]:
     """Tokenize a text as training does; seconds of that."""
-    from minitf.data.batches import prepare
-    from minitf.data.sources.text import DataConfig
+    from minitf.data.config import DataConfig
+    from minitf.data.tokenized_text import prepare
     from minitf.tokenizer import TokenizerConfig
 
     start = time.perf_counter()

@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minitf.config.help import CONF, GROUPS, all_keys, nearest, options
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
 from minitf.errors import MinitfError, RequestError
 from minitf.interpretability.attention_maps import AttentionConfig
 from minitf.model import ModelConfig

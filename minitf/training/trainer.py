@@ -77,7 +77,7 @@ class Trainer:
         state, decided = self.state, self.decisions
         hardware = self.context.hardware
         if self.config.sample_tokens and self.group.is_main and hardware.device.type == "cpu":
-            decode_bindings.unavailable()  # compiled now, once on each machine, so that the first sample need not wait for it
+            decode_bindings.unavailable()  # compiled now, once on a machine: the first sample need not wait for it
         selection = self._select_backend()
         state.warmup_s += time.perf_counter() - started
         if state.step <= decided.decided_at:  # the checkpoint is older than the decision on the end of the run

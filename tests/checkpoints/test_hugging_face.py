@@ -10,11 +10,12 @@ import torch
 from helpers import randomise
 
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import MinitfError
 from minitf.generate import GenerationRequest, generate
 from minitf.inference.sampling import Sampling
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 transformers: Any = pytest.importorskip("transformers", reason="install the extra minitf[test]")
 

@@ -15,7 +15,7 @@ from hub_stand_in import HubStandIn
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.checkpoints.model_card import model_card, origin_of
 from minitf.checkpoints.train_state import TrainState
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
 from minitf.model import Transformer
 
 

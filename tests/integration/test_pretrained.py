@@ -15,10 +15,11 @@ from hub_stand_in import HubStandIn
 
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from minitf.checkpoints.hugging_face import is_hub_name
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import MinitfError, RequestError
 from minitf.generate import GenerationRequest, Options, Sampling, encode_prompt, generate, generate_text
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 transformers: Any = pytest.importorskip("transformers", reason="install the extra minitf[test]")
 
