@@ -22,6 +22,10 @@ class RequestError(MinitfError):
     exit_status = 2
 
 
+class DeviceError(RequestError):
+    """The requested device does not exist on this machine."""
+
+
 class Unavailable(MinitfError):
     """This machine or this model cannot do it: why. A caller with an alternative takes that instead."""
 
@@ -38,6 +42,11 @@ class CommandParser(argparse.ArgumentParser):
         elif rest and not kind:
             hint = "; a text of several words needs quotes around it"
         self.exit(2, f"minitf: {' '.join(message.split())}{hint or f'; see {self.prog} --help'}\n")
+
+
+def one_line(error: object, max_chars: int = 200) -> str:
+    """The text of an error without line breaks, cut to `max_chars` characters."""
+    return " ".join(str(error).split())[:max_chars]
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -26,7 +26,7 @@ from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.interpretability.alignment import NUM_PAIRS, AligningHeads, find_aligning_heads
 from minitf.interpretability.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 from minitf.loss import IGNORED
-from minitf.system.hardware import set_threads
+from minitf.system.threads import set_threads
 from minitf.tokenizer import TokenizerConfig
 
 # Of the same tokens with a head and without: the difference is steady long before either number is.

@@ -18,7 +18,7 @@ from minitf.inference.decoder import ENGINES, Decoder
 from minitf.inference.sampling import Sampling
 from minitf.inference.seq2seq import AnswerOptions, answer, answer_file
 from minitf.model import Transformer
-from minitf.system.hardware import set_threads
+from minitf.system.threads import set_threads
 from minitf.tokenizer import Tokenizer
 
 

@@ -100,7 +100,7 @@ def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, wi
 def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -> None:
     """In a process started by torchrun: measure, and let the first write `answer`."""
     from minitf.distributed.process_group import SINGLE, connected
-    from minitf.system.hardware import set_threads
+    from minitf.system.threads import set_threads
 
     with connected() as group:
         if group.size != NUM_PROCESSES:

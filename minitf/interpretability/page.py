@@ -16,7 +16,7 @@ from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.errors import CommandParser, RequestError, run_command
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.interpretability.heads import head_scores
-from minitf.system.hardware import set_threads
+from minitf.system.threads import set_threads
 from minitf.viewer import viewer_page
 
 

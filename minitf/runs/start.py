@@ -24,7 +24,8 @@ from minitf.reporting.console import conclude, introduce
 from minitf.reporting.monitor import SCALARS, Monitor, NullMonitor, record_environment
 from minitf.runs.dry_run import dry_run
 from minitf.runs.model_size import Budget, choose_size
-from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul, usable_cores
+from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul
+from minitf.system.threads import usable_cores
 from minitf.tokenizer import TokenizerConfig
 from minitf.training import rng as random_state
 from minitf.training.decisions import Choices

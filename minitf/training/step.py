@@ -13,7 +13,8 @@ from minitf.data.batches import BatchSource
 from minitf.errors import MinitfError, out_of_memory
 from minitf.model import TrainingFunctions
 from minitf.optim import Optimizer
-from minitf.system.hardware import Hardware, compiled, compiler_missing, free_memory, growth_of
+from minitf.system.hardware import Hardware, compiled, compiler_missing
+from minitf.system.memory import free_memory, growth_of
 from minitf.training import rng as random_state
 from minitf.training.parallel import Parallel
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "minitf"
 # From the bottom up. A module stands where the longest of these names that it begins with stands, and imports only what
 # stands before it, or in the same place.
 ORDER = [
-    "errors", "system.safe_io", "system.files", "system.cpuinfo",
+    "errors", "system.cgroups", "system.memory", "system.safe_io", "system.files", "system.cpuinfo",
     "distributed", "training.rng", "system",
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",

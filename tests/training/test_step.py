@@ -18,7 +18,9 @@ from minitf.data.batches import Batch
 from minitf.loss import IGNORED
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
 from minitf.optim import OptimConfig, Optimizer
-from minitf.system.hardware import Hardware, free_memory, growth_of, set_threads, usable_cores
+from minitf.system.hardware import Hardware
+from minitf.system.memory import free_memory, growth_of
+from minitf.system.threads import set_threads, usable_cores
 from minitf.training.parallel import Parallel
 from minitf.training.step import TrainingStep
 
