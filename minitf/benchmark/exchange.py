@@ -99,10 +99,10 @@ def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, wi
 
 def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -> None:
     """In a process started by torchrun: measure, and let the first write `answer`."""
-    from minitf.distributed.process_group import SINGLE, connected
+    from minitf.distributed.process_group import SINGLE, process_group
     from minitf.system.threads import set_threads
 
-    with connected() as group:
+    with process_group() as group:
         if group.size != NUM_PROCESSES:
             raise MinitfError(f"{group.size} processes were started instead of {NUM_PROCESSES}")
         set_threads(group=group)

@@ -103,7 +103,7 @@ def _train(
         if first:
             choices.save(run_dir)
             record_environment(run_dir, hardware, {what: words for what, words in said.items() if words})
-        group.remember("run_dir", str(run_dir.absolute()))
+        group.set_for_restart("run_dir", str(run_dir.absolute()))
         introduce(trainer, said)
         if changed := choices.differences(before):
             monitor.say(f"resumed    with {', '.join(changed)}: the same text in the same order, other rounding")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minitf.backends.cpu import bindings as calls
 from minitf.checkpoints.checkpoint import load_checkpoint
-from minitf.distributed.process_group import SINGLE, ProcessGroup, connected
+from minitf.distributed.process_group import SINGLE, ProcessGroup, process_group
 from minitf.errors import RequestError
 from minitf.optim import OptimConfig, Optimizer, orthogonalise
 from minitf.system.hardware import PRECISIONS
@@ -310,7 +310,7 @@ def _in_group(rank: int, size: int, port: int, check: Callable[[ProcessGroup], N
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    with connected() as group:
+    with process_group() as group:
         check(group)
 
 
@@ -375,6 +375,6 @@ def test_a_process_alone_does_not_meet_the_machinery(make_model: Callable[..., A
     code = "import minitf.train, minitf.training.trainer, sys; assert 'torch.distributed.fsdp' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     optimizer = Optimizer(make_model(), OptimConfig(), torch.float32)
-    with connected() as group:
+    with process_group() as group:
         assert group is SINGLE
         assert optimizer.optimizers[0].processes is group  # type: ignore[attr-defined]
