@@ -17,7 +17,7 @@ from minitf.checkpoints import checkpoint as checkpoint_module
 from minitf.checkpoints.checkpoint import load_checkpoint, load_optimizer_state, save_checkpoint
 from minitf.checkpoints.locate import find_checkpoint, find_run, newest_run
 from minitf.checkpoints.train_state import TrainState
-from minitf.errors import MinitfError, RequestError
+from minitf.errors import DeviceError, MinitfError, RequestError
 from minitf.generate import Options, generate_text
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
@@ -124,7 +124,7 @@ def test_a_failure_at_any_write_loses_nothing(
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("write_tensors", "_write_json", "_sha256", "flush"):
+        for name in ("write_tensors", "_write_json", "sha256", "flush"):
             patch.setattr(checkpoint_module, name, failing(getattr(checkpoint_module, name)))
         patch.setattr(Tokenizer, "save", failing(Tokenizer.save))
         if again == "the next step":  # replacing a checkpoint of the same step is two operations of the file system
@@ -243,6 +243,15 @@ def test_a_single_flipped_bit_is_noticed(save: Save, name: str) -> None:
             assert name in error, position
         else:  # white space, or the name of the digest itself
             assert {key: loaded.state.get(key) for key in expected} == expected, position
+
+
+def test_a_missing_device_is_not_taken_for_a_damaged_checkpoint(save: Save) -> None:
+    run = save(1).parent.parent
+    save(2)
+    reported: list[str] = []
+    with pytest.raises(DeviceError, match="device cuda:99"):
+        load_checkpoint(run, "cuda:99", log=reported.append)
+    assert reported == []
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "zeros", "binary"])

@@ -13,7 +13,7 @@ from helpers import make_text
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from minitf.checkpoints.checkpoint import save_checkpoint
-from minitf.checkpoints.gguf import LLAMA3, QWEN2, TENSORS, Vocabulary, export_run, gguf_name, main, vocabulary
+from minitf.checkpoints.gguf import LLAMA3, QWEN2, TENSORS, Vocabulary, export_run, gguf_name, main, vocabulary_of
 from minitf.errors import RequestError, run_command
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig, chars_of_bytes, train_tokenizer
@@ -142,7 +142,7 @@ def as_llama_cpp(words: Vocabulary, text: str) -> list[int]:
 def test_the_vocabulary_of_every_kind_gives_our_ids(kind: str) -> None:
     text = "naïve–世界🙂"
     tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=280), [text, make_text(50), text])
-    words = vocabulary(tokenizer, tokenizer.vocab_size)
+    words = vocabulary_of(tokenizer, tokenizer.vocab_size)
     assert words.pre == "gpt-2"
     assert words.merges
     assert as_llama_cpp(words, text) == tokenizer.encode(text)
@@ -164,26 +164,26 @@ def with_split(pattern: str | None, digits: bool = False, **model: Any) -> Token
 
 
 def test_the_splitting_of_pretrained_tokenizers_is_named() -> None:
-    assert vocabulary(with_split(None), 300).pre == "gpt-2"
-    assert vocabulary(with_split(None, digits=True), 300).pre == "smollm"
-    assert vocabulary(with_split(QWEN2), 300).pre == "qwen2"
-    assert vocabulary(with_split(LLAMA3, ignore_merges=True), 300).pre == "llama-bpe"
-    words = vocabulary(with_split(QWEN2), 300)
+    assert vocabulary_of(with_split(None), 300).pre == "gpt-2"
+    assert vocabulary_of(with_split(None, digits=True), 300).pre == "smollm"
+    assert vocabulary_of(with_split(QWEN2), 300).pre == "qwen2"
+    assert vocabulary_of(with_split(LLAMA3, ignore_merges=True), 300).pre == "llama-bpe"
+    words = vocabulary_of(with_split(QWEN2), 300)
     assert [words.tokens[id_] for id_ in words.added] == ["<think>"]
     assert len(words.unused) == 300 - 258
     with pytest.raises(RequestError, match=r"would not split.*Split, ByteLevel"):
-        vocabulary(with_split(r"\w+"), 300)
+        vocabulary_of(with_split(r"\w+"), 300)
     with pytest.raises(RequestError, match="ignore_merges"):
-        vocabulary(with_split(QWEN2, ignore_merges=True), 300)
+        vocabulary_of(with_split(QWEN2, ignore_merges=True), 300)
 
 
 def test_a_sentencepiece_tokenizer_is_refused_by_name() -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocab={"▁a": 0, "</s>": 1}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     with pytest.raises(RequestError, match="Metaspace"):
-        vocabulary(Tokenizer(backend), 2)
+        vocabulary_of(Tokenizer(backend), 2)
     with pytest.raises(RequestError, match="Unigram"):
-        vocabulary(Tokenizer(tokenizers.Tokenizer(models.Unigram([("a", 0.0), ("</s>", 0.0)], None, False))), 2)
+        vocabulary_of(Tokenizer(tokenizers.Tokenizer(models.Unigram([("a", 0.0), ("</s>", 0.0)], None, False))), 2)
 
 
 def test_the_command(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
