@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 # Elements a hover may add: the line that says what the word looks at.
 ADDED_PER_HOVER = 12
-VIEWS = ("lines", "matrix", "walk", "expected", "growth", "compare")
+VIEWS = ("lines", "matrix", "three_steps", "next_token", "over_training", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_the_tab_shows_a_run_and_runs_a_sentence_of_ones_own(
     frame.wait_for_function("() => document.querySelectorAll('.reading .token').length === 16")
     assert frame.locator(".token.new").count() >= 1
     # a head off: what the model expects changes beside what it expected
-    frame.click('.tabs [data-key="expected"]')
+    frame.click('.tabs [data-key="next_token"]')
     frame.click('.thumb[title^="Layer 1, head 2"]')
     frame.click(".switch")
     frame.wait_for_selector(".likely.changed .whole")
