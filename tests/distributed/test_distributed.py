@@ -91,12 +91,11 @@ def small(tiny: list[str]) -> list[str]:
 # The same training
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "num"),
     [
         ("auto", 2),
-        ("fsdp", 2),
+        pytest.param("fsdp", 2, marks=pytest.mark.machines),
         pytest.param("ddp", 4, marks=pytest.mark.machines),
         pytest.param("fsdp", 4, marks=pytest.mark.machines),
     ],
@@ -140,7 +139,7 @@ def test_compiled_blocks_and_recomputed_activations_give_the_same(
     assert_same_losses("two", "one")
 
 
-@pytest.mark.slow
+@pytest.mark.backends
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [("ddp", "bf16"), ("fsdp", "bf16"), pytest.param("ddp", "fp32", marks=pytest.mark.machines)],
@@ -362,7 +361,6 @@ def _check_words(group: ProcessGroup) -> None:
     assert group.rows_of(6) == slice(3 * group.rank, 3 * group.rank + 3)
 
 
-@pytest.mark.slow
 def test_what_processes_tell_each_other() -> None:
     together(2, _check_words)
     assert SINGLE.broadcast("x") == "x"

@@ -2,34 +2,26 @@
 
 import argparse
 import base64
-import gzip
 import itertools
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlencode
 
 import pytest
 import torch
-from helpers import maps_of
+from tensorboard_server import RUN, get, looks
 from werkzeug.test import Client, TestResponse
 
 import minitf
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.heads import heads_off
-from minitf.interpretability.picture import attention_picture
-from minitf.reporting.monitor import Monitor
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
@@ -37,92 +29,11 @@ from minitf.tensorboard.loader import Loader
 from minitf.tensorboard.plugin import AttentionPlugin
 from minitf.tensorboard.summary import sentence_tag
 
-RUN = "tiny/one"
 TEXT = "The cat sat on the mat."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program itself, with both of its loaders
-
-
-@pytest.fixture(scope="module")
-def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PYTHONPATH on which minitf is installed as far as TensorBoard is concerned."""
-    root = Path(__file__).parents[2]
-    installed = tmp_path_factory.mktemp("site") / "minitf-0.0.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: minitf\nVersion: 0.0.0\n")
-    project = (root / "pyproject.toml").read_text(encoding="utf-8")
-    entry = project.split("[project.entry-points.tensorboard_plugins]")[1].split("\n")[1].replace('"', "")
-    (installed / "entry_points.txt").write_text(f"[tensorboard_plugins]\n{entry}\n")
-    return os.pathsep.join([str(installed.parent), str(root)])
-
-
-def write_looks(run_dir: Path, steps: range, resumed_from: int = 0) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    maps = maps_of(["the", " cat", " sat"], 1, 2)
-    png = attention_picture(maps)
-    with Monitor(run_dir, resumed_from) as monitor:
-        for step in steps:
-            monitor.scalars({"heads/induction/layer0_head1": step / 100, "train/loss": 9.0 - step / 100}, step)
-            monitor.attention({**maps.to_viewer(), "step": step, "wrote": resumed_from}, png, step)
-
-
-@pytest.fixture(scope="module")
-def logdir(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
-    """A hundred looks; a run resumed at step 5 after it had got to 8; a trained run; one of damaged files."""
-    logdir = tmp_path_factory.mktemp("logdir")
-    write_looks(logdir / "hundred", range(100))
-    write_looks(logdir / "resumed", range(9))
-    write_looks(logdir / "resumed", range(6, 12), resumed_from=5)
-    (logdir / "resumed/attention.jsonl").unlink()  # what is asked for then comes from TensorBoard's own data
-    shutil.copytree(trained_run, logdir / RUN, symlinks=True)
-    shutil.copytree(logdir / "hundred", logdir / "damaged")
-    file = next((logdir / "damaged").glob("events.out.*"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 50] = b"x" * 50
-    file.write_bytes(content[: len(content) * 7 // 10])
-    shutil.copytree(trained_run, logdir / "gone", symlinks=True)
-    shutil.rmtree(logdir / "gone/checkpoints")
-    rows = (logdir / "gone/attention.jsonl").read_bytes()
-    (logdir / "gone/attention.jsonl").write_bytes(b'{"text": "\\ud8", "step": 1, }\n' + rows[: len(rows) // 2])
-    return logdir
-
-
-@pytest.fixture(scope="module", params=["true", "false"], ids=["fast", "slow"])
-def server(request: pytest.FixtureRequest, logdir: Path, plugin_path: str) -> Iterator[str]:
-    """The address of a TensorBoard over `logdir`, with the Rust or the Python loader."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", str(port)]
-    command += [f"--load_fast={request.param}", "--path_prefix", "/some/where", "--reload_interval", "1"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": plugin_path}, stderr=subprocess.DEVNULL)
-    address = f"http://localhost:{port}/some/where/data/plugin/minitf_attention"
-    try:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            try:
-                if len(get(f"{address}/runs")["runs"]) == 5 and looks(address, "resumed")[-1][0] == 11:
-                    break
-            except (OSError, KeyError, urllib.error.HTTPError):
-                pass
-            time.sleep(0.3)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def get(address: str, **arguments: object) -> Any:
-    with urllib.request.urlopen(f"{address}?{urlencode(arguments)}") as reply:
-        assert reply.headers["X-Content-Type-Options"] == "nosniff"
-        body = reply.read()
-        return json.loads(gzip.decompress(body) if reply.headers["Content-Encoding"] == "gzip" else body)
-
-
-def looks(address: str, run: str) -> list[list[float]]:
-    return list(get(f"{address}/run", run=run)["sentences"][0]["looks"])
 
 
 @pytest.mark.slow

@@ -568,7 +568,7 @@ def test_a_sweep_of_two_values_is_two_runs(workdir: Path, tiny: list[str], capsy
     assert "context_length: 32" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.backends
 def test_compiled_training_is_the_training(workdir: Path, tiny: list[str]) -> None:
     from minitf.system.hardware import compiler_missing
 

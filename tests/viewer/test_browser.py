@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import NASTY, maps_of
-from test_tensorboard import logdir, plugin_path, server  # noqa: F401
 
 import minitf
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.page import attention_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.browser
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 # Elements a hover may add: the line that says what the word looks at.
@@ -172,7 +171,7 @@ def test_hovering_over_256_tokens_builds_nothing_anew(page: Any, tmp_path: Path)
         assert added <= ADDED_PER_HOVER, view
 
 
-def frame_of_tab(page: Any, server: str) -> Any:  # noqa: F811
+def frame_of_tab(page: Any, server: str) -> Any:
     page.goto(server.split("/data/")[0] + "/#minitf_attention")
     page.wait_for_selector("iframe", timeout=60_000)
     frame = next(frame for frame in page.frames if frame != page.main_frame)
@@ -188,7 +187,7 @@ def choose_run(frame: Any, run: str) -> None:
 
 def test_the_tab_shows_a_run_and_runs_a_sentence_of_ones_own(
     page: Any,
-    server: str,  # noqa: F811
+    server: str,
     trained_run: Path,
 ) -> None:
     frame = frame_of_tab(page, server)
@@ -227,7 +226,7 @@ def test_the_tab_shows_a_run_and_runs_a_sentence_of_ones_own(
     assert "Layer 1, head 2" in frame.inner_text(".off-heads")
 
 
-def test_the_tab_says_what_is_missing_and_goes_on(page: Any, server: str, logdir: Path) -> None:  # noqa: F811
+def test_the_tab_says_what_is_missing_and_goes_on(page: Any, server: str, logdir: Path) -> None:
     frame = frame_of_tab(page, server)
     for run in ("damaged", "gone", "hundred"):
         choose_run(frame, run)
