@@ -102,8 +102,8 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         if config.get(name, value) != value:
             raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
     if method := config.get("quantization_config"):
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(f"its weights are quantised ({name}), which is not supported: take the original")
+        quantisation = method.get("quant_method") if isinstance(method, dict) else method
+        raise ValueError(f"its weights are quantised ({quantisation}), which is not supported: take the original")
     windows = {str(layer) for layer in config.get("layer_types") or ()} - {"full_attention"}
     if config.get("use_sliding_window") or windows:
         raise ValueError(f"sliding windows are not supported ({', '.join(sorted(windows)) or 'use_sliding_window'})")

@@ -165,7 +165,7 @@ def _draw_row_labels(canvas: Pixels, labels: Sequence[Pixels], right: int, top: 
 
 def _draw_colour_bar(canvas: Pixels) -> int:
     """Returns its left edge."""
-    left = canvas.shape[1] - MARGIN - 200
+    left: int = canvas.shape[1] - MARGIN - 200
     ramp = FIRST_WEIGHT + np.linspace(0, NUM_WEIGHTS - 1, 190).astype(np.uint8)
     canvas[MARGIN : MARGIN + 10, left : left + 190] = ramp
     for weight in (0, 0.05, 0.25, 0.5, 1):

@@ -158,7 +158,7 @@ def _heads(value: Any) -> tuple[Head, ...]:
 
 
 def _integer(body: dict[str, Any], name: str, default: int | None, largest: int) -> int:
-    value = body.get(name, default)
+    value: Any = body.get(name, default)
     if not _is_integer(value, largest):
         raise RefusedError(400, f"{name} must be a whole number from 0 to {largest}")
     return int(value)
