@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from minitf.checkpoints.checkpoint import SavedModel, save_checkpoint
+from minitf.checkpoints.checkpoint import SavedModel, SaveOptions, save_checkpoint
 from minitf.model import ModelConfig
 from minitf.tokenizer import Tokenizer
 
@@ -48,11 +48,7 @@ class Saver:
         tokenizer: Tokenizer,
         tensors: Mapping[str, Tensor],
         state: dict[str, Any],
-        *,
-        is_best: bool,
-        keep: int,
-        card: str = "",
-        shards: Path | None = None,
+        **options: Unpack[SaveOptions],
     ) -> None:
         """Copy the state and start writing it, once the previous checkpoint is written.
 
@@ -69,16 +65,7 @@ class Saver:
         def write() -> None:
             try:
                 self._last = save_checkpoint(
-                    self.checkpoints,
-                    snapshot,
-                    tokenizer,
-                    copied,
-                    state,
-                    is_best=is_best,
-                    keep=keep,
-                    card=card,
-                    shards=shards,
-                    before=self.before,
+                    self.checkpoints, snapshot, tokenizer, copied, state, self.before, **options
                 )
             except BaseException as error:
                 self._error = error
@@ -86,7 +73,7 @@ class Saver:
         # A daemon thread: a second Ctrl-C ends the process at once; an incomplete directory is not a checkpoint.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
-        if shards:
+        if options.get("shards"):
             self.finish()
         self.stall_s += time.perf_counter() - started
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -71,25 +71,30 @@ class SavedModel(Protocol):
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
+class SaveOptions(TypedDict, total=False):
+    """How to save: `latest` always points at the new checkpoint."""
+
+    is_best: Required[bool]  # point `best` at it, too
+    keep: Required[int]  # how many checkpoints to keep, besides those linked
+    card: str  # the README.md
+    shards: Path | None  # a directory in `checkpoints` that is moved into the new one
+
+
 def save_checkpoint(
     checkpoints: Path,
     model: SavedModel,
     tokenizer: Tokenizer,
     optimizer_state: Mapping[str, Tensor],
     state: dict[str, Any],
-    *,
-    is_best: bool,
-    keep: int,
-    card: str = "",
-    shards: Path | None = None,
     before: Callable[[], None] = lambda: None,
+    **options: Unpack[SaveOptions],
 ) -> Path:
-    """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
+    """Write `checkpoints/step_NNNNNNNN`, point links at it, and remove the oldest checkpoints.
 
-    `state` is JSON-able and holds "step"; `card` becomes the README.md; `shards` is a directory in `checkpoints` that
-    is moved into this one; `before` is called when everything is on disk but not yet visible. Raises OSError (no space,
-    read-only); earlier checkpoints then stay as they were, and the incomplete directory is removed.
+    `state` is JSON-able and holds "step"; `before` is called when everything is on disk but not yet visible. Raises
+    OSError (no space, read-only); earlier checkpoints then stay unchanged, and the incomplete directory is removed.
     """
+    shards = options.get("shards")
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
     partial = checkpoints / f".{final.name}.partial"
@@ -100,7 +105,7 @@ def save_checkpoint(
         partial.mkdir()
         if shards:
             os.replace(shards, partial / "shards")
-        _write(partial, model, tokenizer, optimizer_state, state, card)
+        _write(partial, model, tokenizer, optimizer_state, state, options.get("card", ""))
         before()
         replaced = checkpoints / f".{final.name}.replaced.partial"
         if final.exists():  # moved aside rather than removed: a complete checkpoint exists at every moment
@@ -110,9 +115,9 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     flush(checkpoints)
-    for link in ["latest", "best"] if is_best else ["latest"]:
+    for link in ["latest", "best"] if options["is_best"] else ["latest"]:
         _point(checkpoints / link, final.name)
-    _prune(checkpoints, keep)
+    _prune(checkpoints, options["keep"])
     return final
 
 

@@ -6,7 +6,7 @@ import { tokenRow } from "./sentence.js";
 export function nextTokenView(map, { t, set }) {
   const select = { onPoint: (query) => set({ point: { query, key: null } }), onLeave: () => set({ point: null }), onSelect: (query) => set({ query, key: null, point: null }) };
   const { element: row, buttons } = tokenRow(map.tokens, select);
-  const here = make("div", { class: "here" });
+  const position = make("div", { class: "here" });
   const body = make("tbody");
   const rows = map.tokens.map((token, i) => {
     const tr = make("tr", {}, make("th", { scope: "row" }, visible(token)), make("td", { class: "guesses" }), make("td", { class: "came" }));
@@ -15,7 +15,7 @@ export function nextTokenView(map, { t, set }) {
   });
   body.append(...rows);
   const table = make("table", { class: "predictions" }, make("thead", {}, make("tr", {}, ...["position", "expects", "came"].map((key) => make("th", { scope: "col" }, t(key))))), body);
-  const element = make("div", { class: "next-token" }, make("p", { class: "hint" }, t("next_token_lead")), row, here, make("div", { class: "scroll" }, table));
+  const element = make("div", { class: "next-token" }, make("p", { class: "hint" }, t("next_token_lead")), row, position, make("div", { class: "scroll" }, table));
   let painted = "";
 
   function update({ map: current, query, selected, palette, paintKey, state }) {
@@ -36,7 +36,7 @@ export function nextTokenView(map, { t, set }) {
     }
     buttons.forEach((button, i) => { button.ariaPressed = String(i === selected); button.tabIndex = i === selected ? 0 : -1; button.classList.toggle("query", i === query); });
     rows.forEach((tr, i) => tr.classList.toggle("active", i === query));
-    here.replaceChildren(...atPosition(current, query, t, state.live?.off ?? [], palette));
+    position.replaceChildren(...atPosition(current, query, t, state.live?.off ?? [], palette));
   }
   return { element, update };
 }

@@ -4,8 +4,8 @@ import { LANGUAGES } from "./texts.js";
 
 export function preferredLanguage() {
   try {
-    const kept = localStorage.getItem("minitf-language");
-    if (kept in LANGUAGES) return kept;
+    const stored = localStorage.getItem("minitf-language");
+    if (stored in LANGUAGES) return stored;
   } catch { /* a page opened from a file may have no storage */ }
   return navigator.language.startsWith("zh") ? "zh" : "en";
 }
