@@ -24,7 +24,7 @@ def start(args: Sequence[str], group: "ProcessGroup") -> None:
     from minitf.runs.resume import resume
     from minitf.runs.start import new_run_dir, train, whole_context
 
-    if known := group.remembered("run_dir"):  # its config.yaml holds all that the command line says
+    if known := group.get_from_before_restart("run_dir"):  # its config.yaml holds all that the command line says
         return resume(known, [], group)
     resumed = [arg.removeprefix("resume=") for arg in args if arg.startswith("resume=")]
     if resumed and resumed[-1] not in ("", "null"):
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         compile_ahead()
     from minitf.config.schema import check_sweep
-    from minitf.distributed.process_group import connected
+    from minitf.distributed.process_group import process_group
 
-    with connected() as group:
+    with process_group() as group:
         flags = [arg for arg in args if arg.startswith("-")]
         if not flags:
             start(args, group)

@@ -18,7 +18,7 @@ from minitf.errors import CommandParser, RequestError
 from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
 from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, record_heads
-from minitf.system.hardware import set_threads
+from minitf.system.threads import set_threads
 from minitf.tokenizer import TokenizerConfig
 
 # The difference a head makes on the same tokens settles long before the loss itself does.

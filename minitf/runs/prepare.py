@@ -12,7 +12,8 @@ from minitf.config.schema import Config, model_sizes
 from minitf.distributed.process_group import ProcessGroup
 from minitf.model import Transformer
 from minitf.runs.model_size import Budget, choose_size
-from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul, usable_cores
+from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul
+from minitf.system.threads import usable_cores
 from minitf.tokenizer import TokenizerConfig
 from minitf.training import rng
 from minitf.training.context import RunContext

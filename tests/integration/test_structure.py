@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1]
 # From the bottom up. A module has the place of the longest of these names that is a prefix of its own, and imports only
 # modules of an earlier or the same place.
 ORDER = [
-    "errors", "system.safe_io", "system.files", "system.cpuinfo",
+    "errors", "system.cgroups", "system.memory", "system.safe_io", "system.files", "system.cpuinfo",
     "distributed", "training.rng", "system",
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
