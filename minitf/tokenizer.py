@@ -34,7 +34,7 @@ class TokenizerConfig:
     """How text becomes ids."""
 
     kind: str = "bpe"  # bpe | char (every character a token) | byte | pretrained (tokenizer.file)
-    vocab_size: int = 0  # tokens of a trained BPE, its 256 bytes included; 0: 4096, or as many as a small text gives
+    vocab_size: int = 0  # tokens of a trained BPE, 256 bytes included; auto: 4096, or as many as a small text gives
     file: str | None = None  # tokenizer.json, or the directory holding it, for kind=pretrained
     train_megabytes: float = 64.0  # MB of training text, evenly sampled, that the BPE is trained on
 

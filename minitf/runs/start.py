@@ -15,7 +15,15 @@ from minitf.checkpoints.locate import RUNS, find_run
 from minitf.checkpoints.model_card import origin_of
 from minitf.checkpoints.run_directory import annotate_os_errors, create_run_dir, lock_run_dir
 from minitf.checkpoints.train_state import TrainState
-from minitf.config.schema import Config, changed_settings, load_config, model_sizes, save_config
+from minitf.config.schema import (
+    Config,
+    changed_settings,
+    load_config,
+    model_sizes,
+    resolve_shape,
+    resolve_size,
+    save_config,
+)
 from minitf.data.sources.text import fingerprint
 from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.errors import RequestError
@@ -143,7 +151,7 @@ def _prepare(config: Config, resumed: Checkpoint | None, choices: Choices, group
     if decided:
         hardware = replace(hardware, reason="as the run began")
     # One measurement: all processes choose the same size.
-    flops = group.broadcast(measure_quiet_matmul(hardware)) * group.size if config.size_is_open else 0.0
+    flops = group.broadcast(measure_quiet_matmul(hardware)) * group.size if config.size_is_auto else 0.0
     with group.main_first():
         config, task, model, origin, size = _open(config, resumed, flops)
     model = model.to(hardware.device)
@@ -163,13 +171,9 @@ def _open(
     loaded = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
     task = open_task(config.data, config.tokenizer, loaded.tokenizer if loaded else None)
     if loaded and not resumed:
-        context = min(config.model.context_length, loaded.model.config.context_length)
-        shape = replace(
-            loaded.model.config, attention=config.model.attention, dropout=config.model.dropout, context_length=context
-        )
         tokenizer = TokenizerConfig(kind="pretrained", file=str(loaded.directory / "tokenizer.json"))
-        config = replace(config, model=shape, tokenizer=tokenizer)
-    config, size = _choose_size(config, task, flops) if config.size_is_open and not loaded else (config, "")
+        config = resolve_shape(config, loaded.model.config, tokenizer)
+    config, size = _choose_size(config, task, flops) if config.size_is_auto else (config, "")
     random_state.seed(config.seed)
     # A pretrained model may have room for more tokens than its tokenizer has.
     model = Transformer(config.model, max(task.tokenizer.vocab_size, loaded.model.vocab_size if loaded else 0))
@@ -181,9 +185,9 @@ def _open(
 
 def _choose_size(config: Config, task: Task, flops: float) -> tuple[Config, str]:
     """The config with the model's size for the time on a machine of so many `flops`, and why that."""
-    sizes = model_sizes(config.model)
-    name, reason = choose_size(sizes, Budget(config.trainer, flops, task.tokenizer.vocab_size))
-    return replace(config, model=sizes[name]), reason
+    budget = Budget(config.trainer, flops, task.tokenizer.vocab_size)
+    name, reason = choose_size(model_sizes(config.model), budget)
+    return resolve_size(config, name), reason
 
 
 def new_run_dir(config: Config) -> Path:
@@ -261,10 +265,3 @@ def _newest(run: str, run_dir: Path, group: ProcessGroup) -> Checkpoint | None:
             print(f"minitf: {run_dir} has no checkpoint yet: starting it again from the first step", file=sys.stderr)
     found = group.broadcast(str(checkpoint.directory) if checkpoint else None)
     return checkpoint or (load_checkpoint(found, device="cpu") if found else None)
-
-
-def whole_context(config: Config, overrides: Sequence[str]) -> Config:
-    """With `init_from` the context is that of the model, unless a shorter one is asked for."""
-    if not config.init_from or any(override.startswith("model.context_length=") for override in overrides):
-        return config
-    return replace(config, model=replace(config.model, context_length=1 << 30))

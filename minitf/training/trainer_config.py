@@ -15,22 +15,22 @@ FORWARD_ALONE = 3  # times as fast as a step
 
 @dataclass
 class TrainerConfig:
-    max_steps: int | None = None  # end after so many optimiser steps
-    max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
+    max_steps: int | None = None  # end after N optimiser steps
+    max_minutes: float | None = None  # end after N minutes of training; auto: 3, or no limit with max_steps
     batch_size: int = 16  # sequences in a batch, of all processes together
     strategy: str = "auto"  # of torchrun's processes: auto (ddp) | single | ddp (each has the model) | fsdp (a shard)
-    micro_batch_size: int = 0  # sequences of it a process computes at a time; 0: all it has, if memory allows
+    micro_batch_size: int = 0  # sequences of a batch that a process computes at a time; auto: all, if memory allows
     grad_accumulation: int = 1  # batches whose gradients make one step
-    threads: int = 0  # of the CPU, for each process; 0: one a core it may use, or fewer where that is faster
+    threads: int = 0  # of the CPU, for each process; auto: one a core it may use, or fewer where that is faster
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
     compile: str = "auto"  # auto (our kernels if any, else torch.compile if it pays) | native | true | false
     cuda_graph: str = "auto"  # record a step on a CUDA device and start it as a whole: auto (if faster) | true | false
-    log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
-    eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run, 4 or 2 where they would take long beside it
-    save_every: int = 0  # steps between checkpoints; 0: at each evaluation, at least 8 a run unless eval_every is set
-    attention_every: int = 0  # steps between looks at attention; 0: 10 a run; -1: never
+    log_every: int = 0  # steps between rows of training numbers; auto: 200 rows a run
+    eval_every: int = 0  # steps between held-out evaluations; auto: 8 a run, 4 or 2 where they take long
+    save_every: int = 0  # steps between checkpoints; auto: at each evaluation, 8 or more unless eval_every is set
+    attention_every: int = 0  # steps between snapshots of attention; auto: 10 a run; -1: never
     eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; all, if there are no more
     sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
     eval_answers: int = 128  # held-out pairs answered and scored at each evaluation of a run on pairs; 0: none
@@ -38,6 +38,8 @@ class TrainerConfig:
     dry_run: bool = False  # only say what the run would be and take, by timing three steps; nothing is written
 
     def __post_init__(self) -> None:
+        if self.max_minutes is None and self.max_steps is None:
+            self.max_minutes = DEFAULT_MINUTES
         self.compile, self.cuda_graph = self.compile.lower(), self.cuda_graph.lower()
         if self.cuda_graph not in ("auto", "true", "false"):
             raise RequestError(f"trainer.cuda_graph={self.cuda_graph} must be auto, true or false")

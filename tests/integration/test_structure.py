@@ -17,7 +17,7 @@ ORDER = [
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluation", "evaluate", "api",
-    "reporting", "training", "reporting.console", "config", "completion", "runs", "train", "cli",
+    "reporting", "training", "reporting.console", "config", "completion", "runs", "cli", "train",
 ]  # fmt: skip
 # The command that measures may import anything; nothing imports it.
 BESIDE = {"benchmark"}

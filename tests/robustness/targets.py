@@ -123,7 +123,8 @@ class Targets:
 
     def config(self, data: bytes) -> None:
         """Arguments of a training."""
-        from minitf.config.schema import compose_config, load_config
+        from minitf.config.compose import compose_config
+        from minitf.config.schema import load_config
 
         chance = random.Random(data)
         text = data.decode("utf-8", "replace")
