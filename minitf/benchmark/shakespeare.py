@@ -9,7 +9,7 @@ from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import train
-from minitf.config.help import options
+from minitf.config.presets import options
 
 TARGET_LOSS = 1.8857  # held-out nats per character of nanoGPT's README recipe for a CPU
 # Numbers of steps to try, each about a fifth larger than the one before.

@@ -18,7 +18,7 @@ ORDER = [
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluate", "evaluation", "api",
-    "reporting", "training", "config", "completion", "runs", "train", "cli",
+    "reporting", "training", "config", "completion", "runs", "cli", "train",
 ]  # fmt: skip
 # The benchmark may import anything; nothing imports it.
 OUTSIDE = {"benchmark"}

@@ -128,7 +128,8 @@ class Targets:
 
     def config(self, data: bytes) -> None:
         """Arguments of a training run, or a damaged config.yaml."""
-        from minitf.config.schema import compose_config, load_config, save_config
+        from minitf.config.compose import compose_config
+        from minitf.config.schema import load_config, save_config
 
         rng = random.Random(data)
         text = data.decode("utf-8", "replace")
