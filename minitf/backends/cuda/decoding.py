@@ -11,47 +11,43 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.attention import AttentionRecord
+from minitf.attention import AttentionRecord, KeyValueCache
 from minitf.backends.engine import Step, TorchEngine
 from minitf.model import Transformer
 from minitf.system.hardware import compiled, compiler_missing
 
 
-@dataclass
-class FixedCache:
-    """A `KeyValueCache` of fixed shapes and addresses: the position is a tensor, what lies behind it is masked."""
+@dataclass(kw_only=True)
+class FixedCache(KeyValueCache):
+    """A cache read at fixed shapes and addresses, one token a row at a time, as a CUDA graph requires.
 
-    keys: Tensor
-    values: Tensor
+    The position is a tensor of shape (1,); every step reads the whole capacity and masks what comes after it.
+    """
+
+    starts_B: Tensor
     position_1: Tensor
 
     def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new key and value at the position, and return the whole capacity."""
         self.keys[layer].index_copy_(2, self.position_1, k_BHTK)
         self.values[layer].index_copy_(2, self.position_1, v_BHTK)
         return self.keys[layer], self.values[layer]
 
+    def advance(self, num_positions: int) -> None:
+        """The position is set from outside the graph."""
 
-def fixed_step(
-    model: Transformer, keys: Tensor, values: Tensor, ids_B: Tensor, starts_B: Tensor, position_1: Tensor
-) -> Tensor:
-    """Logits_BV after ids_B at `position_1`, a tensor of one position; the cache's tensors are written in place.
+    def rotary(self, rotary_2TK: Tensor, num_positions: int) -> Tensor:
+        return rotary_2TK.index_select(1, self.position_1)
 
-    `starts_B` is where the text of each row begins.
-    """
-    cache = FixedCache(keys, values, position_1)
-    positions_S = torch.arange(keys.shape[3], device=keys.device)
-    unseen_BS = (positions_S > position_1) | (positions_S < starts_B[:, None])
-    mask_BS = torch.zeros(unseen_BS.shape, device=keys.device, dtype=keys.dtype).masked_fill(unseen_BS, float("-inf"))
-    rotary_21K = model.rotary.index_select(1, position_1).to(keys.dtype)
-    x_B1D = model.model.embed_tokens(ids_B[:, None])  # type: ignore[operator]
-    for layer, block in enumerate(model.model.layers):  # type: ignore[arg-type]
-        x_B1D = block(x_B1D, rotary_21K, mask_BS[:, None], cache, layer)
-    x_B1D = model.model.norm(x_B1D)  # type: ignore[operator]
-    return F.linear(x_B1D[:, 0], model.vocabulary_VD).float()
+    def visible(self, num_positions: int) -> Tensor:
+        positions_S = torch.arange(self.capacity, device=self.keys.device)
+        return ((positions_S <= self.position_1) & (positions_S >= self.starts_B[:, None]))[:, None]
+
+
+def fixed_step(model: Transformer, cache: FixedCache, ids_B: Tensor) -> Tensor:
+    """Logits_BV after ids_B at the position of `cache`, whose tensors are written in place."""
+    return model.logits(model.hidden(ids_B[:, None], cache))[:, 0]
 
 
 @functools.cache
@@ -73,8 +69,12 @@ class GraphEngine(TorchEngine):
         self.cache.keys.zero_()
         self.cache.values.zero_()
         self.ids_B = torch.zeros(batch_size, dtype=torch.long, device=model.device)
-        self.starts_B = torch.zeros_like(self.ids_B)
-        self.position_1 = torch.zeros(1, dtype=torch.long, device=model.device)
+        self.fixed_cache = FixedCache(
+            keys=self.cache.keys,
+            values=self.cache.values,
+            starts_B=torch.zeros_like(self.ids_B),
+            position_1=torch.zeros(1, dtype=torch.long, device=model.device),
+        )
         self.logits_BV: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.step: Callable[..., Tensor] = fixed_step
@@ -88,8 +88,7 @@ class GraphEngine(TorchEngine):
         return None if model.device.type == "cuda" else "CUDA graphs need a CUDA device"
 
     def _run(self) -> Tensor:
-        cache = self.cache
-        return self.step(self.cast_model, cache.keys, cache.values, self.ids_B, self.starts_B, self.position_1)
+        return self.step(self.cast_model, self.fixed_cache, self.ids_B)
 
     @torch.no_grad()
     def _capture(self) -> None:
@@ -109,12 +108,12 @@ class GraphEngine(TorchEngine):
         if record is not None:
             return super().decode(ids_B, record)
         self.ids_B.copy_(ids_B)
-        self.position_1.fill_(self.cache.length)
+        self.fixed_cache.position_1.fill_(self.cache.length)
         if self.cache.starts_B is not None:
-            self.starts_B.copy_(self.cache.starts_B)
+            self.fixed_cache.starts_B.copy_(self.cache.starts_B)
         else:
-            self.starts_B.zero_()
-        self.cache.length += 1
+            self.fixed_cache.starts_B.zero_()
+        self.cache.advance(1)
         if self.graph is None or self.logits_BV is None:
             return self._run()
         self.graph.replay()
