@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitf.checkpoints.checkpoint import Checkpoint
-from minitf.data.batches import Batch, Tokens, held_out_batches, prepare
-from minitf.data.packing import PairIds, fit, held_out_pairs, prepare_pairs
-from minitf.data.sources.text import DataConfig
+from minitf.data.batches import Batch, evaluation_batch_size, evenly_spaced, held_out_batches
+from minitf.data.config import DataConfig
+from minitf.data.packing import fit, held_out_pairs
+from minitf.data.tokenized_pairs import PairIds, prepare_pairs
+from minitf.data.tokenized_text import Tokens, prepare
 from minitf.errors import MinitfError
 from minitf.loss import IGNORED
 from minitf.tokenizer import TokenizerConfig
 
 # A pretrained model's whole context of 8,192 or 40,960 would take minutes a window on a CPU.
 LONGEST_WINDOW = 2048
-TOKENS_PER_BATCH = 4096
 
 Indices = npt.NDArray[np.integer[Any]]
 
@@ -74,19 +75,13 @@ def evaluate_pairs(
     lengths, _ = fit(pairs, context_length, long_pairs)
     used: Indices = np.flatnonzero(lengths)
     if max_tokens is not None and max_tokens < int(lengths.sum()):
-        used = evenly_spread(used, max(1, round(len(used) * max_tokens / int(lengths.sum()))))
+        count = max(1, round(len(used) * max_tokens / int(lengths.sum())))
+        used = used[evenly_spaced(len(used), count)]
     batches = held_out_pairs(pairs, lengths, used.tolist(), context_length, batch_size)
     loss_nats, num_tokens = _mean_loss(loss_of, batches, batch_size, device)
     num_bytes = int(pairs.completion_bytes[used].sum())
     bits_per_byte = loss_nats / math.log(2) * num_tokens / max(num_bytes, 1)
     return HeldOut(loss_nats, bits_per_byte, math.exp(min(loss_nats, 700)), num_tokens)
-
-
-def evenly_spread(indices: Indices, count: int | None) -> Indices:
-    """`count` of the indices at equal distances; all of them if there are no more, or for None."""
-    if count is None or count >= len(indices):
-        return indices
-    return indices[np.arange(count) * len(indices) // count]
 
 
 def _mean_loss(
@@ -112,7 +107,7 @@ def evaluate_checkpoint(
     """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes."""
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
-    batch_size = max(1, TOKENS_PER_BATCH // context)
+    batch_size = evaluation_batch_size(context)
     return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
 

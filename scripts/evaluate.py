@@ -1,4 +1,4 @@
-"""Held-out metrics, and what each head does: python scripts/evaluate.py [--run RUN] [--json] [--heads]."""
+"""Print held-out metrics, or the importance of each head: python scripts/evaluate.py [--run RUN] [--json] [--heads]."""
 
 from minitf.cli.evaluate import main
 from minitf.errors import run_command

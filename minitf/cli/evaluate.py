@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.data.batches import Tokens
-from minitf.data.packing import prepare_pairs
+from minitf.data.config import DataConfig
 from minitf.data.sources.files import read_text
-from minitf.data.sources.text import DataConfig
+from minitf.data.tokenized_pairs import prepare_pairs
+from minitf.data.tokenized_text import Tokens
 from minitf.errors import CommandParser, RequestError
 from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
 from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, record_heads
-from minitf.system.hardware import set_threads
+from minitf.system.threads import set_threads
 from minitf.tokenizer import TokenizerConfig
 
 # The difference a head makes on the same tokens settles long before the loss itself does.

@@ -12,7 +12,7 @@ from minitf.inference.sampling import Sampling
 from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.inference.translate_file import translate_file
 from minitf.interpretability.explain import explain
-from minitf.system.hardware import set_threads
+from minitf.system.threads import set_threads
 
 
 def parser() -> argparse.ArgumentParser:

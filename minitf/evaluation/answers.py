@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from minitf.checkpoints.checkpoint import Checkpoint
-from minitf.data.packing import TokenizedPairs, fit
-from minitf.evaluate import TOKENS_PER_BATCH, HeldOut, evaluate_pairs, evenly_spread
+from minitf.data.batches import evaluation_batch_size, evenly_spaced
+from minitf.data.packing import fit
+from minitf.data.tokenized_pairs import TokenizedPairs
+from minitf.evaluate import HeldOut, evaluate_pairs
 from minitf.evaluation.text_metrics import AnswerScores, score_answers
 from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.interpretability.alignment import NUM_PAIRS, AligningHeads, find_aligning_heads
@@ -40,10 +42,11 @@ def evaluate_answers(
     """
     model, tokenizer, val = checkpoint.model, pairs.tokenizer, pairs.val
     context = model.config.context_length
-    batch_size = max(1, TOKENS_PER_BATCH // context)
+    batch_size = evaluation_batch_size(context)
     with torch.no_grad():
         held_out = evaluate_pairs(model.loss, val, long_pairs, context, batch_size, model.device)
-    used = evenly_spread(np.flatnonzero(fit(val, context, long_pairs)[0]), max_pairs)
+    used = np.flatnonzero(fit(val, context, long_pairs)[0])
+    used = used[evenly_spaced(len(used), max_pairs)]
     texts = [val.texts(int(index), tokenizer) for index in used]
     sources, references = [source for source, _ in texts], [target for _, target in texts]
     started = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoints.checkpoint import Checkpoint
-from minitf.data.batches import Tokens
+from minitf.data.tokenized_text import Tokens
 from minitf.evaluate import HeldOut, evaluate_checkpoint
 from minitf.interpretability.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
 
