@@ -6,28 +6,26 @@ kernels one by one from Python takes many times that.
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from minitf.attention import AttentionRecord, KeyValueCache
+from minitf.backends.agreement import OUTPUT_TOLERANCE, relative_error
 from minitf.backends.engine import Step, TorchEngine
 from minitf.model import Transformer
 from minitf.system.hardware import compiled, compiler_missing
 
 
-@dataclass(kw_only=True)
+@dataclass
 class FixedCache(KeyValueCache):
-    """A cache read at fixed shapes and addresses, one token a row at a time, as a CUDA graph requires.
+    """A cache of fixed shapes and addresses: the position of the next token is a tensor, and all capacity is read."""
 
-    The position is a tensor of shape (1,); every step reads the whole capacity and masks what comes after it.
-    """
-
-    starts_B: Tensor
-    position_1: Tensor
+    position_1: Tensor = field(kw_only=True)
 
     def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer].index_copy_(2, self.position_1, k_BHTK)
@@ -35,19 +33,26 @@ class FixedCache(KeyValueCache):
         return self.keys[layer], self.values[layer]
 
     def advance(self, num_positions: int) -> None:
-        """The position is set from outside the graph."""
+        """The engine moves `position_1`, outside the graph."""
 
     def rotary(self, rotary_2TK: Tensor, num_positions: int) -> Tensor:
         return rotary_2TK.index_select(1, self.position_1)
 
     def visible(self, num_positions: int) -> Tensor:
         positions_S = torch.arange(self.capacity, device=self.keys.device)
+        assert self.starts_B is not None
         return ((positions_S <= self.position_1) & (positions_S >= self.starts_B[:, None]))[:, None]
 
 
-def fixed_step(model: Transformer, cache: FixedCache, ids_B: Tensor) -> Tensor:
-    """Logits_BV after ids_B at the position of `cache`, whose tensors are written in place."""
-    return model.logits(model.hidden(ids_B[:, None], cache))[:, 0]
+def fixed_step(
+    model: Transformer, keys: Tensor, values: Tensor, ids_B: Tensor, starts_B: Tensor, position_1: Tensor
+) -> Tensor:
+    """Logits_BV after ids_B at `position_1`, a tensor of one position; the cache's tensors are written in place.
+
+    Row b's text begins at `starts_B[b]`.
+    """
+    cache = FixedCache(keys, values, starts_B=starts_B, position_1=position_1)
+    return model.logits(model.hidden(ids_B[:, None], cache)[:, 0])
 
 
 @functools.cache
@@ -69,12 +74,8 @@ class GraphEngine(TorchEngine):
         self.cache.keys.zero_()
         self.cache.values.zero_()
         self.ids_B = torch.zeros(batch_size, dtype=torch.long, device=model.device)
-        self.fixed_cache = FixedCache(
-            keys=self.cache.keys,
-            values=self.cache.values,
-            starts_B=torch.zeros_like(self.ids_B),
-            position_1=torch.zeros(1, dtype=torch.long, device=model.device),
-        )
+        self.starts_B = torch.zeros_like(self.ids_B)
+        self.position_1 = torch.zeros(1, dtype=torch.long, device=model.device)
         self.logits_BV: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.step: Callable[..., Tensor] = fixed_step
@@ -88,7 +89,8 @@ class GraphEngine(TorchEngine):
         return None if model.device.type == "cuda" else "CUDA graphs need a CUDA device"
 
     def _run(self) -> Tensor:
-        return self.step(self.cast_model, self.fixed_cache, self.ids_B)
+        cache = self.cache
+        return self.step(self.cast_model, cache.keys, cache.values, self.ids_B, self.starts_B, self.position_1)
 
     @torch.no_grad()
     def _capture(self) -> None:
@@ -102,18 +104,35 @@ class GraphEngine(TorchEngine):
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits_BV = self._run()
+        if self.step is not fixed_step and not self._agrees():
+            self.step = fixed_step
+            self._capture()
+
+    def _agrees(self) -> bool:
+        """Whether the compiled step computes what the model as written does."""
+        assert self.graph is not None
+        assert self.logits_BV is not None
+        self.graph.replay()
+        expected_BV = fixed_step(
+            self.cast_model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1
+        )
+        error = relative_error(self.logits_BV, expected_BV)
+        if error <= OUTPUT_TOLERANCE[self.model.compute_dtype]:
+            return True
+        print(f"minitf: decoding without torch.compile, whose logits differ by {error:.1%}", file=sys.stderr)
+        return False
 
     @torch.no_grad()
     def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
         if record is not None:
             return super().decode(ids_B, record)
         self.ids_B.copy_(ids_B)
-        self.fixed_cache.position_1.fill_(self.cache.length)
+        self.position_1.fill_(self.cache.length)
         if self.cache.starts_B is not None:
-            self.fixed_cache.starts_B.copy_(self.cache.starts_B)
+            self.starts_B.copy_(self.cache.starts_B)
         else:
-            self.fixed_cache.starts_B.zero_()
-        self.cache.advance(1)
+            self.starts_B.zero_()
+        self.cache.length += 1
         if self.graph is None or self.logits_BV is None:
             return self._run()
         self.graph.replay()
