@@ -130,5 +130,5 @@ class DecodeFunction:
         step.ids, step.logits, step.scratch = ids_BT.data_ptr(), logits_BV.data_ptr(), self._scratch.data_ptr()
         step.starts = None if starts_B is None else starts_B.data_ptr()
         self._library.decode(self._model, step, num_threads)
-        self._cache.length += T
+        self._cache.advance(T)
         return logits_BV
