@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 
+pytestmark = [pytest.mark.backends, pytest.mark.hardware]
+
 DEFINED = {"tiles": ["-DEMULATED_TILES"], "refused": ["-DEMULATED_TILES", "-DREFUSED_TILES"], "vectors": ["-DEMULATED"]}
 
 

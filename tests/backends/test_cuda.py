@@ -19,7 +19,10 @@ from minitf.system.hardware import choose_hardware
 from minitf.training.parallel import Parallel
 from minitf.training.step import TrainingStep
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+pytestmark = [
+    pytest.mark.hardware,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 SHAPES: list[dict[str, Any]] = [
     {"hidden_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32, "intermediate_size": 200},

@@ -10,8 +10,11 @@ from minitf.loss import IGNORED
 from minitf.model import ModelConfig, TrainingFunctions, Transformer
 
 triton = pytest.importorskip("triton")
-if not triton.knobs.runtime.interpret:
-    pytest.skip("on a machine with a GPU test_cuda.py tries them as they are", allow_module_level=True)
+pytestmark = [
+    pytest.mark.backends,
+    pytest.mark.hardware,
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="on a GPU test_cuda.py runs the compiled kernels"),
+]
 
 from minitf.backends.cpu.blocks import cuda  # noqa: E402
 
