@@ -15,7 +15,8 @@ TESTS = Path(__file__).parents[1]
 ORDER = [
     "errors", "system.safe_io", "system.files", "system.cpuinfo",
     "distributed", "training.rng", "system",
-    "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
+    "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "distributed.optimizer",
+    "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluation", "evaluate", "api",
     "reporting", "training", "reporting.console", "config", "completion", "runs", "train", "cli",
