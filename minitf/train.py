@@ -21,7 +21,8 @@ HYDRA_FLAGS = (
 def start(args: Sequence[str], group: "ProcessGroup") -> None:
     """Train as the command line says; where torchrun has started anew, go on with the run it was."""
     from minitf.config.schema import compose_config
-    from minitf.runs.start import new_run_dir, resume, train, whole_context
+    from minitf.runs.resume import resume
+    from minitf.runs.start import new_run_dir, train, whole_context
 
     if known := group.remembered("run_dir"):  # its config.yaml holds all that the command line says
         return resume(known, [], group)

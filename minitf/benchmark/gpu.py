@@ -111,7 +111,7 @@ def learn(request: Request, report: Report, device: list[str]) -> None:
     ]
     losses = [run["val"][-1]["loss"] for run in runs]
     reached = f"target {TARGET_LOSS}: {sum(loss <= TARGET_LOSS for loss in losses)} of {len(losses)} seeds reach it"
-    raw = {"choices": runs[0]["choices"], "steps": [run["train"][-1]["step"] for run in runs]}
+    raw = {"setup": runs[0]["setup"], "steps": [run["train"][-1]["step"] for run in runs]}
     report.add(Row("Tiny Shakespeare", "nats", losses, more_is_better=False, note=reached, raw=raw))
     seconds = [run["train"][-1]["train_s"] for run in runs]
     report.add(Row("Tiny Shakespeare", "s of steps", seconds, more_is_better=False))

@@ -21,30 +21,47 @@ if TYPE_CHECKING:
 
 # What `python -m minitf.train` sets before torch is imported; the functions that do not go through it need it given.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
+# The values of trainer.compile that lead to these backends; to the others: false.
+COMPILE = {"cpu": "native", "triton": "native", "compile": "true"}
+
+
+def methods() -> dict[str, tuple[type, str]]:
+    """The parts of training that can be timed: class and method."""
+    from minitf.training.actions import Evaluate, LogAttention, SaveCheckpoint
+    from minitf.training.trainer import Trainer
+
+    return {
+        "run": (Trainer, "run"),
+        "look": (LogAttention, "__call__"),
+        "sample": (Evaluate, "write_samples"),
+        "save": (SaveCheckpoint, "__call__"),
+    }
 
 
 def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> dict[str, Any]:
-    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, what was chosen, and seconds in `timed` methods.
+    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, what was chosen, and seconds in `timed` parts.
 
-    `timed` names methods of the trainer; timing them needs torch before the command sets its environment.
+    `timed` names some of `methods`; timing them needs torch before the command sets its environment.
     """
     seconds: dict[str, float] = defaultdict(float)
     if timed:
-        from minitf.training.trainer import Trainer
-
         for name in timed:
-            setattr(Trainer, name, _timed(getattr(Trainer, name), name, seconds))
+            owner, method = methods()[name]
+            setattr(owner, method, _timed(getattr(owner, method), name, seconds))
     from minitf.train import main
 
     main([*overrides, f"run_dir={run_dir}"])
     lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    environment = json.loads((Path(run_dir) / "environment.json").read_text(encoding="utf-8"))
+    environment, decisions = (
+        json.loads((Path(run_dir) / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("environment", "decisions")
+    )
     return {
         "train": [row for row in rows if row["split"] == "train"],
         "val": [row for row in rows if row["split"] == "val"],
-        "choices": environment.get("choices", {}),
-        "compile": json.loads((Path(run_dir) / "choices.json").read_text(encoding="utf-8"))["compile"],
+        "setup": environment["setup"],
+        "compile": COMPILE.get(decisions["backend"], "false"),
         "seconds": dict(seconds),
     }
 

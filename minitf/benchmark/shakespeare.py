@@ -64,7 +64,7 @@ def minitf_race(request: Request, text: Path, num_steps: int, seed: int) -> dict
     last = result["train"][-1]
     return {
         "train_s": last["train_s"], "wall_s": result["wall_s"], "loss": evaluation["loss"], "tokens": last["tokens"],
-        "warmup_s": last["warmup_s"], "in_training_loss": result["val"][-1]["loss"], "choices": result["choices"],
+        "warmup_s": last["warmup_s"], "in_training_loss": result["val"][-1]["loss"], "setup": result["setup"],
     }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def quality(request: Request, report: Report) -> None:
             for seed in range(request.seeds)
         ]
         finals = [run["val"][-1] for run in runs]
-        raw = {"finals": finals, "choices": runs[0]["choices"]}
+        raw = {"finals": finals, "setup": runs[0]["setup"]}
         seconds = [run["train"][-1]["train_s"] for run in runs]
         unit = "bits/byte" if metric == "bits_per_byte" else "nats"
         report.add(Row(name, unit, [row[metric] for row in finals], more_is_better=False, note="held-out", raw=raw))

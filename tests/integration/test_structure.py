@@ -19,7 +19,7 @@ ORDER = [
     "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluation", "evaluate", "api",
-    "reporting", "training", "reporting.console", "config", "completion", "runs", "train", "cli",
+    "reporting", "training", "config", "completion", "runs", "train", "cli",
 ]  # fmt: skip
 # The benchmark may import anything; nothing imports it.
 OUTSIDE = {"benchmark"}

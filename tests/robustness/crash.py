@@ -29,7 +29,7 @@ PHASES = ("start", "step", "evaluation", "attention", "save", "end")
 TRAINING, SAVING = 0, 1  # the two bytes of shared memory: the phase of the training loop, and of the saving thread
 CLOCK_KEYS = {"tokens_per_s", "mfu", "train_s", "warmup_s", "elapsed_s"}  # of metrics.jsonl; no two runs agree in them
 CLOCK_TAGS = ("perf/", "_hparams_", "final/")
-MODULES = ("datasets", "torch._dynamo", "torch.utils.tensorboard", "minitf.train", "minitf.runs.start")
+MODULES = ("datasets", "torch._dynamo", "torch.utils.tensorboard", "minitf.train", "minitf.runs.start", "minitf.runs.resume")
 SETTINGS = [
     "data=text", "data.files=[text.txt]", "data.cache_dir=cache", "tokenizer=byte", "model.num_layers=2",
     "model.hidden_size=32", "model.num_heads=2", "model.context_length=32", "model.dropout=0.1", "trainer.batch_size=4",
@@ -71,12 +71,14 @@ class Processes:
 
         from minitf.checkpoints import background_save
         from minitf.train import main as train
+        from minitf.training.actions import Evaluate, LogAttention, SaveCheckpoint
         from minitf.training.trainer import Trainer
 
         torch.set_num_threads(1)
         for owner, name, phase in (
-            (Trainer, "train_one_step", "step"), (Trainer, "evaluate", "evaluation"), (Trainer, "look", "attention"),
-            (Trainer, "save", "save"), (background_save, "save_checkpoint", "save"),
+            (Trainer, "train_one_step", "step"), (Evaluate, "__call__", "evaluation"),
+            (LogAttention, "__call__", "attention"), (SaveCheckpoint, "__call__", "save"),
+            (background_save, "save_checkpoint", "save"),
         ):  # fmt: skip
             byte = SAVING if owner is background_save else TRAINING
             setattr(owner, name, self._announcing(getattr(owner, name), byte, phase))
@@ -157,7 +159,7 @@ def kill_until_done(processes: Processes, name: str, rng: random.Random, max_kil
 
 def _is_finished(run_dir: Path) -> bool:
     """Whether the last kill came after everything was written."""
-    path = run_dir / "choices.json"
+    path = run_dir / "decisions.json"
     return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 

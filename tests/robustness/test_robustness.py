@@ -30,7 +30,7 @@ from minitf.checkpoints.train_state import TrainState
 from minitf.config.schema import load_config
 from minitf.errors import MinitfError, RequestError
 from minitf.model import Transformer
-from minitf.reporting.event_files import PATTERN, cut_events, records
+from minitf.reporting.tensorboard import EVENT_FILES, cut_events, event_records
 from minitf.system.files import write_whole
 from minitf.system.safe_io import read_json, read_tensors, write_tensors
 from minitf.tokenizer import Tokenizer
@@ -70,8 +70,8 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_with_its_decisions(
 def test_a_restarted_run_with_a_time_limit_keeps_its_number_of_steps(workdir: Path, tiny: list[str]) -> None:
     clock = ["trainer.max_steps=null", "trainer.max_minutes=0.02"]
     assert train_here(*tiny, *clock, "run_dir=run") == 0
-    choices = json.loads(Path("run/choices.json").read_text())
-    decided = choices["corrected_num_steps"] if choices["corrected_at"] else choices["num_steps"]
+    decisions = json.loads(Path("run/decisions.json").read_text())
+    decided = decisions["corrected_num_steps"] if decisions["corrected_at"] else decisions["num_steps"]
     assert decided == rows("run")[-1]["step"]
     expected = losses("run")
     shutil.rmtree("run/checkpoints")
@@ -81,8 +81,8 @@ def test_a_restarted_run_with_a_time_limit_keeps_its_number_of_steps(workdir: Pa
 
 def test_a_run_killed_after_its_last_step_is_finished_by_resume(workdir: Path, tiny: list[str]) -> None:
     assert train_here(*tiny, "run_dir=run", "trainer.attention_every=3") == 0
-    choices = Path("run/choices.json")
-    choices.write_text(choices.read_text().replace('"finished": true', '"finished": false'))
+    decisions = Path("run/decisions.json")
+    decisions.write_text(decisions.read_text().replace('"finished": true', '"finished": false'))
     Path("run/attention.html").unlink()
     before = losses("run")
     assert train_here("resume=run") == 0
@@ -106,17 +106,17 @@ def test_all_random_generators_are_restored() -> None:
 def test_tensorboard_events_after_a_step_are_removed(trained_run: Path, tmp_path: Path) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
 
-    (path,) = trained_run.glob(PATTERN)
+    (path,) = trained_run.glob(EVENT_FILES)
     copy = tmp_path / path.name
     content = path.read_bytes()
     copy.write_bytes(content + content[:40])  # an incomplete record
     cut_events(tmp_path, 20)
-    steps = [Event.FromString(record[12:-4]).step for record in records(copy.read_bytes())]
-    wanted = [Event.FromString(record[12:-4]).step for record in records(content)]
+    steps = [Event.FromString(record[12:-4]).step for record in event_records(copy.read_bytes())]
+    wanted = [Event.FromString(record[12:-4]).step for record in event_records(content)]
     assert steps == [step for step in wanted if step <= 20]
     assert max(steps) == 20 < max(wanted)
     cut_events(tmp_path, -1)
-    assert not list(tmp_path.glob(PATTERN))
+    assert not list(tmp_path.glob(EVENT_FILES))
 
 
 # Saving
