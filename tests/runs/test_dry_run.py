@@ -18,9 +18,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {line[:10].strip(): line[11:] for line in lines if not line.startswith("warning")}
 
 
-def test_dry_run_predicts_the_run(
-    tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_predicts_the_run(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_here(*tiny, "trainer.dry_run=true") == 0
     printed = report(capsys)
     assert list(workdir.iterdir()) == []
@@ -62,9 +60,7 @@ def test_time_limit_decides_the_number_of_steps(
     assert printed["time"].startswith("0:0")
 
 
-def test_likely_mistakes_are_warned_of(
-    tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_likely_mistakes_are_warned_of(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b", "c"):
         (workdir / f"{name}.txt").write_text("A few words. " * 30, encoding="utf-8")
     settings = [word for word in tiny if not word.startswith(("data.files", "model.context"))]
