@@ -21,9 +21,10 @@ from helpers import SHAPE, make_text, randomise, train_here
 
 from minitf.backends.cpu import bindings as calls
 from minitf.backends.cpu.compiler import FLAGS
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.model import ModelConfig, Transformer
 from minitf.system import cpuinfo as processor
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 gc.freeze()  # objects of the imports stay for good; the garbage collector need not scan them again
 

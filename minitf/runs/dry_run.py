@@ -9,7 +9,7 @@ import torch
 
 from minitf.checkpoints.locate import RUNS
 from minitf.config.schema import Config
-from minitf.data.batches import Tokens
+from minitf.data.tokenized_text import Tokens
 from minitf.optim import Optimizer
 from minitf.runs.summary import advice_on_size, line
 from minitf.training.budget import estimate_num_steps

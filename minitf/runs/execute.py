@@ -43,7 +43,7 @@ def begin(trainer: Trainer) -> None:
     if context.group.is_main:
         trainer.decisions.save(context.run_dir)
         record_environment(context.run_dir, context.hardware, setup)
-    context.group.remember("run_dir", str(context.run_dir.absolute()))
+    context.group.set_for_restart("run_dir", str(context.run_dir.absolute()))
     for line in introduction(trainer, setup):
         reporter.say(line)
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 from minitf.backends.autotune import require_kernels
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.model_card import origin_of
-from minitf.config.schema import Config, model_sizes
+from minitf.config.schema import Config, model_sizes, resolve_shape, resolve_size
 from minitf.distributed.process_group import ProcessGroup
 from minitf.model import Transformer
 from minitf.runs.model_size import Budget, choose_size
-from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul, usable_cores
+from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul
+from minitf.system.threads import usable_cores
 from minitf.tokenizer import TokenizerConfig
 from minitf.training import rng
 from minitf.training.context import RunContext
@@ -44,7 +45,7 @@ def prepare(
     strategy = choose_strategy(config.trainer.strategy, group)
     hardware = find_hardware(config.trainer, decisions, group)
     # Rank 0 measures, so that all ranks choose the same size.
-    flops = group.broadcast(measure_quiet_matmul(hardware)) * group.size if config.size_is_open else 0.0
+    flops = group.broadcast(measure_quiet_matmul(hardware)) * group.size if config.size_is_auto else 0.0
     with group.main_first():
         initial = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
         task = open_task(config.data, config.tokenizer, initial.tokenizer if initial else None)
@@ -89,24 +90,17 @@ def find_hardware(config: TrainerConfig, decisions: RunDecisions, group: Process
 
 def take_shape(config: Config, initial: Checkpoint) -> Config:
     """The config with the shape and the tokenizer of the model that a new run starts from."""
-    shape = initial.model.config
-    model = replace(
-        shape,
-        attention=config.model.attention,
-        dropout=config.model.dropout,
-        context_length=min(config.model.context_length, shape.context_length),
-    )
     tokenizer = TokenizerConfig(kind="pretrained", file=str(initial.directory / "tokenizer.json"))
-    return replace(config, model=model, tokenizer=tokenizer)
+    return resolve_shape(config, initial.model.config, tokenizer)
 
 
 def settle_size(config: Config, task: Task, flops: float) -> Sized:
     """The config with the size that time and `flops` a second suffice for, if no size was asked for."""
-    if not config.size_is_open:
+    if not config.size_is_auto:
         return Sized(config)
-    sizes = model_sizes(config.model)
-    name, reason = choose_size(sizes, Budget(config.trainer, flops, task.tokenizer.vocab_size))
-    return Sized(replace(config, model=sizes[name]), reason)
+    budget = Budget(config.trainer, flops, task.tokenizer.vocab_size)
+    name, reason = choose_size(model_sizes(config.model), budget)
+    return Sized(resolve_size(config, name), reason)
 
 
 def build_model(config: Config, task: Task, initial: Checkpoint | None) -> Transformer:

@@ -10,7 +10,7 @@ from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.locate import find_run
 from minitf.checkpoints.run_directory import lock_run_dir
 from minitf.config.schema import Config, load_config
-from minitf.data.sources.text import fingerprint
+from minitf.data.fingerprint import fingerprint
 from minitf.distributed.process_group import ProcessGroup
 from minitf.errors import RequestError
 from minitf.runs.dry_run import dry_run

@@ -1,6 +1,6 @@
 """Start a new run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -42,10 +42,3 @@ def new_run_dir(config: Config) -> Path:
     if (run_dir / "checkpoints").exists():
         raise RequestError(f"run_dir={run_dir} holds an earlier run: continue it with resume={run_dir}")
     return run_dir
-
-
-def whole_context(config: Config, overrides: Sequence[str]) -> Config:
-    """With `init_from` the context is that of the model, unless a shorter one is asked for."""
-    if not config.init_from or any(override.startswith("model.context_length=") for override in overrides):
-        return config
-    return replace(config, model=replace(config.model, context_length=1 << 30))

@@ -15,7 +15,8 @@ from minitf.backends.cuda.graph import CapturedGradients
 from minitf.data.batches import BatchSource
 from minitf.errors import MinitfError, out_of_memory
 from minitf.optim import Optimizer
-from minitf.system.hardware import Hardware, free_memory, growth_of
+from minitf.system.hardware import Hardware
+from minitf.system.memory import free_memory, growth_of
 from minitf.training import rng
 from minitf.training.parallel import Parallel
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from minitf.backends.autotune import Selection
-from minitf.backends.cpu import decoding as native
+from minitf.backends.cpu import decode_bindings
 from minitf.checkpoints.background_save import Saver
 from minitf.errors import MinitfError
 from minitf.optim import schedule_factor
@@ -77,7 +77,7 @@ class Trainer:
         state, decided = self.state, self.decisions
         hardware = self.context.hardware
         if self.config.sample_tokens and self.group.is_main and hardware.device.type == "cpu":
-            native.library()  # compiled now, once on each machine, so that the first sample need not wait for it
+            decode_bindings.unavailable()  # compiled now, once on a machine: the first sample need not wait for it
         selection = self._select_backend()
         state.warmup_s += time.perf_counter() - started
         if state.step <= decided.decided_at:  # the checkpoint is older than the decision on the end of the run

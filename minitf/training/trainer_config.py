@@ -20,21 +20,21 @@ FORWARD_SPEEDUP = 3  # of a forward pass alone, over a step
 @dataclass
 class TrainerConfig:
     max_steps: int | None = None  # end after this number of optimiser steps
-    max_minutes: float | None = None  # end after this time of training; neither limit: 3 minutes; both: the earlier
+    max_minutes: float | None = None  # end after N minutes of training; auto: 3, or no limit with max_steps
     batch_size: int = 16  # sequences in a batch, over all processes
     strategy: str = "auto"  # for torchrun: auto (ddp) | single | ddp (each process has the model) | fsdp (a shard)
-    micro_batch_size: int = 0  # sequences a process computes at a time; 0: its part of the batch, if memory allows
+    micro_batch_size: int = 0  # sequences a process computes at a time; auto: its part of the batch, if memory allows
     grad_accumulation: int = 1  # batches whose gradients make one step
-    threads: int = 0  # CPU threads of each process; 0: one for each usable core, or fewer if that is faster
+    threads: int = 0  # CPU threads of each process; auto: one for each usable core, or fewer if that is faster
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
     activation_checkpointing: bool = False  # keep one activation a block, recompute the others: less memory, slower
     compile: str = "auto"  # auto (our kernels if available, else torch.compile if it pays) | native | true | false
     cuda_graph: str = "auto"  # record a step on a CUDA device and replay it: auto (if faster) | true | false
-    log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
-    eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run, or 4 or 2 if they would take long
-    save_every: int = 0  # steps between checkpoints; 0: at each evaluation, at least 8 a run unless eval_every is set
-    attention_every: int = 0  # steps between logs of attention; 0: 10 a run; -1: never
+    log_every: int = 0  # steps between rows of training numbers; auto: 200 rows a run
+    eval_every: int = 0  # steps between held-out evaluations; auto: 8 a run, or 4 or 2 if they would take long
+    save_every: int = 0  # steps between checkpoints; auto: at each evaluation, 8 or more unless eval_every is set
+    attention_every: int = 0  # steps between logs of attention; auto: 10 a run; -1: never
     eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; at most all
     sample_tokens: int = 48  # tokens of the sample written at each evaluation; 0: no sample
     eval_answers: int = 128  # held-out pairs answered and scored at each evaluation of a run on pairs; 0: none
@@ -42,6 +42,8 @@ class TrainerConfig:
     dry_run: bool = False  # only print what the run would do and need, from three timed steps; write nothing
 
     def __post_init__(self) -> None:
+        if self.max_minutes is None and self.max_steps is None:
+            self.max_minutes = DEFAULT_MINUTES
         self.compile, self.cuda_graph = self.compile.lower(), self.cuda_graph.lower()
         if self.cuda_graph not in ("auto", "true", "false"):
             raise RequestError(f"trainer.cuda_graph={self.cuda_graph} must be auto, true or false")

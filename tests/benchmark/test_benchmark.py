@@ -27,7 +27,7 @@ from minitf.benchmark import (
     shakespeare,
 )
 from minitf.benchmark.__main__ import BENCHMARKS, main
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.gpu import compare, gpu, learn
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
@@ -120,10 +120,10 @@ def test_both_sides_alternate_in_changing_order() -> None:
     def side(name: str) -> Callable[[int], int]:
         return lambda round_: order.append(name) or round_  # type: ignore[func-returns-value]
 
-    assert main_first({"a": side("a"), "b": side("b")}, 3) == {"a": [0, 1, 2], "b": [0, 1, 2]}
+    assert alternate({"a": side("a"), "b": side("b")}, 3) == {"a": [0, 1, 2], "b": [0, 1, 2]}
     assert "".join(order) == "abbaab"
     with pytest.raises(RequestError, match="--repeats 0"):
-        main_first({"a": side("a")}, 0)
+        alternate({"a": side("a")}, 0)
 
 
 @pytest.mark.parametrize(
@@ -265,13 +265,13 @@ def test_the_error_of_a_child_process_is_reported(checkout: Path, tmp_path: Path
         nanogpt.train(checkout, tmp_path, tmp_path, [])
 
 
-def test_the_floors_are_the_operations_of_the_model(make_model: Callable[..., Transformer]) -> None:
+def test_the_lower_bounds_are_the_operations_of_the_model(make_model: Callable[..., Transformer]) -> None:
     model = make_model(num_kv_heads=4)
-    parts = library.floors(model, "adamw", batch_size=3, itemsize=2)
+    parts = library.lower_bounds(model, "adamw", batch_size=3, itemsize=2)
     flops = sum(parts[part]["flops"] for part in ("forward", "loss", "backward"))
     assert flops == pytest.approx(model.flops_per_token() * 3 * model.config.context_length)
     assert parts["optimizer"] == {"flops": 0.0, "bytes": 28.0 * model.num_parameters()}
-    muon = library.floors(model, "muon", 3, 2)["optimizer"]
+    muon = library.lower_bounds(model, "muon", 3, 2)["optimizer"]
     assert muon["flops"] > 0
     assert muon["bytes"] < parts["optimizer"]["bytes"]
 

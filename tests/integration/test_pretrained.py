@@ -15,10 +15,11 @@ from hub_stand_in import HubStandIn
 
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from minitf.checkpoints.hugging_face import is_hub_name
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import MinitfError, RequestError
-from minitf.generate import Options, Sampling, encode_prompt, generate, generate_text
+from minitf.generate import GenerationRequest, Options, Sampling, encode_prompt, generate, generate_text
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 transformers: Any = pytest.importorskip("transformers", reason="install the extra minitf[test]")
 
@@ -100,7 +101,7 @@ def test_every_engine_generates_what_transformers_generates(tokenizer: Tokenizer
         torch.tensor([prompt]), max_new_tokens=60, min_new_tokens=60, do_sample=False, eos_token_id=None
     )
     for engine in ("torch", "native"):
-        steps = generate(model, prompt, 1, Sampling(temperature=0), engine=engine)
+        steps = generate(model, GenerationRequest(prompt, Sampling(temperature=0), engine=engine))
         assert [int(next(steps).ids_B) for _ in range(60)] == expected[0, len(prompt) :].tolist(), engine
 
 
@@ -212,8 +213,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -
 def test_a_pretrained_model_generates_is_evaluated_inspected_and_trained_further(
     pretrained: Path, workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from minitf import evaluate
-    from minitf.generate import main as generate_main
+    from minitf.cli import evaluate
+    from minitf.cli.generate import main as generate_main
     from minitf.interpretability import page as attention_page
 
     (workdir / "mine.txt").write_text(make_text(100), encoding="utf-8")
@@ -278,7 +279,7 @@ def hub(pretrained: Path) -> Iterator[HubStandIn]:
 GENERATE = """
 import sys
 from minitf.errors import run_command
-from minitf.generate import main
+from minitf.cli.generate import main
 for name in sys.argv[1:]:
     arguments = ["The cat", "--run", name, "--max-tokens", "4", "--temperature", "0"]
     print(run_command(lambda: main(arguments)), file=sys.stderr)

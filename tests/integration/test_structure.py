@@ -13,13 +13,13 @@ TESTS = Path(__file__).parents[1]
 # From the bottom up. A module has the place of the longest of these names that is a prefix of its own, and imports only
 # modules of an earlier or the same place.
 ORDER = [
-    "errors", "system.safe_io", "system.files", "system.cpuinfo",
+    "errors", "system.cgroups", "system.memory", "system.safe_io", "system.files", "system.cpuinfo",
     "distributed", "training.rng", "system",
     "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "distributed.optimizer",
     "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
-    "evaluation", "evaluate", "api",
-    "reporting", "training", "config", "completion", "runs", "train", "cli",
+    "evaluate", "evaluation", "api",
+    "reporting", "training", "config", "completion", "runs", "cli", "train",
 ]  # fmt: skip
 # The benchmark may import anything; nothing imports it.
 OUTSIDE = {"benchmark"}
@@ -78,7 +78,7 @@ from minitf import train
 from minitf.data import batches
 from minitf.model import Transformer
 if TYPE_CHECKING:
-    from minitf.reporting.monitor import Monitor
+    from minitf.reporting.reporter import RunReporter
 def f():
     from minitf.training.trainer import Trainer
     try:
@@ -123,7 +123,8 @@ def test_training_and_generating_do_not_import_the_compiler(workdir: Path, tiny:
     """It takes 1 to 3 s of every start, and some functions of PyTorch import it in passing."""
     code = f"""
 import sys
-from minitf import generate, train
+from minitf import train
+from minitf.cli import generate
 train.main({[*tiny, "trainer.max_steps=1", "trainer.sample_tokens=2", "trainer.attention_every=1"]!r})
 generate.main(["The cat", "--max-tokens", "2"])
 print("torch._dynamo" in sys.modules)

@@ -28,8 +28,9 @@ class Targets:
     """One method for each target; all work in one directory."""
 
     def __init__(self, directory: Path) -> None:
+        from minitf.data.tokenizer_training import train_tokenizer
         from minitf.model import ModelConfig, Transformer
-        from minitf.tokenizer import TokenizerConfig, train_tokenizer
+        from minitf.tokenizer import TokenizerConfig
 
         self.directory = directory
         text = "The cat sat on the mat, and it was tired. 世界 \n" * 20
@@ -127,7 +128,8 @@ class Targets:
 
     def config(self, data: bytes) -> None:
         """Arguments of a training run, or a damaged config.yaml."""
-        from minitf.config.schema import compose_config, load_config, save_config
+        from minitf.config.compose import compose_config
+        from minitf.config.schema import load_config, save_config
 
         rng = random.Random(data)
         text = data.decode("utf-8", "replace")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from helpers import train_here
 
-from minitf.config.help import options
-from minitf.config.schema import compose_config, load_config, model_sizes
+from minitf.config.compose import compose_config
+from minitf.config.presets import options
+from minitf.config.schema import load_config, model_sizes
 from minitf.model import ModelConfig
 from minitf.runs.model_size import Budget, choose_size
 from minitf.training.trainer_config import TrainerConfig
@@ -46,19 +47,19 @@ def test_smaller_limit_decides_the_size() -> None:
 
 def test_size_does_not_depend_on_the_machine_if_only_steps_are_set() -> None:
     config = compose_config(["trainer.max_steps=100"])
-    assert not config.size_is_open
+    assert not config.size_is_auto
     assert config.model == SIZES["mini"]
 
 
 def test_requested_size_is_kept() -> None:
-    assert compose_config([]).size_is_open
-    assert compose_config(["model.dropout=0.1", "trainer.max_steps=5", "trainer.max_minutes=1"]).size_is_open
+    assert compose_config([]).size_is_auto
+    assert compose_config(["model.dropout=0.1", "trainer.max_steps=5", "trainer.max_minutes=1"]).size_is_auto
     for asked in ("model=mini", "model=small"):
-        assert not compose_config([asked]).size_is_open
+        assert not compose_config([asked]).size_is_auto
     for asked in ("num_layers=3", "num_kv_heads=2", "context_length=128"):
-        assert not compose_config([f"model.{asked}"]).size_is_open
+        assert not compose_config([f"model.{asked}"]).size_is_auto
     for experiment in options("experiment"):
-        assert not compose_config([f"experiment={experiment}"]).size_is_open, experiment
+        assert not compose_config([f"experiment={experiment}"]).size_is_auto, experiment
 
 
 def test_partly_requested_size_is_completed_from_mini() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from minitf.system.hardware import free_memory, growth_of, set_threads, usable_cores
+from minitf.system.memory import free_memory, growth_of
+from minitf.system.threads import set_threads, usable_cores
 
 QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
 
