@@ -5,14 +5,18 @@ a fresh model would hide attention, whose output projections are zero, and those
 when it resumes.
 """
 
+import functools
+import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from minitf.attention import AttentionContext
 from minitf.backends import Backend, Reference, source
+from minitf.backends.engine import DecodingEngine, TorchEngine
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
 
@@ -34,7 +38,7 @@ class Difference:
     tolerance: float
 
     def __str__(self) -> str:
-        return f"{self.part} differs by {self.error:.1%}" if self.error == self.error else f"{self.part} is not finite"
+        return f"{self.part} is not finite" if math.isnan(self.error) else f"{self.part} differs by {self.error:.2g}"
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,13 @@ def disagreement(backend: Backend, case: Case) -> str | None:
 def differences(backend: Backend, case: Case) -> Iterator[Difference]:
     """The parts in the order in which the data flows, each with its error."""
     follows = backend.name == "compile"  # one graph for the check and the run: the same rows, packed or not
-    config = replace(case.config, num_layers=1, dropout=0.0)
-    T = config.context_length
+    T = case.config.context_length
     num_rows = case.num_rows if follows else max(1, min(case.num_rows, 2, MAX_TOKENS // T))
     kinds = [case.packed] if follows else [True, False]
     vocab_size = case.vocab_size if follows else min(case.vocab_size, MAX_WORDS)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        model = _seeded(config, vocab_size, case)
+        model = _seeded(case.config, vocab_size).to(case.device)
+        model.compute_dtype = case.dtype
         for packed in kinds:
             batch = _Batch.random(num_rows, T, model, packed)
             found = {}
@@ -80,17 +84,17 @@ def differences(backend: Backend, case: Case) -> Iterator[Difference]:
             yield from _updates(model, backend, case)
 
 
-def _seeded(config: ModelConfig, vocab_size: int, case: Case) -> Transformer:
+def _seeded(config: ModelConfig, vocab_size: int) -> Transformer:
+    """A model of one layer whose weights are all random, so that each of them matters."""
     torch.manual_seed(0)
-    model = Transformer(config, vocab_size)
+    model = Transformer(replace(config, num_layers=1, dropout=0.0), vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
             else:
                 parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
-    model.to(case.device).compute_dtype = case.dtype
-    return model.train()
+    return model
 
 
 @dataclass(frozen=True)
@@ -172,3 +176,34 @@ def _updates(model: Transformer, backend: Backend, case: Case) -> Iterator[Diffe
             shapes.add(expected.shape)
             part = f"the update of {name.removeprefix('model.layers.0.')}"
             yield Difference(part, relative_error(moved[backend.name][name], expected), UPDATE_TOLERANCE[case.dtype])
+
+
+def engine_disagreement(engine: type[DecodingEngine], model: Transformer) -> str | None:
+    """Why an engine that implements decoding anew does not compute what the core says, or None."""
+    if not engine.replaces:
+        return None
+    if names := source.edited(engine.replaces):
+        return f"{names[0]} is edited"
+    return _engine_difference(engine, json.dumps(asdict(model.config)), min(model.vocab_size, MAX_WORDS))
+
+
+@functools.cache
+def _engine_difference(engine: type[DecodingEngine], config: str, vocab_size: int) -> str | None:
+    """The first thing that `engine` computes differently for models of a shape (ModelConfig as JSON), or None."""
+    with torch.random.fork_rng(devices=[]):
+        model = _seeded(ModelConfig(**json.loads(config)), vocab_size)
+    capacity = min(16, model.config.context_length)
+    long = [token % vocab_size for token in range(max(1, capacity - 4))]
+    short = long[: max(1, capacity // 2)]
+    for texts in ([long, long[::-1]], [long, short]):
+        found, expected = engine(model, 2, capacity), TorchEngine(model, 2, capacity)
+        what = f"texts of {len(texts[0])} and {len(texts[1])} tokens"
+        pairs = [(f"reading {what}", found.prefill(texts), expected.prefill(texts))]
+        for token in range(capacity - len(long)):
+            ids_B = torch.tensor([token, token + 1]) % vocab_size
+            pairs.append((f"a token after {what}", found.decode(ids_B), expected.decode(ids_B)))
+        for part, found_BV, expected_BV in pairs:
+            difference = Difference(part, relative_error(found_BV, expected_BV), OUTPUT_TOLERANCE[torch.float32])
+            if not difference.error <= difference.tolerance:
+                return str(difference)
+    return None

@@ -18,6 +18,7 @@ class DecodingEngine(Protocol):
     """Reads texts into a key/value cache of `batch_size` rows and `capacity` positions and scores their next tokens."""
 
     name: ClassVar[str]  # as in --engine NAME
+    replaces: ClassVar[tuple[str, ...]]  # definitions of the core it implements anew
     cache: KeyValueCache
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None: ...
@@ -47,6 +48,7 @@ class TorchEngine:
     """The model as it is written, over its key/value cache: the reference."""
 
     name: ClassVar[str] = "torch"
+    replaces: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
         self.model = model

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ RECORD = Path(__file__).with_name("source.json")
 MODULES = ("rope", "attention", "loss", "model", "optim")
 # The definitions that turn ids into logits: a checkpoint is of the architecture they describe.
 FORWARD = ("model.Block", "model.Transformer.hidden", "model.Transformer.logits")
+# All of the core, with what trains it.
+CORE = (*FORWARD, "loss.LinearCrossEntropy", "optim.Optimizer")
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
 STRUCTURE = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
@@ -158,10 +161,12 @@ def core_hash(package: Path = PACKAGE) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def other_core(before: str | None) -> str | None:
+def other_core(before: object) -> str | None:
     """How a checkpoint of the core `before` differs from one of this core, in a sentence; None if it does not."""
     now, same = core_hash(), json.loads(RECORD.read_text(encoding="utf-8"))["forward"]
-    if before is None or before == now or (before in same and now in same):
+    if before == now or (before in same and now in same):
+        return None
+    if not isinstance(before, str) or not re.fullmatch("[0-9a-f]{16}", before):  # a foreign model, or damaged
         return None
     names = ", ".join(edited(FORWARD)[:3])
     if before in same:

@@ -22,6 +22,7 @@ from typing import Any, Protocol, Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from minitf.backends import source
 from minitf.checkpoints.hugging_face import from_hugging_face, is_hub_name, load_weights, to_hugging_face
 from minitf.checkpoints.locate import LINKS, STEP_NAME, find_checkpoints, step_of
 from minitf.errors import DeviceError, MinitfError, RequestError, one_line
@@ -31,6 +32,7 @@ from minitf.system.hardware import choose_device
 from minitf.system.safe_io import read_json, read_tensors, write_tensors
 from minitf.tokenizer import Tokenizer
 
+CORE = "minitf_core"  # in config.json: the hash of the forward pass that the weights were trained with
 MAX_ROTARY_ENTRIES = 1 << 27  # positions x head_dim of the rotary table, which every model allocates: 1 GB
 
 
@@ -134,7 +136,7 @@ def _write(
     digests = {"model.safetensors": write_tensors(directory / "model.safetensors", weights)}
     start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
     config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
-    _write_json(directory / "config.json", config)
+    _write_json(directory / "config.json", config | {CORE: source.core_hash()})
     ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
     _write_json(directory / "generation_config.json", ids)
     tokenizer.save(directory)
@@ -210,7 +212,7 @@ def load_checkpoint(
     is_of_run = candidates[0] != Path(run).resolve() and not is_hub_name(str(run))
     for directory, following in zip(candidates, [*candidates[1:], None], strict=True):
         try:
-            return _load(directory, device, is_of_run)
+            return _load(directory, device, is_of_run, log or _to_stderr)
         except DeviceError:
             raise
         except (MinitfError, OSError) as error:
@@ -224,7 +226,7 @@ def _to_stderr(line: str) -> None:
     print(f"minitf: {line}", file=sys.stderr, flush=True)
 
 
-def _load(directory: Path, device: str, is_of_run: bool) -> Checkpoint:
+def _load(directory: Path, device: str, is_of_run: bool, log: Callable[[str], None]) -> Checkpoint:
     """One checkpoint; one of a run must have digests, a foreign model need not."""
     state = _read_state(directory) if is_of_run or (directory / "trainer_state.json").exists() else {}
     for name, digest in state.get("sha256", {}).items():
@@ -234,7 +236,8 @@ def _load(directory: Path, device: str, is_of_run: bool) -> Checkpoint:
             )
         _check_digest(directory / name, digest)
     try:
-        config, vocab_size = from_hugging_face(read_json(directory / "config.json"))
+        content = read_json(directory / "config.json")
+        config, vocab_size = from_hugging_face(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RequestError) as error:
         raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {one_line(error, 300)}") from None
     weights = load_weights(directory, config.tie_embeddings)
@@ -251,7 +254,10 @@ def _load(directory: Path, device: str, is_of_run: bool) -> Checkpoint:
         raise MinitfError(
             f"{directory / 'model.safetensors'} does not fit its config.json: {one_line(error, 300)}"
         ) from None
-    return Checkpoint(model.to(choose_device(device)).eval(), tokenizer, directory, state.get("step"), state)
+    model = model.to(choose_device(device)).eval()
+    if difference := source.other_core(content.get(CORE)):
+        log(f"{directory}: {difference}")
+    return Checkpoint(model, tokenizer, directory, state.get("step"), state)
 
 
 def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int, weights: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from minitf.backends import source
 from minitf.system.files import write_whole
 from minitf.system.hardware import Hardware, describe_processor
 
@@ -28,6 +29,8 @@ def record_environment(run_dir: Path, hardware: Hardware, setup: Mapping[str, st
         "setup": dict(setup),
         "packages": {package: _version(package) for package in PACKAGES},
         "git_commit": _git_commit(),
+        "core": source.core_hash(),
+        "edited": source.edited(source.CORE),
     }
     write_whole(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
 

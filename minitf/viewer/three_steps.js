@@ -13,12 +13,14 @@ export function threeStepsView(map, { t, set }) {
   temperature.addEventListener("input", () => set({ temperature: 10 ** (Number(temperature.value) / 100) }));
   reset.addEventListener("click", () => set({ temperature: 1 }));
   const lead = make("p", { class: "lead" });
+  // Maps of older runs do not say; a model with an edited attention.py does.
+  const other = map.standard_formula === false ? [make("p", { class: "warning", role: "note" }, t("other_formula"))] : [];
   const width = map.head_dim;
   const step = (number_, name, text) => make("li", {}, make("h3", {}, make("b", {}, String(number_)), " ", t(name)), rich(make("p"), t(text, { width })));
   const steps = make("ol", { class: "three" }, step(1, "steps_match", "steps_match_text"), step(2, "steps_weigh", "steps_weigh_text"), step(3, "steps_gather", "steps_gather_text"));
   steps.children[1].append(make("label", { class: "temperature" }, t("temperature"), temperature, temperatureName), reset);
   const [table, detail, note] = [make("table", { class: "steps-table" }), make("div", { class: "product" }), make("p", { class: "hint" })];
-  const element = make("div", { class: "three-steps" }, lead, steps, table, detail, note);
+  const element = make("div", { class: "three-steps" }, lead, ...other, steps, table, detail, note);
   let [rows, built] = [[], ""];
 
   /** Rows for the keys shown; elements are reused while the keys stay the same. */

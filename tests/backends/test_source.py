@@ -112,13 +112,12 @@ def test_indentation_counts_and_formatted_strings_are_one_token() -> None:
 
 
 def test_checkpoints_of_another_core_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    standard = source.core_hash()
+    standard, other = source.core_hash(), "0123456789abcdef"
     assert source.other_core(None) is None
+    assert source.other_core(["damaged"]) is source.other_core("no hash") is None
     assert source.other_core(standard) is None
-    assert "trained with an edited forward pass (abcd), and here it is the standard one" in str(
-        source.other_core("abcd")
-    )
-    monkeypatch.setattr(source, "core_hash", lambda: "abcd")
+    assert f"with an edited forward pass ({other}), and here it is the standard one" in str(source.other_core(other))
+    monkeypatch.setattr(source, "core_hash", lambda: other)
     monkeypatch.setattr(source, "edited", lambda roots: ["attention.weigh"])
-    assert source.other_core("abcd") is None
+    assert source.other_core(other) is None
     assert "standard forward pass, and attention.weigh is edited here" in str(source.other_core(standard))

@@ -55,6 +55,7 @@ class CpuEngine(TorchEngine):
     """Decodes by the C function; prefills by it where a few tokens are read, else by PyTorch."""
 
     name: ClassVar[str] = "native"
+    replaces: ClassVar[tuple[str, ...]] = ("model.Block", "model.Transformer.hidden", "model.Transformer.logits")
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
         super().__init__(model, batch_size, capacity)

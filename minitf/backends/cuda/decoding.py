@@ -6,33 +6,42 @@ kernels one by one from Python takes many times that.
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.attention import AttentionRecord
+from minitf.attention import AttentionRecord, KeyValueCache
+from minitf.backends.agreement import OUTPUT_TOLERANCE, relative_error
 from minitf.backends.engine import Step, TorchEngine
 from minitf.model import Transformer
 from minitf.system.hardware import compiled, compiler_missing
 
 
 @dataclass
-class FixedCache:
-    """A `KeyValueCache` of fixed shapes and addresses: the position is a tensor, what lies behind it is masked."""
+class FixedCache(KeyValueCache):
+    """A cache of fixed shapes and addresses: the position of the next token is a tensor, and all capacity is read."""
 
-    keys: Tensor
-    values: Tensor
-    position_1: Tensor
+    position_1: Tensor = field(kw_only=True)
 
     def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new key and value at the position, and return the whole capacity."""
         self.keys[layer].index_copy_(2, self.position_1, k_BHTK)
         self.values[layer].index_copy_(2, self.position_1, v_BHTK)
         return self.keys[layer], self.values[layer]
+
+    def advance(self, num_positions: int) -> None:
+        """The engine moves `position_1`, outside the graph."""
+
+    def rotary(self, rotary_2TK: Tensor, num_positions: int) -> Tensor:
+        return rotary_2TK.index_select(1, self.position_1)
+
+    def visible(self, num_positions: int) -> Tensor:
+        positions_S = torch.arange(self.capacity, device=self.keys.device)
+        assert self.starts_B is not None
+        return ((positions_S <= self.position_1) & (positions_S >= self.starts_B[:, None]))[:, None]
 
 
 def fixed_step(
@@ -40,18 +49,10 @@ def fixed_step(
 ) -> Tensor:
     """Logits_BV after ids_B at `position_1`, a tensor of one position; the cache's tensors are written in place.
 
-    `starts_B` is where the text of each row begins.
+    Row b's text begins at `starts_B[b]`.
     """
-    cache = FixedCache(keys, values, position_1)
-    positions_S = torch.arange(keys.shape[3], device=keys.device)
-    unseen_BS = (positions_S > position_1) | (positions_S < starts_B[:, None])
-    mask_BS = torch.zeros(unseen_BS.shape, device=keys.device, dtype=keys.dtype).masked_fill(unseen_BS, float("-inf"))
-    rotary_21K = model.rotary.index_select(1, position_1).to(keys.dtype)
-    x_B1D = model.model.embed_tokens(ids_B[:, None])  # type: ignore[operator]
-    for layer, block in enumerate(model.model.layers):  # type: ignore[arg-type]
-        x_B1D = block(x_B1D, rotary_21K, mask_BS[:, None], cache, layer)
-    x_B1D = model.model.norm(x_B1D)  # type: ignore[operator]
-    return F.linear(x_B1D[:, 0], model.vocabulary_VD).float()
+    cache = FixedCache(keys, values, starts_B=starts_B, position_1=position_1)
+    return model.logits(model.hidden(ids_B[:, None], cache)[:, 0])
 
 
 @functools.cache
@@ -103,6 +104,23 @@ class GraphEngine(TorchEngine):
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits_BV = self._run()
+        if self.step is not fixed_step and not self._agrees():
+            self.step = fixed_step
+            self._capture()
+
+    def _agrees(self) -> bool:
+        """Whether the compiled step computes what the model as written does."""
+        assert self.graph is not None
+        assert self.logits_BV is not None
+        self.graph.replay()
+        expected_BV = fixed_step(
+            self.cast_model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1
+        )
+        error = relative_error(self.logits_BV, expected_BV)
+        if error <= OUTPUT_TOLERANCE[self.model.compute_dtype]:
+            return True
+        print(f"minitf: decoding without torch.compile, whose logits differ by {error:.1%}", file=sys.stderr)
+        return False
 
     @torch.no_grad()
     def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
