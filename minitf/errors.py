@@ -26,7 +26,7 @@ class DeviceError(RequestError):
     """The requested device does not exist on this machine."""
 
 
-class Unavailable(MinitfError):
+class Unavailable(MinitfError):  # noqa: N818
     """This machine or this model cannot do it: why. A caller with an alternative takes that instead."""
 
 

@@ -115,7 +115,7 @@ def evaluate_checkpoint(
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
     batch_size = max(1, 4096 // context)
-    return evaluate(model.loss_value, tokens, num_bytes, context, batch_size, model.device, max_tokens)
+    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class HeadReport:
     """
 
     whole: HeldOut
-    importance_LH: Tensor  # noqa: N815
+    importance_LH: Tensor
     scores: HeadScores
 
     def to_json(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def evaluate_answers(
     context = model.config.context_length
     batch_size = max(1, 4096 // context)
     with torch.no_grad():
-        whole = evaluate_pairs(model.loss_value, val, long_pairs, context, batch_size, model.device)
+        whole = evaluate_pairs(model.loss, val, long_pairs, context, batch_size, model.device)
     used = np.flatnonzero(fit(val, context, long_pairs)[0])
     if max_pairs is not None and max_pairs < len(used):
         used = used[np.arange(max_pairs) * len(used) // max_pairs]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.backends.token_future import Arrival
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.errors import CommandParser, RequestError
@@ -49,8 +50,8 @@ class NextToken:
     """One decoding step of a batch: the new ids_B, in the host's memory, and on request `weights_LBHS`, where each head
     looked to choose."""
 
-    ids_B: Tensor  # noqa: N815
-    weights_LBHS: Tensor | None = None  # noqa: N815
+    ids_B: Tensor
+    weights_LBHS: Tensor | None = None
 
 
 @torch.no_grad()
@@ -111,13 +112,13 @@ def _steps(
             decoder.forget()
             unread = torch.cat(seen, dim=1)[:, -(context // 2 or 1) :]
             seen = [unread]
-        weights: list[Tensor] | None = [] if with_weights else None
+        record: list[AttentionRecord] | None = [] if with_weights else None
         read = unread[:1] if shared and not with_weights else unread
-        arrival = decoder.next(read, seen_BV, sampling, generator, weights)
+        arrival = decoder.next(read, seen_BV, sampling, generator, record)
         shared = False  # from now on each row has a text of its own
         if seen_BV is not None:
             seen_BV.scatter_(1, arrival.ids_B[:, None], True)
-        yield arrival, torch.stack([w[:, :, -1] for w in weights]) if weights is not None else None
+        yield arrival, torch.stack([layer.weights_BHTS[:, :, -1] for layer in record]) if record is not None else None
         unread = arrival.ids_B[:, None]
         seen.append(unread)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.errors import run_command
 from minitf.interpretability.attention_maps import AttentionMaps
 
@@ -123,3 +124,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """Relative distance."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def recorded_weights(model: torch.nn.Module, ids_BT: Tensor) -> list[Tensor]:
+    """Each layer's weights_BHTS of a forward pass."""
+    record: list[AttentionRecord] = []
+    model(ids_BT, record=record)
+    return [layer.weights_BHTS for layer in record]

@@ -52,7 +52,7 @@ def _step_of(group: "ProcessGroup", strategy: str, shape: dict[str, int]) -> "Tr
 
     from minitf.data.batches import Batches
     from minitf.model import ModelConfig, Transformer
-    from minitf.optim import OptimConfig, Optimizer
+    from minitf.optim import OptimConfig
     from minitf.system.hardware import Hardware
     from minitf.training.parallel import Parallel
     from minitf.training.step import TrainingStep
@@ -65,7 +65,7 @@ def _step_of(group: "ProcessGroup", strategy: str, shape: dict[str, int]) -> "Tr
     # A single process trains on as many rows as one of several.
     batch_size = BATCH_SIZE * group.size // NUM_PROCESSES
     batches = Batches(tokens.astype(np.uint16), config.context_length, batch_size, 0)
-    optimizer = Optimizer(parallel.model, OptimConfig(), hardware.dtype, group)
+    optimizer = parallel.new_optimizer(OptimConfig(), hardware.dtype)
     return TrainingStep(parallel, optimizer, batches, hardware, 1)
 
 

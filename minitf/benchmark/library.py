@@ -117,7 +117,7 @@ def step_parts(
     batches = Batches(tokens.astype(np.uint32), config.context_length, batch_size, 0)
     optimizer = Optimizer(model, OptimConfig(kind=optim), hardware.dtype)
     step = TrainingStep(Parallel(model), optimizer, batches, hardware, accumulation)
-    *_, choice = step.warm_up(compilation, lambda step_s: 1e9)
+    choice = step.warm_up(compilation, lambda step_s: 1e9).reason
     hardware.synchronize()
     started = time.perf_counter()
     for index in range(num_steps):
@@ -275,6 +275,6 @@ def loss_memory(kind: str, vocab_size: int, width: int, num_tokens: int) -> dict
     else:
         logits_BTV = F.linear(x_BTD, vocabulary_VD.to(x_BTD.dtype))
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     seconds = time.perf_counter() - start
     return {"mb": memory_mb("VmHWM") - before_mb, "seconds": seconds, "loss": float(loss)}

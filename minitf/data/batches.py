@@ -120,10 +120,10 @@ class Batch(NamedTuple):
     `weights_BT` is what each target counts; None: one.
     """
 
-    inputs_BT: torch.Tensor  # noqa: N815
-    targets_BT: torch.Tensor  # noqa: N815
-    segments_BT: torch.Tensor | None = None  # noqa: N815
-    weights_BT: torch.Tensor | None = None  # noqa: N815
+    inputs_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    segments_BT: torch.Tensor | None = None
+    weights_BT: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; to a GPU the copy goes on while it still computes."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.backends.engine import Step
 from minitf.backends.token_future import NOT_FINITE, Arrival
 from minitf.errors import MinitfError, RequestError
@@ -80,7 +81,7 @@ class Decoder:
         seen_BV: Tensor | None,
         sampling: Sampling,
         generator: torch.Generator | None,
-        weights: list[Tensor] | None = None,
+        record: list[AttentionRecord] | None = None,
     ) -> Arrival:
         """`read`, and the ids that are drawn to come next, without waiting for a CUDA device.
 
@@ -89,9 +90,9 @@ class Decoder:
         """
         step, all_rows = self.step, len(ids_BT) == self.cache.keys.shape[1]
         greedy = sampling.temperature == 0 and seen_BV is None
-        if step and step.finds_likeliest and greedy and all_rows and self._by_step(ids_BT, weights):
+        if step and step.finds_likeliest and greedy and all_rows and self._by_step(ids_BT, record):
             return self._step(step.likeliest, ids_BT)
-        logits_BV = self.read(ids_BT, weights)
+        logits_BV = self.read(ids_BT, record)
         with self.sparing_cores():
             if logits_BV.is_cuda:
                 return Arrival.of(logits_BV, sample(logits_BV, seen_BV, sampling, generator))
@@ -128,27 +129,27 @@ class Decoder:
         return logits_NV.repeat_interleave(copies, 0)
 
     @torch.no_grad()
-    def read(self, ids_BT: Tensor, weights: list[Tensor] | None = None) -> Tensor:
+    def read(self, ids_BT: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
         """Next-token logits_BV in float32 after ids of shape (B, T), which continue what was read before.
 
-        One row of ids stands for all rows of an empty cache, and is computed once. A `weights` list gets one
-        `weights_BHTS` a layer. What has been read is at most the capacity (ValueError).
+        One row of ids stands for all rows of an empty cache, and is computed once. A `record` list gets one
+        `AttentionRecord` a layer. What has been read is at most the capacity (ValueError).
         """
-        if self.step and self._by_step(ids_BT, weights):
+        if self.step and self._by_step(ids_BT, record):
             return self._step(self.step, ids_BT).expand(self.cache.keys.shape[1], -1)
         if self.step:
             self.step.forget()
-        if weights is None and len(ids_BT) < self.cache.keys.shape[1]:
+        if record is None and len(ids_BT) < self.cache.keys.shape[1]:
             return self._read_shared(ids_BT)
-        x_BTD = self.model.hidden(ids_BT, self.cache, weights)
+        x_BTD = self.model.hidden(ids_BT, self.cache, record)
         return F.linear(x_BTD[:, -1], self.model.vocabulary_VD.to(x_BTD.dtype)).float()
 
-    def _by_step(self, ids_BT: Tensor, weights: list[Tensor] | None) -> bool:
+    def _by_step(self, ids_BT: Tensor, record: list[AttentionRecord] | None) -> bool:
         """Whether the step reads these ids: it reads texts for all rows of the cache, and in C one text for all."""
         B, T = ids_BT.shape
         few = T == 1 or MOST_READ.get(self.engine, 1) >= B * T
         shared = self.engine == "native" and B == 1 and self.cache.length == 0
-        return weights is None and few and (shared or self.cache.keys.shape[1] == B)
+        return record is None and few and (shared or self.cache.keys.shape[1] == B)
 
     def _step(self, read: Callable[[Tensor], Read], ids_BT: Tensor) -> Read:
         """What the step finds after these ids, which are read then."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.data.batches import Batch
 from minitf.data.packing import PairIds, packed
 from minitf.interpretability.heads import Head, evaluating
@@ -31,7 +32,7 @@ class Units:
     """The units that are aligned: the words of one side, or its tokens if a token is a character."""
 
     names: list[str]
-    members_NT: Tensor  # noqa: N815  # 1 where token t belongs to unit n, else 0; float32
+    members_NT: Tensor  # 1 where token t belongs to unit n, else 0; float32
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, text: str) -> "Units":
@@ -58,7 +59,7 @@ class Alignment:
 
     source: list[str]
     target: list[str]
-    weights_TS: Tensor  # noqa: N815
+    weights_TS: Tensor
 
     def to_json(self) -> dict[str, Any]:
         """Words and weights, rounded to 4 decimals."""
@@ -89,7 +90,7 @@ class AligningHeads:
     heads: list[Head]
     score: float
     chance: float
-    scores_LH: Tensor  # noqa: N815
+    scores_LH: Tensor
 
     def describe(self) -> str:
         """The heads as text: "layer 1 head 2, ..."."""
@@ -100,7 +101,7 @@ class AligningHeads:
 class _Measured:
     """A pair's alignment by every head, and its words of known origin."""
 
-    weights_LHTS: Tensor  # noqa: N815  # by words
+    weights_LHTS: Tensor  # by words
     known: list[tuple[int, int]]  # (target word, source word)
 
 
@@ -177,11 +178,11 @@ def _measure(model: Transformer, tokenizer: Tokenizer, pairs: PairIds, indices: 
 
 def _weights(model: Transformer, batch: Batch) -> Tensor:
     """The attention weights of a batch, of shape (layers, B, heads, T, T), float32 on the CPU."""
-    weights: list[Tensor] = []
+    record: list[AttentionRecord] = []
     segments_BT = None if batch.segments_BT is None else batch.segments_BT.to(model.device)
     with evaluating(model):
-        model.hidden(batch.inputs_BT.to(model.device), weights=weights, segments_BT=segments_BT)
-    return torch.stack(weights).float().cpu()
+        model.hidden(batch.inputs_BT.to(model.device), record=record, segments_BT=segments_BT)
+    return torch.stack([layer.weights_BHTS for layer in record]).float().cpu()
 
 
 def _known(source: Sequence[str], target: Sequence[str]) -> list[tuple[int, int]]:

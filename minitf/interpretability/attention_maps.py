@@ -7,15 +7,15 @@ values make all three steps visible.
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minitf.attention import rotate
+from minitf.attention import AttentionRecord
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
@@ -49,9 +49,29 @@ class HeadVectors:
     Axes: L layers, H heads, G key/value heads, T positions, K head_dim. Query head h uses key head h // (H / G).
     """
 
-    q_LHTK: Tensor  # noqa: N815
-    k_LGTK: Tensor  # noqa: N815
-    v_LGTK: Tensor  # noqa: N815
+    q_LHTK: Tensor
+    k_LGTK: Tensor
+    v_LGTK: Tensor
+    mixed_LHTK: Tensor
+
+    @staticmethod
+    def of(record: Sequence[AttentionRecord]) -> "HeadVectors":
+        """The vectors of a forward pass over one text (B = 1)."""
+        parts = ((*layer[:3], layer.mixed_BHTK) for layer in record)
+        return HeadVectors(*(torch.cat(tensors).float().cpu() for tensors in zip(*parts, strict=True)))
+
+    def standard(self, weights_LHTS: Tensor) -> bool:
+        """Whether weights and gathered values follow the standard formula, which *Three steps* computes."""
+        _, H, T, K = self.q_LHTK.shape
+        G = self.k_LGTK.shape[1]
+        scores_LHTS = self.q_LHTK @ self.k_LGTK.repeat_interleave(H // G, 1).mT / math.sqrt(K)
+        future_TS = torch.ones(T, T, dtype=torch.bool).triu(1)
+        weights = scores_LHTS.masked_fill(future_TS, -math.inf).softmax(-1)
+        mixed_LHTK = weights_LHTS @ self.v_LGTK.repeat_interleave(H // G, 1)
+        same = torch.allclose(weights, weights_LHTS, rtol=0, atol=1e-3)
+        return same and torch.allclose(
+            mixed_LHTK, self.mixed_LHTK, rtol=1e-3, atol=1e-3 * float(mixed_LHTK.abs().max())
+        )
 
     def to_viewer(self, exact: bool) -> dict[str, Any] | None:
         """Base64 of float32 if `exact`, else of int8 with one float32 scale per vector; None if too large."""
@@ -85,7 +105,7 @@ class AttentionMaps:
     text: str
     tokens: list[str]
     ids: list[int]
-    weights_LHTS: Tensor  # noqa: N815
+    weights_LHTS: Tensor
     next_tokens: list[list[tuple[str, float]]]
     step: int | None = None
     scores: HeadScores | None = None
@@ -151,6 +171,7 @@ class AttentionMaps:
             "head_dim": None if vectors is None else vectors.q_LHTK.shape[-1],
             "value_norms": None if vectors is None else _base64(vectors.v_LGTK.nan_to_num().norm(dim=-1)),
             "vectors": None if vectors is None else vectors.to_viewer(exact),
+            "standard_formula": vectors is None or vectors.standard(self.weights_LHTS),
             "alignment": self.alignment.to_json() if self.alignment else None,
         }
 
@@ -194,11 +215,13 @@ def attention_maps_of_ids(
     scores: HeadScores | None = None,
 ) -> AttentionMaps:
     """The maps of `ids`, the tokens of `text`: at least one, at most the model's context."""
-    weights: list[Tensor] = []
-    with evaluating(model), _in_float32(model), _block_inputs(model) as inputs:
+    record: list[AttentionRecord] = []
+    # float32 gives the same numbers as a checkpoint, and is faster for a sentence: casting all weights to bfloat16
+    # takes longer than its products save (25 ms a sentence against 8).
+    with evaluating(model), model.computing_in(torch.float32):
         ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
-        logits_BTV = model(ids_BT, weights=weights)
-        vectors = head_vectors(model, inputs)
+        logits_BTV = model(ids_BT, record=record)
+    vectors = HeadVectors.of(record)
     probabilities_TV = logits_BTV[0].float().softmax(-1)
     top = probabilities_TV.topk(min(top_k, logits_BTV.shape[-1]))
     next_tokens = [
@@ -207,7 +230,7 @@ def attention_maps_of_ids(
     ]
     actual = probabilities_TV[:-1].gather(1, ids_BT[0, 1:, None]).squeeze(1).nan_to_num()
     tokens = join_bytes(tokenizer.pieces(ids))
-    weights_LHTS = torch.cat(weights).float().cpu()
+    weights_LHTS = torch.cat([layer.weights_BHTS for layer in record]).float().cpu()
     return AttentionMaps(text, tokens, ids, weights_LHTS, next_tokens, step, scores, actual.tolist(), vectors)
 
 
@@ -249,50 +272,6 @@ def maps_of_checkpoint(checkpoint: "Checkpoint", text: str) -> AttentionMaps:
         while len(tokenizer.encode(target)) > max(room, 0):  # no end token, or a partial character became a whole one
             target = target[:-1]
     return pair_maps(model, tokenizer, source, target, checkpoint.aligning_heads, checkpoint.step)
-
-
-def head_vectors(model: "Transformer", inputs: list[Tensor]) -> HeadVectors:
-    """Queries, keys and values of every layer, computed again from the inputs x_BTD of its block (B = 1)."""
-    queries, keys, values = [], [], []
-    for block, x_BTD in zip(model.model.layers, inputs, strict=True):  # type: ignore[arg-type]
-        attention, normed_BTD = block.self_attn, block.input_layernorm(x_BTD)
-        rotary_2TK = model.rotary[:, : x_BTD.shape[1]]
-
-        def heads_of(projection: torch.nn.Module, normed_BTD: Tensor = normed_BTD) -> Tensor:
-            return projection(normed_BTD).view(1, normed_BTD.shape[1], -1, model.config.head_dim)  # type: ignore
-
-        queries.append(rotate(attention.q_norm(heads_of(attention.q_proj)).transpose(1, 2), rotary_2TK))
-        keys.append(rotate(attention.k_norm(heads_of(attention.k_proj)).transpose(1, 2), rotary_2TK))
-        values.append(heads_of(attention.v_proj).transpose(1, 2))
-    return HeadVectors(*(torch.cat(tensors).float().cpu() for tensors in (queries, keys, values)))
-
-
-@contextmanager
-def _in_float32(model: "Transformer") -> Iterator[None]:
-    """Exact numbers, those a checkpoint gives too; for a sentence also the quicker way.
-
-    Casting all weights to bfloat16 takes longer than its products save (25 ms a sentence against 8).
-    """
-    dtype, model.compute_dtype = model.compute_dtype, torch.float32
-    try:
-        yield
-    finally:
-        model.compute_dtype = dtype
-
-
-@contextmanager
-def _block_inputs(model: "Transformer") -> Iterator[list[Tensor]]:
-    """A list that gets the residual stream x_BTD that enters each block, layer by layer, in a forward inside."""
-    inputs: list[Tensor] = []
-    handles = [
-        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-        for block in model.model.layers  # type: ignore[union-attr]
-    ]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _base64(tensor: Tensor) -> str:

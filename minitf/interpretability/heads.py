@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from minitf.attention import AttentionRecord
 from minitf.errors import RequestError
 
 if TYPE_CHECKING:
@@ -48,16 +49,16 @@ def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScor
     generator = torch.Generator().manual_seed(seed)
     random_BT = torch.randint(model.vocab_size, (4, half), generator=generator).repeat(1, 2)
 
-    text_weights: list[Tensor] = []
-    random_weights: list[Tensor] = []
+    text: list[AttentionRecord] = []
+    random: list[AttentionRecord] = []
     with evaluating(model):
-        model(ids_BT.to(device), weights=text_weights)
-        model(random_BT.to(device), weights=random_weights)
-    layers = [pattern_scores(weights_BHTS.transpose(0, 1)) for weights_BHTS in text_weights]
+        model(ids_BT.to(device), record=text)
+        model(random_BT.to(device), record=random)
+    layers = [pattern_scores(layer.weights_BHTS.transpose(0, 1)) for layer in text]
     scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     # The token at t occurred before at t - half; the token after that is at t - half + 1.
     for name, distance, skipped in (("same_word", half, 0), ("induction", half - 1, 1)):
-        values = [weights.diagonal(-distance, -2, -1)[..., skipped:].mean((0, 2)) for weights in random_weights]
+        values = [layer.weights_BHTS.diagonal(-distance, -2, -1)[..., skipped:].mean((0, 2)) for layer in random]
         scores[name] = torch.stack(values).float().nan_to_num()
     return {name: values.cpu() for name, values in scores.items()}
 

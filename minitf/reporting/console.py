@@ -37,9 +37,8 @@ def introduce(trainer: Trainer, choices: Mapping[str, str]) -> None:
     if choices["size"]:
         say(f"size       {choices['size']}")
     device = f"{choices['device']}, {choices['threads']}" if choices["device"] == "cpu" else choices["device"]
-    attention = f"{choices['attention']} attention"
-    say(f"chosen     {device}; {choices['precision']}; {attention}; {choices['micro_batch']}")
-    say(f"compile    {choices['compile']}")
+    say(f"chosen     {device}; {choices['precision']}; {choices['micro_batch']}")
+    say(f"backend    {choices['compile']}")
     if choices["processes"]:
         say(f"processes  {choices['processes']}")
     epochs = state.num_steps * trainer.tokens_per_step / trainer.batches.tokens_per_epoch

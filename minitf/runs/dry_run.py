@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitf.backends.cpu import blocks as kernels
 from minitf.checkpoints.locate import RUNS
 from minitf.checkpoints.train_state import TrainState
 from minitf.config.schema import Config
 from minitf.data.batches import BatchSource, Tokens
-from minitf.optim import Optimizer
 from minitf.reporting.console import too_large
 from minitf.system.hardware import Hardware
 from minitf.training.parallel import Parallel
@@ -33,13 +31,12 @@ def dry_run(
     """
     trainer, model = config.trainer, parallel.model
     train, val = tokens_of(task)
-    optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
+    optimizer = parallel.new_optimizer(config.optim, hardware.dtype)
     at_once = trainer.micro_batch_size
     step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation, at_once, trainer.cuda_graph)
-    native = not step.kernels_obstacle() and trainer.compile in ("auto", "native")
-    if native:
-        step.use(kernels.functions(model))
     step.first_step()
+    # What torch.compile would give is not measured: compiling takes longer than a dry run should.
+    backend = step.choose_backend("native" if trainer.compile in ("auto", "native") else "false").backend
     step.capture()
     step_s = step.measure(NUM_STEPS)
     tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length
@@ -56,7 +53,7 @@ def dry_run(
         *([("size", size)] if size else []),
         ("step", f"{step_s * 1000:,.0f} ms for {tokens_per_step:,} tokens, {tokens_per_step / step_s:,.0f} tokens/s "
                  f"on {hardware.device.type} in {str(hardware.dtype).removeprefix('torch.')}, "
-                 + ("by our kernels" if native else "not compiled")),
+                 + f"by {backend}"),
         *([("processes", words)] if (words := parallel.describe(trainer.batch_size)) else []),
         ("training", f"{num_steps:,} steps, {num_tokens:,} tokens"),
         ("tokens", f"{num_tokens / parameters:.2g} per parameter, {len(train) / parameters:.2g} different ones"),

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from minitf.backends.cpu import blocks as kernels
+from minitf.backends.autotune import require_kernels
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.locate import RUNS, find_run
 from minitf.checkpoints.model_card import origin_of
@@ -68,7 +68,7 @@ def _train(
 ) -> None:  # fmt: skip
     """Train in a directory that is its own, from the checkpoint `resumed` if given; leaves all it made there."""
     config, task, parallel, hardware, origin, size = prepared
-    model, group, first = parallel.model, parallel.group, parallel.group.is_main
+    group, first = parallel.group, parallel.group.is_main
     batches = task.batches(config.model.context_length, config.trainer.batch_size, config.seed)
     state = TrainState.from_json(resumed.state) if resumed else TrainState()
     with annotate_os_errors(run_dir):
@@ -92,7 +92,6 @@ def _train(
             "device": hardware.device.type,
             "threads": trainer.training_step.threads,
             "precision": f"{'bf16' if hardware.dtype.itemsize == 2 else 'fp32'}, {hardware.reason}",
-            "attention": model.attention_path,
             "micro_batch": trainer.training_step.describe_micro_batch(),
             "compile": compilation,
             "processes": parallel.describe(config.trainer.batch_size),
@@ -150,8 +149,8 @@ def _prepare(config: Config, resumed: Checkpoint | None, choices: Choices, group
     model = model.to(hardware.device)
     model.compute_dtype = hardware.dtype
     model.activation_checkpointing = config.trainer.activation_checkpointing
-    if config.trainer.compile == "native" and (missing := kernels.unsupported(model)):
-        raise RequestError(f"trainer.compile=native: {missing}")
+    if config.trainer.compile == "native":
+        require_kernels(model)
     parallel = Parallel(model, group, strategy)
     if group.rank:  # the first weights are those of all; what is dropped in other rows is not
         random_state.seed(config.seed + group.rank)

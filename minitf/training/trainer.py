@@ -15,8 +15,7 @@ from minitf.checkpoints.train_state import TrainState
 from minitf.data.batches import BatchSource
 from minitf.errors import MinitfError
 from minitf.interpretability.attention_maps import ARROW, AttentionConfig
-from minitf.loss import linear_cross_entropy
-from minitf.optim import OptimConfig, Optimizer, schedule_factor
+from minitf.optim import OptimConfig, schedule_factor
 from minitf.reporting.monitor import Monitor
 from minitf.system.hardware import Hardware
 from minitf.training import resume_state as resumption
@@ -55,7 +54,7 @@ class Trainer:
         self.task, self.hardware = task, hardware
         self.run_dir, self.monitor, self.state, self.choices = run_dir, monitor, state, choices
         self.batches = batches
-        self.optimizer = Optimizer(model, optim, hardware.dtype, self.group)
+        self.optimizer = parallel.new_optimizer(optim, hardware.dtype)
         at_once = config.micro_batch_size or choices.micro_batch_size
         self.training_step = TrainingStep(
             parallel, self.optimizer, batches, hardware, config.grad_accumulation, at_once, config.cuda_graph
@@ -86,13 +85,13 @@ class Trainer:
         if config.sample_tokens and self.group.is_main and self.hardware.device.type == "cpu":
             native.library()  # compiled now, once on a machine, and not while the loop waits for its first sample
         decided = choices.compile if config.compile == "auto" else ""
-        step_s, choices.compile, words = self.training_step.warm_up(
+        selection = self.training_step.warm_up(
             decided or config.compile,
             lambda step_s: (self._num_steps(step_s) - state.step) * step_s,
             by_time=config.minutes is not None,
         )
-        if decided and words.startswith("off, as set"):
-            words = "off, as the run began"
+        step_s, choices.compile = selection.step_s, selection.backend
+        words = f"{selection.reason}, as the run began" if decided else selection.reason
         state.warmup_s += time.perf_counter() - started
         if state.step <= choices.decided_at:  # saved before it was decided anew, perhaps in a life that soon ended
             state.num_steps, state.num_steps_final = 0, False
@@ -239,15 +238,12 @@ class Trainer:
         """Held-out metrics, and a sample of what the model writes after the first words of the held-out text."""
         self._settle()
         config, model = self.config, self.model
-        # With dropout the network of evaluation is another one. Without, the compiled training graph serves: a graph
-        # for no_grad would have to be compiled first, which takes longer than all evaluations of a short run.
-        same_network = model.config.dropout == 0
-        model.train(same_network)
-        with torch.set_grad_enabled(same_network):
-            context, device = model.config.context_length, self.hardware.device
-            loss_of = self.parallel.loss_value
+        model.eval()
+        with torch.no_grad():
             at_once = self.training_step.micro_batch_size * self.group.size
-            result = self.task.held_out(loss_of, context, at_once, device, config.eval_tokens)
+            result = self.task.held_out(
+                self.parallel.loss_value, model.config.context_length, at_once, self.hardware.device, config.eval_tokens
+            )
         self.parallel.reshard()
         model.train()
         self._check_finite(result.loss)
@@ -331,12 +327,9 @@ class Trainer:
             random_state.restore(before)
             self.parallel.reshard()
             return self._check_finite(float(loss))
-        rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
-        segments_BT = None if batch.segments_BT is None else batch.segments_BT[rows]
         self.model.eval()
-        with torch.no_grad():  # asking for the weights leads past the compiled blocks, which know no evaluation
-            x_BTD = self.model.hidden(batch.inputs_BT[rows], weights=[], segments_BT=segments_BT)
-            loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, batch.targets_BT[rows])
+        with torch.no_grad():
+            loss = self.parallel.loss_value(*batch[:3])
         self.model.train()
         return self._check_finite(float(loss))
 

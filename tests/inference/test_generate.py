@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import recorded_weights
 from torch import Tensor
 
 from minitf.errors import RequestError, run_command
@@ -202,8 +203,7 @@ def test_captured_weights_are_those_of_the_new_token(model: Transformer) -> None
     ids = [1, 2, 3, 4]
     for _ in range(20):
         step = next(steps)
-        expected: list[Tensor] = []
-        model(torch.tensor([ids]), weights=expected)
+        expected = recorded_weights(model, torch.tensor([ids]))
         whole = torch.stack([w[:, :, -1] for w in expected])
         torch.testing.assert_close(step.weights_LBHS, whole, rtol=1e-4, atol=1e-5)
         ids.append(int(step.ids_B))
@@ -311,8 +311,7 @@ def test_explain_shows_the_text_and_for_each_token_where_it_looked(
     ]
 
     # The first row by hand: means over layers and heads, without the first token, the three largest.
-    weights: list[Tensor] = []
-    model(torch.tensor([prompt]), weights=weights)
+    weights = recorded_weights(model, torch.tensor([prompt]))
     shares = torch.stack(weights)[:, 0, :, -1].mean((0, 1)).tolist()
     top = sorted(range(1, len(prompt)), key=lambda i: -shares[i])[:3]
     expected = "  ".join(f"{tokenizer.pieces([prompt[i]])[0].strip()} {shares[i]:.0%}" for i in top)
@@ -326,8 +325,7 @@ def test_explain_leaves_out_the_first_token_where_heads_park_their_weight(
     ids = tokenizer.encode(text)
     for seed in range(100):  # until a random model looks at the first token most
         model = make_model(tokenizer.vocab_size, seed)
-        weights: list[Tensor] = []
-        model(torch.tensor([ids]), weights=weights)
+        weights = recorded_weights(model, torch.tensor([ids]))
         if torch.stack(weights)[:, 0, :, -1].mean((0, 1)).argmax() == 0:
             break
     else:

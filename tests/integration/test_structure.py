@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "minitf"
 ORDER = [
     "errors", "system.cgroups", "system.memory", "system.safe_io", "system.files", "system.cpuinfo",
     "distributed", "training.rng", "system",
-    "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "backends",
+    "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "distributed.optimizer", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluation", "evaluate", "api",
     "reporting", "training", "reporting.console", "config", "completion", "runs", "train", "cli",

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import WordTokenizer
+from helpers import WordTokenizer, recorded_weights
 from torch import Tensor, nn
 
+from minitf.attention import AttentionRecord
 from minitf.errors import MinitfError, RequestError
 from minitf.interpretability.attention_maps import AttentionMaps, attention_maps
 from minitf.interpretability.heads import describe_head, head_scores, pattern_scores
@@ -24,7 +25,7 @@ class PatternModel(nn.Module):
         self.vocab_size = 1000
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, ids_BT: Tensor, weights: list[Tensor]) -> Tensor:
+    def forward(self, ids_BT: Tensor, record: list[AttentionRecord]) -> Tensor:
         B, T = ids_BT.shape
         weights_BHTS = torch.zeros(B, 5, T, T)
         for b in range(B):
@@ -35,7 +36,8 @@ class PatternModel(nn.Module):
                 weights_BHTS[b, 2, t, int(before[-1]) + 1 if len(before) else t] = 1
                 weights_BHTS[b, 3, t, : t + 1] = 1 / (t + 1)
                 weights_BHTS[b, 4, t, t] = 1
-        weights.append(weights_BHTS)
+        nothing = torch.zeros(B, 5, T, 1)
+        record.append(AttentionRecord(nothing, nothing, nothing, weights_BHTS, nothing))
         return torch.zeros(B, T, self.vocab_size)
 
 
@@ -57,9 +59,9 @@ def random_weights(*shape: int) -> Tensor:
 def test_maps_are_the_weights_and_predictions_of_the_model(model: Transformer) -> None:
     maps = attention_maps(model, WordTokenizer(), "the cat sat on the mat", step=7, top_k=3)
     assert model.training
-    weights: list[Tensor] = []
+    ids_BT = torch.tensor([[0, 1, 2, 3, 0, 4]])
     with torch.no_grad():
-        logits_BTV = model.eval()(torch.tensor([[0, 1, 2, 3, 0, 4]]), weights=weights)
+        weights, logits_BTV = recorded_weights(model.eval(), ids_BT), model(ids_BT)
     torch.testing.assert_close(maps.weights_LHTS, torch.stack([w[0] for w in weights]))
     assert maps.weights_LHTS.shape == (3, 2, 6, 6)
     torch.testing.assert_close(maps.weights_LHTS.sum(-1), torch.ones(3, 2, 6))
@@ -144,9 +146,8 @@ def test_induction_score_is_the_weight_after_the_previous_occurrence(model: Tran
     scores = head_scores(model, torch.tensor([[0, 1, 2, 3]]), seed=3)
     generator = torch.Generator().manual_seed(3)
     ids_BT = torch.randint(8, (4, 6), generator=generator).repeat(1, 2)
-    weights: list[Tensor] = []
     with torch.no_grad():
-        model.eval()(ids_BT, weights=weights)
+        weights = recorded_weights(model.eval(), ids_BT)
     for layer in range(3):
         for head in range(2):
             values = [float(weights[layer][b, head, t, t - 5]) for b in range(4) for t in range(6, 12)]

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from helpers import make_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from minitf.attention import causal_mask, gather, match, weigh
+from minitf.attention import AttentionContext, AttentionRecord, gather, match, weigh
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.errors import RequestError
 from minitf.evaluate import evaluate_checkpoint, evaluate_heads
@@ -25,14 +26,13 @@ from minitf.model import ModelConfig, Transformer
 def without_heads(model: Transformer, ids_BT: Tensor, off: set[Head]) -> Tensor:
     """Logits of a forward pass written out, in which the outputs of some heads are zero before `o_proj`."""
     T, config = ids_BT.shape[1], model.config
-    mask_TS = causal_mask(T, T, model.device, torch.float32)
     x_BTD = model.model.embed_tokens(ids_BT)
     for index, block in enumerate(model.model.layers):
-        weights: list[Tensor] = []
-        block(x_BTD, model.rotary[:, :T], mask_TS, weights=weights)
+        record: list[AttentionRecord] = []
+        block(x_BTD, AttentionContext(model.rotary[:, :T], torch.float32, record=record))
         attention, normed = block.self_attn, block.input_layernorm(x_BTD)
         v_BHSK = attention.v_proj(normed).view(*ids_BT.shape, -1, config.head_dim).transpose(1, 2)
-        mixed_BHTK = gather(weights[0], v_BHSK).clone()
+        mixed_BHTK = gather(record[0].weights_BHTS, v_BHSK).clone()
         for layer, head in off:
             if layer == index:
                 mixed_BHTK[:, head] = 0
@@ -87,14 +87,30 @@ def test_vectors_reproduce_the_weights_and_outputs(
     for hook in hooks:
         hook.remove()
     assert maps.vectors is not None
-    mask_TS = causal_mask(11, 11, model.device, torch.float32)
+    q_LHTK, k_LGTK, v_LGTK, mixed_LHTK = vars(maps.vectors).values()
+    mask_TS = torch.full((11, 11), -torch.inf).triu(1)
     for layer in range(2):
-        q, k, v = (tensor[layer][None] for tensor in vars(maps.vectors).values())
-        weights = weigh(match(q, k, mask_TS))
+        weights = weigh(match(q_LHTK[layer][None], k_LGTK[layer][None], mask_TS))
         torch.testing.assert_close(weights[0], maps.weights_LHTS[layer])
-        mixed = gather(weights, v).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(mixed, gathered[layer])
-    assert not any(block._forward_pre_hooks for block in model.model.layers)
+        mixed_BHTK = gather(weights, v_LGTK[layer][None])
+        torch.testing.assert_close(mixed_BHTK[0], mixed_LHTK[layer])
+        torch.testing.assert_close(mixed_BHTK.transpose(1, 2).flatten(2), gathered[layer])
+    assert maps.to_viewer()["standard_formula"]
+
+
+def test_an_edited_formula_is_not_shown_as_the_standard_one(
+    make_model: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = make_model(), SimpleNamespace(pieces=lambda ids: [str(id_) for id_ in ids])
+    for step, edited in {
+        "match": lambda q, k, mask: match(q * 0.5, k, mask),
+        "weigh": lambda scores: weigh(scores).square(),
+        "gather": lambda weights, v: gather(weights, v) * 2,
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"minitf.attention.{step}", edited)
+            maps = attention_maps_of_ids(model, tokenizer, list(range(11)), "")  # type: ignore[arg-type]
+        assert not maps.to_viewer()["standard_formula"], step
 
 
 def test_nearby_and_broad_heads_are_named() -> None:

@@ -1,6 +1,5 @@
 """A step is the same however it is cut up, and finds out how much memory and how many threads it can have."""
 
-import dataclasses
 import json
 import mmap
 import os
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from minitf.data.batches import Batch
 from minitf.loss import IGNORED
-from minitf.model import ModelConfig, TrainingFunctions, Transformer
+from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
 from minitf.system.hardware import Hardware
 from minitf.system.memory import free_memory, growth_of
@@ -232,26 +231,6 @@ def step(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainingStep:
     return found
 
 
-def test_kernels_that_fail_on_a_gpu_are_done_without_and_said(
-    step: TrainingStep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(functions: TrainingFunctions) -> float:
-        raise ValueError("no kernel image\nfor this device")
-
-    step.model = Transformer(ModelConfig(num_layers=1, hidden_size=8, num_heads=1), 5)
-    monkeypatch.setattr(step, "use", lambda functions: None)
-    monkeypatch.setattr(step, "kernels_obstacle", lambda: None)
-    monkeypatch.setattr(step, "measure", lambda most: 0.1)
-    monkeypatch.setattr(step, "_try", failing)
-    with pytest.raises(ValueError):  # on a CPU they are the project's own fault
-        step._choose("auto", lambda step_s: 1.0)
-    monkeypatch.setattr(step, "hardware", dataclasses.replace(step.hardware, device=torch.device("cuda")))
-    monkeypatch.setattr("minitf.backends.cpu.blocks.functions", lambda model: TrainingFunctions())
-    choice, words = step._choose("auto", lambda step_s: 1.0)
-    assert choice == "false"
-    assert words == ("off, does not pay in 1 s of training; our Triton kernels failed: ValueError: no kernel image")
-
-
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [
@@ -357,7 +336,6 @@ def test_a_step_asks_its_device_for_nothing(packed: bool, optim: str) -> None:
     shape = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, context_length=6, dropout=0.1)
     model = Transformer(shape, vocab_size=9).to(meta)
     model.compute_dtype = torch.bfloat16
-    assert model.attention_path == "sdpa"
     optimizer = Optimizer(model, OptimConfig(kind=optim), torch.bfloat16)
     for group in optimizer.groups():  # the fused kernel is there for real devices alone
         group["fused"] = False
