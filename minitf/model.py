@@ -29,9 +29,9 @@ class ModelConfig:
     num_layers: int = 4  # blocks of attention + feed-forward
     hidden_size: int = 192  # width of the residual stream
     num_heads: int = 6  # query heads in each block
-    num_kv_heads: int = 0  # key/value heads, shared by groups of query heads; 0: num_heads
-    head_dim: int = 0  # width of a head, even; 0: hidden_size / num_heads
-    intermediate_size: int = 0  # width of the feed-forward layer; 0: 8/3 hidden_size, rounded up to a multiple of 64
+    num_kv_heads: int = 0  # key/value heads, shared by groups of query heads; auto: num_heads
+    head_dim: int = 0  # width of a head, even; auto: hidden_size / num_heads
+    intermediate_size: int = 0  # width of the feed-forward layer; auto: 8/3 hidden_size, rounded up to 64s
     context_length: int = 128  # tokens the model can look back on
     rope_theta: float = 10000.0  # base of the rotary position frequencies
     rope_scaling: dict[str, Any] = field(default_factory=dict)  # of a stretched context, as in config.json; {}: none

@@ -21,9 +21,10 @@ from helpers import SHAPE, make_text, randomise, train_here
 
 from minitf.backends.cpu import bindings as calls
 from minitf.backends.cpu.compiler import FLAGS
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.model import ModelConfig, Transformer
 from minitf.system import cpuinfo as processor
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 gc.freeze()  # objects of the imports stay for good; the garbage collector need not scan them again
 
@@ -102,7 +103,7 @@ def make_model() -> Callable[..., Transformer]:
 def tiny(text_file: Path) -> list[str]:
     """Arguments of a run of about a second."""
     return [
-        "data=text", f"data.files=[{text_file}]", "tokenizer=byte",
+        "data=text", f"data.files=['{text_file}']", "tokenizer=byte",
         *(f"model.{key}={value}" for key, value in SHAPE.items()),
         "trainer.batch_size=4", "trainer.max_steps=6", "trainer.log_every=1", "trainer.eval_every=3",
         "trainer.eval_tokens=512", "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.device=cpu",
@@ -145,7 +146,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Pa
     run = root / "runs" / "tiny" / "one"
     changes = ["trainer.attention_every=3", "trainer.sample_tokens=8", "trainer.max_steps=40", "trainer.eval_every=20"]
     probes = 'attention.probes=["The cat sat on the mat.","Sir, go = on"]'
-    assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir={run}") == 0
+    assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir='{run}'") == 0
     return run
 
 
@@ -160,11 +161,11 @@ def copying_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text("".join(f'{{"prompt": "{text}", "completion": "{text}"}}\n' for text in texts), encoding="utf-8")
     run = root / "runs" / "copying" / "one"
     arguments = [
-        "data=pairs", f"data.files=[{file}]", "tokenizer=char",
+        "data=pairs", f"data.files=['{file}']", "tokenizer=char",
         *(f"model.{key}={value}" for key, value in SHAPE.items()),
         "trainer.batch_size=32", "trainer.max_steps=300", "trainer.eval_every=100", "trainer.attention_every=100",
         "trainer.eval_answers=32", "trainer.device=cpu", "trainer.precision=fp32", "trainer.compile=false",
-        f"run_dir={run}",
+        f"run_dir='{run}'",
     ]  # fmt: skip
     assert train_here(*arguments) == 0
     return run

@@ -18,7 +18,7 @@ import pytest
 from helpers import maps_of
 
 from minitf.interpretability.picture import attention_picture
-from minitf.reporting.monitor import Monitor
+from minitf.reporting.reporter import RunReporter
 
 RUN = "tiny/one"
 
@@ -40,10 +40,10 @@ def write_looks(run_dir: Path, steps: range, resumed_from: int = 0) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     maps = maps_of(["the", " cat", " sat"], 1, 2)
     png = attention_picture(maps)
-    with Monitor(run_dir, resumed_from) as monitor:
+    with RunReporter(run_dir, resumed_from) as reporter:
         for step in steps:
-            monitor.scalars({"heads/induction/layer0_head1": step / 100, "train/loss": 9.0 - step / 100}, step)
-            monitor.attention({**maps.to_viewer(), "step": step, "wrote": resumed_from}, png, step)
+            reporter.scalars({"heads/induction/layer0_head1": step / 100, "train/loss": 9.0 - step / 100}, step)
+            reporter.attention({**maps.to_viewer(), "step": step, "wrote": resumed_from}, png, step)
 
 
 @pytest.fixture(scope="module")

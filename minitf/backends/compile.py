@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitf.attention import AttentionContext, RMSNorm
 from minitf.backends import Reference, substitute
@@ -31,32 +31,34 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled(function)
 
 
+def _as_in_training(function: Callable[..., Any], module: nn.Module, x_BTD: Tensor, *others: Any) -> Tensor:
+    """A compiled function, by the graph that trains also where no gradient is wanted.
+
+    A graph without gradients would have to be compiled first, which takes longer than all evaluations of a short run.
+    """
+    if torch.is_grad_enabled() and module.training:
+        return _compiled(function)(module, x_BTD, *others)  # type: ignore[no-any-return]
+    training, wanted = module.training, torch.is_grad_enabled()
+    module.train()
+    with torch.enable_grad():
+        y_BTD: Tensor = _compiled(function)(module, x_BTD if wanted else x_BTD.detach().requires_grad_(), *others)
+    module.train(training)
+    return y_BTD if wanted else y_BTD.detach()
+
+
 class CompiledBlock(Block):
     def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        evaluating = not self.training
-        if context.cache is not None or context.record is not None or (evaluating and self.dropout.p > 0):
+        same_network = self.training or self.dropout.p == 0
+        if context.cache is not None or context.record is not None or not same_network:
             return super().forward(x_BTD, context, layer)
         fused = isinstance(self.self_attn, SdpaAttention)
         mask, segments_BT = (None, context.segments_BT) if fused else (context.mask(), None)
-        arguments = (self, x_BTD, context.rotary_2TK, mask, segments_BT)
-        if torch.is_grad_enabled() and not evaluating:
-            return _compiled(_block)(*arguments)  # type: ignore[no-any-return]
-        # Without dropout the training graph serves evaluation: compiling a graph without gradients would take longer
-        # than all evaluations of a short run.
-        self.train()
-        with torch.enable_grad():
-            y_BTD = _compiled(_block)(*arguments)
-        self.train(not evaluating)
-        return y_BTD if torch.is_grad_enabled() else y_BTD.detach()  # type: ignore[no-any-return]
+        return _as_in_training(_block, self, x_BTD, context.rotary_2TK, mask, segments_BT)
 
 
 class CompiledRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return _compiled(_norm)(self, x)  # type: ignore[no-any-return]
-        with torch.enable_grad():
-            y = _compiled(_norm)(self, x)
-        return y.detach()  # type: ignore[no-any-return]
+        return _as_in_training(_norm, self, x)
 
 
 class CompiledCrossEntropy(LinearCrossEntropy):

@@ -148,10 +148,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def command() -> int:
-    """`minitf-benchmark`"""
-    return run_command(main)
-
-
 if __name__ == "__main__":
-    raise SystemExit(command())
+    raise SystemExit(run_command(main))

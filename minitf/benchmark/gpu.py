@@ -111,7 +111,7 @@ def learn(request: Request, report: Report, device: list[str]) -> None:
     ]
     losses = [run["val"][-1]["loss"] for run in runs]
     reached = f"target {TARGET_LOSS}: {sum(loss <= TARGET_LOSS for loss in losses)} of {len(losses)} seeds reach it"
-    raw = {"choices": runs[0]["choices"], "steps": [run["train"][-1]["step"] for run in runs]}
+    raw = {"setup": runs[0]["setup"], "steps": [run["train"][-1]["step"] for run in runs]}
     report.add(Row("Tiny Shakespeare", "nats", losses, more_is_better=False, note=reached, raw=raw))
     seconds = [run["train"][-1]["train_s"] for run in runs]
     report.add(Row("Tiny Shakespeare", "s of steps", seconds, more_is_better=False))
@@ -137,8 +137,8 @@ def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_token
 
     import torch
 
-    from minitf.generate import generate
-    from minitf.inference.decoder import Decoder
+    from minitf.generate import GenerationRequest, generate
+    from minitf.inference.decoder import choose_engine
     from minitf.inference.sampling import Sampling
     from minitf.model import ModelConfig, Transformer
     from minitf.system.hardware import choose_hardware
@@ -148,12 +148,12 @@ def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_token
     first_s, token_s = [], []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        steps = generate(model, [1] * 8, 1, Sampling(temperature=0))
+        steps = generate(model, GenerationRequest([1] * 8, Sampling(temperature=0)))
         next(steps).ids_B.tolist()
         began = time.perf_counter()
         [step.ids_B.tolist() for step in islice(steps, num_tokens)]
         first_s.append(began - start)
         token_s.append((time.perf_counter() - began) / num_tokens)
     weight_bytes = model.num_parameters() * torch.empty((), dtype=model.compute_dtype).itemsize
-    engine = Decoder(model, 1, shape["context_length"]).engine
+    engine = choose_engine(model).name
     return {"first_s": first_s[1:], "token_s": token_s[1:], "weight_bytes": weight_bytes, "engine": engine}

@@ -21,30 +21,47 @@ if TYPE_CHECKING:
 
 # `python -m minitf.train` sets this before it imports torch; functions that do not go through it need it set.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
+# The values of trainer.compile that lead to these backends; to the others: false.
+COMPILE = {"cpu": "native", "triton": "native", "compile": "true"}
+
+
+def methods() -> dict[str, tuple[type, str]]:
+    """The parts of training that can be timed: class and method."""
+    from minitf.training.actions import Evaluate, LogAttention, SaveCheckpoint
+    from minitf.training.trainer import Trainer
+
+    return {
+        "run": (Trainer, "run"),
+        "look": (LogAttention, "__call__"),
+        "sample": (Evaluate, "write_samples"),
+        "save": (SaveCheckpoint, "__call__"),
+    }
 
 
 def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> dict[str, Any]:
-    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, the run's choices, and seconds in `timed` methods.
+    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, the run's decisions, and seconds in `timed` parts.
 
-    `timed` names methods of the trainer; timing them imports torch before the command sets its environment.
+    `timed` names some of `methods`; timing them imports torch before the command sets its environment.
     """
     seconds: dict[str, float] = defaultdict(float)
     if timed:
-        from minitf.training.trainer import Trainer
-
         for name in timed:
-            setattr(Trainer, name, _timed(getattr(Trainer, name), name, seconds))
+            owner, method = methods()[name]
+            setattr(owner, method, _timed(getattr(owner, method), name, seconds))
     from minitf.train import main
 
     main([*overrides, f"run_dir={run_dir}"])
     lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    environment = json.loads((Path(run_dir) / "environment.json").read_text(encoding="utf-8"))
+    environment, decisions = (
+        json.loads((Path(run_dir) / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("environment", "decisions")
+    )
     return {
         "train": [row for row in rows if row["split"] == "train"],
         "val": [row for row in rows if row["split"] == "val"],
-        "choices": environment.get("choices", {}),
-        "compile": json.loads((Path(run_dir) / "choices.json").read_text(encoding="utf-8"))["compile"],
+        "setup": environment["setup"],
+        "compile": COMPILE.get(decisions["backend"], "false"),
         "seconds": dict(seconds),
     }
 
@@ -65,7 +82,7 @@ def held_out(run: str) -> dict[str, Any]:
     import contextlib
     import io
 
-    from minitf.evaluate import main
+    from minitf.cli.evaluate import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -75,8 +92,8 @@ def held_out(run: str) -> dict[str, Any]:
 
 def prepare_text(file: str) -> dict[str, Any]:
     """Seconds to tokenize a text as training does."""
-    from minitf.data.batches import prepare
-    from minitf.data.sources.text import DataConfig
+    from minitf.data.config import DataConfig
+    from minitf.data.tokenized_text import prepare
     from minitf.tokenizer import TokenizerConfig
 
     start = time.perf_counter()
@@ -234,13 +251,13 @@ def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int,
     from itertools import islice
 
     import minitf
-    from minitf.generate import generate
+    from minitf.generate import GenerationRequest, generate
     from minitf.inference.sampling import Sampling
 
     lm = minitf.load(checkpoint)
 
     def once() -> list[list[int]]:
-        steps = generate(lm.model, prompt, batch_size, Sampling(temperature=0))
+        steps = generate(lm.model, GenerationRequest(prompt, Sampling(temperature=0), batch_size))
         return [step.ids_B.tolist() for step in islice(steps, num_tokens)]
 
     started = time.perf_counter()

@@ -8,7 +8,7 @@ from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.text import write_text
 from minitf.benchmark.training import QUIET, SIX_256, TOY, fastest, train
-from minitf.config.help import all_keys
+from minitf.config.presets import all_keys
 
 CHECKPOINTING = "trainer.activation_checkpointing"
 

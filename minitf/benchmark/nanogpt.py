@@ -81,6 +81,7 @@ def held_out(checkout: str, dataset: str, out_dir: str) -> dict[str, Any]:
     import torch
     from torch import Tensor
 
+    from minitf.data.batches import evaluation_batch_size
     from minitf.evaluate import evaluate
 
     sys.path.insert(0, checkout)
@@ -97,5 +98,5 @@ def held_out(checkout: str, dataset: str, out_dir: str) -> dict[str, Any]:
 
     ids = np.fromfile(Path(dataset) / "val.bin", dtype=np.uint16)
     with torch.no_grad():
-        result = evaluate(loss_of, ids, len(ids), context, max(1, 4096 // context), torch.device("cpu"))
+        result = evaluate(loss_of, ids, len(ids), context, evaluation_batch_size(context), torch.device("cpu"))
     return {"loss": result.loss, "num_tokens": result.num_tokens, "iteration": checkpoint["iter_num"]}

@@ -9,7 +9,7 @@ from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import train
-from minitf.config.help import options
+from minitf.config.presets import options
 
 TARGET_LOSS = 1.8857  # held-out nats per character of nanoGPT's README recipe for a CPU
 # Numbers of steps to try, each about a fifth larger than the one before.
@@ -64,7 +64,7 @@ def minitf_race(request: Request, text: Path, num_steps: int, seed: int) -> dict
     last = result["train"][-1]
     return {
         "train_s": last["train_s"], "wall_s": result["wall_s"], "loss": evaluation["loss"], "tokens": last["tokens"],
-        "warmup_s": last["warmup_s"], "in_training_loss": result["val"][-1]["loss"], "choices": result["choices"],
+        "warmup_s": last["warmup_s"], "in_training_loss": result["val"][-1]["loss"], "setup": result["setup"],
     }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def quality(request: Request, report: Report) -> None:
             for seed in range(request.seeds)
         ]
         finals = [run["val"][-1] for run in runs]
-        raw = {"finals": finals, "choices": runs[0]["choices"]}
+        raw = {"finals": finals, "setup": runs[0]["setup"]}
         seconds = [run["train"][-1]["train_s"] for run in runs]
         unit = "bits/byte" if metric == "bits_per_byte" else "nats"
         report.add(Row(name, unit, [row[metric] for row in finals], more_is_better=False, note="held-out", raw=raw))

@@ -119,9 +119,9 @@ def minitf_speed(
     rows = result["train"][1 if request.quick else 9 :]
     step_s = statistics.median(after["train_s"] - before["train_s"] for before, after in itertools.pairwise(rows))
     speed = batch_size * shape["context_length"] / step_s
-    choices = result["choices"]
-    note = f"{choices.get('precision', '').split(',')[0]}; compile {choices.get('compile')}"
-    return {"tokens_per_s": speed, "note": note, "wall_s": result["wall_s"], "choices": choices}
+    setup = result["setup"]
+    note = f"{setup['precision'].split(',')[0]}; {setup['backend']}"
+    return {"tokens_per_s": speed, "note": note, "wall_s": result["wall_s"], "setup": setup}
 
 
 def train(request: Request, overrides: list[str], name: str, **options: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from minitf.checkpoints.hugging_face import HUB_NAME, is_hub_name
 from minitf.checkpoints.train_state import TrainState
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
 from minitf.errors import MinitfError
 from minitf.model import Transformer
 from minitf.system.safe_io import check_size

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minitf.attention import AttentionRecord
 from minitf.data.batches import Batch
-from minitf.data.packing import PairIds, packed
+from minitf.data.packing import packed
+from minitf.data.tokenized_pairs import PairIds
 from minitf.interpretability.heads import Head, evaluating
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
 from minitf.interpretability.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
-from minitf.tokenizer import join_bytes
+from minitf.interpretability.token_labels import join_bytes
 from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.errors import MinitfError
-from minitf.generate import encode_prompt, generate
+from minitf.generate import GenerationRequest, encode_prompt, generate
 from minitf.inference.sampling import Sampling
 from minitf.interpretability.attention_maps import (
     ARROW,
@@ -113,7 +113,7 @@ class Live:
             raise RefusedError(422, f"{requested} are more than the {limit} that fit: shorten the text")
         sampling = Sampling(temperature=question.temperature)
         with heads_off(model, question.heads_off):
-            steps = generate(model, prompt, 1, sampling, question.seed)
+            steps = generate(model, GenerationRequest(prompt, sampling, seed=question.seed))
             ids = prompt + [int(next(steps).ids_B[0]) for _ in range(question.new_tokens)]
             scores = head_scores(model, torch.tensor([ids]))
             maps = attention_maps_of_ids(model, tokenizer, ids, question.text, checkpoint.step, 10, scores)

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitf.data.batches import Batches, BatchSource, TokenizedText, prepare
-from minitf.data.packing import PairBatches, TokenizedPairs, fit, prepare_pairs
-from minitf.data.sources.text import DataConfig, fingerprint
+from minitf.data.batches import Batches, BatchSource, evenly_spaced
+from minitf.data.config import DataConfig
+from minitf.data.fingerprint import fingerprint
+from minitf.data.packing import PairBatches, fit
+from minitf.data.tokenized_pairs import TokenizedPairs, prepare_pairs
+from minitf.data.tokenized_text import TokenizedText, prepare
 from minitf.errors import RequestError
 from minitf.evaluate import HeldOut, evaluate, evaluate_pairs
 from minitf.evaluation.text_metrics import score_answers
@@ -192,9 +195,7 @@ class PairsTask(Task):
     def chosen(self, count: int | None) -> list[int]:
         """Held-out pairs that fit into the context, evenly spread: `count` of them, or all."""
         used = np.flatnonzero(self._lengths)
-        if count is not None and count < len(used):
-            used = used[np.arange(count) * len(used) // count]
-        return [int(index) for index in used]
+        return [int(index) for index in used[evenly_spaced(len(used), count)]]
 
     def texts(self, index: int) -> tuple[str, str]:
         """Source and target of a held-out pair."""

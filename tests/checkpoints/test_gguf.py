@@ -14,9 +14,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from minitf.checkpoints.checkpoint import save_checkpoint
 from minitf.checkpoints.gguf import LLAMA3, QWEN2, TENSORS, Vocabulary, export_run, gguf_name, main, vocabulary_of
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import RequestError, run_command
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, chars_of_bytes, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig, chars_of_bytes
 
 gguf: Any = pytest.importorskip("gguf", reason="install the extra minitf[export]")
 

@@ -10,11 +10,12 @@ import torch
 from helpers import randomise
 
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import MinitfError
-from minitf.generate import generate
+from minitf.generate import GenerationRequest, generate
 from minitf.inference.sampling import Sampling
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 transformers: Any = pytest.importorskip("transformers", reason="install the extra minitf[test]")
 
@@ -59,7 +60,7 @@ def test_transformers_generates_the_same_text(
     checkpoint = save(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     prompt = tokenizer.encode("The cat sat on")
-    steps = generate(model, prompt, 1, Sampling(temperature=0))
+    steps = generate(model, GenerationRequest(prompt, Sampling(temperature=0)))
     ours = [int(next(steps).ids_B) for _ in range(100)]
     written = theirs.generate(torch.tensor([prompt]), max_new_tokens=100, min_new_tokens=100, do_sample=False)
     assert len(set(ours)) > 5

@@ -15,7 +15,7 @@ from hub_stand_in import HubStandIn
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.checkpoints.model_card import model_card, origin_of
 from minitf.checkpoints.train_state import TrainState
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
 from minitf.model import Transformer
 
 
@@ -93,7 +93,7 @@ AutoTokenizer.from_pretrained(sys.argv[1]).push_to_hub("me/other", token="hf_non
 
 CONTINUE = """
 import sys
-from minitf.generate import main
+from minitf.cli.generate import main
 for run in sys.argv[1:]:
     main(["The cat", "--max-tokens", "8", "--temperature", "0", "--run", run])
     print(end="\\0")

@@ -35,7 +35,7 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """Train with `num` processes; `program` is Python code that each of them runs first, to cause failures."""
     return subprocess.run(
-        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=300
+        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=600
     )
 
 
@@ -117,8 +117,8 @@ def test_several_processes_train_like_one(workdir: Path, small: list[str], strat
     # Rank 0 alone prints and writes, the same as a single process.
     assert done.stderr.count("text       ") == done.stderr.count("held-out   ") == 1
     kind = "ddp" if strategy == "auto" else strategy
-    share, threads = 8 // num, max(1, (os.cpu_count() or 1) // num)
-    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, {threads} CPU thread" in done.stderr
+    share = 8 // num
+    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, 1 CPU thread" in done.stderr
     assert "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
     left = {path.name.split(".")[0] for path in Path("several").iterdir()}
     assert left == {path.name.split(".")[0] for path in Path("one").iterdir()}
@@ -135,7 +135,7 @@ def test_compilation_and_activation_checkpointing_give_the_same_losses(
     assert train_here(*small, "run_dir=one") == 0
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}", "trainer.compile=true")
     assert done.returncode == 0, done.stderr
-    assert "compile    on" in done.stderr
+    assert "backend    on" in done.stderr
     assert_same_losses("two", "one")
 
 
@@ -296,7 +296,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(workdir: Path, small: list[str]
         assert line, "it ended by itself"
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    process.communicate()
     assert load_checkpoint("run", prefer="latest").step
 
 

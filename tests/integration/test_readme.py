@@ -131,7 +131,8 @@ def in_a_shell(command: str, place: Path) -> None:
 
 def train(arguments: list[str], tiny: list[str], place: Path) -> None:
     """A documented training: its settings are validated as written, then a tiny run uses the others."""
-    from minitf.config.schema import check_overrides, compose_config
+    from minitf.config.compose import compose_config
+    from minitf.config.overrides import check_overrides
 
     flags = [word for word in arguments if word.startswith("-")]
     if {"--help", "-h", "--cfg", "--hydra-help"} & set(flags):
@@ -192,7 +193,7 @@ def test_every_python_example_runs(number: int, place: Path) -> None:
 
 
 def test_settings_named_in_the_readme_exist() -> None:
-    from minitf.config.help import SECTIONS, all_keys
+    from minitf.config.presets import SECTIONS, all_keys
 
     sections = "|".join(section for section in SECTIONS if section)
     named = set(re.findall(rf"`((?:{sections})\.(?!json\b|html\b|py\b)[a-z_]+)", TEXT))

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from minitf.checkpoints.checkpoint import load_checkpoint
-from minitf.data.packing import prepare_pairs
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
+from minitf.data.tokenized_pairs import prepare_pairs
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.interpretability.alignment import Units, align_from, find_aligning_heads
 from minitf.interpretability.attention_maps import maps_of_checkpoint
 from minitf.interpretability.picture import alignment_picture
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 
 def members(units: Units) -> list[list[int]]:

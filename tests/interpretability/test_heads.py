@@ -15,9 +15,10 @@ from torch import Tensor
 
 from minitf.attention import AttentionContext, AttentionRecord, gather, match, weigh
 from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.cli.evaluate import main as evaluate_command
 from minitf.errors import RequestError
-from minitf.evaluate import evaluate_checkpoint, evaluate_heads
-from minitf.evaluate import main as evaluate_command
+from minitf.evaluate import evaluate_checkpoint
+from minitf.evaluation.head_ablation import evaluate_heads
 from minitf.interpretability.attention_maps import attention_maps_of_ids
 from minitf.interpretability.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
 from minitf.model import ModelConfig, Transformer

@@ -21,7 +21,6 @@ import minitf
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.page import attention_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -32,6 +31,7 @@ VIEWS = ("lines", "matrix", "three_steps", "next_token", "over_training", "compa
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="install the extra minitf[browser]")
     with playwright.sync_playwright() as started:
         system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         try:

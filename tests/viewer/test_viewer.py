@@ -14,10 +14,12 @@ import torch
 from helpers import NASTY
 
 from minitf.attention import gather, match, weigh
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.interpretability.attention_maps import AttentionMaps, attention_maps_of_ids
 from minitf.interpretability.heads import NAMES, PATTERN_THRESHOLD
+from minitf.interpretability.token_labels import join_bytes
 from minitf.model import Transformer
-from minitf.tokenizer import TokenizerConfig, join_bytes, train_tokenizer
+from minitf.tokenizer import TokenizerConfig
 from minitf.viewer import FOLDER, MODULES, viewer_page
 
 TAB = FOLDER.parent / "tensorboard/static/tab.js"

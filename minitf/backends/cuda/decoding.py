@@ -1,4 +1,4 @@
-"""A decoding step on a CUDA device: the compiled model, captured once and replayed without the host.
+"""Decoding on a CUDA device: the compiled model, captured once as a CUDA graph and replayed without the host.
 
 At batch 1 a step reads every weight once, which takes an H200 50 microseconds for 124M parameters; launching its
 kernels one by one from Python takes many times that.
@@ -6,15 +6,16 @@ kernels one by one from Python takes many times that.
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.attention import KeyValueCache
-from minitf.backends.engine import Step
+from minitf.attention import AttentionRecord
+from minitf.backends.engine import Step, TorchEngine
 from minitf.model import Transformer
 from minitf.system.hardware import compiled, compiler_missing
 
@@ -59,15 +60,19 @@ def compiled_step() -> Callable[..., Tensor]:
     return compiled(fixed_step)
 
 
-class GraphStep(Step):
-    """Reads one token a row into `cache` and scores the next."""
+class GraphEngine(TorchEngine):
+    """Decodes by one CUDA graph of `fixed_step`; prefills by PyTorch."""
 
-    def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
-        self.cache = cache
+    name: ClassVar[str] = "graph"
+
+    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
+        super().__init__(model, batch_size, capacity)
         # The weights in the dtype of the activations, once: casting them at every step would double what is read.
-        self.model = copy.deepcopy(model).requires_grad_(False).to(model.compute_dtype)
-        cache.keys.zero_(), cache.values.zero_()  # weight 0 times what uninitialised memory may hold (nan) is nan
-        self.ids_B = torch.zeros(cache.keys.shape[1], dtype=torch.long, device=model.device)
+        self.cast_model = copy.deepcopy(model).requires_grad_(False).to(model.compute_dtype)
+        # Masked positions are read too, with weight 0, and 0 times nan, which uninitialised memory may hold, is nan.
+        self.cache.keys.zero_()
+        self.cache.values.zero_()
+        self.ids_B = torch.zeros(batch_size, dtype=torch.long, device=model.device)
         self.starts_B = torch.zeros_like(self.ids_B)
         self.position_1 = torch.zeros(1, dtype=torch.long, device=model.device)
         self.logits_BV: Tensor | None = None
@@ -78,12 +83,17 @@ class GraphStep(Step):
                 self.step = compiled_step()
             self._capture()
 
+    @staticmethod
+    def unsupported(model: Transformer) -> str | None:
+        return None if model.device.type == "cuda" else "CUDA graphs need a CUDA device"
+
     def _run(self) -> Tensor:
-        return self.step(self.model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1)
+        cache = self.cache
+        return self.step(self.cast_model, cache.keys, cache.values, self.ids_B, self.starts_B, self.position_1)
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Record the kernels of a step; the warm-up runs on a stream of its own, as recording asks for."""
+        """Record the kernels of a step; the warm-up runs on a stream of its own, as capturing requires."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -95,15 +105,26 @@ class GraphStep(Step):
             self.logits_BV = self._run()
 
     @torch.no_grad()
-    def __call__(self, ids_B1: Tensor) -> Tensor:
-        """Logits_BV after ids_B1 at the position `cache.length`, which the caller advances."""
-        self.ids_B.copy_(ids_B1[:, 0])
+    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
+        if record is not None:
+            return super().decode(ids_B, record)
+        self.ids_B.copy_(ids_B)
         self.position_1.fill_(self.cache.length)
         if self.cache.starts_B is not None:
             self.starts_B.copy_(self.cache.starts_B)
         else:
             self.starts_B.zero_()
+        self.cache.length += 1
         if self.graph is None or self.logits_BV is None:
             return self._run()
         self.graph.replay()
         return self.logits_BV.clone()
+
+    def run_ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The device computes the next step while the host reads the ids of this one: neither waits for the other."""
+        queued: list[Step] = []
+        for step in steps:
+            queued.append(step)
+            if len(queued) > 1:
+                yield queued.pop(0)
+        yield from queued
