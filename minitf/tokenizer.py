@@ -31,9 +31,7 @@ class TokenizerConfig:
     """How text becomes ids."""
 
     kind: str = "bpe"  # bpe | char (every character a token) | byte | pretrained (tokenizer.file)
-    vocab_size: int = (
-        0  # tokens of a trained BPE, including 256 bytes; auto: 4096, or fewer for a small text
-    )
+    vocab_size: int = 0  # tokens of a trained BPE, including 256 bytes; auto: 4096, or fewer for a small text
     file: str | None = None  # for kind=pretrained: a tokenizer.json, or its directory
     train_megabytes: float = 64.0  # MB of training text, evenly sampled, to train the BPE on
 

@@ -19,7 +19,7 @@ from minitf.attention import AttentionRecord
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
-from minitf.interpretability.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
+from minitf.interpretability.heads import Head, HeadScores, evaluating, head_pattern, pattern_scores
 from minitf.interpretability.token_labels import join_bytes
 from minitf.viewer import viewer_page
 
@@ -117,13 +117,6 @@ class AttentionMaps:
     def measured_scores(self) -> HeadScores:
         """`scores`, or else the pattern scores of the weights on this text."""
         return pattern_scores(self.weights_LHTS[:, :, None]) if self.scores is None else self.scores
-
-    @property
-    def labels(self) -> list[list[str]]:
-        """A label for each head by the pattern of its weights, by layer and head."""
-        num_layers, num_heads = self.weights_LHTS.shape[:2]
-        scores = self.measured_scores
-        return [[describe_head(scores, layer, head) for head in range(num_heads)] for layer in range(num_layers)]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; weights are rounded to 6 decimals and indexed [layer][head][query][key]."""
