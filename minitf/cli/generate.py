@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.errors import CommandParser, RequestError
+from minitf.errors import CommandParser, RequestError, read_text_argument
 from minitf.generate import Options, generate_text, stream_text
 from minitf.inference.decoder import ENGINES
 from minitf.inference.sampling import Sampling
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _check_combinations(args)
     options, answer_options = _options(args), _answer_options(args)
-    prompt = None if args.interactive or args.file else text_argument(args.prompt)
+    prompt = None if args.interactive or args.file else read_text_argument(args.prompt, "prompt")
     set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
     context = checkpoint.model.config.context_length
@@ -95,18 +95,6 @@ def main(argv: list[str] | None = None) -> int:
             print(note, file=sys.stderr)
         _reply(checkpoint, prompt, options, answer_options, args)
     return 0
-
-
-def text_argument(text: str | None) -> str:
-    """The prompt given on the command line, or else standard input, if that is not a terminal."""
-    if text is not None:
-        return text
-    if sys.stdin.isatty():
-        raise RequestError("no prompt: give it as an argument, or pipe it in")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not UTF-8 (byte {error.start})") from None
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
