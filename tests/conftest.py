@@ -19,10 +19,7 @@ if not torch.cuda.is_available():
 
 from helpers import SHAPE, make_text, randomise, train_here
 
-from minitf.backends.cpu import bindings as calls
-from minitf.backends.cpu.compiler import FLAGS
 from minitf.model import ModelConfig, Transformer
-from minitf.system import cpuinfo as processor
 from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 gc.freeze()  # what the imports made stays: it need not be looked through for garbage again and again
@@ -85,21 +82,6 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     monkeypatch.chdir(directory)
     return directory
-
-
-@pytest.fixture(scope="module")
-def bf16_kernels() -> Iterator[None]:
-    """The C kernels in bfloat16 run, on a processor without AVX-512 BF16 by the functions of avx512/immintrin.h."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "avx512_bf16" not in processor.flags():
-            patch.setenv("CPATH", str(Path(__file__).parent / "backends/avx512"))
-            patch.setattr(
-                "minitf.backends.cpu.compiler.FLAGS", ("-O2", *FLAGS[1:])
-            )  # compiled in a quarter of the time
-            patch.setattr(processor, "flags", lambda: {"avx512_bf16"})
-            calls.library.cache_clear()
-        yield
-    calls.library.cache_clear()
 
 
 @pytest.fixture(scope="session")

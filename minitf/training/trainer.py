@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from minitf.checkpoints.background_save import Saver
 from minitf.checkpoints.model_card import model_card
 from minitf.checkpoints.train_state import TrainState
 from minitf.data.batches import BatchSource
-from minitf.errors import MinitfError
+from minitf.errors import MinitfError, Unavailable
 from minitf.interpretability.attention_maps import ARROW, AttentionConfig
 from minitf.loss import linear_cross_entropy
 from minitf.optim import OptimConfig, Optimizer, schedule_factor
@@ -84,7 +85,8 @@ class Trainer:
         started = time.perf_counter()
         config, choices, state = self.config, self.choices, self.state
         if config.sample_tokens and self.group.is_main and self.hardware.device.type == "cpu":
-            native.library()  # compiled now, once on a machine, and not while the loop waits for its first sample
+            with suppress(Unavailable):  # compile now, not while the loop waits for its first sample
+                native.library()
         decided = choices.compile if config.compile == "auto" else ""
         step_s, choices.compile, words = self.training_step.warm_up(
             decided or config.compile,

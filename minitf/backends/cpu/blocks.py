@@ -30,6 +30,7 @@ from minitf.backends.cpu.bindings import (
     places_of,
 )
 from minitf.backends.cpu.muon import UPDATE
+from minitf.errors import Unavailable
 from minitf.loss import IGNORED
 from minitf.model import Block, FeedForward, TrainingFunctions, Transformer
 from minitf.optim import UpdateFunctions
@@ -51,8 +52,11 @@ def unsupported(model: Transformer) -> str | None:
         if c.head_dim & (c.head_dim - 1) or max(c.head_dim, c.hidden_size) > MOST_WIDTH:
             return f"heads of {c.head_dim} channels in {c.hidden_size}: the Triton kernels take powers of 2"
         return None
-    found = library(model.compute_dtype)
-    return found if isinstance(found, str) else None
+    try:
+        library(model.compute_dtype)
+    except Unavailable as reason:
+        return str(reason)
+    return None
 
 
 def functions(model: Transformer) -> TrainingFunctions:

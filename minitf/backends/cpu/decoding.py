@@ -6,7 +6,6 @@ takes 0.2 ms (4 layers of 256 on one core of a Zen 5); at 124M parameters it is 
 """
 
 import ctypes
-import functools
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
-from minitf.backends.cpu import build as c_sources
+from minitf.backends.cpu import build
+from minitf.backends.cpu.compiler import LoadOnce
 from minitf.backends.engine import Step
 from minitf.backends.token_future import NOT_FINITE, Arrival
-from minitf.errors import MinitfError
+from minitf.errors import MinitfError, Unavailable
 from minitf.model import Transformer
 
 
@@ -53,16 +53,15 @@ class _Reading(ctypes.Structure):
     ]  # fmt: skip
 
 
-@functools.cache
-def library() -> ctypes.CDLL | str:
-    """decode.c as a library, or why there is none."""
-    found = c_sources.decoding().load()
-    if not isinstance(found, str):
-        model, reading, number = ctypes.POINTER(_Model), ctypes.POINTER(_Reading), ctypes.c_int64
-        found.decode_scratch.restype, found.decode_scratch.argtypes = number, [model, number, number, number]
-        found.decode.restype, found.decode.argtypes = None, [model, reading, number]
-        found.prepare_likeliest.restype, found.prepare_likeliest.argtypes = None, [model, number]
-    return found
+@LoadOnce
+def library() -> ctypes.CDLL:
+    """decode.c as a library, compiled if it is not cached; raises Unavailable."""
+    loaded = build.decoding().load()
+    model, reading, number = ctypes.POINTER(_Model), ctypes.POINTER(_Reading), ctypes.c_int64
+    loaded.decode_scratch.restype, loaded.decode_scratch.argtypes = number, [model, number, number, number]
+    loaded.decode.restype, loaded.decode.argtypes = None, [model, reading, number]
+    loaded.prepare_likeliest.restype, loaded.prepare_likeliest.argtypes = None, [model, number]
+    return loaded
 
 
 def unsupported(model: Transformer) -> str | None:
@@ -73,8 +72,11 @@ def unsupported(model: Transformer) -> str | None:
         return f"it computes in float32, and the model in {str(model.compute_dtype).removeprefix('torch.')}"
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         return "it reads float32 weights"
-    found = library()
-    return found if isinstance(found, str) else None
+    try:
+        library()
+    except Unavailable as reason:
+        return str(reason)
+    return None
 
 
 # Steps by all threads and by one, in turn, after which the faster goes on: on a busy machine they wait for each other.
@@ -95,9 +97,7 @@ class NativeStep(Step):
     finds_likeliest = True
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
-        found = library()
-        assert not isinstance(found, str)
-        self.library, self.cache, self.vocab_size = found, cache, model.vocab_size
+        self.library, self.cache, self.vocab_size = library(), cache, model.vocab_size
         self.kept: list[Tensor] = []  # what C points to must not go away
         weights, c = dict(model.named_parameters()), model.config
         layers = [self._layer(weights, f"model.layers.{layer}.") for layer in range(c.num_layers)]
