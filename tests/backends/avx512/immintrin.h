@@ -1,6 +1,6 @@
-/* An emulation of the intrinsics of AVX-512 BF16 that the C kernels use, and with EMULATED_TILES of AMX: slow, lane by lane, as
- * specified in Intel's Intrinsics Guide. Included in place of the compiler's header, it lets the tests of the kernels run
- * on any processor. */
+/* An emulation of the intrinsics of AVX-512 BF16 that the C kernels use, and with EMULATED_TILES of AMX: slow, lane
+ * by lane, as specified in Intel's Intrinsics Guide. Included in place of the compiler's header, it lets the tests
+ * of the kernels run on any processor. */
 #pragma once
 #include <math.h>
 #include <stdint.h>

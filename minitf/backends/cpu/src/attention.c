@@ -1,5 +1,5 @@
-/* Causal attention of a training step, forward and backward: match, weigh and gather for a block of queries and a block of
- * keys at a time, so that scores never leave the cache (FlashAttention, Dao et al., 2022).
+/* Causal attention of a training step, forward and backward: match, weigh and gather for a block of queries and a
+ * block of keys at a time, so that scores never leave the cache (FlashAttention, Dao et al., 2022).
  */
 #include "qk.h"
 
@@ -84,7 +84,8 @@ static void match(const Unit *u, const scalar *A, const word *panels, int64_t i0
 }
 
 /* C[QUERIES, KP] += weights[QUERIES, keys k0..k1] . panels of TP rows */
-static void gather(const Unit *u, const scalar *weights, const word *panels, int64_t i0, int64_t k0, int64_t k1, float *C) {
+static void gather(const Unit *u, const scalar *weights, const word *panels, int64_t i0, int64_t k0, int64_t k1,
+                   float *C) {
     const int64_t KP = u->KP, TP = u->TP;
     for (int64_t n = 0; n < KP; n += PANEL)
         for (int64_t m = 0; m < QUERIES; m += TILE) {
@@ -96,7 +97,8 @@ static void gather(const Unit *u, const scalar *weights, const word *panels, int
 }
 
 /* C[keys k0..k1, KP] += transposed weights . panels of QUERIES rows */
-static void scatter(const Unit *u, const word *weights_T, const word *panels, int64_t i0, int64_t k0, int64_t k1, float *C) {
+static void scatter(const Unit *u, const word *weights_T, const word *panels, int64_t i0, int64_t k0, int64_t k1,
+                    float *C) {
     const int64_t KP = u->KP, words = QUERIES / WORD_SCALARS;
     word blocks[QUERIES / WORD_SCALARS * PANEL] __attribute__((aligned(64)));
     for (int64_t k = 0; k < k1 - k0; k += PANEL) {
@@ -111,8 +113,8 @@ static void scatter(const Unit *u, const word *weights_T, const word *panels, in
     }
 }
 
-/* Scores of a query with `count` keys become weights relative to the highest score so far, `most` (as a power of two). When
- * that rises, the sums of earlier keys, `total` and K of `sums`, are scaled down. */
+/* Scores of a query with `count` keys become weights relative to the highest score so far, `most` (as a power of
+ * two). When that rises, the sums of earlier keys, `total` and K of `sums`, are scaled down. */
 static inline void weigh(const float *scores, Seen seen, int64_t count, float factor, scalar *weights, float *most,
                          float *total, float *sums, int64_t K) {
     vec highest = all(-INFINITY), sum = all(0);
@@ -187,8 +189,8 @@ void attention_forward(const Attention *a) {
     }
 }
 
-/* The weights of a query again, and from the gradients of its weights those of its scores. `delta` is the sum of weights
- * times their gradients. */
+/* The weights of a query again, and from the gradients of its weights those of its scores. `delta` is the sum of
+ * weights times their gradients. */
 static inline void weigh_backward(const float *scores, const float *dweights, Seen seen, int64_t count, float scale,
                                   float log_sum, float delta, scalar *weights, scalar *dscores) {
     for (int64_t k = 0; k < count; k += LANES) {
@@ -257,7 +259,8 @@ static void backward_block(const Unit *u, int64_t h, int64_t i0, const scalar *d
     }
     for (int64_t i = 0; i < MIN(QUERIES, a->T - i0); i++) {
         int64_t at = head_at(u, h) + (i0 + i) * u->columns;
-        norm_and_rotate_backward(a, a->qkv + at, a->q_norm, i0 + i, u->q_rstd[i], u->sums + i * u->KP, dqkv + at, dq_norm);
+        norm_and_rotate_backward(a, a->qkv + at, a->q_norm, i0 + i, u->q_rstd[i], u->sums + i * u->KP, dqkv + at,
+                                 dq_norm);
     }
 }
 
@@ -284,13 +287,15 @@ static void backward_unit(const Attention *a, int64_t number, const scalar *dmix
     }
 }
 
-/* dqkv from dmixed; `parts` has 2 K floats a unit, the gradients of q_norm and of k_norm; the first becomes their sum. */
+/* dqkv from dmixed; `parts` has 2 K floats a unit, the gradients of q_norm and of k_norm; the first becomes their
+ * sum. */
 void attention_backward(const Attention *a, const scalar *dmixed, scalar *dqkv, float *parts) {
 #pragma omp parallel
     {
         begin_tiles();
 #pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < a->B * a->G; unit++) backward_unit(a, unit, dmixed, dqkv, parts + unit * 2 * a->K);
+        for (int64_t unit = 0; unit < a->B * a->G; unit++)
+            backward_unit(a, unit, dmixed, dqkv, parts + unit * 2 * a->K);
         end_tiles();
     }
     add_rows(a->B * a->G, 2 * a->K, parts);

@@ -1,10 +1,12 @@
-/* The feed-forward layer, down (silu(gate z) * up z), forward and backward, in bfloat16: 32 rows at a time, so that between
- * its products only gates and ups leave the cache, which the backward pass needs. D and F are multiples of 32.
+/* The feed-forward layer, down (silu(gate z) * up z), forward and backward, in bfloat16: 32 rows at a time, so that
+ * between its products only gates and ups leave the cache, which the backward pass needs. D and F are multiples of
+ * 32.
  */
 #include "gemm_blocks.h"
 
 /* Gates and ups of a block to `kept` (of N rows, if they are within), and silu(gate) * up to `hidden`. */
-static inline void activate(const Block *gates, const Block *ups, int64_t rows, int64_t F, scalar *kept, scalar *hidden) {
+static inline void activate(const Block *gates, const Block *ups, int64_t rows, int64_t F, scalar *kept,
+                            scalar *hidden) {
     for (int64_t i = 0; i < PANEL; i++) {
         vec g0 = load_vec(gates->at + i * PANEL), g1 = load_vec(gates->at + i * PANEL + LANES);
         vec u0 = load_vec(ups->at + i * PANEL), u1 = load_vec(ups->at + i * PANEL + LANES);
@@ -16,8 +18,8 @@ static inline void activate(const Block *gates, const Block *ups, int64_t rows, 
     }
 }
 
-/* y = x + down (silu(gate z) * up z) of N rows of D; `gate_up` are the weights of F gates and F ups, and `kept` receives
- * their outputs, 2 F a row. x may be null. */
+/* y = x + down (silu(gate z) * up z) of N rows of D; `gate_up` are the weights of F gates and F ups, and `kept`
+ * receives their outputs, 2 F a row. x may be null. */
 void feed_forward(int64_t N, int64_t D, int64_t F, const scalar *z, const scalar *x, const scalar *gate_up,
                   const scalar *down, scalar *kept, scalar *y) {
     word *shared = scratch(3 * D * F * sizeof(scalar));
@@ -25,7 +27,8 @@ void feed_forward(int64_t N, int64_t D, int64_t F, const scalar *z, const scalar
     {
         Block gates, ups;
         int alone = packs_for_itself();
-        scalar *strip = private_scratch(((D + F) * PANEL + alone * 3 * D * F) * sizeof(scalar)), *hidden = strip + D * PANEL;
+        scalar *strip = private_scratch(((D + F) * PANEL + alone * 3 * D * F) * sizeof(scalar));
+        scalar *hidden = strip + D * PANEL;
         word *gate_up_T = alone ? (word *)(hidden + F * PANEL) : shared, *down_T = gate_up_T + D * F;
         pack_weights(gate_up, 2 * F, D, 1, alone, gate_up_T);
         pack_weights(down, D, F, 1, alone, down_T);
@@ -57,15 +60,17 @@ void feed_forward(int64_t N, int64_t D, int64_t F, const scalar *z, const scalar
     }
 }
 
-/* Where the gradients of a block of gates, its ups and its hidden values go: as rows, the left operand of dz, and as words,
- * the panels of `weight_gradient`. */
+/* Where the gradients of a block of gates, its ups and its hidden values go: as rows, the left operand of dz, and as
+ * words, the panels of `weight_gradient`. */
 typedef struct {
     scalar *dgate, *dup;
     word *dgate_words, *dup_words, *hidden_words;
 } Gradients;
 
-/* From dhidden, PANEL rows from n on of PANEL columns, and what the forward pass kept of them, of which N - n rows exist. */
-static inline void activate_backward(const Block *dhidden, const scalar *kept, int64_t n, int64_t N, int64_t F, Gradients to) {
+/* From dhidden, PANEL rows from n on of PANEL columns, and what the forward pass kept of them, of which N - n rows
+ * exist. */
+static inline void activate_backward(const Block *dhidden, const scalar *kept, int64_t n, int64_t N, int64_t F,
+                                     Gradients to) {
     for (int64_t i = 0; i < PANEL; i += 2) {
         vec dg[2][2], du[2][2], h[2][2]; /* two halves of two rows */
 #pragma GCC unroll 4

@@ -1,5 +1,5 @@
-/* Matrix products of bfloat16 in blocks of 32 by 32, in pieces that stay in the cache: what linear.c, feed_forward.c and
- * muon.c share. */
+/* Matrix products of bfloat16 in blocks of 32 by 32, in pieces that stay in the cache: what linear.c, feed_forward.c
+ * and muon.c share. */
 #pragma once
 #include "panels.h"
 #include <omp.h>
@@ -44,16 +44,17 @@ static inline __m512i words_of(vec row, vec next) {
     return _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), round_halves(row, next));
 }
 
-/* Whether each thread packs for itself the operand that all share. A cache line from another core takes longer than packing
- * it again: with two threads a weight gradient of 256 by 256 took 0.46 ms instead of 0.3. With many threads the repeated
- * work would cost more. */
+/* Whether each thread packs for itself the operand that all share. A cache line from another core takes longer than
+ * packing it again: with two threads a weight gradient of 256 by 256 took 0.46 ms instead of 0.3. With many threads
+ * the repeated work would cost more. */
 static inline int packs_for_itself(void) { return AMX && omp_get_num_threads() <= 4; }
 
 /* Pack weights (R rows of C) as the right operand of products that sum over their columns or rows: by all threads of a
  * parallel region together, or by each in a place of its own. */
 static inline void pack_weights(const scalar *weights, int64_t R, int64_t C, int over_columns, int alone, word *to) {
     int64_t parts = alone ? 1 : omp_get_num_threads(), part = alone ? 0 : omp_get_thread_num(), blocks = R / PANEL;
-    for (int64_t r = blocks * part / parts * PANEL; r < blocks * (part + 1) / parts * PANEL; r += over_columns ? PANEL : 2) {
+    int64_t to_row = blocks * (part + 1) / parts * PANEL;
+    for (int64_t r = blocks * part / parts * PANEL; r < to_row; r += over_columns ? PANEL : 2) {
         if (over_columns)
             panels_over_columns(weights + r * C, PANEL, C, to + r * C / 2);
         else

@@ -1,8 +1,8 @@
 /* The microkernel of matrix products: a tile of C = A B, by AMX or by vectors.
  *
- * Operands are arrays of words along the axis that is summed over (vec.h). B, the right operand, is in panels of PANEL
- * columns: word p of column c of panel n, of P words a column, is B[(n * P + p) * PANEL + c]. A, the left operand, is rows
- * in place, a panel, or the order that AMX reads fastest. */
+ * Operands are arrays of words along the axis that is summed over (vec.h). B, the right operand, is in panels of
+ * PANEL columns: word p of column c of panel n, of P words a column, is B[(n * P + p) * PANEL + c]. A, the left
+ * operand, is rows in place, a panel, or the order that AMX reads fastest. */
 #pragma once
 #include "vec.h"
 
@@ -88,8 +88,8 @@ static inline void end_tiles(void) {}
 #define TILE 32
 #define TILE_WORDS 16
 
-/* AMX: registers of 16 rows of 64 bytes. A Granite Rapids core does 3.6 TFLOP/s with them and 0.12 with vectors. A process
- * has to ask the kernel for permission; where it is refused, vectors read the same operands. */
+/* AMX: registers of 16 rows of 64 bytes. A Granite Rapids core does 3.6 TFLOP/s with them and 0.12 with vectors. A
+ * process has to ask the kernel for permission; where it is refused, vectors read the same operands. */
 #include <sys/syscall.h>
 #include <unistd.h>
 

@@ -22,8 +22,8 @@ void join_weights(int64_t count, const float *const *weights, const int64_t *siz
             }
 }
 
-/* y = x w^T of N rows of K with weights w of M rows of K, or with `transposed` 0 y = x w of weights w of K rows of M; K and M
- * are multiples of 32. */
+/* y = x w^T of N rows of K with weights w of M rows of K, or with `transposed` 0 y = x w of weights w of K rows of
+ * M; K and M are multiples of 32. */
 void linear(int64_t N, int64_t K, int64_t M, const scalar *x, const scalar *w, int64_t transposed, scalar *y) {
     word *shared = scratch(K * M * sizeof(scalar));
 #pragma omp parallel
@@ -63,8 +63,8 @@ typedef struct {
     float *out, *sums; /* `sums` is the transposed result */
 } Gradient;
 
-/* `count` columns of words [from, to) of N rows of C, zeros after the last row: a right operand that sums over the rows, of
- * `words` words. */
+/* `count` columns of words [from, to) of N rows of C, zeros after the last row: a right operand that sums over the
+ * rows, of `words` words. */
 static void pack_rows(const scalar *x, int64_t N, int64_t C, int64_t count, int64_t from, int64_t to, int64_t words,
                       word *panels) {
     for (int64_t p = from; p < to; p++) {
@@ -112,8 +112,8 @@ static void put_transposed(const float *x, int64_t row, int64_t R, int64_t C, in
         }
 }
 
-/* Pack words [from, from + words) of the shared operand, by all threads or by each `alone`. For AMX it is a left operand; for
- * vectors, which read panels from either side, a right one. `panel` has room for one panel. */
+/* Pack words [from, from + words) of the shared operand, by all threads or by each `alone`. For AMX it is a left
+ * operand; for vectors, which read panels from either side, a right one. `panel` has room for one panel. */
 static void pack_shared(const Gradient *g, int64_t from, int64_t words, int alone, word *panel, word *operands) {
     int64_t size = g->shared_size;
 #if AMX
@@ -135,8 +135,8 @@ static void pack_shared(const Gradient *g, int64_t from, int64_t words, int alon
 }
 
 /* Words [from, from + words) of panel o of the thread's own operand times columns [s, to) of the shared one. */
-static void multiply_panel(const Gradient *g, int64_t o, int64_t s, int64_t to, int64_t from, int64_t words, word *panel,
-                           const word *operands) {
+static void multiply_panel(const Gradient *g, int64_t o, int64_t s, int64_t to, int64_t from, int64_t words,
+                           word *panel, const word *operands) {
     int64_t blocks = ROUND_UP(g->shared_size, PANEL) / PANEL, O = g->own_size, OP = ROUND_UP(O, PANEL);
     const word *own = g->panels ? (const word *)g->own + from * OP + o * words : panel;
     Prefetch next = prefetch_of(own + words * PANEL, 2 * words, CACHE_LINE, blocks); /* the next panel, */
@@ -159,11 +159,11 @@ static void multiply_panel(const Gradient *g, int64_t o, int64_t s, int64_t to, 
 
 /* out = dy^T x, with `add` added to `out`, of N rows of R scalars dy and of C scalars x.
  *
- * WORDS words at a time, the threads pack one operand for all; then each takes panels of the other, its own, and multiplies.
- * With fewer panels than threads, several threads take the same one and each a share of the shared operand.
- * Vectors read panels from either side, and x is shared. AMX reads rows on the left: there the narrower operand is shared, and
- * the wider one is a right operand, packed here or given as panels (`panels` 1: dy, 2: x), as feed_forward_backward makes
- * them. Where x is on the left, the result is transposed. */
+ * WORDS words at a time, the threads pack one operand for all; then each takes panels of the other, its own, and
+ * multiplies. With fewer panels than threads, several threads take the same one and each a share of the shared
+ * operand. Vectors read panels from either side, and x is shared. AMX reads rows on the left: there the narrower
+ * operand is shared, and the wider one is a right operand, packed here or given as panels (`panels` 1: dy, 2: x), as
+ * feed_forward_backward makes them. Where x is on the left, the result is transposed. */
 void weight_gradient(int64_t N, int64_t R, int64_t C, const scalar *dy, const scalar *x, int64_t panels, int64_t add,
                      float *out) {
     int own_is_dy = panels ? panels == 1 : !AMX || R > C;

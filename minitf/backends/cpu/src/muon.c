@@ -1,5 +1,5 @@
-/* The update: the norm of the gradient, and Muon's step in three parts: average the gradients, orthogonalise the result, move
- * the weights. Weights and averages are float32; products are bfloat16.
+/* The update: the norm of the gradient, and Muon's step in three parts: average the gradients, orthogonalise the
+ * result, move the weights. Weights and averages are float32; products are bfloat16.
  */
 #include "gemm_blocks.h"
 
@@ -27,7 +27,8 @@ void gradient_norm(int64_t count, const float *const *gradients, const int64_t *
 
 /* average += (1 - momentum) (gradient - average), of N matrices of `count` floats, whose gradients are separate arrays;
  * ahead = gradient + momentum (average - gradient), Nesterov's. */
-void muon_average(int64_t N, int64_t count, const float *const *gradients, float momentum, float *averages, scalar *ahead) {
+void muon_average(int64_t N, int64_t count, const float *const *gradients, float momentum, float *averages,
+                  scalar *ahead) {
     int64_t pieces = (count + ELEMENTS_AT_ONCE - 1) / ELEMENTS_AT_ONCE;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < N * pieces; i++) {
@@ -58,16 +59,8 @@ void muon_move(int64_t N, int64_t count, float *const *weights, const scalar *up
 
 /* ---- orthogonalising -------------------------------------------------------------------------------------------- */
 
-/* Matrices are kept as panels (panels.h) in blocks of 32 by 32: panels over the rows serve products that sum over rows. The
- * panels of a symmetric matrix over its rows and over its columns are equal, and serve as either operand. */
-
-static void pack_over_rows(const scalar *block, word *to) {
-    for (int r = 0; r < PANEL; r += 2) pack_words(block + r * PANEL, block + (r + 1) * PANEL, PANEL, to + r / 2 * PANEL, 0);
-}
-
-static void pack_over_columns(const scalar *block, word *to) {
-    for (int r = 0; r < PANEL; r += LANES) transpose((const word *)(block + r * PANEL), PANEL / 2, to + r, PANEL);
-}
+/* Matrices are kept as panels (panels.h) in blocks of 32 by 32: panels over the rows serve products that sum over
+ * rows. The panels of a symmetric matrix over its rows and over its columns are equal, and serve as either operand. */
 
 /* b S + c block, rounded: as rows, and over its rows. S is a block over its rows, or null. */
 static inline void round_block(const Block *block, float b, const word *S, float c, scalar *rows, word *over_rows) {
@@ -88,8 +81,8 @@ static inline void round_block(const Block *block, float b, const word *S, float
 
 /* to = a I + b S + c A B, symmetric matrices of `size` rows of which A B = B A; S may be null. One half is computed and
  * mirrored. `left_words` has room for a panel. */
-static void symmetric_product(const word *A, const word *B, int64_t words, int64_t size, float a, float b, const word *S,
-                              float c, word *left_words, word *to) {
+static void symmetric_product(const word *A, const word *B, int64_t words, int64_t size, float a, float b,
+                              const word *S, float c, word *left_words, word *to) {
     Block block;
     scalar rounded[BLOCK] __attribute__((aligned(64)));
     for (int64_t i = 0; i < size; i += PANEL) {
@@ -100,13 +93,13 @@ static void symmetric_product(const word *A, const word *B, int64_t words, int64
             for (int r = 0; i == j && r < PANEL; r++) block.at[r * PANEL + r] += a / c;
             round_block(&block, b, S ? S + at : NULL, c, rounded, to + at);
             if (i != j) {
-                pack_over_columns(rounded, to + mirrored);
+                panels_over_columns(rounded, PANEL, PANEL, to + mirrored);
                 continue;
             }
             /* Mirror blocks on the diagonal too, or asymmetry grows from product to product. */
             for (int r = 1; r < PANEL; r++)
                 for (int k = 0; k < r; k++) rounded[r * PANEL + k] = rounded[k * PANEL + r];
-            pack_over_rows(rounded, to + at);
+            panels_over_rows(rounded, PANEL, PANEL, to + at);
         }
     }
 }
@@ -133,12 +126,8 @@ static Matrix matrix_of(int64_t R, int64_t C) {
 /* x / (1.01 norm), whose singular values are below 1, as panels over both sides. */
 static void pack_normalised(const Matrix *m, const scalar *x) {
     int64_t R = m->R, C = m->C;
-    vec squares = all(0);
-    for (int64_t k = 0; k < R * C; k += LANES) {
-        vec v = load(x + k, first(R * C - k));
-        squares += v * v;
-    }
-    float scale = 1 / (sqrtf(sum_of(squares)) * 1.01f + 1e-6f);
+    float scale = 1 / (sqrtf(sum_of_squares(x, R * C)) * 1.01f + 1e-6f);
+    word *over_rows = m->wide ? m->over_size : m->over_length, *over_columns = m->wide ? m->over_length : m->over_size;
     for (int64_t i = 0; i < m->rows; i += PANEL)
         for (int64_t j = 0; j < m->columns; j += PANEL) {
             for (int64_t k = 0; k < BLOCK; k += LANES) {
@@ -147,13 +136,13 @@ static void pack_normalised(const Matrix *m, const scalar *x) {
                 if (r < R && c < C) v = load(x + r * C + c, first(C - c));
                 store(m->strip + k, first(LANES), v * scale);
             }
-            pack_over_rows(m->strip, (m->wide ? m->over_size : m->over_length) + (j * m->rows + i * PANEL) / 2);
-            pack_over_columns(m->strip, (m->wide ? m->over_length : m->over_size) + (i * m->columns + j * PANEL) / 2);
+            panels_over_rows(m->strip, PANEL, PANEL, over_rows + (j * m->rows + i * PANEL) / 2);
+            panels_over_columns(m->strip, PANEL, PANEL, over_columns + (i * m->columns + j * PANEL) / 2);
         }
 }
 
-/* a I + b G + c G^2 of the Gram matrix G of x, which times x is a x + b x^3 + c x^5: three `coefficients`; with `two` the
- * next three are applied to the result. */
+/* a I + b G + c G^2 of the Gram matrix G of x, which times x is a x + b x^3 + c x^5: three `coefficients`; with
+ * `two` the next three are applied to the result. */
 static const word *polynomial_of(const Matrix *m, const float *coefficients, int two) {
     const float *now = coefficients, *then = coefficients + 3;
     int64_t size = m->size;
@@ -180,8 +169,8 @@ static void put_result(const Matrix *m, int64_t s, int64_t t, scalar *y) {
     }
 }
 
-/* x = polynomial x, or the same of its transpose if it is wide, in place: a strip of PANEL rows depends on itself alone.
- * With y the result goes there. */
+/* x = polynomial x, or the same of its transpose if it is wide, in place: a strip of PANEL rows depends on itself
+ * alone. With y the result goes there. */
 static void apply(const Matrix *m, const word *polynomial, scalar *y) {
     Block block;
     int64_t size = m->size, length = m->length;
@@ -195,7 +184,7 @@ static void apply(const Matrix *m, const word *polynomial, scalar *y) {
             if (y)
                 put_result(m, s, t, y);
             else
-                pack_over_columns(m->strip + t * PANEL, m->over_size + (s * size + t * PANEL) / 2);
+                panels_over_columns(m->strip + t * PANEL, PANEL, PANEL, m->over_size + (s * size + t * PANEL) / 2);
         }
     }
 }
@@ -203,11 +192,12 @@ static void apply(const Matrix *m, const word *polynomial, scalar *y) {
 /* y = U V^T of x = U S V^T, by polynomials a x + b x^3 + c x^5 of its singular values, with `coefficients` a, b, c each
  * (Polar Express).
  *
- * A polynomial costs three products, two of them symmetric. Where x is much longer than wide, applying two at once is cheaper:
- * the argument of the second, like the value of the first, follows from the Gram matrix alone. This is safe for the last two
- * only: the first ones multiply small singular values by 8 and 4, and where one direction rules a gradient its rounded Gram
- * matrix leaves values above 2, which the next polynomials blow up to hundreds. */
-static void orthogonalise_one(int64_t R, int64_t C, const scalar *x, int64_t count, const float *coefficients, scalar *y) {
+ * A polynomial costs three products, two of them symmetric. Where x is much longer than wide, applying two at once
+ * is cheaper: the argument of the second, like the value of the first, follows from the Gram matrix alone. This is
+ * safe for the last two only: the first ones multiply small singular values by 8 and 4, and where one direction
+ * rules a gradient its rounded Gram matrix leaves values above 2, which the next polynomials blow up to hundreds. */
+static void orthogonalise_one(int64_t R, int64_t C, const scalar *x, int64_t count, const float *coefficients,
+                              scalar *y) {
     Matrix m = matrix_of(R, C);
     pack_normalised(&m, x);
     for (int64_t done = 0; done < count;) {
@@ -219,7 +209,8 @@ static void orthogonalise_one(int64_t R, int64_t C, const scalar *x, int64_t cou
 }
 
 /* N matrices of R by C, each by one thread. */
-void muon_orthogonalise(int64_t N, int64_t R, int64_t C, const scalar *x, int64_t count, const float *coefficients, scalar *y) {
+void muon_orthogonalise(int64_t N, int64_t R, int64_t C, const scalar *x, int64_t count, const float *coefficients,
+                        scalar *y) {
 #pragma omp parallel
     {
         begin_tiles();

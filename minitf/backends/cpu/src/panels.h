@@ -2,8 +2,8 @@
 #pragma once
 #include "gemm_microkernel.h"
 
-/* Words along the rows' axis, of one row (float32) or of two next to each other (bfloat16: (a[c], b[c]); b may be null, for
- * zeros). The next panel of columns goes `panel` words further. */
+/* Words along the rows' axis, of one row (float32) or of two next to each other (bfloat16: (a[c], b[c]); b may be
+ * null, for zeros). The next panel of columns goes `panel` words further. */
 static inline void pack_words(const scalar *a, const scalar *b, int64_t count, word *to, int64_t panel) {
 #ifdef BFLOAT16
     static const uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -74,9 +74,9 @@ static inline void panels_over_columns(const scalar *x, int64_t R, int64_t C, wo
             transpose((const word *)(x + r * C) + p, words, to + (r / PANEL * words + p) * PANEL + r % PANEL, PANEL);
 }
 
-/* The left operand made of PANEL columns of a panel, of `words` words `panel_row` apart. AMX reads rows, so for AMX they
- * are transposed into `to`, as blocks of 16 words: from longer rows, which evict each other from the L1 cache, it takes half
- * as long again. */
+/* The left operand made of PANEL columns of a panel, of `words` words `panel_row` apart. AMX reads rows, so for AMX
+ * they are transposed into `to`, as blocks of 16 words: from longer rows, which evict each other from the L1 cache,
+ * it takes half as long again. */
 static inline Left left_of(const word *panel, int64_t panel_row, int64_t words, word *to) {
 #if AMX
     for (int64_t p = 0; p < words; p += LANES)

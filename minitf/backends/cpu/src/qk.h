@@ -19,20 +19,12 @@ typedef struct {
 #define ROWS_AHEAD 8
 #define LINE_SCALARS (CACHE_LINE / (int64_t)sizeof(scalar))
 
-/* y = rotate(x * rstd * weight) for one head at position t; returns rstd. Without `weight` x is only rotated, and rstd is 1.
- * K is even, and scalar k rotates with k + K / 2. */
+/* y = rotate(x * rstd * weight) for one head at position t; returns rstd. Without `weight` x is only rotated, and
+ * rstd is 1. K is even, and scalar k rotates with k + K / 2. */
 static inline float norm_and_rotate(const Attention *a, const scalar *x, const float *weight, int64_t t, scalar *y) {
     int64_t half = a->K / 2;
     const float *cosines = a->cosines + t * a->K, *sines = a->sines + t * a->K;
-    float rstd = 1.0f;
-    if (weight) {
-        vec squares = all(0);
-        for (int64_t k = 0; k < a->K; k += LANES) {
-            vec v = load(x + k, first(a->K - k));
-            squares += v * v;
-        }
-        rstd = 1.0f / sqrtf(sum_of(squares) / a->K + a->eps);
-    }
+    float rstd = weight ? 1.0f / sqrtf(sum_of_squares(x, a->K) / a->K + a->eps) : 1.0f;
     for (int64_t k = 0; k < half; k += LANES) {
         lanes some = first(half - k);
         vec u = load(x + k, some) * rstd, v = load(x + half + k, some) * rstd;
@@ -48,8 +40,8 @@ static inline float norm_and_rotate(const Attention *a, const scalar *x, const f
 }
 
 /* Backward of `norm_and_rotate`: dx from dy, which is overwritten; adds to dweight. */
-static inline void norm_and_rotate_backward(const Attention *a, const scalar *x, const float *weight, int64_t t, float rstd,
-                                            float *dy, scalar *dx, float *dweight) {
+static inline void norm_and_rotate_backward(const Attention *a, const scalar *x, const float *weight, int64_t t,
+                                            float rstd, float *dy, scalar *dx, float *dweight) {
     int64_t half = a->K / 2, ahead = ROWS_AHEAD * (a->H + 2 * a->G) * a->K;
     const float *cosines = a->cosines + t * a->K, *sines = a->sines + t * a->K;
     for (int64_t k = 0; k < a->K; k += LINE_SCALARS) {
@@ -83,10 +75,10 @@ static inline void norm_and_rotate_backward(const Attention *a, const scalar *x,
     }
 }
 
-/* Rows [from, from + count) of one head, `row` scalars apart, into rows of `padded` scalars, filled up with zeros: copied,
- * or with `rstd` normalised by `weight`, if that is given, and rotated. */
-static void take_rows(const Attention *a, const scalar *x, int64_t row, const float *weight, int64_t from, int64_t count,
-                      scalar *to, int64_t padded, float *rstd) {
+/* Rows [from, from + count) of one head, `row` scalars apart, into rows of `padded` scalars, filled up with zeros:
+ * copied, or with `rstd` normalised by `weight`, if that is given, and rotated. */
+static void take_rows(const Attention *a, const scalar *x, int64_t row, const float *weight, int64_t from,
+                      int64_t count, scalar *to, int64_t padded, float *rstd) {
     for (int64_t t = from; t < from + count; t++, to += padded) {
         if (t >= a->T) {
             memset(to, 0, padded * sizeof *to);

@@ -9,10 +9,10 @@
 
 /* ---- RMSNorm ---------------------------------------------------------------------------------------------------- */
 
-/* y = s * rstd * weight with s = x + added (`added` may be null: then s is x and is not written) and rstd = 1 / rms(s), of N
- * rows of D. */
-void rms_norm_forward(int64_t N, int64_t D, const scalar *x, const scalar *added, const float *weight, float eps, scalar *s,
-                      scalar *y, float *rstd) {
+/* y = s * rstd * weight with s = x + added (`added` may be null: then s is x and is not written) and rstd = 1 /
+ * rms(s), of N rows of D. */
+void rms_norm_forward(int64_t N, int64_t D, const scalar *x, const scalar *added, const float *weight, float eps,
+                      scalar *s, scalar *y, float *rstd) {
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {
         const scalar *row = x + n * D;
@@ -38,10 +38,10 @@ void rms_norm_forward(int64_t N, int64_t D, const scalar *x, const scalar *added
     }
 }
 
-/* ds = dsum + gradient of the norm; dsum, the gradient of s from elsewhere, may be null. `parts` has a row of D floats for
- * every `piece_rows` rows; the first becomes the gradient of the weight. */
-void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const scalar *s, const float *weight, const float *rstd,
-                       const scalar *dy, const scalar *dsum, scalar *ds, float *parts) {
+/* ds = dsum + gradient of the norm; dsum, the gradient of s from elsewhere, may be null. `parts` has a row of D
+ * floats for every `piece_rows` rows; the first becomes the gradient of the weight. */
+void rms_norm_backward(int64_t N, int64_t D, int64_t piece_rows, const scalar *s, const float *weight,
+                       const float *rstd, const scalar *dy, const scalar *dsum, scalar *ds, float *parts) {
     int64_t pieces = (N + piece_rows - 1) / piece_rows;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t piece = 0; piece < pieces; piece++) {
@@ -113,10 +113,10 @@ void swiglu_backward(int64_t N, int64_t F, const scalar *x, const scalar *dy, sc
 
 /* ---- cross-entropy ---------------------------------------------------------------------------------------------- */
 
-/* The loss of N rows of V logits in nats, times `scales`, and its gradient. A row of scale 0 counts for nothing, and its
- * target is not read; a target outside the vocabulary makes the loss NaN. */
-void cross_entropy(int64_t N, int64_t V, const scalar *logits, const int64_t *targets, const float *scales, float *losses,
-                   scalar *gradient) {
+/* The loss of N rows of V logits in nats, times `scales`, and its gradient. A row of scale 0 counts for nothing, and
+ * its target is not read; a target outside the vocabulary makes the loss NaN. */
+void cross_entropy(int64_t N, int64_t V, const scalar *logits, const int64_t *targets, const float *scales,
+                   float *losses, scalar *gradient) {
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {
         const scalar *row = logits + n * V;

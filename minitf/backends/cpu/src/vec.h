@@ -166,8 +166,17 @@ static inline vec exp2_of(vec x) {
 
 static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp2_of(minimum(all(160.0f), x * -LOG2_E))); }
 
-/* Prefetch the scalar `ahead` of `at`. Hardware prefetchers miss rows that are read in pieces, or several arrays at once:
- * without this, SwiGLU took three times as long. */
+static inline float sum_of_squares(const scalar *x, int64_t count) {
+    vec squares = all(0);
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec v = load(x + i, first(count - i));
+        squares += v * v;
+    }
+    return sum_of(squares);
+}
+
+/* Prefetch the scalar `ahead` of `at`. Hardware prefetchers miss rows that are read in pieces, or several arrays at
+ * once: without this, SwiGLU took three times as long. */
 static inline void prefetch(const scalar *at, int64_t ahead) { __builtin_prefetch(at + ahead); }
 static inline void prefetch_to_write(scalar *at, int64_t ahead) { __builtin_prefetch(at + ahead, 1); }
 
@@ -177,8 +186,8 @@ static inline void add_rows(int64_t rows, int64_t count, float *x) {
         for (int64_t i = 0; i < count; i++) x[i] += x[row * count + i];
 }
 
-/* Memory of the calling thread, kept for its next call: `scratch` for what the threads of a call share (its first thread
- * asks for it), `private_scratch` for each thread's own. */
+/* Memory of the calling thread, kept for its next call: `scratch` for what the threads of a call share (its first
+ * thread asks for it), `private_scratch` for each thread's own. */
 static inline void *kept_memory(size_t bytes, void **memory, size_t *held) {
     if (bytes > *held) {
         free(*memory);
@@ -192,14 +201,11 @@ static inline void *kept_memory(size_t bytes, void **memory, size_t *held) {
     return *memory;
 }
 
-static inline void *scratch(size_t bytes) {
-    static __thread void *memory;
-    static __thread size_t held;
-    return kept_memory(bytes, &memory, &held);
-}
-
-static inline void *private_scratch(size_t bytes) {
-    static __thread void *memory;
-    static __thread size_t held;
-    return kept_memory(bytes, &memory, &held);
-}
+#define THREAD_MEMORY(name)                        \
+    static inline void *name(size_t bytes) {       \
+        static __thread void *memory;              \
+        static __thread size_t held;               \
+        return kept_memory(bytes, &memory, &held); \
+    }
+THREAD_MEMORY(scratch)
+THREAD_MEMORY(private_scratch)
