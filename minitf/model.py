@@ -39,7 +39,7 @@ class ModelConfig:
     qk_norm: bool = True  # normalise queries and keys (the Qwen3 architecture); false: the Llama one
     tie_embeddings: bool = True  # one matrix embeds the input tokens and scores the output tokens
     dropout: float = 0.0  # share of each block's output dropped in training, 0 to below 1
-    attention: str = "auto"  # auto | explicit (match, weigh, gather as written) | sdpa (one fused kernel)
+    attention: str = "auto"  # auto | explicit (match, weigh, gather as written) | sdpa (PyTorch's fused attention)
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "context_length"):
@@ -78,7 +78,7 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         # On the meta device, where shapes are looked up, there is nothing to draw, and to find that out PyTorch imports
-        # its compiler: 1 to 3 s of every start.
+        # most of itself: 1 to 3 s of every start.
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -155,13 +155,6 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-
-    @torch.no_grad()
-    def copy_weights_from(self, other: "Transformer") -> None:
-        """The weights of `other`, of the same shape; tokens at the end that it does not know keep theirs."""
-        state = other.state_dict()
-        for name, parameter in self.state_dict().items():
-            parameter[: len(state[name])] = state[name]
 
     @property
     def device(self) -> torch.device:

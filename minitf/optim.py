@@ -114,7 +114,7 @@ def _orthogonalise_by_factors(x_NRC: Tensor) -> Tensor:
 class ParameterGroups:
     """Parameters with the settings of each group of them, and what is known of each parameter from earlier steps.
 
-    As torch.optim.Optimizer has them, which imports PyTorch's compiler when one is made: 1 to 3 s of every start.
+    As torch.optim.Optimizer has them, whose first instance imports most of PyTorch: 1 to 3 s of every start.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], **settings: Any) -> None:

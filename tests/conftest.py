@@ -17,13 +17,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when imported: its kernels then run without a GPU
 
-from helpers import SHAPE, make_text, randomise, train_here
+from helpers import SHAPE, NotApplicable, make_text, randomise, train_here
 
-from minitf.backends.cpu import bindings as calls
-from minitf.backends.cpu.compiler import FLAGS
 from minitf.data.tokenizer_training import train_tokenizer
 from minitf.model import ModelConfig, Transformer
-from minitf.system import cpuinfo as processor
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 gc.freeze()  # objects of the imports stay for good; the garbage collector need not scan them again
@@ -33,21 +30,14 @@ pytest_plugins = ("tensorboard_server",)
 COMPLETE = bool(os.environ.get("MINITF_CI"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `backends` what runs the bfloat16 kernels, which most processors have to emulate."""
-    for item in items:
-        if "bf16_kernels" in getattr(item, "fixturenames", ()):
-            callspec = getattr(item, "callspec", None)
-            if callspec is None or callspec.params.get("dtype") is not torch.float32:
-                item.add_marker("backends")
-
-
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """With MINITF_CI=1 a skip fails the run, unless the test is marked `hardware`: a tool is missing."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """With MINITF_CI=1 a skip fails the run, as a tool is missing: unless it is `hardware` or `not_applicable`."""
     report: Any = yield
     if COMPLETE and report.skipped and not item.get_closest_marker("hardware"):
-        report.outcome, report.longrepr = "failed", f"MINITF_CI=1 allows no skip: {report.longrepr[-1]}"
+        assert call.excinfo is not None
+        if not call.excinfo.errisinstance(NotApplicable):
+            report.outcome, report.longrepr = "failed", f"MINITF_CI=1 allows no skip: {report.longrepr[-1]}"
     return report
 
 
@@ -123,20 +113,6 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     monkeypatch.chdir(directory)
     return directory
-
-
-@pytest.fixture(scope="module")
-def bf16_kernels() -> Iterator[None]:
-    """The C kernels in bfloat16, compiled against avx512/immintrin.h where the processor lacks AVX-512 BF16."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "avx512_bf16" not in processor.flags():
-            patch.setenv("CPATH", str(Path(__file__).parent / "backends/avx512"))
-            faster_to_compile = ("-O2", *FLAGS[1:])
-            patch.setattr("minitf.backends.cpu.compiler.FLAGS", faster_to_compile)
-            patch.setattr(processor, "flags", lambda: {"avx512_bf16"})
-            calls.library.cache_clear()
-        yield
-    calls.library.cache_clear()
 
 
 @pytest.fixture(scope="session")

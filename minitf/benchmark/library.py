@@ -225,10 +225,14 @@ def _optimizer_bound(model: "Transformer", matrices: "Sequence[Tensor]", optim: 
 def fastest() -> dict[str, Any]:
     """The value of trainer.compile that a long run would choose on this machine."""
     from minitf.backends.cpu.bindings import library
+    from minitf.errors import Unavailable
     from minitf.system.hardware import choose_hardware
 
-    missing = isinstance(library(choose_hardware("cpu", "auto").dtype), str)
-    return {"compile": "true" if missing else "native"}
+    try:
+        library(choose_hardware("cpu", "auto").dtype)
+    except Unavailable:
+        return {"compile": "true"}
+    return {"compile": "native"}
 
 
 def flops_per_token(shape: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

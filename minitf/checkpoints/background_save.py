@@ -1,7 +1,6 @@
 """Checkpoints written in the background: training waits for a copy of the state, a thread writes it."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,6 @@ class Saver:
     def __init__(self, checkpoints: Path, before: Callable[[], None] = lambda: None) -> None:
         """`before` is called by the writing thread before a checkpoint becomes visible, to flush other files."""
         self.checkpoints, self.before = checkpoints, before
-        self.stall_s = 0.0  # time callers have spent in `save`
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._last: Path | None = None
@@ -54,7 +52,6 @@ class Saver:
 
         With `shards`, already on disk, it also waits for this write, so that all ranks learn whether it succeeded.
         """
-        started = time.perf_counter()
         self.finish()
         weights = self._copy("model", dict(model.named_parameters()))
         copied = self._copy("state", tensors)
@@ -75,7 +72,6 @@ class Saver:
         self._thread.start()
         if options.get("shards"):
             self.finish()
-        self.stall_s += time.perf_counter() - started
 
     def check(self) -> None:
         """Raise the error of a failed write."""

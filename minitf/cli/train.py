@@ -156,5 +156,8 @@ def show(overrides: Sequence[str], search: Sequence[str], action: Sequence[str])
 
     check_overrides(overrides, search)
     decided = decided_overrides(overrides, search) if "--cfg" in action else []
-    failed = run_hydra(lambda composed: None, [*overrides, *decided], [*search, *action])
-    return RequestError.exit_status if failed else 0  # -p SECTION that is not in the config
+    try:
+        run_hydra(lambda composed: None, [*overrides, *decided], [*search, *action])
+    except SystemExit as end:  # --hydra-help, or -p PACKAGE that is not in the config
+        return RequestError.exit_status if end.code else 0
+    return 0

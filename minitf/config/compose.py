@@ -32,27 +32,26 @@ from minitf.errors import RequestError
 Task = Callable[[DictConfig], None]
 
 
-def run_hydra(task: Task, overrides: Sequence[str], flags: Sequence[str] = ()) -> int:
-    """`hydra.main(task)` on `flags` and `overrides`; the exit status. Hydra's errors are RequestErrors of one line.
+def run_hydra(task: Task, overrides: Sequence[str], flags: Sequence[str] = ()) -> None:
+    """`hydra.main(task)` on `flags` and `overrides`. Hydra's errors become RequestErrors of one line.
 
-    An exception that leaves `task` is printed by Hydra as a failed job: the caller's task must keep its own.
+    Hydra reports an exception that leaves `task` in its own way: see `run_task`.
     """
     ConfigStore.instance().store(name="schema", node=Schema)
     try:
         with _command_line([*flags, *overrides]):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
-    except SystemExit as end:  # after --hydra-help
-        return int(end.code or 0)
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from None
-    return 0
 
 
 @contextmanager
 def _command_line(args: Sequence[str]) -> Iterator[None]:
     """Hydra reads sys.argv; with HYDRA_FULL_ERROR it raises its errors instead of printing them and exiting."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *args], "1"
+    argv = sys.argv
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *args]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     finally:
@@ -93,7 +92,7 @@ def run_task(task: Task, overrides: Sequence[str], flags: Sequence[str] = ()) ->
 def to_config(composed: DictConfig) -> Config:
     """The config of a job of `hydra.main`; to be called in its task."""
     hydra_config = HydraConfig.get()
-    overrides, choices = list(hydra_config.overrides.task), hydra_config.runtime.choices
+    choices = hydra_config.runtime.choices
     try:
         values = checked_values(composed)
     except OmegaConfBaseException as error:
@@ -104,8 +103,11 @@ def to_config(composed: DictConfig) -> Config:
     if not re.fullmatch(r"[\w.+-]+", values["name"]) or values["name"].startswith("."):
         raise RequestError(f"name={values['name']!r} must be a plain directory name: letters, digits, _ . + -")
     if values["init_from"]:
-        return config_of(values | {"model": _shape_of_init_from(values["model"], overrides)}, AutoModel)
-    model, trainer = values["model"], values["trainer"]
+        return config_of(
+            values | {"model": _shape_of_init_from(values["model"], hydra_config.overrides.task)}, AutoModel
+        )
+    model = values["model"]
+    trainer = values["trainer"]
     # The same number of steps is the same run on every machine: only a run limited by time chooses its size.
     timed = trainer["max_steps"] is None or trainer["max_minutes"] is not None
     if timed and not any(model[name] for name in (*MODEL_SIZE, *DERIVED_SIZE)):

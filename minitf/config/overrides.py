@@ -9,8 +9,9 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import MissingMandatoryValue, ValidationError
 
-from minitf.config.presets import GROUPS, all_keys, folders, nearest, options
+from minitf.config.presets import GROUPS, SECTIONS, all_keys, folders, nearest, options, settings
 from minitf.errors import RequestError
 
 # Keys of Hydra's own that have an effect. Any other would be ignored in silence, so it is refused.
@@ -75,14 +76,18 @@ def explain(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _explain_missing(error.missing_cfg_file, error.options)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    message = lines[0] if lines else type(error).__name__
-    if "???" in message or "MISSING" in message.upper() or "mandatory" in message.lower():
-        return f"{key or message} must be given"
-    if "is not a ListConfig" in message:
+    key = getattr(error, "full_key", None) or ""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} must be given"
+    if isinstance(error, ValidationError) and _is_list(key):
         return f"{key} is a list: write '{key}=[ONE,TWO]'"
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"{key}: {message}" if key else message
+
+
+def _is_list(key: str) -> bool:
+    section = key.rpartition(".")[0]
+    return section in SECTIONS and any(s.type.startswith("list") for s in settings(section) if s.key == key)
 
 
 def _explain_missing(path: str, found: Sequence[str] | None) -> str:

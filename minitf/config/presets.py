@@ -87,7 +87,7 @@ def _default(value: ast.expr | None) -> str:
 
 def folders(flags: Sequence[str] = ()) -> list[Path]:
     """Where Hydra searches for presets, in this order: conf/, or --config-path in place of it, and --config-dir."""
-    named = dict(pairwise(flags))
+    named = dict(pairwise(part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])))
     main = named.get("--config-path") or named.get("-cp")
     own = named.get("--config-dir") or named.get("-cd")
     return [Path(main) if main else CONF, *([Path(own)] if own else [])]

@@ -47,13 +47,13 @@ class Batch(NamedTuple):
         rest = (None if part is None else part[rows] for part in self[2:])
         return Batch(self.inputs_BT[rows], self.targets_BT[rows], *rest), share
 
-    def pieces(self, most_rows: int) -> Iterator[tuple["Batch", float]]:
-        """The fewest parts of at most `most_rows` rows, of similar size, each with its share of all targets."""
+    def micro_batches(self, max_rows: int) -> Iterator[tuple["Batch", float]]:
+        """The fewest parts of at most `max_rows` rows, of similar size, each with its share of all targets."""
         num_rows = len(self.inputs_BT)
-        if num_rows <= most_rows:
+        if num_rows <= max_rows:
             yield self, 1.0
             return
-        size = -(-num_rows // -(-num_rows // most_rows))
+        size = -(-num_rows // -(-num_rows // max_rows))
         for first in range(0, num_rows, size):
             yield self.rows(slice(first, first + size))
 

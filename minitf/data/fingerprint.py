@@ -11,6 +11,7 @@ from minitf.data.sources.books import BOOKS
 from minitf.data.sources.files import find_files, kind_of
 from minitf.data.sources.tables import PAIR_TABLES, TEXT_TABLES
 from minitf.data.sources.text import PIECE_CHARS, TEXT_SUFFIXES
+from minitf.system.files import sha256
 from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig
 
 ROWS_VERSION = 2  # raise it when the same source and settings give other rows than before
@@ -43,12 +44,12 @@ def fingerprint(config: DataConfig) -> str:
             identity |= {"shuffled": [config.shuffle_buffer, config.shuffle_seed, config.streaming]}
     if config.source != "hub" or config.files:
         files = find_files(config.files, PAIR_TABLES if config.kind == "pairs" else TEXT_SUFFIXES)
-        identity["files"] = [(path.name, _sha256(path)) for path in files]
+        identity["files"] = [(path.name, sha256(path)) for path in files]
         if config.kind == "text" and any(kind_of(path) in TEXT_TABLES for path in files):
             identity["column"] = config.text_column
     elif config.hub_path and Path(config.hub_path).is_dir():
         folder = sorted(path for path in Path(config.hub_path).rglob("*") if path.is_file())
-        identity["files"] = [(path.name, _sha256(path)) for path in folder]
+        identity["files"] = [(path.name, sha256(path)) for path in folder]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -64,8 +65,3 @@ def cache_key(data: DataConfig, config: TokenizerConfig, tokenizer: Tokenizer | 
         if config.kind == "bpe":
             identity["tokenizer"] += [config.vocab_size, config.train_megabytes]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The optimiser of several processes: each orthogonalises its share of the matrices; state may be sharded (FSDP)."""
+"""The optimiser of several processes: each orthogonalises some of the matrices; state may be sharded (FSDP)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,15 +12,20 @@ from minitf.optim import Muon, OptimConfig, Optimizer
 
 
 class DistributedMuon(Muon):
-    """Muon of which every process orthogonalises its share of the matrices, replicated (DDP) or sharded by rows (FSDP).
+    """Muon in which each process orthogonalises some of the matrices, replicated (DDP) or sharded by rows (FSDP).
 
-    The results of one shape travel while the next is worked on.
+    The communication for one shape overlaps with the computation for the next.
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype,
+        self,
+        params: Sequence[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
         processes: ProcessGroup,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, lr, momentum, weight_decay, dtype)
         self.processes = processes
 
@@ -54,7 +59,7 @@ class DistributedMuon(Muon):
 
 
 class DistributedOptimizer(Optimizer):
-    """The optimiser of one of several processes."""
+    """The optimiser of a process group."""
 
     def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype, processes: ProcessGroup) -> None:
         self.processes = processes

@@ -19,7 +19,7 @@ from minitf.attention import AttentionRecord
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
-from minitf.interpretability.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
+from minitf.interpretability.heads import Head, HeadScores, evaluating, head_pattern, pattern_scores
 from minitf.interpretability.token_labels import join_bytes
 from minitf.viewer import viewer_page
 
@@ -56,12 +56,12 @@ class HeadVectors:
 
     @staticmethod
     def of(record: Sequence[AttentionRecord]) -> "HeadVectors":
-        """Those of a forward pass over one text (B = 1)."""
+        """The vectors of a forward pass over one text (B = 1)."""
         parts = ((*layer[:3], layer.mixed_BHTK) for layer in record)
         return HeadVectors(*(torch.cat(tensors).float().cpu() for tensors in zip(*parts, strict=True)))
 
     def standard(self, weights_LHTS: Tensor) -> bool:
-        """Whether weights and gathered values are those of the standard formula, which *Three steps* computes."""
+        """Whether weights and gathered values follow the standard formula, which *Three steps* computes."""
         _, H, T, K = self.q_LHTK.shape
         G = self.k_LGTK.shape[1]
         scores_LHTS = self.q_LHTK @ self.k_LGTK.repeat_interleave(H // G, 1).mT / math.sqrt(K)
@@ -117,13 +117,6 @@ class AttentionMaps:
     def measured_scores(self) -> HeadScores:
         """`scores`, or else the pattern scores of the weights on this text."""
         return pattern_scores(self.weights_LHTS[:, :, None]) if self.scores is None else self.scores
-
-    @property
-    def labels(self) -> list[list[str]]:
-        """A label for each head by the pattern of its weights, by layer and head."""
-        num_layers, num_heads = self.weights_LHTS.shape[:2]
-        scores = self.measured_scores
-        return [[describe_head(scores, layer, head) for head in range(num_heads)] for layer in range(num_layers)]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; weights are rounded to 6 decimals and indexed [layer][head][query][key]."""
@@ -216,8 +209,8 @@ def attention_maps_of_ids(
 ) -> AttentionMaps:
     """The maps of `ids`, the tokens of `text`: at least one, at most the model's context."""
     record: list[AttentionRecord] = []
-    # In float32, which gives the numbers a checkpoint gives too, and is the quicker way for a sentence: casting all
-    # weights to bfloat16 takes longer than its products save (25 ms a sentence against 8).
+    # float32 gives the same numbers as a checkpoint, and is faster for a sentence: casting all weights to bfloat16
+    # takes longer than its products save (25 ms a sentence against 8).
     with evaluating(model), model.computing_in(torch.float32):
         ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
         logits_BTV = model(ids_BT, record=record)

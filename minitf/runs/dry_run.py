@@ -11,7 +11,7 @@ from minitf.checkpoints.locate import RUNS
 from minitf.config.schema import Config
 from minitf.data.tokenized_text import Tokens
 from minitf.optim import Optimizer
-from minitf.runs.summary import advice_on_size, line
+from minitf.runs.summary import advice_on_size, clock, line
 from minitf.training.budget import estimate_num_steps
 from minitf.training.context import RunContext
 from minitf.training.step import TrainingStep
@@ -75,7 +75,7 @@ def _report(context: RunContext, optimizer: Optimizer, step_s: float, backend: s
         line("training", f"{num_steps:,} steps, {num_tokens:,} tokens"),
         line("tokens", f"{num_tokens / num_parameters:.2g} per parameter, {len(train) / num_parameters:.2g} different"),
         line("epochs", f"{num_tokens / context.batches.tokens_per_epoch:.2g}"),
-        line("time", f"{_clock(num_steps * step_s)} of training, about {_clock(evaluation_s)} of evaluation"),
+        line("time", f"{clock(num_steps * step_s)} of training, about {clock(evaluation_s)} of evaluation"),
         line("memory", f"{_peak_memory_bytes(context.hardware.device) / 2**20:,.0f} MiB at most, Python included"),
         line(
             "disk", f"{checkpoint_bytes / 1e6:,.1f} MB a checkpoint, {disk_bytes / 1e6:,.1f} MB at most, and some logs"
@@ -148,8 +148,3 @@ def _peak_memory_bytes(device: torch.device) -> int:
 def _free_bytes(path: Path) -> int:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(existing).free
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60}:{rest % 60:02d} min"

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from minitf.backends.autotune import require_kernels
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.model_card import origin_of
@@ -110,8 +112,16 @@ def build_model(config: Config, task: Task, initial: Checkpoint | None) -> Trans
     vocab_size = max(task.tokenizer.vocab_size, initial.model.vocab_size if initial else 0)
     model = Transformer(config.model, vocab_size)
     if initial is not None:
-        model.copy_weights_from(initial.model)
+        copy_weights(initial.model, model)
     return model
+
+
+@torch.no_grad()
+def copy_weights(source: Transformer, target: Transformer) -> None:
+    """Copy all weights to a model of the same shape; tokens at its end that the source does not know keep theirs."""
+    state = source.state_dict()
+    for name, parameter in target.state_dict().items():
+        parameter[: len(state[name])] = state[name]
 
 
 def place_model(model: Transformer, config: TrainerConfig, hardware: Hardware) -> Transformer:

@@ -90,7 +90,7 @@ def conclusion(trainer: Trainer) -> list[str]:
     if trainer.stopping:
         return [f"stopped after step {state.step:,}; resume with: python -m minitf.train resume={run_dir}"]
     speed = f"{state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s"
-    times = f"{_clock(state.train_s)} ({speed}), total {_clock(state.elapsed_s)}"
+    times = f"{clock(state.train_s)} ({speed}), total {clock(state.elapsed_s)}"
     lines = [
         "",
         *_results(context, state),
@@ -136,5 +136,7 @@ def _logdir(run_dir: Path) -> str:
     return "runs" if Path("runs").resolve() in run_dir.resolve().parents else shlex.quote(os.path.relpath(run_dir))
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
+def clock(seconds: float) -> str:
+    """A duration as "3:05 min" or "1 h 15 min"."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60}:{rest % 60:02d} min"

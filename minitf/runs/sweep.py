@@ -19,8 +19,10 @@ def sweep(overrides: Sequence[str], flags: Sequence[str]) -> int:
     swept = check_sweep(overrides, flags)
 
     def one_run(composed: DictConfig) -> None:
-        config, hydra = to_config(composed), HydraConfig.get()
-        settings, choices = flat(config), hydra.runtime.choices
+        config = to_config(composed)
+        hydra = HydraConfig.get()
+        settings = flat(config)
+        choices = hydra.runtime.choices
         compared = {key: choices[key] if key in choices else settings.get(key, "") for key in swept}
         label = "_".join([str(hydra.job.num), *(f"{key}_{value}" for key, value in compared.items())])
         run_dir = Path(hydra.sweep.dir) / re.sub(r"[^\w.+-]+", "_", label)[:100].rstrip("_")
@@ -35,7 +37,7 @@ def sweep(overrides: Sequence[str], flags: Sequence[str]) -> int:
     # A launcher may run jobs in other processes, or on other machines that share this directory: they report by a file.
     failed = Path("runs").absolute() / f".failed_{os.getpid()}"
     failed.unlink(missing_ok=True)
-    status = run_hydra(job, overrides, ["--multirun", *flags])
-    status = int(failed.read_text(encoding="utf-8")) if failed.exists() else status
+    run_hydra(job, overrides, ["--multirun", *flags])
+    status = int(failed.read_text(encoding="utf-8")) if failed.exists() else 0
     failed.unlink(missing_ok=True)
     return status

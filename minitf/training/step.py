@@ -73,7 +73,7 @@ class TrainingStep:
         total = torch.zeros((), device=device)
         for part in range(count):
             batch, share = self.parallel.part(self.batches.batch(index * count + part))
-            micro_batches = list(batch.pieces(self.micro_batch_size))
+            micro_batches = list(batch.micro_batches(self.micro_batch_size))
             for number, (micro_batch, micro_share) in enumerate(micro_batches, start=1):
                 with self.parallel.synchronised(last=part == count - 1 and number == len(micro_batches)):
                     loss = self.parallel.loss(*micro_batch.to(device)) * (share * micro_share)
@@ -217,7 +217,7 @@ class TrainingStep:
             elif self.parallel.strategy == "ddp":
                 # Each process by itself: when one fails within a step, the others wait for its gradients.
                 batch, _ = self.parallel.part(self.batches.batch(0))
-                micro_batch, _ = next(batch.pieces(self.micro_batch_size))
+                micro_batch, _ = next(batch.micro_batches(self.micro_batch_size))
                 with self.parallel.synchronised(last=False):
                     self.parallel.loss(*micro_batch.to(self.hardware.device)).backward()  # type: ignore[no-untyped-call]
                 self.model.zero_grad()

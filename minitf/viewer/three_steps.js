@@ -44,7 +44,7 @@ export function threeStepsView(map, { t, set }) {
   }
   let parts = {};
 
-  function update({ looks: [look], query, palette, state }) {
+  function update({ map: current, looks: [look], query, palette, state }) {
     rich(lead, t("steps_lead", { query: "\u0001", layer: look.layer, head: look.head }));
     lead.replaceChildren(...lead.textContent.split("\u0001").flatMap((text, i) => (i ? [make("b", {}, quoted(map.tokens[query])), text] : [text])));
     const available = Boolean(map.vectors);
@@ -86,8 +86,10 @@ export function threeStepsView(map, { t, set }) {
     temperature.value = Math.round(100 * Math.log10(state.temperature));
     temperatureName.textContent = number(state.temperature);
     reset.hidden = state.temperature === 1;
-    note.textContent = (state.temperature === 1 ? "" : t("temperature_moved", { value: number(state.temperature) }) + " ")
-      + t(palette.theme === "dark" ? "scale_note_dark" : "scale_note", { width });
+    const notes = [t(palette.theme === "dark" ? "scale_note_dark" : "scale_note", { width })];
+    if (state.temperature !== 1) notes.unshift(t("temperature_moved", { value: number(state.temperature) }));
+    if (current.standard_formula === false) notes.unshift(t("other_formula"));
+    note.textContent = notes.join(" ");
   }
 
   /** The element by element products that sum to one dot product. */

@@ -7,12 +7,14 @@ import contextlib
 import io
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minitf.errors import run_command
 
 SENTENCE = "The cat sat on the mat."
+NUM_TOKENS = 12
 
 
 def train(name: str, settings: list[str]) -> dict[str, Any]:
@@ -30,7 +32,8 @@ def train(name: str, settings: list[str]) -> dict[str, Any]:
 def inspect(run: str) -> dict[str, Any]:
     """Of a trained run: maps, whether the standard formula explains them, and greedy text by every engine."""
     import minitf
-    from minitf.generate import generate
+    from minitf.generate import GenerationRequest, generate
+    from minitf.inference.sampling import Sampling
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
@@ -39,10 +42,8 @@ def inspect(run: str) -> dict[str, Any]:
         ids = lm.tokenizer.encode(SENTENCE)
         texts = {}
         for engine in ("torch", "native", "auto"):
-            steps = generate(
-                lm.model, ids, 1, minitf.inference.sampling.Sampling(temperature=0), engine=engine, most=12
-            )
-            texts[engine] = [int(step.ids_B[0]) for step in steps]
+            request = GenerationRequest(ids, Sampling(temperature=0), max_tokens=NUM_TOKENS, engine=engine)
+            texts[engine] = [int(step.ids_B[0]) for step in islice(generate(lm.model, request), NUM_TOKENS)]
     return {
         "weights": maps.weights_LHTS.flatten().tolist(),
         "standard": maps.to_viewer()["standard_formula"],

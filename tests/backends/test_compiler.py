@@ -1,4 +1,4 @@
-"""C sources become libraries, ahead or when they are needed; whatever fails on the way is one line."""
+"""C sources become libraries, on first use or ahead of it; every failure is one line."""
 
 import subprocess
 import sys
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minitf.backends.cpu import build as c_sources
-from minitf.backends.cpu import compiler as c_library
-from minitf.backends.cpu.compiler import CLibrary
-from minitf.system import cpuinfo as processor
+from minitf.backends.cpu import build, compiler
+from minitf.backends.cpu.compiler import CLibrary, LoadOnce
+from minitf.errors import Unavailable
+from minitf.system import cpuinfo
 
 
 @pytest.fixture
@@ -27,9 +27,8 @@ def library(tmp_path: Path) -> CLibrary:
     return CLibrary((source,))
 
 
-def answer(library: CLibrary) -> int | str:
-    found = library.load()
-    return found if isinstance(found, str) else int(found.answer())
+def answer(library: CLibrary) -> int:
+    return int(library.load().answer())
 
 
 def no_compiler(*args: object, **kwargs: object) -> None:
@@ -38,64 +37,61 @@ def no_compiler(*args: object, **kwargs: object) -> None:
 
 def test_a_library_is_compiled_once(library: CLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer(library) == 42
-    monkeypatch.setattr(c_library, "_Compilation", no_compiler)
+    monkeypatch.setattr(compiler, "_Compilation", no_compiler)
     assert answer(library) == 42
     library.compile_ahead()
     (built,) = cache.iterdir()
     assert built.name.startswith("answer_")
 
 
-def test_ahead_it_is_compiled_beside_and_waited_for(
-    library: CLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_waits_for_a_compilation_ahead(library: CLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.compile_ahead()
-    assert len(c_library._ahead) == 1
-    monkeypatch.setattr(c_library, "_Compilation", no_compiler)
+    assert len(compiler._ahead) == 1
+    monkeypatch.setattr(compiler, "_Compilation", no_compiler)
     library.compile_ahead()
     assert answer(library) == 42
-    assert not c_library._ahead
+    assert not compiler._ahead
     assert len(list(cache.iterdir())) == 1
 
 
-def test_what_changed_is_compiled_anew(library: CLibrary, cache: Path) -> None:
+def test_a_changed_header_is_compiled_again(library: CLibrary, cache: Path) -> None:
     assert answer(library) == 42
     library.sources[0].with_name("answer.h").write_text("#define ANSWER 7\n")
     assert answer(library) == 7
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_what_does_not_compile_has_one_line(library: CLibrary, cache: Path, ahead: bool) -> None:
+def test_a_compile_error_is_one_line(library: CLibrary, cache: Path, ahead: bool) -> None:
     library.sources[0].write_text("int answer(void) { return; oops }\n")
     if ahead:
         library.compile_ahead()
-    said = answer(library)
-    assert isinstance(said, str)
-    assert "did not compile answer.c" in said
-    assert "error" in said
-    assert "\n" not in said
+    with pytest.raises(Unavailable, match=r"did not compile answer\.c: .*error") as raised:
+        library.load()
+    assert "\n" not in str(raised.value)
     assert not list(cache.iterdir())
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_cache_that_cannot_be_is_no_end(
+def test_a_cache_that_cannot_be_written_makes_it_unavailable(
     library: CLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MINITF_CACHE", str(tmp_path / "file/cache"))
     if ahead:
         library.compile_ahead()
-    assert "did not compile answer.c: " in str(answer(library))
+    with pytest.raises(Unavailable, match=r"did not compile answer\.c: "):
+        library.load()
 
 
-def test_an_end_before_it_is_needed_leaves_nothing(cache: Path, tmp_path: Path) -> None:
-    compiler = tmp_path / "slow"
-    compiler.write_text("#!/bin/sh\necho $$ > pid\nexec sleep 60\n")
-    compiler.chmod(0o755)
+def test_an_exit_stops_the_compiler_and_leaves_no_file(cache: Path, tmp_path: Path) -> None:
+    slow_compiler = tmp_path / "slow"
+    slow_compiler.write_text("#!/bin/sh\necho $$ > pid\nexec sleep 60\n")
+    slow_compiler.chmod(0o755)
     program = f"""
 import time
 from pathlib import Path
 from minitf.backends.cpu.compiler import CLibrary
-CLibrary((Path({__file__!r}),), compiler={str(compiler)!r}).compile_ahead()
+CLibrary((Path({__file__!r}),), compiler={str(slow_compiler)!r}).compile_ahead()
 while not Path("pid").exists() or not Path("pid").read_text():
     time.sleep(0.01)
 """
@@ -104,18 +100,36 @@ while not Path("pid").exists() or not Path("pid").read_text():
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
-@pytest.mark.parametrize(("flags", "kernels"), [({"avx512_bf16"}, "linear.c"), (set(), "rows.c")])
-def test_ahead_is_what_the_processor_will_train_with(
+def test_failures_are_cached_too(library: CLibrary) -> None:
+    attempts: list[int] = []
+
+    @LoadOnce
+    def load(number: int) -> None:  # type: ignore[arg-type]
+        attempts.append(number)
+        raise Unavailable(f"no library {number}")
+
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="no library 3"):
+            load(3)
+    assert attempts == [3]
+    load.cache_clear()
+    with pytest.raises(Unavailable, match="no library 3"):
+        load(3)
+    assert attempts == [3, 3]
+
+
+@pytest.mark.parametrize(("flags", "kernels"), [({"avx512_bf16"}, "bf16"), (set(), "fp32")])
+def test_compiled_ahead_are_the_kernels_of_this_processor(
     flags: set[str], kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[str] = []
-    monkeypatch.setattr(processor, "flags", lambda: flags)
-    monkeypatch.setattr(CLibrary, "compile_ahead", lambda library: begun.append(library.sources[0].name))
-    c_sources.compile_ahead()
-    assert begun == [kernels, "decode.c"]
+    begun: list[CLibrary] = []
+    monkeypatch.setattr(cpuinfo, "flags", lambda: flags)
+    monkeypatch.setattr(CLibrary, "compile_ahead", lambda library: begun.append(library))
+    build.compile_ahead()
+    assert begun == [build.kernels(kernels), build.decoding()]
 
 
-def test_before_torch_is_imported_the_command_has_compilers_at_work(tmp_path: Path) -> None:
+def test_the_train_command_compiles_before_it_imports_torch(tmp_path: Path) -> None:
     program = """
 import sys
 import minitf.backends.cpu.build, minitf.train

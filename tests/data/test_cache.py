@@ -136,7 +136,7 @@ sys.exit(run_command(lambda: tokenized_text.prepare(data, TokenizerConfig(vocab_
 def test_a_killed_preparation_is_resumed(tmp_path: Path, kind: signal.Signals) -> None:
     settings = text_data(tmp_path)["rows"]
     command = [sys.executable, "-c", KILLED, str(int(kind)), *settings["files"], str(tmp_path / "b")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == (130 if kind == signal.SIGINT else -kind)
     if kind == signal.SIGINT:
         assert done.stderr.splitlines()[-1].startswith("minitf: interrupted; 0.0 MB of text (")
@@ -197,9 +197,20 @@ def test_a_second_process_waits_and_uses_the_first_ones_entry(tmp_path: Path, mo
         first.stdin.close()  # type: ignore[union-attr]  # lets the first continue
 
     found = prepare(data, BPE, log=log)
-    assert first.wait(30) == 0
+    assert first.wait(300) == 0
     assert lines == ["another process is preparing the same text: waiting for it"]
     assert [path.name for path in (tmp_path / "b").iterdir()] == [found.directory.name]
+
+
+def test_without_locks_each_process_builds_in_its_own_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(path: Path) -> int:
+        raise ImportError
+
+    monkeypatch.setattr("minitf.data.cache._lock", no_locks)
+    found = prepare(DataConfig(cache_dir=str(tmp_path / "b"), **text_data(tmp_path)["rows"]), BPE, log=lambda _: None)
+    assert list((tmp_path / "b").iterdir()) == [found.directory]
 
 
 # Progress

@@ -133,6 +133,7 @@ def test_parquet_with_invalid_utf8_is_refused(tmp_path: Path) -> None:
         ("a.jsonl", b'"a"\n', "row 1: not a JSON object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "row 2: text holds half a surrogate pair"),
         ("a.csv", b'text\n"a\n', "unexpected end"),
+        ("a.csv", b'"a\nb",c\n1,2\n', "row 3: no column 'text', only a b, c; set"),
         ("a.csv", b"text\n\xff\xfe\n", "row 2: invalid UTF-8 at byte 0 of the line"),
         ("a.parquet", b"no", "cannot be read as parquet"),
         ("a.jsonl.gz", b"no", "damaged"),

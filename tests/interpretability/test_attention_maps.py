@@ -167,6 +167,5 @@ def test_labels_without_scores_come_from_the_text() -> None:
     weights_LHTS = torch.zeros(1, 2, 5, 5)
     weights_LHTS[0, 0] = torch.eye(5).roll(-1, 1)
     weights_LHTS[0, 1, :, 0] = 1
-    assert AttentionMaps("", list("abcde"), [0] * 5, weights_LHTS, []).labels == [
-        ["previous token 1.00", "first token 1.00"]
-    ]
+    scores = AttentionMaps("", list("abcde"), [0] * 5, weights_LHTS, []).measured_scores
+    assert [describe_head(scores, 0, head) for head in range(2)] == ["previous token 1.00", "first token 1.00"]

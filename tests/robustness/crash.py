@@ -29,7 +29,7 @@ PHASES = ("start", "step", "evaluation", "attention", "save", "end")
 TRAINING, SAVING = 0, 1  # the two bytes of shared memory: the phase of the training loop, and of the saving thread
 CLOCK_KEYS = {"tokens_per_s", "mfu", "train_s", "warmup_s", "elapsed_s"}  # of metrics.jsonl; no two runs agree in them
 CLOCK_TAGS = ("perf/", "_hparams_", "final/")
-MODULES = ("datasets", "torch._dynamo", "torch.utils.tensorboard", "minitf.train", "minitf.runs.start")
+MODULES = ("datasets", "torch._dynamo", "torch.utils.tensorboard", "minitf.train", "minitf.runs.resume")
 SETTINGS = [
     "data=text", "data.files=[text.txt]", "data.cache_dir=cache", "tokenizer=byte", "model.num_layers=2",
     "model.hidden_size=32", "model.num_heads=2", "model.context_length=32", "model.dropout=0.1", "trainer.batch_size=4",

@@ -27,7 +27,7 @@ def batch_of(num_rows: int) -> Batch:
 )
 def test_micro_batches_cover_the_batch_in_similar_sizes(num_rows: int, most: int, sizes: list[int]) -> None:
     batch = batch_of(num_rows)
-    pieces, shares = zip(*batch.pieces(most), strict=True)
+    pieces, shares = zip(*batch.micro_batches(most), strict=True)
     assert [len(piece.inputs_BT) for piece in pieces] == sizes
     for parts, whole in zip(zip(*pieces, strict=True), batch, strict=True):
         assert torch.equal(torch.cat(parts), whole)
@@ -38,11 +38,11 @@ def test_share_of_a_micro_batch_is_that_of_its_weighted_targets() -> None:
     batch = batch_of(4)
     assert batch.weights_BT is not None
     counts = batch.weights_BT * (batch.targets_BT != IGNORED)
-    shares = [share for _, share in batch.pieces(1)]
+    shares = [share for _, share in batch.micro_batches(1)]
     assert shares == pytest.approx((counts.sum(1) / counts.sum()).tolist())
     assert shares[0] > 1.5 * shares[1]
     uncounted = Batch(batch.inputs_BT, torch.full_like(batch.targets_BT, IGNORED))
-    assert [share for _, share in uncounted.pieces(2)] == [0, 0]
+    assert [share for _, share in uncounted.micro_batches(2)] == [0, 0]
 
 
 @pytest.mark.parametrize("data", [[], ["data=copy", "data.num_pairs=300"]])

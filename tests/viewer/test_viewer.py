@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import NASTY
 
-from minitf.attention import causal_mask, gather, match, weigh
+from minitf.attention import gather, match, weigh
 from minitf.data.tokenizer_training import train_tokenizer
 from minitf.interpretability.attention_maps import AttentionMaps, attention_maps_of_ids
 from minitf.interpretability.heads import NAMES, PATTERN_THRESHOLD
@@ -130,7 +130,7 @@ def test_the_viewer_computes_the_models_three_steps(
     (tmp_path / "map.json").write_text(json.dumps(maps.to_viewer(exact)))
     vectors = maps.vectors
     assert vectors is not None
-    mask_TS = causal_mask(8, 8, torch.device("cpu"), torch.float32)
+    mask_TS = torch.full((8, 8), -torch.inf).triu(1)
     scores = torch.cat([match(vectors.q_LHTK[i : i + 1], vectors.k_LGTK[i : i + 1], mask_TS) for i in range(2)])
     outputs = torch.cat([gather(weigh(scores[i : i + 1]), vectors.v_LGTK[i : i + 1]) for i in range(2)])
     for row in run_node(READ, tmp_path):
@@ -209,6 +209,6 @@ def test_vectors_of_long_texts_are_left_out(make_model: Callable[..., Transforme
     assert maps.vectors is not None
     assert maps.to_viewer()["vectors"]["encoding"] == "int8"
     assert maps.to_viewer(exact=True)["vectors"]["encoding"] == "float32"
-    large = type(maps.vectors)(*(torch.zeros(12, 12, 200, 64) for _ in range(3)))
+    large = type(maps.vectors)(*(torch.zeros(12, 12, 200, 64) for _ in range(4)))
     assert large.to_viewer(exact=False) is None
     assert large.to_viewer(exact=True) is None

@@ -1,14 +1,15 @@
-"""The kernels' C library for each dtype, and how tensors are handed to it."""
+"""The C kernels as ctypes functions, one library for each dtype of activations."""
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minitf.backends.cpu import build as c_sources
+from minitf.backends.cpu import build
+from minitf.backends.cpu.compiler import LoadOnce
+from minitf.errors import Unavailable
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -47,42 +48,40 @@ _IN_BFLOAT16: dict[str, list[Any]] = {
 ARGUMENTS = {torch.bfloat16: _IN_BOTH | _IN_BFLOAT16, torch.float32: _IN_BOTH}
 
 
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The C sources for activations of a dtype as a library, compiled now or earlier, or why there is none."""
+@LoadOnce
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for activations of a dtype, compiled if they are not cached; raises Unavailable."""
     if dtype not in ARGUMENTS:
-        return f"the C kernels do not compute in {str(dtype).removeprefix('torch.')}"
-    sources = c_sources.kernels(PRECISIONS[dtype])
-    found = sources if isinstance(sources, str) else sources.load()
-    if not isinstance(found, str):
-        for name, types in ARGUMENTS[dtype].items():
-            function = getattr(found, name)
-            function.argtypes, function.restype = types, None
-    return found
+        raise Unavailable(f"the C kernels do not compute in {str(dtype).removeprefix('torch.')}")
+    loaded = build.kernels(PRECISIONS[dtype]).load()
+    for name, types in ARGUMENTS[dtype].items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
+    return loaded
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """A function of the library for `dtype`."""
-    found = library(dtype)
-    assert not isinstance(found, str)
-    getattr(found, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+    """Call a function of the library for `dtype`; tensors are passed by address."""
+    getattr(library(dtype), name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
 def has_fast_products() -> bool:
-    """Whether the library's products of activations and weights are faster than PyTorch's: by AMX."""
-    found = library(torch.bfloat16)
-    return not isinstance(found, str) and bool(found.has_fast_products())
+    """Whether products of activations and weights are faster by these kernels than by PyTorch: with AMX."""
+    try:
+        return bool(library(torch.bfloat16).has_fast_products())
+    except Unavailable:
+        return False
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x as C reads it."""
+    """x, contiguous, as C reads it."""
     assert x.dtype in ARGUMENTS
     assert x.device.type == "cpu"
     return x.contiguous()
 
 
 def places_of(tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Where values of float32 begin, as C reads it, and what has to be kept until then."""
+    """An array of the addresses of float32 tensors, and the contiguous tensors to keep alive during the call."""
     assert all(tensor.dtype == torch.float32 for tensor in tensors)
     kept = [tensor.contiguous() for tensor in tensors]
     return (ctypes.c_void_p * len(kept))(*[tensor.data_ptr() for tensor in kept]), kept

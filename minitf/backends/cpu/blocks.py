@@ -30,6 +30,7 @@ from minitf.backends.cpu.bindings import (
     places_of,
 )
 from minitf.backends.cpu.muon import CpuMuon, CpuOptimizer
+from minitf.errors import Unavailable
 from minitf.loss import IGNORED, LinearCrossEntropy
 from minitf.model import Block, FeedForward, Transformer
 from minitf.optim import Muon, Optimizer
@@ -338,8 +339,11 @@ class CpuKernels:
             return f"model.attention={model.config.attention} is another way to compute attention; leave it at auto"
         if custom := custom_module(model):
             return f"they do not know {custom}"
-        found = library(model.compute_dtype)
-        return found if isinstance(found, str) else None
+        try:
+            library(model.compute_dtype)
+        except Unavailable as reason:
+            return str(reason)
+        return None
 
     def install(self, model: Transformer, optimizer: Optimizer | None = None) -> None:
         Reference().install(model, optimizer)

@@ -1,4 +1,4 @@
-"""C sources compiled for this machine when they are first needed, or ahead of that, and kept."""
+"""C sources compiled for this machine, on first use or ahead of it, and cached."""
 
 import atexit
 import ctypes
@@ -8,14 +8,17 @@ import platform
 import secrets
 import shutil
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, ParamSpec
 
+from minitf.errors import Unavailable
 from minitf.system import cpuinfo as processor
 from minitf.system.files import cache_root
 
-# Sums may be taken in any order and square roots need no error number; infinities and rounding stay as they are.
+# Sums may be reordered and square roots need not set errno; infinities, NaN and rounding keep their meaning.
 FLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -24,45 +27,69 @@ FLAGS = (
     "-fassociative-math",
     "-ffp-contract=fast",
 )
-COMPILING_S = 60.0  # at most
+TIMEOUT_S = 60.0
+
+Arguments = ParamSpec("Arguments")
+
+
+class LoadOnce(Generic[Arguments]):
+    """Decorator like functools.cache that caches a failure too: Unavailable is raised again."""
+
+    def __init__(self, load: Callable[Arguments, ctypes.CDLL]) -> None:
+        self._load = load
+        self._outcomes: dict[tuple[Any, ...], ctypes.CDLL | Unavailable] = {}
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> ctypes.CDLL:
+        if args not in self._outcomes:
+            try:
+                self._outcomes[args] = self._load(*args, **kwargs)
+            except Unavailable as error:
+                self._outcomes[args] = error
+        outcome = self._outcomes[args]
+        if isinstance(outcome, Unavailable):
+            raise Unavailable(str(outcome))
+        return outcome
+
+    def cache_clear(self) -> None:
+        self._outcomes.clear()
 
 
 @dataclass(frozen=True)
 class CLibrary:
-    """C sources of one directory, and how they become a library.
+    """C sources of one directory as a shared library.
 
-    `extra` are more arguments, after the sources; the `compiler` is $CC or what is there, unless it has to be a certain
-    one.
+    `extra` are compiler arguments after the sources. `compiler` requires a certain one; by default it is $CC, cc, gcc
+    or clang. A hash of sources, headers, arguments and processor names the cached file.
     """
 
     sources: tuple[Path, ...]
     extra: tuple[str, ...] = ()
     compiler: str = ""
 
-    def load(self) -> ctypes.CDLL | str:
-        """The library, compiled now (a second or two), ahead or earlier, or why there is none."""
+    def load(self) -> ctypes.CDLL:
+        """The library: cached, compiled ahead, or compiled now (seconds); raises Unavailable."""
         if not (command := self._command()):
-            return f"no {self.compiler or 'C compiler'} found"
-        failed, built = f"{command[0]} did not compile {self.sources[0].name}", self._built(command)
+            raise Unavailable(f"no {self.compiler or 'C compiler'} found")
+        built = self._built(command)
         try:
-            if found := _load(built):
-                return found
+            if library := _load(built):
+                return library
             compilation = _ahead.pop(built, None) or _Compilation(command, built)
-            if error := compilation.finish():
-                return f"{failed}: {error}"
+            compilation.finish()
             return ctypes.CDLL(str(built))
-        except (OSError, subprocess.SubprocessError) as error:
-            return f"{failed}: {str(error).splitlines()[0]}"
+        except (Unavailable, OSError, subprocess.SubprocessError) as error:
+            reason = str(error).splitlines()[0]
+            raise Unavailable(f"{command[0]} did not compile {self.sources[0].name}: {reason}") from None
 
     def compile_ahead(self) -> None:
-        """Begin to compile, in a process beside this one, what is not there yet; `load` waits, and says what failed."""
+        """Start a compiler in the background unless the library is cached; `load` waits for it and reports errors."""
         command = self._command()
         if command and not (built := self._built(command)).exists() and built not in _ahead:
             with suppress(OSError):
                 _ahead[built] = _Compilation(command, built)
 
     def _command(self) -> list[str]:
-        """All but where to write; empty where there is no compiler."""
+        """The compiler's command line without the output; empty if there is no compiler."""
         names = [self.compiler] if self.compiler else [os.environ.get("CC", "cc"), "gcc", "clang"]
         found = next((path for name in names if (path := shutil.which(name))), None)
         if found is None:
@@ -71,7 +98,6 @@ class CLibrary:
         return [found, *FLAGS, native, "-shared", "-fPIC", *map(str, self.sources), *self.extra, "-lm"]
 
     def _built(self, command: list[str]) -> Path:
-        """Where it is kept: what it is made of, by and for is in the name."""
         contents = [path.read_bytes() for path in [*self.sources, *sorted(self.sources[0].parent.glob("*.h"))]]
         arguments = [word for word in command if Path(word) not in self.sources]
         identity = repr([contents, arguments, processor.name(), platform.machine()])
@@ -79,7 +105,7 @@ class CLibrary:
 
 
 class _Compilation:
-    """A compiler at work in a process of its own, beside the place of what it makes; raises OSError."""
+    """A compiler process that writes next to `built`; OSError if it does not start."""
 
     def __init__(self, command: list[str], built: Path) -> None:
         built.parent.mkdir(parents=True, exist_ok=True)
@@ -87,35 +113,36 @@ class _Compilation:
         self.partial = built.with_name(f".{built.name}.{secrets.token_hex(6)}")
         self.process = subprocess.Popen(
             [*command, "-o", str(self.partial)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         atexit.register(self._give_up)
 
-    def finish(self) -> str:
-        """Wait for it and put the library in its place; returns what the compiler found wrong, or nothing."""
+    def finish(self) -> None:
+        """Wait and move the library into place; raises Unavailable with the compiler's first error."""
         try:
-            _, said = self.process.communicate(timeout=COMPILING_S)
+            _, stderr = self.process.communicate(timeout=TIMEOUT_S)
             if self.process.returncode:
-                lines = said.decode(errors="replace").splitlines()
+                lines = stderr.decode(errors="replace").splitlines()
                 error = next((line for line in lines if "error" in line), f"exit status {self.process.returncode}")
-                return error.strip()[:200]
+                raise Unavailable(error.strip()[:200])
             os.replace(self.partial, self.built)
-            return ""
         finally:
             self._give_up()
 
     def _give_up(self) -> None:
         atexit.unregister(self._give_up)
-        self.process.terminate()  # upon which gcc takes its temporary files away
+        self.process.terminate()  # on which gcc removes its temporary files
         self.process.communicate()
         self.partial.unlink(missing_ok=True)
 
 
-_ahead: dict[Path, _Compilation] = {}  # by what they make
+_ahead: dict[Path, _Compilation] = {}  # by the file they make
 
 
 def _load(built: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(built))
-    except OSError:  # not there, or damaged
+    except OSError:  # missing or damaged
         return None

@@ -1,7 +1,6 @@
 """decode.c as a Python function: compiled once for this machine, bound to a model's weights and a cache."""
 
 import ctypes
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from minitf.attention import KeyValueCache
 from minitf.backends.cpu import build
+from minitf.backends.cpu.compiler import LoadOnce
 from minitf.errors import Unavailable
 from minitf.model import Transformer
 
@@ -55,19 +55,16 @@ class _Step(ctypes.Structure):
     ]
 
 
-@functools.cache
+@LoadOnce
 def library() -> ctypes.CDLL:
     """decode.c as a library, compiled when first needed. Raises Unavailable."""
     found = build.decoding().load()
-    if isinstance(found, str):
-        raise Unavailable(found)
     model, step = ctypes.POINTER(_Model), ctypes.POINTER(_Step)
     found.decode_scratch.restype, found.decode_scratch.argtypes = _INT, [model, _INT, _INT, _INT]
     found.decode.restype, found.decode.argtypes = None, [model, step, _INT]
     return found
 
 
-@functools.cache
 def unavailable() -> str | None:
     """The reason why decode.c cannot be used on this machine, or None. Compiles it if that has not been done."""
     try:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from minitf.data.config import DataConfig
-from minitf.data.sources.tables import BadRowError, Row, text_of
+from minitf.data.sources.tables import BadRowError, Row, listed, text_of
 from minitf.errors import RequestError
 
 # Names of the two columns, the first that a table has are taken.
@@ -32,7 +32,7 @@ def choose_columns(config: DataConfig, names: list[str], row: Row, where: str) -
     prompt, completion = config.prompt_column, config.completion_column
     for option, name in (("prompt_column", prompt), ("completion_column", completion)):
         if name is not None and name not in names:
-            raise RequestError(f"{where} has no column {name!r} (data.{option}); it has: {', '.join(names)}")
+            raise RequestError(f"{where} has no column {name!r} (data.{option}); it has: {listed(names)}")
     if prompt and completion:
         return _two_columns(prompt, completion)
     for first, second in COLUMN_NAMES:
@@ -46,7 +46,7 @@ def choose_columns(config: DataConfig, names: list[str], row: Row, where: str) -
         if name in names:
             return _chat(name)
     raise RequestError(
-        f"{where}: none of its columns is known to hold pairs ({', '.join(names)}); "
+        f"{where}: none of its columns is known to hold pairs ({listed(names)}); "
         "set data.prompt_column and data.completion_column"
     )
 

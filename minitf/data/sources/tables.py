@@ -5,7 +5,7 @@ A row that cannot be read is yielded as a `BadRowError`, so that the caller may 
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,15 @@ class BadRowError(Exception):
 Row = Mapping[str, Any]
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names of columns in one line, whatever is in them."""
+    return ", ".join(" ".join(name.split()) for name in names)
+
+
 def text_of(row: Row, column: str, hint: str = "") -> str | None:
     """The text in a column, None where it is null. BadRowError, which may end with a hint, where it is no text."""
     if column not in row:
-        raise BadRowError(f"no column {column!r}, only {', '.join(row)}{hint}")
+        raise BadRowError(f"no column {column!r}, only {listed(row)}{hint}")
     text = row[column]
     if text is None:
         return None
@@ -163,7 +168,7 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[int, 
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
         if columns and columns[0] not in names:
-            raise RequestError(f"{path}: no column {columns[0]!r}, only {', '.join(names)}; set data.text_column")
+            raise RequestError(f"{path}: no column {columns[0]!r}, only {listed(names)}; set data.text_column")
         number = 0
         for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():

@@ -1,6 +1,6 @@
-/* What the C kernels use of AVX-512 BF16, and with EMULATED_TILES of AMX, for processors without: by lanes, slowly, and in
- * every lane as Intel's manual has it. Found before the compiler's own header of this name, it lets their tests run on
- * any machine. */
+/* An emulation of the intrinsics of AVX-512 BF16 that the C kernels use, and with EMULATED_TILES of AMX: slow, lane
+ * by lane, as specified in Intel's Intrinsics Guide. Included in place of the compiler's header, it lets the tests
+ * of the kernels run on any processor. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -21,19 +21,15 @@ typedef uint32_t __mmask32;
 #define EACH(count) for (int i = 0; i < (count); i++)
 #define INLINE static inline __attribute__((always_inline, unused))
 
-/* Memory: lanes outside a mask are neither read nor written. */
-INLINE __m512 _mm512_loadu_ps(const void *at) {
-    __m512 x;
+/* Memory. Lanes outside a mask are neither read nor written. */
+INLINE __m512i _mm512_loadu_si512(const void *at) {
+    __m512i x;
     memcpy(&x, at, sizeof x);
     return x;
 }
-INLINE __m512i _mm512_loadu_si512(const void *at) { return (__m512i)_mm512_loadu_ps(at); }
-INLINE __m512 _mm512_load_ps(const void *at) { return *(const __m512 *)at; }
 INLINE __m512i _mm512_load_si512(const void *at) { return *(const __m512i *)at; }
 INLINE void _mm512_storeu_si512(void *at, __m512i x) { memcpy(at, &x, sizeof x); }
 INLINE void _mm512_stream_si512(void *at, __m512i x) { *(__m512i *)at = x; }
-INLINE void _mm512_storeu_ps(void *at, __m512 x) { memcpy(at, &x, sizeof x); }
-INLINE void _mm512_store_ps(void *at, __m512 x) { *(__m512 *)at = x; }
 INLINE void _mm512_store_si512(void *at, __m512i x) { *(__m512i *)at = x; }
 INLINE void _mm256_storeu_si256(__m256i *at, __m256i x) { memcpy(at, &x, sizeof x); }
 INLINE __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const float *at) {
@@ -60,34 +56,17 @@ INLINE void _mm256_mask_storeu_epi16(uint16_t *at, __mmask16 mask, __m256i x) {
 
 /* Arithmetic of float32. */
 INLINE __m512 _mm512_set1_ps(float x) { return x - (__m512){0}; }
-INLINE __m512 _mm512_setzero_ps(void) { return (__m512){0}; }
-INLINE __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
-INLINE __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
-INLINE __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
-INLINE __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
-INLINE __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
-INLINE __m512 _mm512_fmsub_ps(__m512 a, __m512 b, __m512 c) { return a * b - c; }
-INLINE __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return c - a * b; }
-INLINE __m512 _mm512_max_ps(__m512 a, __m512 b) { /* b, if either is not a number */
+INLINE __m512 _mm512_max_ps(__m512 a, __m512 b) { /* b if either is NaN */
     return (__m512)(((words16)a & (words16)(a > b)) | ((words16)b & ~(words16)(a > b)));
 }
 INLINE __m512 _mm512_min_ps(__m512 a, __m512 b) {
     return (__m512)(((words16)a & (words16)(a < b)) | ((words16)b & ~(words16)(a < b)));
 }
-INLINE __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 a) {
-    EACH(16) a[i] = mask >> i & 1 ? a[i] : 0;
-    return a;
-}
-INLINE __m512 _mm512_mask_max_ps(__m512 else_, __mmask16 mask, __m512 a, __m512 b) {
-    a = _mm512_max_ps(a, b);
+INLINE __m512 _mm512_mask_mov_ps(__m512 else_, __mmask16 mask, __m512 a) {
     EACH(16) else_[i] = mask >> i & 1 ? a[i] : else_[i];
     return else_;
 }
-INLINE __m512 _mm512_mask_add_ps(__m512 else_, __mmask16 mask, __m512 a, __m512 b) {
-    EACH(16) else_[i] = mask >> i & 1 ? a[i] + b[i] : else_[i];
-    return else_;
-}
-INLINE __m512 _mm512_roundscale_ps(__m512 a, int to_whole) { /* 0: to the nearest whole number, the even one of two */
+INLINE __m512 _mm512_roundscale_ps(__m512 a, int to_whole) { /* 0: to the nearest integer, ties to even */
     EACH(16) a[i] = nearbyintf(ldexpf(a[i], to_whole >> 4)) / (1 << (to_whole >> 4));
     return a;
 }
@@ -141,8 +120,7 @@ INLINE __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) {
     return __builtin_shuffle(a, b, (__m512i){1, 9, 3, 11, 5, 13, 7, 15});
 }
 
-/* bfloat16: rounded to the nearest, the even one of two. Numbers too small for their exponent are kept, which the
- * processor takes for 0. */
+/* bfloat16: rounded to nearest, ties to even. Subnormal numbers are kept; the processor takes them for 0. */
 INLINE __m256bh _mm512_cvtneps_pbh(__m512 a) {
     words16 bits = (words16)a, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
     words16 nan = (words16)(a != a);
@@ -160,8 +138,8 @@ INLINE __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
     return x;
 }
 
-/* AMX: eight tiles of up to 16 rows of up to 64 bytes a thread. None is there before its size is set, and one that is read
- * or written without is as an instruction the processor does not know: the end. */
+/* AMX: eight tiles of up to 16 rows of up to 64 bytes a thread. Using one that is not configured aborts, as on the
+ * processor. */
 #undef __AMX_TILE__
 #undef __AMX_BF16__
 #ifdef EMULATED_TILES
@@ -169,7 +147,7 @@ INLINE __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
 #define __AMX_BF16__ 1
 #include <stdlib.h>
 #include <unistd.h>
-/* Whether the kernel lets us use them. */
+/* The kernel grants the permission to use them, or refuses. */
 #ifndef REFUSED_TILES
 #define syscall(number, what, which) (0 & (number) & (what) & (which))
 #else
