@@ -1,6 +1,6 @@
 """The attention block: every position *matches* its query with all keys, *weighs* the matches, *gathers* the values.
 
-    match    scores  = q @ k.T / sqrt(head_dim)     how well does each earlier word answer what this word looks for?
+    match    scores  = q @ k.T / sqrt(head_dim)     how well does each earlier word answer what this word asks for?
     weigh    weights = softmax(scores)              turn the scores of one query into shares that sum to 1
     gather   mixed   = weights @ v                  add up the values of the earlier words, by their shares
 
@@ -9,20 +9,18 @@ queries and keys (Henry et al., 2020) and grouped queries (Ainslie et al., 2023)
 
 Axes in names, as everywhere: B batch, T query position, S key position, D hidden, H heads, K head width.
 
-This is what attention is, and what looks inside a model computes; where a processor allows, training computes the same
-by attention.c of kernels/bfloat16 or float32.
+Change a line and train: what is written here is what trains, what the maps show and what generates.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitf.rope import scaled_frequencies
+from minitf.rope import rotate
 
 
 class Linear(nn.Linear):
@@ -59,8 +57,8 @@ def match(q_BHTK: Tensor, k_BHSK: Tensor, mask: Tensor) -> Tensor:
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BHSK.shape[1], k_BHSK.shape[2]
-    # Queries that share a key head lie side by side, so one batched product serves the group without copying keys. The
-    # division is the queries', which are fewer than the scores.
+    # Queries that share a key head are adjacent, so one batched product serves the group without copying keys. The
+    # queries are divided, not the scores: there are fewer of them.
     queries = (q_BHTK / math.sqrt(K)).reshape(B * G, H // G * T, K)
     scores = torch.bmm(queries, k_BHSK.reshape(B * G, S, K).transpose(1, 2)).view(B, G, H // G * T, S)
     return (scores + torch.cat([mask.unsqueeze(-3)] * (H // G), dim=-2)).view(B, H, T, S)
@@ -79,76 +77,15 @@ def gather(weights_BHTS: Tensor, v_BHSK: Tensor) -> Tensor:
     return mixed.view(B, H, T, K)
 
 
-# Queries taken together on the explicit path. A block meets only the keys up to its end: of what the mask would hide,
-# most is never computed. With 8 heads at 512 positions blocks of 64, 128, 256 and 512 took 25, 20, 25 and 30 ms.
-QUERY_BLOCK = 128
+def visible_keys(num_queries: int, num_keys: int, device: torch.device, segments_BS: Tensor | None = None) -> Tensor:
+    """Whether a query may look at a key, bool (T, S) or (B, T, S): itself and what came before it, in its own segment.
 
-
-def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor) -> Tensor:
-    """Match, weigh and gather, block by block of queries, which are the last of the keys; returns mixed_BHTK."""
-    T, S = mask.shape[-2:]
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        seen = S - T + end
-        scores_BHTS = match(q_BHTK[:, :, start:end], k_BHSK[:, :, :seen], mask[..., start:end, :seen])
-        blocks.append(gather(weigh(scores_BHTS), v_BHSK[:, :, :seen]))
-    return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
-
-
-def rotary_table(head_dim: int, num_positions: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
-    """Cosines and sines of the rotation of each pair of channels at each position, shape (2, num_positions, head_dim).
-
-    Channel pair i turns by `position * theta^(-2i / head_dim)` radians (RoFormer, equation 15), which the `scaling` of
-    a pretrained model may change.
+    The queries are the last of the keys. Rotary positions need no restart in a segment: they encode distances.
     """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    frequencies, factor = scaled_frequencies(frequencies, theta, scaling or {})
-    angles_TK = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies).repeat(1, 2)
-    return torch.stack([angles_TK.cos(), angles_TK.sin()]) * factor
-
-
-def rotate(x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
-    """Turn queries or keys by their position, so that their product depends on the distance between them.
-
-    Pairs are (i, i + head_dim / 2), the arrangement of Llama and Qwen checkpoints.
-    """
-    cos, sin = rotary_2TK[..., : x_BHTK.shape[-1] // 2].to(x_BHTK.dtype).unbind()  # both halves turn alike
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def causal_mask(num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Mask_TS that lets each query see itself and what came before; the queries are the last of the keys."""
-    future = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(num_keys - num_queries + 1)
-    return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(future, float("-inf"))
-
-
-def packed_mask(segments_BT: Tensor, segments_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mask_BTS that lets each query see itself and what came before in its own segment of the row.
-
-    Of dtype bool it is True where a query may look, else 0 there and -inf elsewhere. Rotary positions need no fresh
-    start in a segment: what they tell is distance.
-    """
-    T, S = segments_BT.shape[1], segments_BS.shape[1]
-    past_TS = torch.ones(T, S, dtype=torch.bool, device=segments_BT.device).tril(S - T)
-    seen_BTS = (segments_BT[:, :, None] == segments_BS[:, None, :]) & past_TS
-    if dtype == torch.bool:
-        return seen_BTS
-    return torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device).masked_fill_(~seen_BTS, float("-inf"))
-
-
-def segment_starts(segments_BT: Tensor) -> Tensor:
-    """The first position of each position's segment, int32 of shape (B, T): another form of `packed_mask`.
-
-    The positions of a segment lie side by side.
-    """
-    positions_BT = torch.arange(segments_BT.shape[1], dtype=torch.int32, device=segments_BT.device).expand_as(
-        segments_BT
-    )
-    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    return torch.where(begins_BT, positions_BT, 0).cummax(dim=1).values
+    past_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    if segments_BS is None:
+        return past_TS
+    return (segments_BS[:, -num_queries:, None] == segments_BS[:, None, :]) & past_TS
 
 
 @dataclass
@@ -156,24 +93,82 @@ class KeyValueCache:
     """Keys and values of the positions read so far, so that decoding computes each only once.
 
     `keys` and `values` have shape (layers, B, key heads, capacity, K) and are filled up to `length`. Rows of texts of
-    different lengths end together: `starts_B` is where each begins, what is before counts for nothing; None: all at 0.
+    different lengths end together: row b begins at `starts_B[b]` and ignores what is before; None: all begin at 0.
     """
 
     keys: Tensor
     values: Tensor
     length: int = 0
-    starts_B: Tensor | None = None  # noqa: N815
+    starts_B: Tensor | None = None
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
     def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values and return all so far; the model advances `length` after the layers."""
+        """Store one layer's new keys and values and return all so far; the model calls `advance` after the layers."""
         end = self.length + k_BHTK.shape[2]
         self.keys[layer, :, :, self.length : end] = k_BHTK
         self.values[layer, :, :, self.length : end] = v_BHTK
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, num_positions: int) -> None:
+        self.length += num_positions
+
+    def rotary(self, rotary_2TK: Tensor, num_positions: int) -> Tensor:
+        """The part of the rotary table for the next positions."""
+        return rotary_2TK[:, self.length : self.length + num_positions]
+
+    def visible(self, num_positions: int) -> Tensor:
+        """Which keys the next positions may look at, bool (T, S) or (B, T, S)."""
+        end, device, segments_BS = self.length + num_positions, self.keys.device, None
+        if self.starts_B is not None:
+            segments_BS = (torch.arange(end, device=device) >= self.starts_B[:, None]).int()
+        return visible_keys(num_positions, end, device, segments_BS)
+
+
+class AttentionRecord(NamedTuple):
+    """What one layer matched, weighed and gathered; queries and keys are rotated, as `match` reads them."""
+
+    q_BHTK: Tensor
+    k_BHSK: Tensor
+    v_BHSK: Tensor
+    weights_BHTS: Tensor
+    mixed_BHTK: Tensor
+
+
+@dataclass
+class AttentionContext:
+    """What one forward pass gives to all its blocks.
+
+    `rotary_2TK` is the rotary table of the positions read, `segments_BT` numbers the texts packed into a row (None: one
+    text), `dtype` is that of the activations. A `record` list gets one `AttentionRecord` a layer.
+    """
+
+    rotary_2TK: Tensor
+    dtype: torch.dtype
+    segments_BT: Tensor | None = None
+    cache: KeyValueCache | None = None
+    record: list[AttentionRecord] | None = None
+    _mask: Tensor | None = None
+
+    def visible(self) -> Tensor:
+        """Whether a query may look at a key, bool (T, S) or (B, T, S)."""
+        T = self.rotary_2TK.shape[1]
+        return self.cache.visible(T) if self.cache else visible_keys(T, T, self.rotary_2TK.device, self.segments_BT)
+
+    def mask(self) -> Tensor:
+        """The mask for `match`, made once for all layers."""
+        if self._mask is None:
+            visible = self.visible()
+            self._mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+            self._mask.masked_fill_(~visible, float("-inf"))
+        return self._mask
+
+
+# Queries taken together. A block of queries meets only the keys up to its end: most of what a mask hides is never
+# computed. With 8 heads at 512 positions blocks of 64, 128, 256 and 512 took 25, 20, 25 and 30 ms.
+QUERY_BLOCK = 128
 
 
 class Attention(nn.Module):
@@ -191,45 +186,49 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotary_2TK: Tensor,
-        mask: Tensor | None,
-        cache: KeyValueCache | None = None,
-        layer: int = 0,
-        weights: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Let every position of `x_BTD` look at the positions up to itself; returns what they gathered, same shape.
+    # The three steps, which a variant of attention may override.
 
-        With a mask to add, (T, S) or (B, T, S), the three steps are computed as they are written (the explicit path),
-        and a `weights` list gets this layer's `weights_BHTS` appended; with a boolean one or none, which means causal,
-        PyTorch's fused kernel computes the same in one call.
-        """
+    def match(self, q_BHTK: Tensor, k_BHSK: Tensor, mask: Tensor) -> Tensor:
+        return match(q_BHTK, k_BHSK, mask)
+
+    def weigh(self, scores_BHTS: Tensor) -> Tensor:
+        return weigh(scores_BHTS)
+
+    def gather(self, weights_BHTS: Tensor, v_BHSK: Tensor) -> Tensor:
+        return gather(weights_BHTS, v_BHSK)
+
+    def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
+        """Let every position of `x_BTD` look at the positions up to itself; returns the gathered values, same shape."""
         B, T, _ = x_BTD.shape
         q, k, v = joint_linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BHTK = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
         k_BHSK = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
         v_BHSK = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q_BHTK, k_BHSK = rotate(q_BHTK, rotary_2TK), rotate(k_BHSK, rotary_2TK)
-        if cache is not None:
-            k_BHSK, v_BHSK = cache.append(layer, k_BHSK, v_BHSK)
-
-        if mask is None or mask.dtype == torch.bool:
-            grouped, causal = k_BHSK.shape[1] != q_BHTK.shape[1], mask is None and T > 1
-            seen = None if mask is None else mask.unsqueeze(-3)
-            mixed_BHTK = F.scaled_dot_product_attention(
-                q_BHTK, k_BHSK, v_BHSK, seen, is_causal=causal, enable_gqa=grouped
-            )
-        elif weights is None:
-            mixed_BHTK = attend(q_BHTK, k_BHSK, v_BHSK, mask)
-        else:
-            weights.append(weigh(match(q_BHTK, k_BHSK, mask)))
-            mixed_BHTK = gather(weights[-1], v_BHSK)
+        q_BHTK, k_BHSK = rotate(q_BHTK, context.rotary_2TK), rotate(k_BHSK, context.rotary_2TK)
+        if context.cache is not None:
+            k_BHSK, v_BHSK = context.cache.append(layer, k_BHSK, v_BHSK)
+        mixed_BHTK = self.attend(q_BHTK, k_BHSK, v_BHSK, context)
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
+    def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, context: AttentionContext) -> Tensor:
+        """Match, weigh and gather; returns mixed_BHTK. The queries are the last of the keys."""
+        mask = context.mask()
+        if context.record is not None:
+            weights_BHTS = self.weigh(self.match(q_BHTK, k_BHSK, mask))
+            mixed_BHTK = self.gather(weights_BHTS, v_BHSK)
+            context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
+            return mixed_BHTK
+        T, S = mask.shape[-2:]
+        blocks = []
+        for start in range(0, T, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, T)
+            seen = S - T + end
+            scores_BHTS = self.match(q_BHTK[:, :, start:end], k_BHSK[:, :, :seen], mask[..., start:end, :seen])
+            blocks.append(self.gather(self.weigh(scores_BHTS), v_BHSK[:, :, :seen]))
+        return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
 
-if __name__ == "__main__":  # `python -m minitf.attention "TEXT"` looks inside a trained model
+
+if __name__ == "__main__":  # `python -m minitf.attention "TEXT"` shows the attention of a trained model
     import runpy
 
     runpy.run_module("minitf.interpretability.page", run_name="__main__")

@@ -1,6 +1,8 @@
-"""`python -m minitf.completion bash|zsh|fish`: see config/shell_completion.py."""
+"""The command `python -m minitf.completion bash|zsh|fish`: see config/shell_completion.py."""
 
-from minitf.config.shell_completion import main
+from minitf.config.shell_completion import main as main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from minitf.errors import run_command
+
+    raise SystemExit(run_command(main))

@@ -22,12 +22,16 @@ class RequestError(MinitfError):
     exit_status = 2
 
 
-class Unavailable(MinitfError):
+class DeviceError(RequestError):
+    """The requested device does not exist on this machine."""
+
+
+class Unavailable(MinitfError):  # noqa: N818
     """This machine or this model cannot do it: why. A caller with an alternative takes that instead."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, whose usage of many lines does not hide what was wrong: one line, status 2."""
+    """argparse with one-line errors and exit status 2; its multi-line usage would hide what was wrong."""
 
     def error(self, message: str) -> NoReturn:
         kind, _, rest = message.partition("unrecognized arguments: ")
@@ -40,14 +44,31 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"minitf: {' '.join(message.split())}{hint or f'; see {self.prog} --help'}\n")
 
 
+def read_text_argument(text: str | None, what: str) -> str:
+    """The text given on the command line, or else standard input unless that is a terminal."""
+    if text is not None:
+        return text
+    if sys.stdin.isatty():
+        raise RequestError(f"no {what}: give it as an argument, or pipe it in")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from None
+
+
+def one_line(error: object, max_chars: int = 200) -> str:
+    """The text of an error without line breaks, cut to `max_chars` characters."""
+    return " ".join(str(error).split())[:max_chars]
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether this is what Python, PyTorch or a device says when memory is used up."""
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in words)
+    """Whether Python, PyTorch or a device has run out of memory."""
+    phrases = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in phrases)
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's `main` and return its exit status; a user's mistake becomes one line on stderr."""
+    """Run a command's `main` and return its exit status; an error a user can act on becomes one line on stderr."""
     try:
         return main() or 0
     except MinitfError as error:
@@ -62,10 +83,10 @@ def run_command(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `generate.py ... | head` closes our stdout: not a failure
         sys.stderr.close()
         return 0
-    except OSError as error:  # a full disk, a read-only directory: the operating system's words, and where
+    except OSError as error:  # a full disk, a read-only directory: the system's message with the file
         where = f": {error.filename}" if error.filename else ""
         print(f"minitf: {error.strerror or error}{where}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as interruption:  # perhaps with what is kept of the work
+    except KeyboardInterrupt as interruption:  # its text may say what was saved
         print(f"minitf: {interruption}" if str(interruption) else "minitf: interrupted", file=sys.stderr)
         return 130

@@ -8,9 +8,9 @@ Axes in tensor names, here and everywhere:
     B batch   T query position   S key position   D hidden   H heads   K head width   F feed-forward   V vocabulary
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,23 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitf.attention import (
-    Attention,
-    KeyValueCache,
-    Linear,
-    RMSNorm,
-    causal_mask,
-    joint_linear,
-    packed_mask,
-    rotary_table,
-)
+from minitf.attention import Attention, AttentionContext, AttentionRecord, KeyValueCache, Linear, RMSNorm, joint_linear
 from minitf.errors import RequestError
-from minitf.loss import add_product, chunk_loss, linear_cross_entropy
-from minitf.rope import check_scaling
-
-# On a CPU the fused kernel's backward pass is slow in bfloat16 (at 512 positions 113 ms against 27 ms for the three
-# explicit steps); beyond this length the size of the scores turns the balance.
-EXPLICIT_MAX_LENGTH = 768
+from minitf.loss import LinearCrossEntropy
+from minitf.rope import check_scaling, rotary_table
 
 
 @dataclass
@@ -42,9 +29,9 @@ class ModelConfig:
     num_layers: int = 4  # blocks of attention + feed-forward
     hidden_size: int = 192  # width of the residual stream
     num_heads: int = 6  # query heads in each block
-    num_kv_heads: int = 0  # key/value heads, shared by groups of query heads; 0: num_heads
-    head_dim: int = 0  # width of a head, even; 0: hidden_size / num_heads
-    intermediate_size: int = 0  # width of the feed-forward layer; 0: 8/3 hidden_size, rounded up to a multiple of 64
+    num_kv_heads: int = 0  # key/value heads, shared by groups of query heads; auto: num_heads
+    head_dim: int = 0  # width of a head, even; auto: hidden_size / num_heads
+    intermediate_size: int = 0  # width of the feed-forward layer; auto: 8/3 hidden_size, rounded up to 64s
     context_length: int = 128  # tokens the model can look back on
     rope_theta: float = 10000.0  # base of the rotary position frequencies
     rope_scaling: dict[str, Any] = field(default_factory=dict)  # of a stretched context, as in config.json; {}: none
@@ -52,7 +39,7 @@ class ModelConfig:
     qk_norm: bool = True  # normalise queries and keys (the Qwen3 architecture); false: the Llama one
     tie_embeddings: bool = True  # one matrix embeds the input tokens and scores the output tokens
     dropout: float = 0.0  # share of each block's output dropped in training, 0 to below 1
-    attention: str = "auto"  # auto | explicit (match, weigh, gather as written) | sdpa (one fused kernel)
+    attention: str = "auto"  # auto | explicit (match, weigh, gather as written) | sdpa (PyTorch's fused attention)
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "context_length"):
@@ -91,7 +78,7 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         # On the meta device, where shapes are looked up, there is nothing to draw, and to find that out PyTorch imports
-        # its compiler: 1 to 3 s of every start.
+        # most of itself: 1 to 3 s of every start.
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -111,63 +98,27 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: positions exchange what they know (attention), then each thinks by itself (feed-forward)."""
+    """One layer: positions exchange what they know (attention), then each is transformed by itself (feed-forward)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         c = config
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = FeedForward(c.hidden_size, c.intermediate_size)
+        self.dropout = nn.Dropout(c.dropout)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotary_2TK: Tensor,
-        mask: Tensor | None,
-        cache: KeyValueCache | None = None,
-        layer: int = 0,
-        weights: list[Tensor] | None = None,
-    ) -> Tensor:
-        mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), rotary_2TK, mask, cache, layer, weights)
-        x_BTD = x_BTD + self.dropout(mixed_BTD)
+    def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), context, layer))
         return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))  # type: ignore[no-any-return]
-
-
-def train_block(block: nn.Module, x_BTD: Tensor, rotary_2TK: Tensor, mask: Tensor | None) -> Tensor:
-    """The training path through one block, as a plain function: compiled once, it serves all layers."""
-    return Block.forward(block, x_BTD, rotary_2TK, mask)  # type: ignore[arg-type]
-
-
-def final_norm(norm: nn.Module, x_BTD: Tensor) -> Tensor:
-    """The normalisation before the scores, as a plain function for the same reason."""
-    return norm(x_BTD)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class TrainingFunctions:
-    """What a training step spends its time in: the functions above, or faster ones that compute the same.
-
-    Those with `visible` take, instead of a mask, what that makes of segments_BT (None: all that came before), and the
-    rotary table in float32. They serve activations of `dtype` (None: of any).
-    """
-
-    train_block: Callable[..., Tensor] = train_block
-    final_norm: Callable[..., Tensor] = final_norm
-    chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
-    add_product: Callable[[Tensor, Tensor, Tensor], None] = add_product
-    visible: Callable[[Tensor], Tensor] | None = None
-    dtype: torch.dtype | None = None
 
 
 class Transformer(nn.Module):
     """Decoder-only language model.
 
-    `compute_dtype` is the dtype of the activations (the parameters stay float32); `functions` may be replaced for
-    training. What looks inside, and what decodes, goes another way, on which every step is written out.
-    With `activation_checkpointing` a block keeps only its input for the backward pass and computes the rest anew.
+    `compute_dtype` is the dtype of the activations; the parameters stay float32. With `activation_checkpointing` a
+    block keeps only its input for the backward pass and computes the rest again.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -176,13 +127,12 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
-        self.through_hooks = False  # whether blocks are called as modules, for the hooks of FSDP
-        self.functions = TrainingFunctions()
         self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
         self.model.embed_tokens = Embedding(vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
+        self.cross_entropy = LinearCrossEntropy()
         with torch.device("cpu"):  # the same numbers on every device, and not on the meta device, as above
             rotary = rotary_table(config.head_dim, config.context_length, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotary", rotary.to(self.model.embed_tokens.weight.device), persistent=False)
@@ -206,16 +156,6 @@ class Transformer(nn.Module):
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
-    @torch.no_grad()
-    def copy_weights_from(self, other: "Transformer") -> None:
-        """The weights of `other`, of the same shape; tokens at the end that it does not know keep theirs."""
-        state = other.state_dict()
-        for name, parameter in self.state_dict().items():
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                parameter[: len(state[name])] = state[name]
-            else:
-                parameter.copy_(state[name])
-
     @property
     def device(self) -> torch.device:
         return self.rotary.device
@@ -224,24 +164,6 @@ class Transformer(nn.Module):
     def vocabulary_VD(self) -> Tensor:  # noqa: N802
         """The matrix whose rows score the next token."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # type: ignore
-
-    @property
-    def explicit_attention(self) -> bool:
-        if self.config.attention == "auto":
-            return self.device.type == "cpu" and self.config.context_length <= EXPLICIT_MAX_LENGTH
-        return self.config.attention == "explicit"
-
-    @property
-    def usable_functions(self) -> TrainingFunctions:
-        """`functions`, or the plain ones while the model computes in another dtype than they do."""
-        return self.functions if self.functions.dtype in (None, self.compute_dtype) else TrainingFunctions()
-
-    @property
-    def attention_path(self) -> str:
-        """How a training step computes attention: native (by the C kernels), explicit or sdpa."""
-        if self.usable_functions.visible and self.device.type == "cpu":
-            return "native"
-        return "explicit" if self.explicit_attention else "sdpa"
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -263,59 +185,52 @@ class Transformer(nn.Module):
         keys = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
         return KeyValueCache(keys, torch.empty_like(keys))
 
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Compute activations in `dtype` inside."""
+        before, self.compute_dtype = self.compute_dtype, dtype
+        try:
+            yield
+        finally:
+            self.compute_dtype = before
+
     def hidden(
         self,
         ids_BT: Tensor,
         cache: KeyValueCache | None = None,
-        weights: list[Tensor] | None = None,
+        record: list[AttentionRecord] | None = None,
         segments_BT: Tensor | None = None,
     ) -> Tensor:
         """Last layer's normalised output x_BTD for token ids of shape (B, T).
 
-        With a `cache` the ids continue what it holds, and are added to it. A `weights` list gets one float tensor
-        `weights_BHTS` a layer. Past plus new positions are at most `context_length`. `segments_BT` numbers the texts
-        packed into a row, of which none sees another; it does not go with a cache.
+        With a `cache` the ids continue its texts and are added to it. A `record` list gets one `AttentionRecord` a
+        layer. Past plus new positions are at most `context_length` (else ValueError). `segments_BT` numbers the texts
+        packed into a row, which do not see each other; it cannot be combined with a cache.
         """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.context_length}")
-        explicit = self.explicit_attention or weights is not None or (start > 0 and T > 1)
-        plain = cache is not None or weights is not None
-        functions = TrainingFunctions() if plain else self.usable_functions
-        mask: Tensor | None = None
-        if functions.visible:
-            mask = None if segments_BT is None else functions.visible(segments_BT)
-        elif cache is not None and cache.starts_B is not None:
-            positions_S = torch.arange(start + T, device=self.device)
-            segments_BS = (positions_S >= cache.starts_B[:, None]).int()
-            mask = packed_mask(segments_BS[:, start:], segments_BS, self.compute_dtype if explicit else torch.bool)
-        elif segments_BT is not None:
-            mask = packed_mask(segments_BT, segments_BT, self.compute_dtype if explicit else torch.bool)
-        elif explicit:
-            mask = causal_mask(T, start + T, self.device, self.compute_dtype)
-        rotary_2TK = self.rotary[:, start : start + T]
-        rotary_2TK = rotary_2TK if functions.visible else rotary_2TK.to(self.compute_dtype)
+        rotary_2TK = cache.rotary(self.rotary, T) if cache else self.rotary[:, :T]
+        context = AttentionContext(rotary_2TK, self.compute_dtype, segments_BT, cache, record)
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
-        for index, block in enumerate(self.model.layers):  # type: ignore[arg-type]
-            if plain:
-                x_BTD = block(x_BTD, rotary_2TK, mask, cache, index, weights)
-                continue
-            arguments = (x_BTD, rotary_2TK, mask)
-            run = block if self.through_hooks else partial(functions.train_block, block)
+        for layer, block in enumerate(self.model.layers):  # type: ignore[arg-type]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(run, *arguments, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, context, layer, use_reentrant=False)
             else:
-                x_BTD = run(*arguments)
+                x_BTD = block(x_BTD, context, layer)
         if cache is not None:
-            cache.length += T
-        return functions.final_norm(self.model.norm, x_BTD)
+            cache.advance(T)
+        return self.model.norm(x_BTD)  # type: ignore[operator, no-any-return]
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Next-token logits_BTV in float32, from what `hidden` returns."""
+        return F.linear(x_BTD, self.vocabulary_VD.to(x_BTD.dtype)).float()
 
     def forward(
-        self, ids_BT: Tensor, cache: KeyValueCache | None = None, weights: list[Tensor] | None = None
+        self, ids_BT: Tensor, cache: KeyValueCache | None = None, record: list[AttentionRecord] | None = None
     ) -> Tensor:
-        """Next-token logits_BTV in float32; `cache` and `weights` as in `hidden`."""
-        x_BTD = self.hidden(ids_BT, cache, weights)
-        return F.linear(x_BTD, self.vocabulary_VD.to(x_BTD.dtype)).float()
+        """Next-token logits_BTV in float32; `cache` and `record` as in `hidden`."""
+        return self.logits(self.hidden(ids_BT, cache, record))
 
     def loss(
         self,
@@ -326,10 +241,4 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats a token, of a `Batch`; targets of -100 do not count."""
         x_BTD = self.hidden(ids_BT, segments_BT=segments_BT)
-        chunk_loss, add_product = self.usable_functions.chunk_loss, self.usable_functions.add_product
-        return linear_cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, chunk_loss, weights_BT, add_product)
-
-    def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        """The value of `loss` without the work for its gradient."""
-        x_BTD, vocabulary_VD = self.hidden(ids_BT, segments_BT=segments_BT).detach(), self.vocabulary_VD.detach()
-        return linear_cross_entropy(x_BTD, vocabulary_VD, targets_BT, self.usable_functions.chunk_loss)
+        return self.cross_entropy(x_BTD, self.vocabulary_VD, targets_BT, weights_BT)  # type: ignore[no-any-return]

@@ -2,17 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from minitf.distributed.process_group import SINGLE, ProcessGroup
-from minitf.distributed.sharding import as_part, is_sharded, local, shard_like, whole
 from minitf.errors import MinitfError, RequestError
 
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -114,38 +111,10 @@ def _orthogonalise_by_factors(x_NRC: Tensor) -> Tensor:
     return torch.bmm(factor, x_NRC)
 
 
-def average_gradients(gradients: list[Tensor], averages_NRC: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
-    """Move the averages towards the gradients, in place; returns what is to be orthogonalised (Nesterov's)."""
-    gradients_NRC = torch.stack(gradients)
-    averages_NRC.lerp_(gradients_NRC, 1 - momentum)
-    return gradients_NRC.lerp_(averages_NRC, momentum)
-
-
-def move_weights(weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: float) -> None:
-    """`decay * weight - rate * update` in place of every weight."""
-    torch._foreach_mul_(weights, decay)
-    torch._foreach_add_(weights, list(updates_NRC.to(weights[0].dtype).unbind()), alpha=-rate)
-
-
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients as one vector."""
-    return whole(torch.nn.utils.get_total_norm(gradients))
-
-
-@dataclass(frozen=True)
-class UpdateFunctions:
-    """What an update spends its time in: the functions above, or faster ones that compute the same."""
-
-    total_norm: Callable[[list[Tensor]], Tensor] = total_norm
-    average_gradients: Callable[[list[Tensor], Tensor, float, torch.dtype], Tensor] = average_gradients
-    orthogonalise: Callable[..., Tensor] = orthogonalise
-    move_weights: Callable[[list[Tensor], Tensor, float, float], None] = move_weights
-
-
 class ParameterGroups:
     """Parameters with the settings of each group of them, and what is known of each parameter from earlier steps.
 
-    As torch.optim.Optimizer has them, which imports PyTorch's compiler when one is made: 1 to 3 s of every start.
+    As torch.optim.Optimizer has them, whose first instance imports most of PyTorch: 1 to 3 s of every start.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], **settings: Any) -> None:
@@ -153,14 +122,16 @@ class ParameterGroups:
         self.param_groups = [{**settings, **group} for group in groups]
         self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
 
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     def step(self) -> None:
         """Move the weights that have a gradient."""
         raise NotImplementedError
 
     def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        for parameter in self.parameters():
+            parameter.grad = None
 
 
 class AdamW(ParameterGroups):
@@ -191,67 +162,59 @@ class AdamW(ParameterGroups):
 class Muon(ParameterGroups):
     """Momentum, orthogonalised (Jordan et al., 2024): every direction of a matrix moves at the same rate.
 
-    Matrices of one shape are stacked and orthogonalised together. The factor sqrt(max(1, rows / columns)) is the
-    reference's: it makes the update of a tall matrix as large, for each of its inputs, as that of a square one.
-
-    Of several processes each orthogonalises its share of the matrices, whether all hold all of them or each some rows
-    of each; the results of one shape travel while the next is worked on. `functions` may be replaced.
+    Matrices of one shape are stacked and orthogonalised together, in `dtype`. The factor sqrt(max(1, rows / columns))
+    is the reference's: it makes the update of a tall matrix as large, for each of its inputs, as that of a square one.
     """
 
     def __init__(
-        self,
-        params: list[nn.Parameter],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        dtype: torch.dtype,
-        processes: ProcessGroup = SINGLE,
+        self, params: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
     ) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in params:
             by_shape[parameter.shape].append(parameter)
         groups = [{"params": group} for group in by_shape.values()]
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.dtype, self.processes = dtype, processes
-        self.functions = UpdateFunctions()
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
-        started: tuple[dict[str, Any], Callable[[], Tensor]] | None = None
         for group in self.param_groups:
-            updates = self._begin(group)
-            if started:
-                self._finish(*started)
-            started = group, updates
-        if started:
-            self._finish(*started)
+            gradients = [parameter.grad for parameter in group["params"]]
+            averages_NRC = self.momentum(group["params"][0], gradients)
+            ahead_NRC = self.average_gradients(gradients, averages_NRC, group["momentum"])
+            self.move_weights(group["params"], self.orthogonalise(ahead_NRC), **self.rates(group))
 
-    def _begin(self, group: dict[str, Any]) -> Callable[[], Tensor]:
-        """Start orthogonalising the matrices of one shape; returns how to get them, updates_NRC."""
-        params, momentum = group["params"], group["momentum"]
-        state, gradients = self.state[params[0]], [local(parameter.grad) for parameter in params]
-        if "momentum" not in state:
-            state["momentum"] = as_part(torch.zeros_like(torch.stack(gradients)), params[0])
-        averages_NRC = local(state["momentum"])
-        ahead_NRC = self.functions.average_gradients(gradients, averages_NRC, momentum, self.dtype)
-        work = partial(self.functions.orthogonalise, dtype=self.dtype)
-        if is_sharded(params[0]):
-            return self.processes.scatter_row_work(work, ahead_NRC, params[0].shape[0], self.dtype)
-        return self.processes.scatter_work(work, ahead_NRC, self.dtype)
+    def momentum(self, first: nn.Parameter, gradients: list[Tensor]) -> Tensor:
+        """The averaged gradients of the matrices of one shape, which are kept with the first of them."""
+        if "momentum" not in self.state[first]:
+            self.state[first]["momentum"] = torch.zeros_like(torch.stack(gradients))
+        return self.state[first]["momentum"]
 
-    def _finish(self, group: dict[str, Any], updates: Callable[[], Tensor]) -> None:
+    def average_gradients(self, gradients: list[Tensor], averages_NRC: Tensor, momentum: float) -> Tensor:
+        """Move the averages towards the gradients, in place; returns the matrices to orthogonalise (Nesterov's)."""
+        gradients_NRC = torch.stack(gradients)
+        averages_NRC.lerp_(gradients_NRC, 1 - momentum)
+        return gradients_NRC.lerp_(averages_NRC, momentum)
+
+    def orthogonalise(self, matrices_NRC: Tensor) -> Tensor:
+        return orthogonalise(matrices_NRC, self.dtype)
+
+    def rates(self, group: dict[str, Any]) -> dict[str, float]:
+        """By how much the weights of a group shrink, and how far they move along their updates."""
         rows, columns = group["params"][0].shape
         size = math.sqrt(max(1.0, rows / columns))
-        weights = [local(parameter) for parameter in group["params"]]
-        self.functions.move_weights(weights, updates(), 1 - group["lr"] * group["weight_decay"], group["lr"] * size)
+        return {"decay": 1 - group["lr"] * group["weight_decay"], "rate": group["lr"] * size}
+
+    def move_weights(self, weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: float) -> None:
+        """`decay * weight - rate * update` in place of every weight."""
+        torch._foreach_mul_(weights, decay)
+        torch._foreach_add_(weights, list(updates_NRC.to(weights[0].dtype).unbind()), alpha=-rate)
 
 
 class Optimizer:
     """All parameters of a model; the state is a flat dictionary of tensors, so that a checkpoint needs no pickle."""
 
-    def __init__(
-        self, model: nn.Module, config: OptimConfig, dtype: torch.dtype, processes: ProcessGroup = SINGLE
-    ) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> None:
         self.config = config
         matrices, embeddings, vectors = [], [], []
         for name, parameter in model.named_parameters():
@@ -268,21 +231,16 @@ class Optimizer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         if config.kind == "muon":
-            lr = config.matrix_learning_rate
-            self.optimizers.append(Muon(matrices, lr, config.momentum, config.weight_decay, dtype, processes))
+            self.optimizers.append(self.new_muon(matrices, dtype))
         else:
             adamw_groups.append({"params": matrices, "weight_decay": config.weight_decay})
         self.optimizers.append(AdamW(adamw_groups, lr=config.learning_rate, betas=config.betas, eps=1e-10))
         self.peaks = [group["lr"] for group in self.groups()]
         self.factor = 1.0
-        self.functions = UpdateFunctions()
 
-    def use(self, functions: UpdateFunctions) -> None:
-        """Compute with these functions."""
-        self.functions = functions
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, Muon):
-                optimizer.functions = functions
+    def new_muon(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> Muon:
+        c = self.config
+        return Muon(matrices, c.matrix_learning_rate, c.momentum, c.weight_decay, dtype)
 
     def groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self.optimizers:
@@ -294,11 +252,14 @@ class Optimizer:
         for group, peak in zip(self.groups(), self.peaks, strict=True):
             group["lr"] = peak * factor
 
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients as one vector."""
+        return torch.nn.utils.get_total_norm(gradients)
+
     def step(self) -> Tensor:
         """Clip the gradient, move the weights, clear the gradient; returns its norm before clipping."""
-        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = self.functions.total_norm(grads)
-        # On a CPU the norm can be asked for; elsewhere that would wait for the device.
+        norm = self.total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        # Reading the norm is free on a CPU; on a GPU it would force a synchronisation.
         if self.config.grad_clip and not (norm.device.type == "cpu" and norm <= self.config.grad_clip):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
         for optimizer in self.optimizers:
@@ -316,30 +277,34 @@ class Optimizer:
         return {
             f"{o}.{p}.{key}": value
             for o, optimizer in enumerate(self.optimizers)
-            for p, parameter in enumerate(q for group in optimizer.param_groups for q in group["params"])
+            for p, parameter in enumerate(optimizer.parameters())
             for key, value in optimizer.state.get(parameter, {}).items()
         }
 
-    def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Room for the entry `name` of a state to load: this process's part of it where the parameter is sharded."""
+    def parameter_of(self, name: str) -> nn.Parameter:
+        """The parameter that a state of this name belongs to; MinitfError if there is none."""
         try:
             o, p, _ = name.split(".", 2)
-            groups = self.optimizers[int(o)].param_groups
-            parameter = [q for group in groups for q in group["params"]][int(p)]
+            return self.optimizers[int(o)].parameters()[int(p)]
         except (ValueError, IndexError):
             raise MinitfError(f"the optimizer has no state {name}: the checkpoint is of another model") from None
-        value = torch.empty(shape, dtype=dtype)
-        return shard_like(value, parameter) if len(shape) else value
+
+    def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor to read the state `name` into."""
+        self.parameter_of(name)
+        return torch.empty(shape, dtype=dtype)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned, for a model and config of the same shape (else ValueError)."""
         for o, optimizer in enumerate(self.optimizers):
-            for p, parameter in enumerate(q for group in optimizer.param_groups for q in group["params"]):
+            for p, parameter in enumerate(optimizer.parameters()):
                 prefix = f"{o}.{p}."
                 for name in [name for name in state if name.startswith(prefix)]:
                     value = state[name]
                     if value.dim() >= parameter.dim() > 0 and value.shape[-parameter.dim() :] != parameter.shape:
                         raise ValueError(f"optimizer state {name} has shape {tuple(value.shape)}")
-                    if value.dim():
-                        value = shard_like(value, parameter)
-                    optimizer.state[parameter][name.removeprefix(prefix)] = value.to(parameter.device).clone()
+                    optimizer.state[parameter][name.removeprefix(prefix)] = self.place(value, parameter)
+
+    def place(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """A copy of loaded state where `parameter` is."""
+        return value.to(parameter.device).clone()

@@ -1,4 +1,7 @@
-"""Rotary frequencies of models whose context was stretched after training: linear, Llama 3's, YaRN."""
+"""Rotary positions (RoFormer, Su et al., 2021), and the scaling of a context stretched after training.
+
+Queries and keys are turned by an angle that grows with their position, so their product depends on their distance.
+"""
 
 import math
 from collections.abc import Mapping
@@ -16,6 +19,28 @@ NEEDED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+
+
+def rotary_table(head_dim: int, num_positions: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
+    """Cosines and sines of the rotation of each pair of channels at each position, shape (2, num_positions, head_dim).
+
+    Channel pair i turns by `position * theta^(-2i / head_dim)` radians (RoFormer, equation 15), which the `scaling` of
+    a pretrained model may change.
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequencies, factor = scaled_frequencies(frequencies, theta, scaling or {})
+    angles_TK = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies).repeat(1, 2)
+    return torch.stack([angles_TK.cos(), angles_TK.sin()]) * factor
+
+
+def rotate(x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
+    """Turn queries or keys by their position, so that their product depends on the distance between them.
+
+    Pairs are (i, i + head_dim / 2), the arrangement of Llama and Qwen checkpoints.
+    """
+    cos, sin = rotary_2TK[..., : x_BHTK.shape[-1] // 2].to(x_BHTK.dtype).unbind()  # both halves turn alike
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def check_scaling(scaling: Mapping[str, Any]) -> None:

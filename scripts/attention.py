@@ -1,4 +1,4 @@
-"""Look inside a trained model: `python scripts/attention.py "TEXT" [--run RUN] [--out FILE.html] [--json]`."""
+"""Show the attention of a trained model: python scripts/attention.py "TEXT" [--run RUN] [--out FILE.html] [--json]."""
 
 from minitf.errors import run_command
 from minitf.interpretability.page import main

@@ -1,4 +1,4 @@
-"""Measure speed on this machine beside what it is compared to: python scripts/benchmark.py [NAME ...]."""
+"""Measure speed on this machine, side by side with other programs: python scripts/benchmark.py [NAME ...]."""
 
 from minitf.benchmark.__main__ import main
 from minitf.errors import run_command

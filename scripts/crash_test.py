@@ -1,4 +1,4 @@
-"""Kill a short run again and again; see tests/robustness/crash.py."""
+"""Kill short runs and check that they resume bit for bit; see tests/robustness/crash.py."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Held-out metrics, and what each head does: python scripts/evaluate.py [--run RUN] [--json] [--heads]."""
+"""Print held-out metrics, or the importance of each head: python scripts/evaluate.py [--run RUN] [--json] [--heads]."""
 
+from minitf.cli.evaluate import main
 from minitf.errors import run_command
-from minitf.evaluate import main
 
 if __name__ == "__main__":
     raise SystemExit(run_command(main))

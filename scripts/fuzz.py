@@ -1,4 +1,4 @@
-"""Hostile input for everything that reads; see tests/robustness/fuzz.py."""
+"""Feed hostile input to everything that reads files; see tests/robustness/fuzz.py."""
 
 import sys
 from pathlib import Path

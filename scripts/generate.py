@@ -1,7 +1,7 @@
 """Continue a text: python scripts/generate.py "PROMPT" [--run RUN]."""
 
+from minitf.cli.generate import main
 from minitf.errors import run_command
-from minitf.generate import main
 
 if __name__ == "__main__":
     raise SystemExit(run_command(main))

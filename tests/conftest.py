@@ -1,35 +1,66 @@
-"""What the tests share: a tiny text, tokenizer, model and run, and no network, no cache and no run of the user's."""
+"""Shared fixtures (a tiny text, tokenizer, model and run), the environment of the tests, and the rules for skips."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
-if "PYTEST_XDIST_WORKER" in os.environ:  # two at once on two cores: threads would only wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read by the imports below: no network, and one thread, since two workers share two cores.
+os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run without a GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when imported: its kernels then run without a GPU
 
-from helpers import SHAPE, make_text, randomise, train_here
+from helpers import SHAPE, NotApplicable, make_text, randomise, train_here
 
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.model import ModelConfig, Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
-gc.freeze()  # what the imports made stays: it need not be looked through for garbage again and again
+gc.freeze()  # objects of the imports stay for good; the garbage collector need not scan them again
+
+pytest_plugins = ("tensorboard_server",)
+
+COMPLETE = bool(os.environ.get("MINITF_CI"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """With MINITF_CI=1 a skip fails the run, as a tool is missing: unless it is `hardware` or `not_applicable`."""
+    report: Any = yield
+    if COMPLETE and report.skipped and not item.get_closest_marker("hardware"):
+        assert call.excinfo is not None
+        if not call.excinfo.errisinstance(NotApplicable):
+            report.outcome, report.longrepr = "failed", f"MINITF_CI=1 allows no skip: {report.longrepr[-1]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    """The same for a module that skips itself as a whole."""
+    report: Any = yield
+    if COMPLETE and report.skipped:
+        report.outcome, report.longrepr = "failed", f"MINITF_CI=1 allows no skip: {report.longrepr[-1]}"
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests and the processes they start have a home and a cache of their own, one language and no terminal."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANGUAGE", "HF_TOKEN", "HF_ENDPOINT"):
+            patch.delenv(name, raising=False)
+        for name, value in {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}.items():
+            patch.setenv(name, value)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("MINITF_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))  # for the commands started elsewhere
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))  # for commands started in other directories
         yield
 
 
@@ -48,7 +79,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Transformer]:
-    """A tiny model with random weights everywhere, in evaluation mode."""
+    """Makes a tiny model in evaluation mode. All its weights are random, none is zero or one."""
 
     def make(vocab_size: int = 50, seed: int = 0, **changes: object) -> Transformer:
         model = Transformer(ModelConfig(**{**SHAPE, **changes}), vocab_size)  # type: ignore[arg-type]
@@ -62,7 +93,7 @@ def make_model() -> Callable[..., Transformer]:
 def tiny(text_file: Path) -> list[str]:
     """Arguments of a run of about a second."""
     return [
-        "data=text", f"data.files=[{text_file}]", "tokenizer=byte",
+        "data=text", f"data.files=['{text_file}']", "tokenizer=byte",
         *(f"model.{key}={value}" for key, value in SHAPE.items()),
         "trainer.batch_size=4", "trainer.max_steps=6", "trainer.log_every=1", "trainer.eval_every=3",
         "trainer.eval_tokens=512", "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.device=cpu",
@@ -86,18 +117,18 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
-    """A finished run at runs/tiny/one of the directory it lies in; not to be changed."""
+    """A finished run, runs/tiny/one in a directory of its own. Tests only read it."""
     root = tmp_path_factory.mktemp("trained")
     run = root / "runs" / "tiny" / "one"
     changes = ["trainer.attention_every=3", "trainer.sample_tokens=8", "trainer.max_steps=40", "trainer.eval_every=20"]
     probes = 'attention.probes=["The cat sat on the mat.","Sir, go = on"]'
-    assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir={run}") == 0
+    assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir='{run}'") == 0
     return run
 
 
 @pytest.fixture(scope="session")
 def copying_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on pairs that has learned to copy a few letters; not to be changed."""
+    """A run on pairs that has learned to copy a few letters. Tests only read it."""
     root = tmp_path_factory.mktemp("copying")
     choose = random.Random(0)
     texts = sorted({"".join(choose.choices("abcd", k=choose.randint(1, 8))) for _ in range(3000)})
@@ -106,11 +137,11 @@ def copying_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text("".join(f'{{"prompt": "{text}", "completion": "{text}"}}\n' for text in texts), encoding="utf-8")
     run = root / "runs" / "copying" / "one"
     arguments = [
-        "data=pairs", f"data.files=[{file}]", "tokenizer=char",
+        "data=pairs", f"data.files=['{file}']", "tokenizer=char",
         *(f"model.{key}={value}" for key, value in SHAPE.items()),
         "trainer.batch_size=32", "trainer.max_steps=300", "trainer.eval_every=100", "trainer.attention_every=100",
         "trainer.eval_answers=32", "trainer.device=cpu", "trainer.precision=fp32", "trainer.compile=false",
-        f"run_dir={run}",
+        f"run_dir='{run}'",
     ]  # fmt: skip
     assert train_here(*arguments) == 0
     return run

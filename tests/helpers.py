@@ -1,22 +1,33 @@
-"""What tests share: a tiny model and text, training in this process, and comparisons of runs."""
+"""Shared helpers of the tests: a tiny model and text, training in this process, comparisons of runs."""
 
 import json
 import random
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minitf.attention import AttentionRecord
 from minitf.errors import run_command
 from minitf.interpretability.attention_maps import AttentionMaps
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
 
 
+class NotApplicable(pytest.skip.Exception):
+    """A skip that says nothing about this machine: one combination of parameters has no test."""
+
+
+def not_applicable(reason: str) -> NoReturn:
+    """Skip, also with MINITF_CI=1, which makes a failure of a skip for want of a tool."""
+    raise NotApplicable(reason)
+
+
 def make_text(num_sentences: int, seed: int = 0) -> str:
+    """Simple sentences, about 33 characters each."""
     choose = random.Random(seed).choice
     sentences = (
         f"The {choose(['cat', 'dog', 'bird', 'old man'])} {choose(['sat', 'slept', 'sang'])} on the "
@@ -27,7 +38,7 @@ def make_text(num_sentences: int, seed: int = 0) -> str:
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random values for all parameters, also those that start at zero or one: only then does each of them matter."""
+    """Set all parameters to random values. At zero or one, as some start, errors in their use would not show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -39,28 +50,31 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def train_here(*arguments: str) -> int:
-    """`python -m minitf.train ARGUMENTS` in this process; its exit status."""
+    """Run `python -m minitf.train ARGUMENTS` in this process; return the exit status."""
     from minitf.train import main
 
     return run_command(lambda: main(list(arguments)))
 
 
 def rows(run: Path | str, split: str | None = None) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl, of all splits or of one ("train", "val")."""
     lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if split in (None, row["split"])]
 
 
 def losses(run: Path | str) -> list[tuple[int, str, float]]:
+    """(step, split, loss) of every row."""
     return [(row["step"], row["split"], row["loss"]) for row in rows(run)]
 
 
 def tensors(run: Path | str) -> dict[str, torch.Tensor]:
-    """All of the latest checkpoint: weights, optimiser, random state."""
+    """All tensors of the latest checkpoint: weights, optimizer state, random state."""
     latest = Path(run) / "checkpoints/latest"
     return {**load_file(latest / "model.safetensors"), **load_file(latest / "trainer_state.safetensors")}
 
 
 def assert_one_line(err: str, *words: str) -> None:
+    """The last line of stderr is an error message of minitf with these words, and there is no traceback."""
     last = err.splitlines()[-1]
     assert last.startswith("minitf: "), err
     assert "Traceback" not in err
@@ -69,6 +83,7 @@ def assert_one_line(err: str, *words: str) -> None:
 
 
 def assert_same_run(run: str, expected: str) -> None:
+    """Two runs have the same losses, weights, optimizer state and random state, bit for bit."""
     assert losses(run) == losses(expected)
     found, wanted = tensors(run), tensors(expected)
     assert found.keys() == wanted.keys()
@@ -77,7 +92,7 @@ def assert_same_run(run: str, expected: str) -> None:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """As if Ctrl-C had been pressed while this step was computed."""
+    """Set the flag that Ctrl-C sets, at the end of this step."""
     from minitf.training.trainer import Trainer
 
     original = Trainer.train_one_step
@@ -91,17 +106,19 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def maps_of(tokens: list[str], num_layers: int = 2, num_heads: int = 3) -> AttentionMaps:
+    """Maps of random causal attention over `tokens`."""
     size = len(tokens)
     scores = torch.randn(num_layers, num_heads, size, size, generator=torch.Generator().manual_seed(0))
     weights = scores.masked_fill(torch.ones(size, size).triu(1).bool(), float("-inf")).softmax(-1)
     return AttentionMaps(" ".join(tokens), tokens, list(range(size)), weights, [[("a", 0.5)]] * size, 10)
 
 
+# Tokens that end scripts, open comments or are no valid text.
 NASTY = ["</script><script>alert(1)</script>", "<!--", "]]>", "\u2028", "\ud800", '"', "&amp;"]
 
 
 class WordTokenizer:
-    """Words of a sentence <-> ids, as far as `attention_maps` needs it."""
+    """A word-level tokenizer with the methods that `attention_maps` calls."""
 
     start_ids: ClassVar[list[int]] = []
 
@@ -120,6 +137,13 @@ def random_tensor(*shape: int, seed: int = 0) -> Tensor:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Relative distance."""
+    """Norm of the difference over the norm of `expected`."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def recorded_weights(model: torch.nn.Module, ids_BT: Tensor) -> list[Tensor]:
+    """Each layer's weights_BHTS of a forward pass."""
+    record: list[AttentionRecord] = []
+    model(ids_BT, record=record)
+    return [layer.weights_BHTS for layer in record]

@@ -1,4 +1,4 @@
-"""How fast minitf is on this machine, side by side with what it is compared to: `python scripts/benchmark.py`.
+"""Measures the speed of minitf on this machine, side by side with other programs: `python scripts/benchmark.py`.
 
-Nothing of the library imports this package.
+The library itself does not import this package.
 """

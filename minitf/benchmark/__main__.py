@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from minitf.benchmark.curves import corpus, curves, logging, precision
-from minitf.benchmark.exchange import distributed
+from minitf.benchmark.distributed import distributed
 from minitf.benchmark.generation import generation
 from minitf.benchmark.gpu import gpu
 from minitf.benchmark.machine import environment, machine
@@ -25,13 +25,13 @@ from minitf.errors import MinitfError, RequestError, run_command
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A name of the command line, what it measures, and minutes on two cores: fixed, and for each repeat."""
+    """A benchmark: what it measures, and its minutes on two cores, fixed and per repeat."""
 
     run: Callable[[Request, Report], None]
     measures: str
     fixed_minutes: float
     repeat_minutes: float
-    usual: bool = False  # part of what runs when no name is given
+    usual: bool = False  # runs if no name is given
 
     def minutes(self, request: Request) -> float:
         return self.fixed_minutes + self.repeat_minutes * request.repeats
@@ -39,45 +39,45 @@ class Benchmark:
 
 BENCHMARKS = {
     "machine": Benchmark(machine, "matrix product peak in fp32 and bf16, memory bandwidth, threads", 0, 0.1, True),
-    "step": Benchmark(step, "milliseconds of each part of a training step against its floors", 0, 0.9, True),
-    "throughput": Benchmark(throughput, "training tokens/s beside nanoGPT and the HF Trainer, 6 x 256", 0, 1.5, True),
-    "shakespeare": Benchmark(shakespeare, "seconds to nanoGPT's loss beside its CPU recipe (--text)", 2, 2, True),
-    "generation": Benchmark(generation, "greedy tokens/s beside transformers generate and llama.cpp", 1, 0.6, True),
+    "step": Benchmark(step, "milliseconds of each part of a training step against its lower bounds", 0, 0.9, True),
+    "throughput": Benchmark(throughput, "training tokens/s against nanoGPT and the HF Trainer, 6 x 256", 0, 1.5, True),
+    "shakespeare": Benchmark(shakespeare, "seconds to nanoGPT's loss, against its CPU recipe (--text)", 2, 2, True),
+    "generation": Benchmark(generation, "greedy tokens/s against transformers generate and llama.cpp", 1, 0.6, True),
     "memory": Benchmark(memory, "peak memory: loss without all logits, activation checkpointing", 0, 1, True),
     "precision": Benchmark(precision, "bf16 against fp32 curves of one seed; the same seed twice", 5, 0),
-    "logging": Benchmark(logging, "the loop with maps, head scores and samples, on against off", 4, 7),
-    "saving": Benchmark(saving, "how long checkpoints keep the loop waiting, default run and 124M weights", 0, 8),
-    "quality": Benchmark(quality, "held-out numbers of the default run and the _best experiments, over --seeds", 70, 0),
+    "logging": Benchmark(logging, "the training loop with and without maps, head scores and samples", 4, 7),
+    "saving": Benchmark(saving, "how long training waits for checkpoints: default run and 124M weights", 0, 8),
+    "quality": Benchmark(quality, "held-out metrics of the default run and the _best experiments, over --seeds", 70, 0),
     "curves": Benchmark(curves, "tokens/s and memory against width, depth and context", 0, 5),
     "corpus": Benchmark(corpus, "tokenizing and training against the size of the text (--corpus-mb)", 2, 1),
-    "distributed": Benchmark(distributed, "bytes and milliseconds that two processes spend on each other", 0, 0.5),
-    "gpu": Benchmark(gpu, "on CUDA: GPT-2's step beside nanoGPT compiled, decoding against bandwidth", 1, 3),
+    "distributed": Benchmark(distributed, "bytes and milliseconds of communication between two processes", 0, 0.5),
+    "gpu": Benchmark(gpu, "on CUDA: GPT-2's step against nanoGPT compiled, decoding against bandwidth", 1, 3),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        description="Measure minitf on this machine beside what it is compared to, which is found if it is installed "
-        "or pointed to, and skipped with a line if not. Each comparison runs both sides in turn and reports the "
+        description="Measure minitf on this machine, side by side with other programs as far as they are installed or "
+        "given; the others are skipped with a line. Each comparison alternates between both sides and reports the "
         "median of the ratios with its spread.",
     )
-    p.add_argument("names", nargs="*", metavar="NAME", help="what to measure (see --list); default: the usual ones")
-    p.add_argument("--list", action="store_true", help="list the benchmarks, what they measure and how long they take")
+    p.add_argument("names", nargs="*", metavar="NAME", help="what to measure (see --list); default: those with a *")
+    p.add_argument("--list", action="store_true", help="list the benchmarks and how long they take")
     p.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT to compare with")
     p.add_argument("--text", type=Path, metavar="FILE", help="the text of shakespeare (and of throughput)")
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds of both sides (default: 3)")
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of quality (default: 3)")
-    p.add_argument("--steps", type=int, metavar="N", help="minitf's steps in shakespeare (default: the fewest that do)")
+    p.add_argument("--steps", type=int, metavar="N", help="minitf's steps in shakespeare (default: the fewest needed)")
     p.add_argument("--corpus-mb", default="1,10,100", metavar="MB,...", help="sizes of corpus (default: 1,10,100)")
     p.add_argument("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="for the JSON and plots")
-    p.add_argument("--work", type=Path, metavar="DIR", help="for texts and runs (default: temporary, removed after)")
-    p.add_argument("--quick", action="store_true", help="toy sizes: shows that all works, the numbers mean nothing")
+    p.add_argument("--work", type=Path, metavar="DIR", help="for texts and runs (default: temporary)")
+    p.add_argument("--quick", action="store_true", help="toy sizes: a test run whose numbers mean nothing")
     return p
 
 
 def request_of(args: argparse.Namespace, work: Path) -> Request:
-    """The checked request; RequestError if it cannot be met."""
+    """The validated request; RequestError if it is invalid."""
     if args.repeats < 1 or args.seeds < 1:
         raise RequestError(f"--repeats {args.repeats} and --seeds {args.seeds} must be at least 1")
     if args.steps is not None and args.steps < 1:
@@ -98,7 +98,7 @@ def request_of(args: argparse.Namespace, work: Path) -> Request:
 
 
 def listing(request: Request) -> str:
-    """What there is, and how long it takes."""
+    """The benchmarks and how long they take."""
     lines = [f"{'':14}{'minutes':>7}  (with --repeats {request.repeats}; * runs when no name is given)"]
     for name, benchmark in BENCHMARKS.items():
         star = "*" if benchmark.usual else " "
@@ -107,7 +107,7 @@ def listing(request: Request) -> str:
 
 
 def measure(names: Sequence[str], request: Request, path: Path) -> list[str]:
-    """Run benchmarks one after the other; what is measured is in `path` after each. Returns those that failed."""
+    """Run benchmarks one after the other, writing `path` after each; returns the names of those that failed."""
     about, reports, failed = environment(), [], []
     for name in names:
         report, start = Report(name), time.perf_counter()
@@ -126,7 +126,7 @@ def measure(names: Sequence[str], request: Request, path: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 all was measured or skipped, 1 something failed."""
+    """The command `benchmark`: 0 if everything was measured or skipped, 1 if something failed."""
     args = parser().parse_args(argv)
     unknown = [name for name in args.names if name not in BENCHMARKS]
     if unknown:
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.list:
             print(listing(request))
             return 0
-        # Ended from outside it ends as by Ctrl-C: no child goes on measuring, no temporary file stays.
+        # SIGTERM cleans up like Ctrl-C: it ends the children and removes temporary files.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         request.work.mkdir(parents=True, exist_ok=True)
         names = args.names or [name for name, benchmark in BENCHMARKS.items() if benchmark.usual]
@@ -148,10 +148,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def command() -> int:
-    """`minitf-benchmark`"""
-    return run_command(main)
-
-
 if __name__ == "__main__":
-    raise SystemExit(command())
+    raise SystemExit(run_command(main))

@@ -1,7 +1,7 @@
-"""What was measured: rows of samples, and the measuring of several sides in turn, in one run.
+"""Rows of samples, and alternation between the sides of a comparison.
 
 A machine is not equally fast from one minute to the next. So each round measures every side, the next round in the
-opposite order, and a ratio is taken within a round: what slows the machine for minutes slows both of its terms.
+opposite order, and ratios are taken within a round: a slow phase of minutes slows both terms.
 """
 
 import statistics
@@ -16,17 +16,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a benchmark's table: samples of one thing, perhaps with those of a peer from the same rounds.
+    """One line of a benchmark's table: samples, optionally with those of a peer from the same rounds.
 
     Attributes:
-        what: what was measured.
-        unit: of the samples.
-        samples: one value a round.
-        peer: who is compared to; empty if nobody is.
-        peer_samples: one value a round, as many as `samples`.
+        what: the quantity.
+        unit: the unit of the samples.
+        samples: one value per round.
+        peer: the name of the other side; empty if there is none.
+        peer_samples: one value per round, as many as `samples`.
         more_is_better: false for times and memory.
-        note: what a reader has to know about it, in a few words.
-        raw: whatever else was measured on the way, for the JSON.
+        note: a short remark.
+        raw: further measurements, for the JSON.
     """
 
     what: str
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as good as the peer, round by round: above 1 is better, for speeds and for times."""
+        """By what factor minitf is better, round by round: above 1 is better, for speeds and for times."""
         pairs = zip(self.samples, self.peer_samples, strict=True) if self.peer else ()
         return [ours / theirs if self.more_is_better else theirs / ours for ours, theirs in pairs]
 
@@ -69,21 +69,21 @@ class Row:
         return min(values), max(values)
 
     def to_json(self) -> dict[str, Any]:
-        """The row as a dictionary, with what follows from it."""
+        """The row as a dictionary, with derived values."""
         derived = {"median": self.median, "peer_median": self.peer_median, "ratio": self.ratio, "spread": self.spread}
         return {**asdict(self), **derived, "ratios": self.ratios}
 
 
-def main_first(
-    sides: Mapping[str, Callable[[int], Result]], num_rounds: int, say: Callable[[str], None] = lambda line: None
+def alternate(
+    sides: Mapping[str, Callable[[int], Result]], num_rounds: int, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[Result]]:
-    """Call every side once a round with the round's number, every other round in the opposite order."""
+    """Call every side once per round with the number of the round; odd rounds run in the opposite order."""
     if num_rounds < 1:
         raise RequestError(f"--repeats {num_rounds} must be at least 1")
     results: dict[str, list[Result]] = {name: [] for name in sides}
     for number in range(num_rounds):
         names = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in names:
-            say(f"round {number + 1} of {num_rounds}: {name}")
+            progress(f"round {number + 1} of {num_rounds}: {name}")
             results[name].append(sides[name](number))
     return results

@@ -1,11 +1,11 @@
-"""Curves: cost against the size of model and corpus, precision against precision, and the price of looking."""
+"""Curves: cost against model and corpus size, bf16 against fp32, and the cost of logging attention."""
 
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 from minitf.benchmark import plots
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
@@ -19,17 +19,17 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "context": ("context_length", (64, 128, 256, 512, 1024, 2048, 4096)),
 }
 TOY = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "context_length": 32}
-BATCH_TOKENS = 4096  # whatever the context
-SMOOTHING = 20  # steps averaged before curves of single batches are compared
+BATCH_TOKENS = 4096  # for every context length
+SMOOTHING = 20  # steps averaged before loss curves are compared
 
 
 def curves(request: Request, report: Report) -> None:
-    """The benchmark of that name: tokens/s and peak memory against width, depth and context."""
+    """The benchmark of this name: tokens/s and peak memory against width, depth and context."""
     text = write_text(request.work / "curves.txt", 100_000 if request.quick else 4_000_000)
     base, batch_tokens = (TOY, 256) if request.quick else (BASE, BATCH_TOKENS)
     quick = {"width": (32, 64), "depth": (1, 2), "context": (32, 64)}
     sides: dict[str, Callable[[int], dict[str, Any]]] = {}
-    places: dict[str, tuple[str, int]] = {}
+    coordinates: dict[str, tuple[str, int]] = {}
     for axis, (key, values) in AXES.items():
         for value in quick[axis] if request.quick else values:
             shape = {**base, key: value}
@@ -37,10 +37,10 @@ def curves(request: Request, report: Report) -> None:
             batch = speed(request, max(1, batch_tokens // shape["context_length"]))
             overrides = ["data=text", f"data.files=[{text}]", "tokenizer=char", *sizes, *batch]
             sides[f"{axis} {value}"] = training(request, overrides, f"curves-{axis}-{value}")
-            places[f"{axis} {value}"] = axis, value
+            coordinates[f"{axis} {value}"] = axis, value
     points: dict[str, list[tuple[int, float, float]]] = {axis: [] for axis in AXES}
-    for name, results in main_first(sides, request.repeats, report.say).items():
-        (axis, value), row = places[name], speed_row(name, results)
+    for name, results in alternate(sides, request.repeats, report.progress).items():
+        (axis, value), row = coordinates[name], speed_row(name, results)
         report.add(row)
         points[axis].append((value, row.median, row.raw["mb"]))
     panels = {"speed": ("tokens/s", 1, 1.0), "memory": ("peak memory, bytes", 2, 1e6)}
@@ -50,7 +50,7 @@ def curves(request: Request, report: Report) -> None:
 
 
 def speed(request: Request, batch_size: int) -> list[str]:
-    """Overrides of a run of a few seconds that computes as a longer one would."""
+    """Overrides of a run of a few seconds that computes like a longer one."""
     limit = ["trainer.max_steps=3"] if request.quick else ["trainer.max_minutes=0.1"]
     return [
         *QUIET,
@@ -62,32 +62,32 @@ def speed(request: Request, batch_size: int) -> list[str]:
 
 
 def tokens_per_s(rows: list[dict[str, Any]]) -> float:
-    """Of all rows after the first tenth."""
+    """The speed over all rows after the first tenth."""
     first = rows[len(rows) // 10]
     return float((rows[-1]["tokens"] - first["tokens"]) / (rows[-1]["train_s"] - first["train_s"]))
 
 
 def training(request: Request, overrides: list[str], name: str, **options: Any) -> Callable[[int], dict[str, Any]]:
-    """A side of a comparison: a training run for each round."""
+    """A side of a comparison: one training run per round."""
     return lambda round_: train(request, overrides, f"{name}-{round_}", **options)
 
 
 def speed_row(name: str, results: list[dict[str, Any]]) -> Row:
-    """Tokens/s of training, round by round, and the most memory any round took."""
+    """Training tokens/s, round by round, and the peak memory of all rounds."""
     mb = max(result["peak_mb"] for result in results)
     speeds = [tokens_per_s(result["train"]) for result in results]
     return Row(name, "tokens/s", speeds, note=f"{number(mb)} MB at most", raw={"mb": mb})
 
 
 def corpus(request: Request, report: Report) -> None:
-    """The benchmark of that name: preparation and training against the size of the text."""
+    """The benchmark of this name: preparation and training against the size of the text."""
     seconds, memory = [], []
     sides: dict[str, Callable[[int], dict[str, Any]]] = {}
     for megabytes in request.corpus_mb:
         name, cache = f"{megabytes:,} MB", {"MINITF_CACHE": str(request.work / f"corpus-{megabytes}")}
-        report.say(f"writing {name} of text")
+        report.progress(f"writing {name} of text")
         text = write_text(request.work / f"corpus-{megabytes}.txt", megabytes * 1_000_000)
-        report.say(f"tokenizing {name}")
+        report.progress(f"tokenizing {name}")
         prepared = in_child("library:prepare_text", {"file": str(text)}, cache)
         seconds.append((megabytes, prepared["seconds"]))
         memory.append((megabytes, prepared["peak_mb"] * 1e6))
@@ -98,7 +98,7 @@ def corpus(request: Request, report: Report) -> None:
         size = ["model=nano", "model.context_length=32"] if request.quick else ["model=mini"]
         overrides = ["data=text", f"data.files=[{text}]", *size, *speed(request, 16)]
         sides[f"{name}, training"] = training(request, overrides, f"corpus-{megabytes}", environment=cache)
-    rows = [speed_row(name, results) for name, results in main_first(sides, request.repeats, report.say).items()]
+    rows = [speed_row(name, results) for name, results in alternate(sides, request.repeats, report.progress).items()]
     for row in rows:
         report.add(row)
     measured = list(zip(request.corpus_mb, rows, strict=True))
@@ -113,13 +113,13 @@ def corpus(request: Request, report: Report) -> None:
 
 
 def precision(request: Request, report: Report) -> None:
-    """The benchmark of that name: one seed in bf16 and fp32, and twice the same."""
+    """The benchmark of this name: one seed in bf16 and fp32, and in bf16 twice."""
     steps = 12 if request.quick else 300
     size = ["model=nano", "tokenizer=byte", "model.context_length=32"] if request.quick else ["model=mini"]
     base = [*QUIET, f"trainer.max_steps={steps}", "trainer.log_every=1", *size]
 
     def losses(kind: str, name: str) -> list[float]:
-        report.say(name)
+        report.progress(name)
         result = train(request, [*base, f"trainer.precision={kind}"], f"precision-{name.replace(' ', '-')}")
         return [float(row["loss"]) for row in result["train"]]
 
@@ -137,30 +137,29 @@ def precision(request: Request, report: Report) -> None:
 
 
 def smoothed(curve: list[float], window: int) -> list[float]:
-    """Means of each `window` neighbours."""
+    """Moving averages over `window` values."""
     sums = [0.0, *itertools.accumulate(curve)]
     return [(sums[i] - sums[i - window]) / window for i in range(window, len(sums))]
 
 
 def logging(request: Request, report: Report) -> None:
-    """The benchmark of that name: the loop's wall time with maps, head scores and samples, and without.
+    """The benchmark of this name: the loop's wall time with maps, head scores and samples, and without.
 
-    Two answers: the seconds inside looking and sampling as a share of the steps' (what they cost by themselves, almost
-    free of the machine's moods), and the ratio of whole loops of as many steps (what they cost in all, their effect on
-    the steps around them included).
+    Two results: the seconds spent in logging as a share of the steps' time, which hardly depends on other load, and the
+    ratio of whole loops of the same number of steps, which includes the effect on the steps themselves.
     """
     minutes = 0.02 if request.quick else 3.0
     size = ["model=nano", "trainer.eval_tokens=2000"] if request.quick else ["model=mini"]
     off = ["attention.heads=false", "trainer.attention_every=-1", "trainer.sample_tokens=0"]
     timed = {"timed": ["run", "look", "sample"], "environment": ENVIRONMENT}
-    report.say("finding the number of steps")
+    report.progress("finding the number of steps")
     first = train(request, [*size, *off, f"trainer.max_minutes={minutes}"], "logging-steps")
     steps = [*size, f"trainer.max_steps={first['train'][-1]['step']}", f"trainer.compile={first['compile']}"]
     sides = {
         "on": lambda round_: train(request, steps, f"logging-on-{round_}", **timed),
         "off": lambda round_: train(request, [*steps, *off], f"logging-off-{round_}", **timed),
     }
-    on, without = main_first(sides, request.repeats, report.say).values()
+    on, without = alternate(sides, request.repeats, report.progress).values()
     spent = [result["seconds"].get("look", 0.0) + result["seconds"].get("sample", 0.0) for result in on]
     shares = [100 * s / result["train"][-1]["train_s"] for s, result in zip(spent, on, strict=True)]
     raw = {"on": [r["seconds"] for r in on], "off": [r["seconds"] for r in without]}
@@ -172,7 +171,7 @@ def logging(request: Request, report: Report) -> None:
 
 
 def draw(request: Request, report: Report, name: str, panels: list[Any], **options: Any) -> None:
-    """A plot in the output directory, or a line on why there is none."""
+    """Draw a plot in the output directory, or report why not."""
     missing = plots.unavailable()
     if missing:
         report.skip(name, missing)

@@ -1,11 +1,11 @@
-"""The speed of greedy decoding beside Hugging Face's `generate`, from one checkpoint and with one text."""
+"""The speed of greedy decoding against Hugging Face's `generate` and llama.cpp, from one checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from minitf.benchmark import hugging_face
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import QUIET, train
@@ -22,10 +22,10 @@ BATCH_SIZES = (1, 16)
 
 
 def generation(request: Request, report: Report) -> None:
-    """The benchmark of that name: a prompt of 64 tokens, 192 new ones, batch 1 and 16."""
+    """The benchmark of this name: a prompt of 64 tokens, 192 new ones, batch 1 and 16."""
     quick = request.quick
     shape = {**SHAPE, "num_layers": 2, "hidden_size": 32, "num_heads": 2} if quick else SHAPE
-    report.say("training the checkpoint")
+    report.progress("training the checkpoint")
     checkpoint = make_checkpoint(request, shape, 2 if quick else 200)
     prompt = in_child("library:encode", {"checkpoint": checkpoint, "text": PROMPT, "num_tokens": 64})["ids"]
     missing = hugging_face.unavailable("transformers")
@@ -34,14 +34,14 @@ def generation(request: Request, report: Report) -> None:
     for batch_size in BATCH_SIZES:
         decode(request, report, checkpoint, prompt, batch_size, peer=not missing)
     missing = hugging_face.unavailable("xllamacpp", "gguf", "safetensors")
-    if missing or quick:  # a toy's heads are narrower than llama.cpp takes
+    if missing or quick:  # llama.cpp does not support the toy's narrow heads
         report.skip("llama.cpp", missing or "toy sizes are too small for it")
     else:
-        beside_llama_cpp(request, report, checkpoint, prompt)
+        against_llama_cpp(request, report, checkpoint, prompt)
 
 
 def make_checkpoint(request: Request, shape: dict[str, int], num_steps: int) -> str:
-    """A model trained for a little while: a fresh one has near ties everywhere, which rounding would decide."""
+    """A briefly trained model: the logits of a fresh one are nearly tied, and rounding would decide."""
     overrides = [
         *(f"model.{key}={value}" for key, value in shape.items()), f"trainer.max_steps={num_steps}", *QUIET,
         "trainer.compile=false", *(["tokenizer=byte", "trainer.batch_size=2"] if request.quick else []),
@@ -51,7 +51,7 @@ def make_checkpoint(request: Request, shape: dict[str, int], num_steps: int) -> 
 
 
 def decode(request: Request, report: Report, checkpoint: str, prompt: list[int], batch_size: int, peer: bool) -> None:
-    """One row: tokens a second of all sequences together, prompt included in the time."""
+    """One row: tokens per second of all sequences together; the time includes the prompt."""
     num_tokens = 16 if request.quick else 192
     arguments = {
         "checkpoint": checkpoint, "prompt": prompt, "batch_size": batch_size, "num_tokens": num_tokens,
@@ -62,7 +62,7 @@ def decode(request: Request, report: Report, checkpoint: str, prompt: list[int],
     }
     if peer:
         sides[f"transformers, batch {batch_size}"] = lambda round_: in_child("hugging_face:decode", arguments)
-    ours, *theirs = main_first(sides, request.repeats, report.say).values()
+    ours, *theirs = alternate(sides, request.repeats, report.progress).values()
 
     def speeds(results: list[dict[str, Any]]) -> list[float]:
         return [batch_size * num_tokens / sorted(r["seconds"])[len(r["seconds"]) // 2] for r in results]
@@ -71,7 +71,7 @@ def decode(request: Request, report: Report, checkpoint: str, prompt: list[int],
     if not same:
         raise MinitfError(f"batch {batch_size}: minitf and transformers wrote different greedy text from {checkpoint}")
     row = f"batch {batch_size}, {len(prompt)} + {num_tokens} tokens"
-    # A decoding step reads every weight once, whatever the batch.
+    # A decoding step reads every weight once, for any batch size.
     pairs = zip(speeds(ours), ours, strict=True)
     gigabytes = [speed / batch_size * result["weight_bytes"] / 1e9 for speed, result in pairs]
     raw = {"ours": [drop_ids(r) for r in ours], "theirs": [drop_ids(r) for r in (theirs or [[]])[0]]}
@@ -81,8 +81,8 @@ def decode(request: Request, report: Report, checkpoint: str, prompt: list[int],
     report.add(Row(row, "tokens/s", speeds(ours), *peers, note=note, raw=raw))
 
 
-def beside_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: list[int]) -> None:
-    """One row: batch 1 beside llama.cpp's server, in float32 like the checkpoint."""
+def against_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: list[int]) -> None:
+    """One row: batch 1 against llama.cpp's server, in float32 like the checkpoint."""
     num_tokens, file = 192, str(request.work / "model.gguf")
     in_child("llama_cpp:convert", {"checkpoint": checkpoint, "path": file})
     ask = {"prompt": prompt, "num_tokens": num_tokens, "repeats": 8}
@@ -90,7 +90,7 @@ def beside_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: 
         "minitf": lambda round_: in_child("library:decode", {"checkpoint": checkpoint, "batch_size": 1, **ask}),
         "llama.cpp": lambda round_: in_child("llama_cpp:decode", {"file": file, **ask}),
     }
-    ours, theirs = main_first(sides, request.repeats, report.say).values()
+    ours, theirs = alternate(sides, request.repeats, report.progress).values()
     speeds = [[num_tokens / sorted(r["seconds"])[len(r["seconds"]) // 2] for r in side] for side in (ours, theirs)]
     same = all(a["ids"] == b["ids"] for a, b in zip(ours, theirs, strict=True))
     raw = {"ours": [drop_ids(r) for r in ours], "theirs": [drop_ids(r) for r in theirs]}
@@ -100,5 +100,5 @@ def beside_llama_cpp(request: Request, report: Report, checkpoint: str, prompt: 
 
 
 def drop_ids(result: dict[str, Any]) -> dict[str, Any]:
-    """The seconds without the text."""
+    """The result without the generated ids."""
     return {key: value for key, value in result.items() if key != "ids"}

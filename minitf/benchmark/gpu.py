@@ -1,9 +1,9 @@
-"""The same questions on a GPU: share of its peak, nanoGPT compiled at the same shape, decoding, a text learnt."""
+"""Benchmarks on a GPU: share of the peak, nanoGPT compiled at the same shape, decoding, seconds to a loss."""
 
 from typing import Any
 
 from minitf.benchmark import nanogpt
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.machine import peak
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
@@ -12,19 +12,19 @@ from minitf.benchmark.training import train
 # conf/experiment/gpt2.yaml
 GPT2 = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "context_length": 1024, "intermediate_size": 2048}
 VOCABULARY, BATCH_SIZE, ACCUMULATION = 50_304, 32, 8
-SETTLING = 5  # of nanoGPT's iterations, that compile and reshard
-TARGET_LOSS = 1.4697  # held-out nats a character of Tiny Shakespeare: nanoGPT's README, on an A100
+WARM_UP = 5  # iterations of nanoGPT, which compile
+TARGET_LOSS = 1.4697  # held-out nats per character of Tiny Shakespeare: nanoGPT's README, on an A100
 
 
 def unavailable() -> str | None:
     """Why nothing can be measured, or None."""
     import torch
 
-    return None if torch.cuda.is_available() else "no CUDA device here"
+    return None if torch.cuda.is_available() else "no CUDA device"
 
 
 def gpu(request: Request, report: Report) -> None:
-    """The benchmark of that name: `experiment=gpt2`'s step, greedy decoding at batch 1, and Tiny Shakespeare."""
+    """The benchmark of this name: `experiment=gpt2`'s step, greedy decoding at batch 1, and Tiny Shakespeare."""
     missing = unavailable()
     if missing:
         report.skip("gpu", missing)
@@ -43,7 +43,7 @@ def compare(
     num_steps: int,
     device: str,
 ) -> None:
-    """Rows of `gpu` for any shape and device; a step is `accumulation` batches on both sides."""
+    """Rows of the training step for any shape and device; a step is `accumulation` batches on both sides."""
     step: dict[str, Any] = {
         "shape": shape, "vocab_size": vocab_size, "batch_size": batch_size, "num_steps": num_steps,
         "device": device, "compilation": "auto" if device == "cuda" else "false", "accumulation": accumulation,
@@ -61,18 +61,18 @@ def compare(
         in_child("gpu:write_random", {"directory": str(dataset), "vocab_size": min(vocab_size, 50_257)})
         arguments = [
             f"--device={device}", f"--compile={device == 'cuda'}", "--eval_iters=1", "--eval_interval=1000000",
-            "--log_interval=1", f"--max_iters={num_steps + SETTLING}", *nanogpt.shape_arguments(shape, batch_size),
+            "--log_interval=1", f"--max_iters={num_steps + WARM_UP}", *nanogpt.shape_arguments(shape, batch_size),
             f"--gradient_accumulation_steps={accumulation}",
         ]  # fmt: skip
         out_dir = request.work / "gpu-out"
 
         def other(round_: int) -> dict[str, Any]:
-            # log_interval=1 waits for the device at each iteration, a few microseconds of a step of this size.
-            ms = nanogpt.train(checkout, dataset, out_dir, arguments, config="").ms[SETTLING:]
+            # log_interval=1 synchronises at each iteration, which costs a few microseconds per step.
+            ms = nanogpt.train(checkout, dataset, out_dir, arguments, config="").ms[WARM_UP:]
             return {"tokens_per_s": tokens * len(ms) / sum(ms) * 1000, "ms": ms}
 
         sides["nanoGPT compiled"] = other
-    results = main_first(sides, request.repeats, report.say)
+    results = alternate(sides, request.repeats, report.progress)
     peaks, ours = results["peak"], results["minitf"]
     speeds = [tokens / result["ms"]["whole"] * 1000 for result in ours]
     pairs = zip(speeds, ours, peaks, strict=True)
@@ -88,18 +88,18 @@ def compare(
 def decoding(
     request: Request, report: Report, shape: dict[str, int], vocab_size: int, device: str, bandwidths: list[float]
 ) -> None:
-    """Tokens/s at batch 1 of a model of the shape, and what share of the memory's bandwidth its weights take."""
+    """Tokens/s at batch 1 of a model of this shape, and its share of the memory bandwidth."""
     arguments = {"shape": shape, "vocab_size": vocab_size, "device": device, "num_tokens": 8 if request.quick else 192}
     result = in_child("gpu:decode_random", {**arguments, "repeats": len(bandwidths)})
     speeds = [1 / seconds for seconds in result["token_s"]]
     shares = [speed * result["weight_bytes"] / bandwidth for speed, bandwidth in zip(speeds, bandwidths, strict=True)]
     first = f"after the first, which takes {min(result['first_s']) * 1000:.1f} ms; engine {result['engine']}"
     report.add(Row("decoding, batch 1", "tokens/s", speeds, note=first, raw=result))
-    report.add(Row("decoding, batch 1", "share of bandwidth", shares, note="weights read once a token"))
+    report.add(Row("decoding, batch 1", "share of bandwidth", shares, note="weights read once per token"))
 
 
 def learn(request: Request, report: Report, device: list[str]) -> None:
-    """Seconds of training of `experiment=shakespeare_best`, a seed each round, and the held-out loss they end at."""
+    """Training seconds and final held-out loss of `experiment=shakespeare_best`, with one seed per round."""
     if request.text is None:
         report.skip("shakespeare_best", "give the text with --text FILE")
         return
@@ -111,14 +111,14 @@ def learn(request: Request, report: Report, device: list[str]) -> None:
     ]
     losses = [run["val"][-1]["loss"] for run in runs]
     reached = f"target {TARGET_LOSS}: {sum(loss <= TARGET_LOSS for loss in losses)} of {len(losses)} seeds reach it"
-    raw = {"choices": runs[0]["choices"], "steps": [run["train"][-1]["step"] for run in runs]}
+    raw = {"setup": runs[0]["setup"], "steps": [run["train"][-1]["step"] for run in runs]}
     report.add(Row("Tiny Shakespeare", "nats", losses, more_is_better=False, note=reached, raw=raw))
     seconds = [run["train"][-1]["train_s"] for run in runs]
     report.add(Row("Tiny Shakespeare", "s of steps", seconds, more_is_better=False))
 
 
 def write_random(directory: str, vocab_size: int) -> dict[str, Any]:
-    """Random tokens in nanoGPT's format, without a vocabulary: it then takes GPT-2's."""
+    """Write random tokens in nanoGPT's format, without a vocabulary: it then uses GPT-2's."""
     from pathlib import Path
 
     import numpy as np
@@ -131,14 +131,14 @@ def write_random(directory: str, vocab_size: int) -> dict[str, Any]:
 
 
 def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Greedy decoding of a fresh model, as slow as a trained one: seconds of the first token and of the others."""
+    """Greedy decoding of an untrained model: seconds of the first token, and per later token."""
     import time
     from itertools import islice
 
     import torch
 
-    from minitf.generate import generate
-    from minitf.inference.decoder import Decoder
+    from minitf.generate import GenerationRequest, generate
+    from minitf.inference.decoder import choose_engine
     from minitf.inference.sampling import Sampling
     from minitf.model import ModelConfig, Transformer
     from minitf.system.hardware import choose_hardware
@@ -148,12 +148,12 @@ def decode_random(shape: dict[str, int], vocab_size: int, device: str, num_token
     first_s, token_s = [], []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        steps = generate(model, [1] * 8, 1, Sampling(temperature=0))
+        steps = generate(model, GenerationRequest([1] * 8, Sampling(temperature=0)))
         next(steps).ids_B.tolist()
         began = time.perf_counter()
         [step.ids_B.tolist() for step in islice(steps, num_tokens)]
         first_s.append(began - start)
         token_s.append((time.perf_counter() - began) / num_tokens)
     weight_bytes = model.num_parameters() * torch.empty((), dtype=model.compute_dtype).itemsize
-    engine = Decoder(model, 1, shape["context_length"]).engine
+    engine = choose_engine(model).name
     return {"first_s": first_s[1:], "token_s": token_s[1:], "weight_bytes": weight_bytes, "engine": engine}

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def unavailable(*packages: str) -> str | None:
-    """Why there is nothing of Hugging Face to compare with, or None."""
+    """Why these packages cannot be used, or None."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"{missing[0]} is not installed (pip install -e '.[benchmark]')" if missing else None
 
@@ -17,7 +17,7 @@ def train(
     shape: Mapping[str, Any], vocab_size: int, batch_size: int, num_steps: int, work: str, precision: str = "bf16",
     device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
-    """Seconds of each step of `Trainer` in that precision, with its other defaults, on random tokens."""
+    """Seconds of each step of `Trainer` in this precision, otherwise with its defaults, on random tokens."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -54,13 +54,13 @@ def train(
 
 
 def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Greedy `generate` with its cache, `repeats` times after one to warm up: seconds of each, and the ids."""
+    """Greedy `generate` with a cache, `repeats` times after a warm-up: seconds of each, and the ids."""
     import torch
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
-    model.generation_config.eos_token_id = None  # both sides write all tokens
+    model.generation_config.eos_token_id = None  # both sides generate all tokens
     model.generation_config.pad_token_id = 0
     ids_BT = torch.tensor([prompt] * batch_size, device=device)
     options = {"max_new_tokens": num_tokens, "do_sample": False, "use_cache": True}

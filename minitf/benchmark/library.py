@@ -1,6 +1,6 @@
-"""minitf's side of every comparison: the only module here that reaches into the library's own parts.
+"""minitf's side of every comparison: the only module of the benchmark that uses the library's internals.
 
-All functions run in a process of their own (see `process.in_child`) and return what JSON can hold.
+All functions run in a process of their own (see `process.in_child`) and return JSON values.
 """
 
 import json
@@ -19,32 +19,49 @@ if TYPE_CHECKING:
     from minitf.model import Transformer
     from minitf.training.step import TrainingStep
 
-# What `python -m minitf.train` sets before torch is imported; the functions that do not go through it need it given.
+# `python -m minitf.train` sets this before it imports torch; functions that do not go through it need it set.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "ACTIVE"}
+# The values of trainer.compile that lead to these backends; to the others: false.
+COMPILE = {"cpu": "native", "triton": "native", "compile": "true"}
+
+
+def methods() -> dict[str, tuple[type, str]]:
+    """The parts of training that can be timed: class and method."""
+    from minitf.training.actions import Evaluate, LogAttention, SaveCheckpoint
+    from minitf.training.trainer import Trainer
+
+    return {
+        "run": (Trainer, "run"),
+        "look": (LogAttention, "__call__"),
+        "sample": (Evaluate, "write_samples"),
+        "save": (SaveCheckpoint, "__call__"),
+    }
 
 
 def train(overrides: Sequence[str], run_dir: str, timed: Sequence[str] = ()) -> dict[str, Any]:
-    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, what was chosen, and seconds in `timed` methods.
+    """`python -m minitf.train OVERRIDES`: rows of metrics.jsonl, the run's decisions, and seconds in `timed` parts.
 
-    `timed` names methods of the trainer; timing them needs torch before the command sets its environment.
+    `timed` names some of `methods`; timing them imports torch before the command sets its environment.
     """
     seconds: dict[str, float] = defaultdict(float)
     if timed:
-        from minitf.training.trainer import Trainer
-
         for name in timed:
-            setattr(Trainer, name, _timed(getattr(Trainer, name), name, seconds))
+            owner, method = methods()[name]
+            setattr(owner, method, _timed(getattr(owner, method), name, seconds))
     from minitf.train import main
 
     main([*overrides, f"run_dir={run_dir}"])
     lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    environment = json.loads((Path(run_dir) / "environment.json").read_text(encoding="utf-8"))
+    environment, decisions = (
+        json.loads((Path(run_dir) / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("environment", "decisions")
+    )
     return {
         "train": [row for row in rows if row["split"] == "train"],
         "val": [row for row in rows if row["split"] == "val"],
-        "choices": environment.get("choices", {}),
-        "compile": json.loads((Path(run_dir) / "choices.json").read_text(encoding="utf-8"))["compile"],
+        "setup": environment["setup"],
+        "compile": COMPILE.get(decisions["backend"], "false"),
         "seconds": dict(seconds),
     }
 
@@ -61,11 +78,11 @@ def _timed(function: Callable[..., Any], name: str, seconds: dict[str, float]) -
 
 
 def held_out(run: str) -> dict[str, Any]:
-    """`python -m minitf.evaluate`: loss in float32 over all of the run's held-out text."""
+    """`python -m minitf.evaluate`: the float32 loss over all of the run's held-out text."""
     import contextlib
     import io
 
-    from minitf.evaluate import main
+    from minitf.cli.evaluate import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -74,9 +91,9 @@ def held_out(run: str) -> dict[str, Any]:
 
 
 def prepare_text(file: str) -> dict[str, Any]:
-    """Tokenize a text as training does; seconds of that."""
-    from minitf.data.batches import prepare
-    from minitf.data.sources.text import DataConfig
+    """Seconds to tokenize a text as training does."""
+    from minitf.data.config import DataConfig
+    from minitf.data.tokenized_text import prepare
     from minitf.tokenizer import TokenizerConfig
 
     start = time.perf_counter()
@@ -94,9 +111,9 @@ def step_parts(
     compilation: str = "auto",
     accumulation: int = 1,
 ) -> dict[str, Any]:
-    """Median milliseconds of each part of a training step on random tokens, with the least it has to compute and move.
+    """Median milliseconds of each part of a training step on random tokens, with lower bounds for each part.
 
-    On a GPU every part is waited for; `whole` is measured without that.
+    On a GPU each part is synchronised; `whole` is measured without that.
     """
     import numpy as np
     import torch
@@ -117,7 +134,7 @@ def step_parts(
     batches = Batches(tokens.astype(np.uint32), config.context_length, batch_size, 0)
     optimizer = Optimizer(model, OptimConfig(kind=optim), hardware.dtype)
     step = TrainingStep(Parallel(model), optimizer, batches, hardware, accumulation)
-    *_, choice = step.warm_up(compilation, lambda step_s: 1e9)
+    choice = step.warm_up(compilation, lambda step_s: 1e9).reason
     hardware.synchronize()
     started = time.perf_counter()
     for index in range(num_steps):
@@ -128,7 +145,7 @@ def step_parts(
     parts = _parts(step, num_steps)
     return {
         "ms": parts | {"whole": whole_ms},
-        "floors": floors(model, optim, batch_size, hardware.dtype.itemsize),
+        "lower_bounds": lower_bounds(model, optim, batch_size, hardware.dtype.itemsize),
         "flops_per_token": model.flops_per_token(),
         "num_parameters": model.num_parameters(),
         "compile": choice,
@@ -137,13 +154,13 @@ def step_parts(
 
 
 def _parts(step: "TrainingStep", num_steps: int) -> dict[str, float]:
-    """Median milliseconds of the parts of so many steps, each waited for."""
+    """Median milliseconds of the parts of `num_steps` steps, each part synchronised."""
     synchronize = step.hardware.synchronize
     seconds: dict[str, float] = defaultdict(float)
     owners: dict[str, object] = {"batch": step.batches, "hidden": step.model, "loss": step.model}
     for name, owner in owners.items():
-        setattr(owner, name, _timed(_waited(getattr(owner, name), synchronize), name, seconds))
-    vars(step.optimizer)["step"] = _timed(_waited(step.optimizer.step, synchronize), "optimizer", seconds)
+        setattr(owner, name, _timed(_synchronised(getattr(owner, name), synchronize), name, seconds))
+    vars(step.optimizer)["step"] = _timed(_synchronised(step.optimizer.step, synchronize), "optimizer", seconds)
     parts: dict[str, list[float]] = defaultdict(list)
     for index in range(num_steps):
         seconds.clear()
@@ -159,7 +176,7 @@ def _parts(step: "TrainingStep", num_steps: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in parts.items()}
 
 
-def _waited(function: Callable[..., Any], synchronize: Callable[[], None]) -> Callable[..., Any]:
+def _synchronised(function: Callable[..., Any], synchronize: Callable[[], None]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         synchronize()
@@ -168,12 +185,12 @@ def _waited(function: Callable[..., Any], synchronize: Callable[[], None]) -> Ca
     return wrapper
 
 
-def floors(model: "Transformer", optim: str, batch_size: int, itemsize: int) -> dict[str, dict[str, float]]:
-    """Operations and bytes each part of a step cannot do without, counting matrix products and weights only.
+def lower_bounds(model: "Transformer", optim: str, batch_size: int, itemsize: int) -> dict[str, dict[str, float]]:
+    """Lower bounds of the operations and bytes of each part of a step, counting matrix products and weights only.
 
-    Operations: two for each multiply-add of every matrix product, the visible half of the attention scores. Bytes: each
-    product reads its two operands and writes its result once, in the dtype of the activations (attention moves q, k, v
-    and its output); the optimiser reads weights, gradients and averages and writes weights and averages, in float32.
+    Operations: two per multiply-add of each matrix product, with the unmasked half of the attention scores. Bytes: each
+    product reads its operands and writes its result once in the dtype of the activations; attention moves q, k, v and
+    its output; the optimiser reads weights, gradients and averages and writes weights and averages, in float32.
     """
     c = model.config
     tokens = batch_size * c.context_length
@@ -183,8 +200,8 @@ def floors(model: "Transformer", optim: str, batch_size: int, itemsize: int) -> 
     moved = float(itemsize * sum(tokens * sum(p.shape) + p.numel() for p in matrices))
     heads = tokens * c.num_layers * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) * itemsize
     rows, columns = model.vocabulary_VD.shape
-    vocabulary = itemsize * float(tokens * columns + rows * columns)  # its logits need not leave the cache
-    optimizer_flops, optimizer_bytes = _optimizer_floor(model, matrices, optim)
+    vocabulary = itemsize * float(tokens * columns + rows * columns)  # logits can stay in the cache
+    optimizer_flops, optimizer_bytes = _optimizer_bound(model, matrices, optim)
     return {
         "forward": {"flops": products + attention, "bytes": moved + heads},
         "loss": {"flops": 6.0 * tokens * rows * columns, "bytes": 3 * vocabulary},
@@ -193,8 +210,8 @@ def floors(model: "Transformer", optim: str, batch_size: int, itemsize: int) -> 
     }
 
 
-def _optimizer_floor(model: "Transformer", matrices: "Sequence[Tensor]", optim: str) -> tuple[float, float]:
-    """AdamW moves seven numbers a weight (four read, three written), Muon five, and iterations of three products."""
+def _optimizer_bound(model: "Transformer", matrices: "Sequence[Tensor]", optim: str) -> tuple[float, float]:
+    """AdamW moves seven numbers per weight (reads four, writes three), Muon five; Muon iterates three products."""
     from minitf.optim import POLAR_EXPRESS
 
     num_parameters, in_matrices = model.num_parameters(), sum(p.numel() for p in matrices)
@@ -206,7 +223,7 @@ def _optimizer_floor(model: "Transformer", matrices: "Sequence[Tensor]", optim: 
 
 
 def fastest() -> dict[str, Any]:
-    """The value of trainer.compile a long run would come to here."""
+    """The value of trainer.compile that a long run would choose on this machine."""
     from minitf.backends.cpu.bindings import library
     from minitf.errors import Unavailable
     from minitf.system.hardware import choose_hardware
@@ -219,7 +236,7 @@ def fastest() -> dict[str, Any]:
 
 
 def flops_per_token(shape: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Operations of one training token of a model of this shape."""
+    """Operations per training token of a model of this shape."""
     from minitf.model import ModelConfig, Transformer
 
     model = Transformer(ModelConfig(**shape), vocab_size)
@@ -227,24 +244,24 @@ def flops_per_token(shape: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
 
 
 def encode(checkpoint: str, text: str, num_tokens: int) -> dict[str, Any]:
-    """The first ids of a text."""
+    """The first token ids of a text."""
     import minitf
 
     return {"ids": minitf.load(checkpoint, "cpu").tokenizer.encode(text)[:num_tokens]}
 
 
 def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Greedy continuation of a prompt, `repeats` times after one to warm up: seconds of each, and the ids."""
+    """Greedy continuation of a prompt, `repeats` times after a warm-up: seconds of each, and the ids."""
     from itertools import islice
 
     import minitf
-    from minitf.generate import generate
+    from minitf.generate import GenerationRequest, generate
     from minitf.inference.sampling import Sampling
 
     lm = minitf.load(checkpoint)
 
     def once() -> list[list[int]]:
-        steps = generate(lm.model, prompt, batch_size, Sampling(temperature=0))
+        steps = generate(lm.model, GenerationRequest(prompt, Sampling(temperature=0), batch_size))
         return [step.ids_B.tolist() for step in islice(steps, num_tokens)]
 
     started = time.perf_counter()
@@ -261,7 +278,7 @@ def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int,
 
 
 def loss_memory(kind: str, vocab_size: int, width: int, num_tokens: int) -> dict[str, Any]:
-    """Memory above what lies there already, and seconds, of a loss with its gradients: `chunked` or `naive`."""
+    """Additional peak memory and seconds of a loss with its gradients: `chunked` or `naive`."""
     import torch
     import torch.nn.functional as F
 
@@ -271,7 +288,7 @@ def loss_memory(kind: str, vocab_size: int, width: int, num_tokens: int) -> dict
     x_BTD = torch.randn(1, num_tokens, width).to(torch.bfloat16).requires_grad_()
     vocabulary_VD = (torch.randn(vocab_size, width) * 0.02).requires_grad_()
     targets_BT = torch.randint(vocab_size, (1, num_tokens))
-    torch.mm(x_BTD.detach()[0, :64], vocabulary_VD.detach()[:64].to(x_BTD.dtype).T)  # the library's own set-up
+    torch.mm(x_BTD.detach()[0, :64], vocabulary_VD.detach()[:64].to(x_BTD.dtype).T)  # initialises the library
     before_mb = memory_mb("VmRSS")
     start = time.perf_counter()
     if kind == "chunked":
@@ -279,6 +296,6 @@ def loss_memory(kind: str, vocab_size: int, width: int, num_tokens: int) -> dict
     else:
         logits_BTV = F.linear(x_BTD, vocabulary_VD.to(x_BTD.dtype))
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     seconds = time.perf_counter() - start
     return {"mb": memory_mb("VmHWM") - before_mb, "seconds": seconds, "loss": float(loss)}

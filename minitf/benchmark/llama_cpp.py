@@ -8,9 +8,9 @@ from typing import Any
 
 
 def convert(checkpoint: str, path: str) -> dict[str, Any]:
-    """Write a checkpoint as GGUF in float32, with names in place of its tokens' texts.
+    """Write a checkpoint as GGUF in float32, with numbered names as tokens.
 
-    It is given ids and asked for ids, which `decode` reads from the text: any tokenizer serves.
+    The prompt is given as ids, and `decode` reads the ids from the generated names, so the tokenizer does not matter.
     """
     from minitf.checkpoints.checkpoint import load_checkpoint
     from minitf.checkpoints.gguf import Vocabulary, write_gguf
@@ -22,9 +22,9 @@ def convert(checkpoint: str, path: str) -> dict[str, Any]:
 
 
 def decode(file: str, prompt: list[int], num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Greedy continuation of one prompt, `repeats` times after one to warm up: seconds of each, and the ids.
+    """Greedy continuation of one prompt, `repeats` times after a warm-up: seconds of each, and the ids.
 
-    By its server, the way xllamacpp offers, on one thread and on all: the faster of the two counts.
+    Through xllamacpp's server, with one thread and with all; the faster of the two counts.
     """
     import os
 

@@ -1,4 +1,4 @@
-"""The machine: matrix product speed, memory bandwidth, and what else a number has to be read with."""
+"""The machine: matrix product speed, memory bandwidth, and the environment of a measurement."""
 
 import os
 import platform
@@ -7,20 +7,20 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from minitf.benchmark.comparison import Row
 from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import ROOT, in_child
 from minitf.benchmark.report import Report, Request
+from minitf.system import cpuinfo
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 PACKAGES = ("minitf", "torch", "transformers", "accelerate", "numpy", "tokenizers")
 
 
 def measure(device: str, sizes: list[int], budget_s: float) -> dict[str, Any]:
-    """Best speeds here: FLOP/s of square products by dtype and size, bytes/s of a copy (read and written)."""
+    """Best speeds: FLOP/s of square matrix products by dtype and size, bytes/s of a copy (reads plus writes)."""
     import torch
 
     def best_s(work: Callable[[], Any]) -> float:
@@ -42,11 +42,10 @@ def measure(device: str, sizes: list[int], budget_s: float) -> dict[str, Any]:
             out = torch.empty_like(a)
             seconds = best_s(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
             flops[name][str(size)] = 2 * size**3 / seconds
-            if seconds > 0.5:  # emulated: the next size would take eight times as long, and tell nothing
+            if seconds > 0.5:  # emulated: the next size would take eight times as long
                 break
-    source = torch.ones(
-        (1 << 28) // (16 if budget_s < 0.1 else 1), dtype=torch.uint8, device=device
-    )  # beyond any cache
+    num_bytes = (1 << 28) // (16 if budget_s < 0.1 else 1)  # larger than any cache
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / best_s(lambda: target.copy_(source))
     peaks = {name: max(speeds.values()) for name, speeds in flops.items()}
@@ -54,28 +53,28 @@ def measure(device: str, sizes: list[int], budget_s: float) -> dict[str, Any]:
 
 
 def peak(request: Request, device: str = "cpu", environment: dict[str, str] = ENVIRONMENT) -> dict[str, Any]:
-    """`measure` in a child, in the environment that training sets itself."""
+    """`measure` in a child process with the environment of training."""
     sizes = [256] if request.quick else list(SIZES[device])
     arguments = {"device": device, "sizes": sizes, "budget_s": 0.02 if request.quick else 0.7}
     return in_child("machine:measure", arguments, environment)
 
 
 def faster_precision() -> str:
-    """bf16, or fp32 where the processor only emulates bf16; by a short measurement."""
+    """The precision with the faster matrix products, by a short measurement."""
     result = in_child("machine:measure", {"device": "cpu", "sizes": [256], "budget_s": 0.02}, ENVIRONMENT)
     return best_peak([result])
 
 
 def best_peak(results: list[dict[str, Any]]) -> str:
-    """The precision whose products are the faster ones here: bf16, or fp32 where the processor only emulates bf16."""
+    """The precision with the faster matrix products: bf16, or fp32 where the processor only emulates bf16."""
     return max(("bf16", "fp32"), key=lambda name: max(result["peaks"][name] for result in results))
 
 
 def machine(request: Request, report: Report) -> None:
-    """The benchmark of that name."""
+    """The benchmark of this name."""
     results = []
     for number in range(request.repeats):
-        report.say(f"round {number + 1} of {request.repeats}")
+        report.progress(f"round {number + 1} of {request.repeats}")
         results.append(peak(request))
     for name in ("fp32", "bf16"):
         raw = {"flops_by_size": [result["flops"][name] for result in results]}
@@ -84,22 +83,13 @@ def machine(request: Request, report: Report) -> None:
         note = f"size {max(speeds, key=lambda size: speeds[size])}, the best of {', '.join(speeds)}"
         report.add(Row(f"matrix product {name}", "GFLOP/s", values, note=note, raw=raw))
     bandwidth = [result["bytes_per_s"] / 1e9 for result in results]
-    report.add(Row("memory copy", "GB/s", bandwidth, note="read and written"))
+    report.add(Row("memory copy", "GB/s", bandwidth, note="reads plus writes"))
     threads = [float(result["threads"]) for result in results]
-    report.add(Row("threads", "used by torch", threads, note=f"of {os.cpu_count()} cores, {processor()}"))
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    report.add(Row("threads", "used by torch", threads, note=f"of {os.cpu_count()} cores, {cpuinfo.name()}"))
 
 
 def environment() -> dict[str, Any]:
-    """What every JSON file says first."""
+    """The description of machine and software in every JSON file."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -115,7 +105,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "environment": {
-            "processor": processor(),
+            "processor": cpuinfo.name(),
             "cores": os.cpu_count(),
             "threads": int(os.environ.get("OMP_NUM_THREADS") or 0) or None,
             "load_before": load,

@@ -1,20 +1,20 @@
-"""Memory a user can save: the loss without all logits, and activations computed again instead of kept."""
+"""Memory savings: the loss without all logits, and activation checkpointing."""
 
 from typing import Any
 
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.text import write_text
 from minitf.benchmark.training import QUIET, SIX_256, TOY, fastest, train
-from minitf.config.help import all_keys
+from minitf.config.presets import all_keys
 
 CHECKPOINTING = "trainer.activation_checkpointing"
 
 
 def memory(request: Request, report: Report) -> None:
-    """The benchmark of that name: peak memory above what lies there before, each in a process of its own."""
+    """The benchmark of this name: additional peak memory, each in a process of its own."""
     losses(request, report)
     if CHECKPOINTING in all_keys():
         activations(request, report)
@@ -31,7 +31,7 @@ def losses(request: Request, report: Report) -> None:
         return lambda round_: in_child("library:loss_memory", {"kind": kind, **shape}, ENVIRONMENT)
 
     sides = {"naive loss": side("naive"), "chunked loss": side("chunked")}
-    naive, chunked = main_first(sides, request.repeats, report.say).values()
+    naive, chunked = alternate(sides, request.repeats, report.progress).values()
     logits_mb = vocab_size * num_tokens * 4 / 1e6
     for name, unit in (("mb", "MB"), ("seconds", "s")):
         what = f"loss of {num_tokens:,} tokens, vocabulary {vocab_size:,}"
@@ -42,7 +42,7 @@ def losses(request: Request, report: Report) -> None:
 
 
 def activations(request: Request, report: Report) -> None:
-    """Training with activations kept or computed again: peak memory of the process, and milliseconds of a step."""
+    """Training with and without activation checkpointing: peak memory of the process, milliseconds per step."""
     shape = TOY if request.quick else {**SIX_256, "context_length": 512}
     text = write_text(request.work / "memory.txt", 40_000 if request.quick else 1_200_000)
     base = [
@@ -55,8 +55,8 @@ def activations(request: Request, report: Report) -> None:
     def side(value: str) -> Any:
         return lambda round_: train(request, [*base, f"{CHECKPOINTING}={value}"], f"memory-{value}-{round_}")
 
-    sides = {"activations kept": side("false"), "activations computed again": side("true")}
-    kept, again = main_first(sides, request.repeats, report.say).values()
+    sides = {"activations stored": side("false"), "activations recomputed": side("true")}
+    stored, recomputed = alternate(sides, request.repeats, report.progress).values()
 
     def step_ms(results: list[dict[str, Any]]) -> list[float]:
         rows = [result["train"] for result in results]
@@ -64,8 +64,8 @@ def activations(request: Request, report: Report) -> None:
 
     name = f"activation checkpointing, {shape['num_layers']} x {shape['hidden_size']}, {shape['context_length']}"
     pairs = {
-        "MB, whole process": ([r["peak_mb"] for r in again], [r["peak_mb"] for r in kept]),
-        "ms a step": (step_ms(again), step_ms(kept)),
+        "MB, whole process": ([r["peak_mb"] for r in recomputed], [r["peak_mb"] for r in stored]),
+        "ms per step": (step_ms(recomputed), step_ms(stored)),
     }
     for unit, (ours, theirs) in pairs.items():
         report.add(Row(name, unit, ours, "off", theirs, more_is_better=False))

@@ -1,4 +1,4 @@
-"""nanoGPT's side: its own train.py, unmodified, started as its README starts it, and read from what it prints."""
+"""nanoGPT's side: its own train.py, unmodified, run as in its README; results are parsed from its output."""
 
 import pickle  # nanoGPT's own format for its vocabulary
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 from minitf.benchmark.process import run_command_line
 
-# The README's command for a computer without a GPU, which starts from the settings of this file.
+# The README's command for a computer without a GPU, which starts from this config file.
 CONFIG = "config/train_shakespeare_char.py"
 RECIPE = (
     "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12",
@@ -22,19 +22,19 @@ EVAL_INTERVAL = 250  # of that config
 
 @dataclass(frozen=True)
 class Run:
-    """What a training printed: milliseconds of each iteration, and seconds of the whole process."""
+    """The result of a training: milliseconds of each iteration, and seconds of the whole process."""
 
     ms: list[float]
     wall_s: float
 
     def step_s(self, eval_interval: int) -> float:
-        """Seconds in iterations; those that evaluated too count as the median of the others."""
+        """Seconds in iterations; those with an evaluation count as the median of the others."""
         typical = statistics.median(self.ms)
         return sum(typical if i % eval_interval == 0 else ms for i, ms in enumerate(self.ms)) / 1000
 
 
 def unavailable(directory: Path | None) -> str | None:
-    """Why there is no nanoGPT to compare with, or None."""
+    """Why nanoGPT cannot be compared, or None."""
     if directory is None:
         return "point to a checkout of it with --nanogpt DIR"
     missing = [name for name in ("train.py", "model.py", "configurator.py") if not (directory / name).is_file()]
@@ -42,7 +42,7 @@ def unavailable(directory: Path | None) -> str | None:
 
 
 def write_dataset(text: Path, directory: Path) -> Path:
-    """A text by characters as nanoGPT's prepare.py writes it (which would download it): 9 parts train, 1 part val."""
+    """Write a text by characters in the format of nanoGPT's prepare.py (which downloads it): 90 % train, 10 % val."""
     import numpy as np
 
     data = text.read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def train(checkout: Path, dataset: Path, out_dir: Path, arguments: Sequence[str]
 
 
 def shape_arguments(shape: dict[str, Any], batch_size: int) -> list[str]:
-    """The same shape in nanoGPT's words."""
+    """A shape as arguments of nanoGPT."""
     return [
         f"--n_layer={shape['num_layers']}", f"--n_head={shape['num_heads']}", f"--n_embd={shape['hidden_size']}",
         f"--block_size={shape['context_length']}", f"--batch_size={batch_size}", "--gradient_accumulation_steps=1",
@@ -76,11 +76,12 @@ def shape_arguments(shape: dict[str, Any], batch_size: int) -> list[str]:
 
 
 def held_out(checkout: str, dataset: str, out_dir: str) -> dict[str, Any]:
-    """Loss in float32 of the checkpoint it kept over all of val.bin, by minitf's own evaluation (in a child)."""
+    """The float32 loss of its checkpoint over all of val.bin, by minitf's evaluation (runs in a child)."""
     import numpy as np
     import torch
     from torch import Tensor
 
+    from minitf.data.batches import evaluation_batch_size
     from minitf.evaluate import evaluate
 
     sys.path.insert(0, checkout)
@@ -93,9 +94,9 @@ def held_out(checkout: str, dataset: str, out_dir: str) -> dict[str, Any]:
     context = checkpoint["model_args"]["block_size"]
 
     def loss_of(inputs_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        return model(inputs_BT, targets_BT.clamp(min=-1))[1]  # type: ignore[no-any-return]  # -1 does not count there
+        return model(inputs_BT, targets_BT.clamp(min=-1))[1]  # type: ignore[no-any-return]  # nanoGPT ignores -1
 
     ids = np.fromfile(Path(dataset) / "val.bin", dtype=np.uint16)
     with torch.no_grad():
-        result = evaluate(loss_of, ids, len(ids), context, max(1, 4096 // context), torch.device("cpu"))
+        result = evaluate(loss_of, ids, len(ids), context, evaluation_batch_size(context), torch.device("cpu"))
     return {"loss": result.loss, "num_tokens": result.num_tokens, "iteration": checkpoint["iter_num"]}

@@ -1,11 +1,11 @@
-"""Plots as small SVG files that read on a light page and on a dark one."""
+"""Plots as small SVG files that are readable on light and dark pages."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MISSING = "matplotlib is not installed (pip install -e '.[benchmark]')"
-# Colours of middle lightness: enough contrast on white and on black (and apart for the colour-blind).
+# Colours of medium lightness: enough contrast on white and on black, distinguishable with colour blindness.
 COLOURS = ("#1f83c4", "#d9731a", "#2f9e63", "#b4589c")
 GREY = "#808890"
 
@@ -23,9 +23,9 @@ def draw(
     y_scale: str = "linear",
     markers: bool = True,
 ) -> None:
-    """Panels side by side, each (label of x, label of y, name of a line -> its points), written to `path`."""
+    """Write panels side by side, each (x label, y label, name of a line -> its points), to `path`."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.figure import Figure  # without pyplot, which has global state
     from matplotlib.ticker import EngFormatter, NullFormatter
 
     text = {"svg.fonttype": "none", "svg.hashsalt": "minitf", "font.size": 9, "font.family": "sans-serif"}
@@ -49,7 +49,7 @@ def draw(
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.tick_params("x", which="minor", length=0)
             if y_scale == "linear" and markers:
-                axes.set_ylim(0, 1.08 * max(y for points in lines.values() for _, y in points))  # a flat line in full
+                axes.set_ylim(0, 1.08 * max(y for points in lines.values() for _, y in points))  # from zero
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
             axes.set_xlabel(x_label)
             axes.set_ylabel(y_label)

@@ -1,4 +1,4 @@
-"""A measurement in a Python process of its own: nothing compiled, cached or allocated before counts in it."""
+"""Measurements in a fresh Python process, unaffected by anything compiled, cached or allocated before."""
 
 import importlib
 import json
@@ -13,16 +13,16 @@ from typing import Any
 
 from minitf.errors import MinitfError
 
-ROOT = Path(__file__).parents[2]  # what PYTHONPATH needs for this very minitf
+ROOT = Path(__file__).parents[2]  # goes into PYTHONPATH, so that children import this minitf
 
 
 def in_child(
     function: str, arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> dict[str, Any]:
-    """What `module:function` of this package returns for these arguments, called in a fresh process.
+    """The result of `module:function` of this package for these arguments, called in a fresh process.
 
-    Adds `wall_s`, the seconds from the start of the process to its end, and `peak_mb`, its largest resident memory.
-    Raises MinitfError with the process's last line if it fails.
+    Adds `wall_s`, the lifetime of the process in seconds, and `peak_mb`, its peak resident memory. MinitfError with the
+    last line of the process's output if it fails.
     """
     with tempfile.TemporaryDirectory(prefix="minitf-benchmark-") as scratch:
         answer = Path(scratch) / "answer.json"
@@ -33,7 +33,7 @@ def in_child(
 
 
 def run_command_line(command: list[str], environment: Mapping[str, str], cwd: Path) -> tuple[float, str]:
-    """Seconds a command took and what it printed; MinitfError with its last line if it fails."""
+    """The seconds and the output of a command; MinitfError with its last line if it fails."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.perf_counter()
@@ -49,9 +49,9 @@ def run_command_line(command: list[str], environment: Mapping[str, str], cwd: Pa
 
 
 def memory_mb(entry: str) -> float:
-    """A line of /proc/self/status in MB: VmHWM is the largest resident memory so far, VmRSS the present one.
+    """An entry of /proc/self/status in MB: VmHWM is the peak resident memory, VmRSS the current one.
 
-    `getrusage` gives a child the peak of the parent it was forked from, so it serves only where there is no /proc.
+    Without /proc, `getrusage`, which also counts the peak of the parent that a child was forked from.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")

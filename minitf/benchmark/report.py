@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table for people, one JSON file, plots."""
+"""The output of a benchmark: a table, a JSON file, plots."""
 
 import json
 import sys
@@ -8,12 +8,12 @@ from typing import Any
 
 from minitf.benchmark.comparison import Row
 
-FORMAT = 1  # of the JSON; counts up when a name changes its meaning
+FORMAT = 1  # version of the JSON
 
 
 @dataclass
 class Request:
-    """What the command line asked for, and where the benchmarks may work."""
+    """The command line's settings and the working directories."""
 
     work: Path  # a temporary directory for texts, runs and caches
     out: Path  # for the JSON and the plots
@@ -21,9 +21,9 @@ class Request:
     text: Path | None = None
     repeats: int = 3
     seeds: int = 3
-    quick: bool = False  # toy sizes: everything runs, the numbers mean nothing
+    quick: bool = False  # toy sizes, whose numbers mean nothing
     corpus_mb: tuple[int, ...] = (1, 10, 100)
-    steps: int | None = None  # of minitf's race in shakespeare; None: as few as reach the loss
+    steps: int | None = None  # minitf's steps in shakespeare; None: the fewest that reach the loss
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Report:
         self.rows.append(row)
 
     def skip(self, what: str, why: str) -> None:
-        """One line on what is not compared, and what to do about it."""
+        """Record what is not measured and why."""
         self.skipped.append(f"{what} skipped: {why}")
 
-    def say(self, line: str) -> None:
-        """Progress, for somebody who waits."""
+    def progress(self, line: str) -> None:
+        """Print a line on stderr."""
         print(f"  {self.name}: {line}", file=sys.stderr, flush=True)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Report:
         return {"seconds": round(self.seconds, 1), "rows": rows, "skipped": self.skipped, "plots": self.plots}
 
     def table(self) -> str:
-        """Rows as aligned columns; the spread is that of the ratio, or of the samples where nothing is compared."""
+        """Rows as aligned columns; the spread is that of the ratios, or of the samples if there is no peer."""
         head = ("", "minitf", "peer", "", "ratio", "spread", "")
         lines = [head] if any(row.peer for row in self.rows) else []
         for row in self.rows:
@@ -72,7 +72,7 @@ def _aligned(cell: str, width: int, column: int) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that matter, and no exponents: 0.0123, 1.23, 12.3, 123, 12,345."""
+    """Three significant digits without exponents: 0.0123, 1.23, 12.3, 123, 12,345."""
     if value == 0:
         return "0"
     if abs(value) >= 100:
@@ -86,7 +86,7 @@ def number(value: float) -> str:
 
 
 def write_json(path: Path, environment: dict[str, Any], reports: list[Report]) -> None:
-    """All raw samples, and what they were measured on and with."""
+    """Write all raw samples with their environment."""
     content = {"format": FORMAT, **environment, "benchmarks": {report.name: report.to_json() for report in reports}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What saving costs a training: how long it keeps the loop waiting, at the interval a run chooses by itself."""
+"""The cost of saving: how long training waits for checkpoints, at the default interval."""
 
 from minitf.benchmark.comparison import Row
 from minitf.benchmark.library import ENVIRONMENT
@@ -6,7 +6,7 @@ from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import TOY, train
 
 MINUTES = 3.0
-# GPT-2's weights with as little beside them as a processor allows: what is saved is of full size.
+# GPT-2's weights with little computation: the checkpoints have their full size.
 GPT2 = [
     "model=gpt2", "model.context_length=256", "trainer.batch_size=4", "trainer.eval_tokens=4096",
     "trainer.sample_tokens=0", "trainer.attention_every=-1", "attention.heads=false", "trainer.compile=false",
@@ -14,7 +14,7 @@ GPT2 = [
 
 
 def saving(request: Request, report: Report) -> None:
-    """The benchmark of that name: the default run, and 124M weights, for three minutes each."""
+    """The benchmark of this name: the default run, and 124M weights, for three minutes each."""
     toy = [f"model.{key}={value}" for key, value in TOY.items()]
     sides = {"the default run": toy} if request.quick else {"the default run": [], "124M weights": GPT2}
     minutes = 0.02 if request.quick else MINUTES

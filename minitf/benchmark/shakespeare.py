@@ -1,23 +1,23 @@
-"""How fast a text becomes a model: nanoGPT's loss in less time, and what a few minutes reach."""
+"""Time to a loss: nanoGPT's loss on Tiny Shakespeare, and the held-out metrics after a few minutes."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 from minitf.benchmark import nanogpt
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import train
-from minitf.config.help import options
+from minitf.config.presets import options
 
 TARGET_LOSS = 1.8857  # held-out nats per character of nanoGPT's README recipe for a CPU
-# Steps to try, the next about a fifth larger: the first whose held-out loss is low enough is what the target takes.
+# Numbers of steps to try, each about a fifth larger than the one before.
 LADDER = (100, 120, 150, 180, 220, 260, 310, 370, 440, 530, 640, 770, 920, 1100, 1300, 1600, 2000)
 
 
 def shakespeare(request: Request, report: Report) -> None:
-    """The benchmark of that name: seconds to nanoGPT's loss, by its README's recipe and by minitf's experiment."""
+    """The benchmark of this name: seconds to nanoGPT's loss, by its README's recipe and by minitf's experiment."""
     if request.text is None:
         report.skip("shakespeare", "give the text with --text FILE")
         return
@@ -30,12 +30,12 @@ def shakespeare(request: Request, report: Report) -> None:
     else:
         checkout, dataset = request.nanogpt, nanogpt.write_dataset(text, request.work / "nanogpt-data")
         sides["nanoGPT"] = lambda round_: nanogpt_race(request, checkout, dataset)
-    ours, *theirs = main_first(sides, request.repeats, report.say).values()
+    ours, *theirs = alternate(sides, request.repeats, report.progress).values()
     losses = [result["loss"] for result in ours]
     tokens = ours[0]["tokens"]
     values = {
         "training to the loss": ("train_s", "s of steps", f"{num_steps} steps, {tokens:,} tokens"),
-        "whole process": ("wall_s", "s", "cold: no text, no compiled code kept from before"),
+        "whole process": ("wall_s", "s", "cold: no cached text or compiled code"),
         "held-out loss": ("loss", "nats", f"target {TARGET_LOSS}: {sum(x <= TARGET_LOSS for x in losses)} of "
                           f"{len(losses)} seeds reach it"),
     }  # fmt: skip
@@ -47,10 +47,10 @@ def shakespeare(request: Request, report: Report) -> None:
 
 
 def minitf_race(request: Request, text: Path, num_steps: int, seed: int) -> dict[str, Any]:
-    """One cold run of the experiment: seconds in steps and in all, and the float32 loss over all held-out text."""
+    """One cold run of the experiment: seconds in steps and in total, and the float32 loss over all held-out text."""
     name = f"shakespeare-{num_steps}-{seed}"
     cold = request.work / "cold"
-    for earlier in (cold, request.work / "runs" / name):  # also that of the search for the number of steps
+    for earlier in (cold, request.work / "runs" / name):  # including those of the search for the number of steps
         shutil.rmtree(earlier, ignore_errors=True)
     caches = {"MINITF_CACHE": str(cold / "text"), "TORCHINDUCTOR_CACHE_DIR": str(cold / "code")}
     overrides = [
@@ -64,17 +64,17 @@ def minitf_race(request: Request, text: Path, num_steps: int, seed: int) -> dict
     last = result["train"][-1]
     return {
         "train_s": last["train_s"], "wall_s": result["wall_s"], "loss": evaluation["loss"], "tokens": last["tokens"],
-        "warmup_s": last["warmup_s"], "in_training_loss": result["val"][-1]["loss"], "choices": result["choices"],
+        "warmup_s": last["warmup_s"], "in_training_loss": result["val"][-1]["loss"], "setup": result["setup"],
     }  # fmt: skip
 
 
 def find_steps(request: Request, report: Report, text: Path) -> int:
-    """The fewest steps of the ladder that reach the target with the first seed, found by bisection."""
+    """The fewest steps in LADDER that reach the target with the first seed, by bisection."""
     low, high = 0, len(LADDER) - 1
     while low < high:
         middle = (low + high) // 2
         loss = minitf_race(request, text, LADDER[middle], 0)["loss"]
-        report.say(f"{LADDER[middle]} steps reach {loss:.4f}")
+        report.progress(f"{LADDER[middle]} steps reach {loss:.4f}")
         if loss <= TARGET_LOSS:
             high = middle
         else:
@@ -100,7 +100,7 @@ def nanogpt_race(request: Request, checkout: Path, dataset: Path) -> dict[str, A
 
 
 def quality(request: Request, report: Report) -> None:
-    """The benchmark of that name: the held-out numbers of the shipped experiments, over seeds."""
+    """The benchmark of this name: held-out metrics of the shipped experiments, over seeds."""
     experiments: dict[str, tuple[list[str], str]] = {"kjv, 3 minutes": ([], "bits_per_byte")}
     shipped = options("experiment")
     if "kjv_best" in shipped:
@@ -115,14 +115,14 @@ def quality(request: Request, report: Report) -> None:
         text = ["data=text", f"data.files=[{request.text}]"]
         experiments["shakespeare_best"] = (["experiment=shakespeare_best", *text], "loss")
     for name, (overrides, metric) in experiments.items():
-        report.say(f"{name}, {request.seeds} seeds")
+        report.progress(f"{name}, {request.seeds} seeds")
         quick = ["trainer.max_minutes=0.01", "model=nano", "trainer.eval_tokens=1000"] if request.quick else []
         runs = [
             train(request, [*overrides, *quick, f"seed={seed}"], f"quality-{name.split(',')[0]}-{seed}")
             for seed in range(request.seeds)
         ]
         finals = [run["val"][-1] for run in runs]
-        raw = {"finals": finals, "choices": runs[0]["choices"]}
+        raw = {"finals": finals, "setup": runs[0]["setup"]}
         seconds = [run["train"][-1]["train_s"] for run in runs]
         unit = "bits/byte" if metric == "bits_per_byte" else "nats"
         report.add(Row(name, unit, [row[metric] for row in finals], more_is_better=False, note="held-out", raw=raw))

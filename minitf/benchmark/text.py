@@ -1,4 +1,4 @@
-"""Made-up text of any size, for what depends on the amount of text and not on its sense."""
+"""Synthetic text of any size."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ BLOCK_WORDS = 180_000  # about a megabyte
 
 
 def write_text(path: Path, num_bytes: int, seed: int = 0) -> Path:
-    """Sentences of made-up words that are as unevenly frequent as real ones (Zipf), `num_bytes` of them."""
+    """Write `num_bytes` of text whose random words have the frequencies of real ones (Zipf's law)."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The speed of a training step: its floors, its parts, and tokens a second beside nanoGPT and the HF Trainer."""
+"""The speed of a training step: its parts against lower bounds, tokens/s against nanoGPT and the HF Trainer."""
 
 import itertools
 import statistics
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitf.benchmark import hugging_face, nanogpt
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.library import ENVIRONMENT
 from minitf.benchmark.machine import best_peak, faster_precision, peak
 from minitf.benchmark.process import in_child
@@ -18,7 +18,7 @@ MINI = {"num_layers": 4, "hidden_size": 192, "num_heads": 6, "context_length": 1
 SIX_256 = {"num_layers": 6, "hidden_size": 256, "num_heads": 4, "context_length": 256, "intermediate_size": 704}
 TOY = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "context_length": 32, "intermediate_size": 64}
 BATCH_SIZE = 16
-# What a speed run does not need; the rest is as the user gets it.
+# Switches off what a speed run does not need; everything else is the default.
 QUIET = (
     "attention.heads=false", "trainer.attention_every=-1", "trainer.sample_tokens=0", "trainer.eval_tokens=4096",
     "trainer.eval_every=1000000", "trainer.save_every=1000000",
@@ -26,7 +26,7 @@ QUIET = (
 
 
 def step(request: Request, report: Report) -> None:
-    """The benchmark of that name: milliseconds of each part against the least they have to compute and move."""
+    """The benchmark of this name: milliseconds of each part against its lower bounds."""
     shapes = {"toy": (TOY, 65)} if request.quick else {"mini, vocabulary 4096": (MINI, 4096), "6 x 256": (SIX_256, 65)}
     for name, (shape, vocab_size) in shapes.items():
         arguments = {
@@ -38,34 +38,34 @@ def step(request: Request, report: Report) -> None:
             return in_child("library:step_parts", arguments, ENVIRONMENT)
 
         sides = {"peak": lambda round_: peak(request), f"{name}, parts": parts}
-        peaks, results = main_first(sides, request.repeats, report.say).values()
+        peaks, results = alternate(sides, request.repeats, report.progress).values()
         report_step(report, name, peaks, results)
 
 
 def report_step(report: Report, name: str, peaks: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
-    """Rows of one shape: each part with its floors and its share of the peak."""
+    """Rows of one shape: each part with its lower bounds and its share of the peak."""
     precision = best_peak(peaks)
     flops_per_s = max(result["peaks"][precision] for result in peaks)
     bytes_per_s = max(result["bytes_per_s"] for result in peaks)
-    floors = results[0]["floors"]
-    floors["whole"] = {key: sum(floor[key] for floor in floors.values()) for key in ("flops", "bytes")}
+    bounds = results[0]["lower_bounds"]
+    bounds["whole"] = {key: sum(bound[key] for bound in bounds.values()) for key in ("flops", "bytes")}
     for part in results[0]["ms"]:
         samples = [result["ms"][part] for result in results]
         note = ""
-        if part in floors:
-            flops, moved = floors[part]["flops"], floors[part]["bytes"]
+        if part in bounds:
+            flops, moved = bounds[part]["flops"], bounds[part]["bytes"]
             ms = sorted(samples)[len(samples) // 2]
             compute_ms, memory_ms = flops / flops_per_s * 1000, moved / bytes_per_s * 1000
             note = (
-                f"floor {number(compute_ms)} ms for {number(flops / 1e9)} GFLOP, {number(memory_ms)} ms for "
+                f"at least {number(compute_ms)} ms for {number(flops / 1e9)} GFLOP, {number(memory_ms)} ms for "
                 f"{number(moved / 1e6)} MB; {compute_ms / ms:.0%} of {precision} peak"
             )
-        report.add(Row(f"{name}: {part}", "ms", samples, more_is_better=False, note=note, raw=floors.get(part, {})))
-    report.say(f"{name}: compile {results[0]['compile']}")
+        report.add(Row(f"{name}: {part}", "ms", samples, more_is_better=False, note=note, raw=bounds.get(part, {})))
+    report.progress(f"{name}: compile {results[0]['compile']}")
 
 
 def throughput(request: Request, report: Report) -> None:
-    """The benchmark of that name: tokens/s of training steps, every side as a user would start it."""
+    """The benchmark of this name: tokens/s of training steps, every side with a user's settings."""
     shape = TOY if request.quick else SIX_256
     batch_size = 4 if request.quick else BATCH_SIZE
     text = request.text or write_text(request.work / "text.txt", 40_000 if request.quick else 1_200_000)
@@ -87,7 +87,7 @@ def throughput(request: Request, report: Report) -> None:
     else:
         sides[f"HF Trainer {precision}"] = lambda round_: hugging_face_speed(request, shape, batch_size, precision)
     sides["peak"] = lambda round_: peak(request)
-    results = main_first(sides, request.repeats, report.say)
+    results = alternate(sides, request.repeats, report.progress)
     peaks = results.pop("peak")
     cost = in_child("library:flops_per_token", {"shape": shape, "vocab_size": 65})
     for name in ("minitf", "minitf adamw"):
@@ -108,7 +108,7 @@ def throughput(request: Request, report: Report) -> None:
 def minitf_speed(
     request: Request, shape: dict[str, int], batch_size: int, text: Path, optim: str, round_: int
 ) -> dict[str, Any]:
-    """Tokens/s of the median step of `python -m minitf.train` after its first, computed as in any run of minutes."""
+    """Tokens/s of the median step of `python -m minitf.train` after the first ones, with a long run's choices."""
     overrides = [
         "data=text", f"data.files=[{text}]", "tokenizer=char", f"optim={optim}", "trainer.device=cpu",
         *(f"model.{key}={value}" for key, value in shape.items()), f"trainer.batch_size={batch_size}", *QUIET,
@@ -119,20 +119,20 @@ def minitf_speed(
     rows = result["train"][1 if request.quick else 9 :]
     step_s = statistics.median(after["train_s"] - before["train_s"] for before, after in itertools.pairwise(rows))
     speed = batch_size * shape["context_length"] / step_s
-    choices = result["choices"]
-    note = f"{choices.get('precision', '').split(',')[0]}; compile {choices.get('compile')}"
-    return {"tokens_per_s": speed, "note": note, "wall_s": result["wall_s"], "choices": choices}
+    setup = result["setup"]
+    note = f"{setup['precision'].split(',')[0]}; {setup['backend']}"
+    return {"tokens_per_s": speed, "note": note, "wall_s": result["wall_s"], "setup": setup}
 
 
 def train(request: Request, overrides: list[str], name: str, **options: Any) -> dict[str, Any]:
-    """`library.train` in a child, its run and its caches below the benchmark's own directory."""
+    """`library.train` in a child, with its run and caches in the benchmark's directory."""
     environment = {"MINITF_CACHE": str(request.work / "cache"), **options.pop("environment", {})}
     arguments = {"overrides": overrides, "run_dir": str(request.work / "runs" / name), **options}
     return in_child("library:train", arguments, environment)
 
 
 def fastest(request: Request) -> str:
-    """The value of trainer.compile a run of minutes would come to."""
+    """The value of trainer.compile that a run of minutes would choose."""
     return "false" if request.quick else str(in_child("library:fastest", {})["compile"])
 
 

@@ -1,23 +1,22 @@
-"""Checkpoints written beside the training: it waits for one copy of the state, a thread does the rest."""
+"""Checkpoints written in the background: training waits for a copy of the state, a thread writes it."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from minitf.checkpoints.checkpoint import SavedModel, save_checkpoint
+from minitf.checkpoints.checkpoint import SavedModel, SaveOptions, save_checkpoint
 from minitf.model import ModelConfig
 from minitf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class ModelCopy:
-    """What a checkpoint takes of a model, out of the training's way."""
+class ModelSnapshot:
+    """A copy of what a checkpoint stores of a model, which training does not change."""
 
     config: ModelConfig
     vocab_size: int
@@ -28,66 +27,66 @@ class ModelCopy:
 
 
 class Saver:
-    """Writes one checkpoint at a time; memory holds at most one copy of the state, used again by each save.
+    """Writes one checkpoint at a time from a copy of the state, whose memory is reused.
 
-    What fails is raised by the next call: OSError or MinitfError, with what was saved before unharmed.
+    The next call raises the error of a failed write (OSError or MinitfError); earlier checkpoints are unharmed.
     """
 
     def __init__(self, checkpoints: Path, before: Callable[[], None] = lambda: None) -> None:
-        """`before` is called by the writing thread before a checkpoint can be seen: what must be on disk by then."""
+        """`before` is called by the writing thread before a checkpoint becomes visible, to flush other files."""
         self.checkpoints, self.before = checkpoints, before
-        self.stall_s = 0.0  # how long `save` has kept its caller
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._last: Path | None = None
         self._copies: dict[str, Tensor] = {}
 
     def save(
-        self, model: SavedModel, tokenizer: Tokenizer, tensors: Mapping[str, Tensor], state: dict[str, Any],
-        *, is_best: bool, keep: int, card: str = "", shards: Path | None = None,
-    ) -> None:  # fmt: skip
-        """Copy the state and have it written; waits for the checkpoint before, if that is still being written.
+        self,
+        model: SavedModel,
+        tokenizer: Tokenizer,
+        tensors: Mapping[str, Tensor],
+        state: dict[str, Any],
+        **options: Unpack[SaveOptions],
+    ) -> None:
+        """Copy the state and start writing it, once the previous checkpoint is written.
 
-        With `shards`, which are on disk already, it waits for this one too: the processes that wrote them are to know.
+        With `shards`, already on disk, it also waits for this write, so that all ranks learn whether it succeeded.
         """
-        started = time.perf_counter()
         self.finish()
         weights = self._copy("model", dict(model.named_parameters()))
         copied = self._copy("state", tensors)
         if any(value.is_cuda for value in tensors.values()):
             torch.cuda.synchronize()
-        copy = ModelCopy(model.config, model.vocab_size, weights)
+        snapshot = ModelSnapshot(model.config, model.vocab_size, weights)
 
         def write() -> None:
             try:
                 self._last = save_checkpoint(
-                    self.checkpoints, copy, tokenizer, copied, state,
-                    is_best=is_best, keep=keep, card=card, shards=shards, before=self.before,
-                )  # fmt: skip
+                    self.checkpoints, snapshot, tokenizer, copied, state, self.before, **options
+                )
             except BaseException as error:
                 self._error = error
 
-        # A daemon: a second Ctrl-C ends the process at once, and what is half written is no checkpoint.
+        # A daemon thread: a second Ctrl-C ends the process at once; an incomplete directory is not a checkpoint.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
-        if shards:
+        if options.get("shards"):
             self.finish()
-        self.stall_s += time.perf_counter() - started
 
     def check(self) -> None:
-        """Raise what a save has failed with."""
+        """Raise the error of a failed write."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def finish(self) -> Path | None:
-        """Wait until all is written; returns the directory of the last checkpoint this saver wrote."""
+        """Wait until everything is written; returns the last checkpoint this saver wrote."""
         self.wait()
         self.check()
         return self._last
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the write at hand is over, however it ends, but no longer than `timeout_s` seconds."""
+        """Wait until the current write has succeeded or failed, at most `timeout_s` seconds."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             self._thread = None
@@ -96,16 +95,16 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What is being written is waited for; not by a second Ctrl-C: half of it is no checkpoint."""
+        """Wait for the current write, but only briefly after a second Ctrl-C."""
         self.wait(timeout_s=0.5 if kind is KeyboardInterrupt else None)
 
     def _copy(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
         for name, tensor in tensors.items():
             key = f"{kind}.{name}"
-            kept = self._copies.get(key)
-            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            kept.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-            copies[name] = self._copies[key] = kept
+            copy = self._copies.get(key)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            copies[name] = self._copies[key] = copy
         return copies

@@ -1,12 +1,12 @@
 """Checkpoints: a training state <-> a directory that is a Hugging Face model.
 
     model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json   the model
-    README.md                                                                                   what it is, for people
-    trainer_state.json trainer_state.safetensors                                                all that resuming needs
-    shards/                                                  of it what several processes hold only together (fsdp)
+    README.md                                                                                   its model card
+    trainer_state.json trainer_state.safetensors                                                what resuming needs
+    shards/                                                                      the sharded part of that (fsdp)
 
-No pickle anywhere. A checkpoint is written beside its place, flushed and renamed, so a name either holds a whole
-checkpoint or does not exist; `trainer_state.json` carries the SHA-256 of every other file and of itself.
+No pickle anywhere. A checkpoint is written to a temporary directory, flushed and renamed, so that a name either holds a
+complete checkpoint or does not exist. `trainer_state.json` holds the SHA-256 of every other file and of itself.
 """
 
 import hashlib
@@ -17,26 +17,28 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from minitf.backends import source
 from minitf.checkpoints.hugging_face import from_hugging_face, is_hub_name, load_weights, to_hugging_face
 from minitf.checkpoints.locate import LINKS, STEP_NAME, find_checkpoints, step_of
-from minitf.errors import MinitfError, RequestError
+from minitf.errors import DeviceError, MinitfError, RequestError, one_line
 from minitf.model import ModelConfig, Transformer
-from minitf.system.files import flush
+from minitf.system.files import flush, sha256
 from minitf.system.hardware import choose_device
 from minitf.system.safe_io import read_json, read_tensors, write_tensors
 from minitf.tokenizer import Tokenizer
 
-MAX_ROTATIONS = 1 << 27  # positions times the width of a head, whose table is made with a model: 1 GB
+CORE = "minitf_core"  # in config.json: the hash of the forward pass that the weights were trained with
+MAX_ROTARY_ENTRIES = 1 << 27  # positions x head_dim of the rotary table, which every model allocates: 1 GB
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: a model in evaluation mode, its tokenizer, and where they come from."""
+    """A loaded checkpoint: a model in evaluation mode, its tokenizer, and where they were loaded from."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -46,12 +48,12 @@ class Checkpoint:
 
     @property
     def answers(self) -> bool:
-        """Whether it was trained on pairs: given a text it turns it into another."""
+        """Whether the model was trained on pairs, so that it turns a source into an answer."""
         return self.tokenizer.target_id is not None and self.state.get("data", {}).get("kind") == "pairs"
 
     @property
     def aligning_heads(self) -> list[tuple[int, int]]:
-        """(layer, head) of those that align source and target, as found when it was saved."""
+        """(layer, head) of the heads that align source and target, as found when the checkpoint was saved."""
         c = self.model.config
         heads = [(int(layer), int(head)) for layer, head in self.state.get("aligning_heads", [])]
         return [(layer, head) for layer, head in heads if 0 <= layer < c.num_layers and 0 <= head < c.num_heads]
@@ -62,7 +64,7 @@ class Checkpoint:
 
 
 class SavedModel(Protocol):
-    """What a checkpoint takes of a model."""
+    """What a checkpoint stores of a model."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -71,75 +73,84 @@ class SavedModel(Protocol):
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
+class SaveOptions(TypedDict, total=False):
+    """How to save: `latest` always points at the new checkpoint."""
+
+    is_best: Required[bool]  # point `best` at it, too
+    keep: Required[int]  # how many checkpoints to keep, besides those linked
+    card: str  # the README.md
+    shards: Path | None  # a directory in `checkpoints` that is moved into the new one
+
+
 def save_checkpoint(
     checkpoints: Path,
     model: SavedModel,
     tokenizer: Tokenizer,
     optimizer_state: Mapping[str, Tensor],
     state: dict[str, Any],
-    *,
-    is_best: bool,
-    keep: int,
-    card: str = "",
-    shards: Path | None = None,
     before: Callable[[], None] = lambda: None,
+    **options: Unpack[SaveOptions],
 ) -> Path:
-    """Write `checkpoints/step_NNNNNNNN`, point `latest` (and `best`) at it, and remove the oldest beyond `keep`.
+    """Write `checkpoints/step_NNNNNNNN`, point links at it, and remove the oldest checkpoints.
 
-    `state` is JSON-able and holds "step"; `card` becomes the README.md; `shards` is a directory beside the checkpoints
-    that is moved into this one; `before` is called when all is on disk but not yet to be seen. Raises OSError (no
-    space, read-only) with nothing lost: what was saved before stays, and the half-written directory is removed.
+    `state` is JSON-able and holds "step"; `before` is called when everything is on disk but not yet visible. Raises
+    OSError (no space, read-only); earlier checkpoints then stay unchanged, and the incomplete directory is removed.
     """
+    shards = options.get("shards")
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
     partial = checkpoints / f".{final.name}.partial"
     for stale in (*checkpoints.glob(".step_*.partial"), *checkpoints.glob(".shards_*")):
-        if stale != shards:  # of a run that was killed while saving
+        if stale != shards:  # left by a run that was killed while saving
             shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir()
         if shards:
             os.replace(shards, partial / "shards")
-        _write(partial, model, tokenizer, optimizer_state, state, card)
+        _write(partial, model, tokenizer, optimizer_state, state, options.get("card", ""))
         before()
         replaced = checkpoints / f".{final.name}.replaced.partial"
-        if final.exists():  # moved aside rather than removed: at no moment is there neither
+        if final.exists():  # moved aside rather than removed: a complete checkpoint exists at every moment
             os.replace(final, replaced)
         os.replace(partial, final)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     flush(checkpoints)
-    for link in ["latest", "best"] if is_best else ["latest"]:
+    for link in ["latest", "best"] if options["is_best"] else ["latest"]:
         _point(checkpoints / link, final.name)
-    _prune(checkpoints, keep)
+    _prune(checkpoints, options["keep"])
     return final
 
 
 def _write(
-    directory: Path, model: SavedModel, tokenizer: Tokenizer, optimizer_state: Mapping[str, Tensor],
-    state: dict[str, Any], card: str,
-) -> None:  # fmt: skip
-    """Write all files into `directory`, flush them, and read them back."""
+    directory: Path,
+    model: SavedModel,
+    tokenizer: Tokenizer,
+    optimizer_state: Mapping[str, Tensor],
+    state: dict[str, Any],
+    card: str,
+) -> None:
+    """Write all files into `directory`, flush them, and verify them by reading them back."""
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
     digests = {"model.safetensors": write_tensors(directory / "model.safetensors", weights)}
     start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
     config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
-    _write_json(directory / "config.json", config)
+    _write_json(directory / "config.json", config | {CORE: source.core_hash()})
     ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
     _write_json(directory / "generation_config.json", ids)
     tokenizer.save(directory)
     tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
     digests["trainer_state.safetensors"] = write_tensors(directory / "trainer_state.safetensors", tensors)
     written = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
-    digests |= {name: _sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
-    if card:  # without a digest: people are to write in it
+    digests |= {name: sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
+    if card:  # without a digest: users may edit it
         (directory / "README.md").write_text(card, encoding="utf-8")
     content = {**state, "sha256": digests}
     _write_json(directory / "trainer_state.json", {**content, "own_sha256": own_sha256(content)})
     for path in (*directory.rglob("*"), directory):
         flush(path)
-    # What is about to replace older checkpoints is read back first: a write may have lost something silently.
+    # A write may fail silently: verify this checkpoint before it replaces older ones.
     for name, digest in digests.items():
         _check_digest(directory / name, digest)
     _read_state(directory)
@@ -150,24 +161,19 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _read_state(directory: Path) -> dict[str, Any]:
-    """`trainer_state.json`, whole as it was written, or a MinitfError."""
+    """The verified content of `trainer_state.json`; MinitfError if it is damaged."""
     path = directory / "trainer_state.json"
     state = read_json(path)
     if state.pop("own_sha256", None) != own_sha256(state):
         raise MinitfError(f"{path} is damaged: its content is not what was saved")
     digests = state.get("sha256")
     if not isinstance(digests, dict) or not {"model.safetensors", "config.json", "tokenizer.json"} <= digests.keys():
-        raise MinitfError(f"{path} is damaged: it does not say what belongs to it")
+        raise MinitfError(f"{path} is damaged: it does not list the files of the checkpoint")
     return state
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def own_sha256(content: dict[str, Any]) -> str:
-    """Of all that `trainer_state.json` says, but for this."""
+    """The SHA-256 of the content of `trainer_state.json` without `own_sha256`."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -179,12 +185,12 @@ def _point(link: Path, target: str) -> None:
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond `keep`. Called when `latest` was just written, so one good one stays."""
-    kept = {os.path.realpath(checkpoints / link) for link in LINKS}
+    """Remove the oldest checkpoints beyond `keep`, except those `latest` and `best` link to."""
+    linked = {os.path.realpath(checkpoints / link) for link in LINKS}
     steps = sorted((p for p in checkpoints.iterdir() if STEP_NAME.fullmatch(p.name)), key=step_of)
     for directory in steps[: -keep or None]:
-        if os.path.realpath(directory) not in kept and not directory.is_symlink():
-            # Renamed first: a run that dies while it removes leaves no checkpoint without some of its files.
+        if os.path.realpath(directory) not in linked and not directory.is_symlink():
+            # Renamed first: a run killed during the removal leaves no incomplete checkpoint.
             removed = directory.with_name(f".{directory.name}.removed.partial")
             os.replace(directory, removed)
             shutil.rmtree(removed, ignore_errors=True)
@@ -197,34 +203,31 @@ def _prune(checkpoints: Path, keep: int) -> None:
 def load_checkpoint(
     run: str | Path, device: str = "auto", prefer: str = "best", log: Callable[[str], None] | None = None
 ) -> Checkpoint:
-    """Load the model and tokenizer that RUN names.
+    """Load the model and tokenizer that RUN names; DeviceError if `device` does not exist.
 
-    A damaged checkpoint of a run is reported to `log` (default: a line on stderr) and passed over for the one before;
-    one that was named itself, or the last of them, is a MinitfError that names the file.
+    A damaged checkpoint of a run is reported to `log` (default: a line on stderr) and the previous one is tried. If
+    none is left, or RUN names the damaged checkpoint itself, a MinitfError names the damaged file.
     """
     candidates = find_checkpoints(run, prefer)
     is_of_run = candidates[0] != Path(run).resolve() and not is_hub_name(str(run))
     for directory, following in zip(candidates, [*candidates[1:], None], strict=True):
         try:
-            return _load(directory, device, is_of_run)
-        except RequestError as error:
-            if following is None or error.args[0].startswith("device "):
-                raise
-            reason: MinitfError | OSError = error
+            return _load(directory, device, is_of_run, log or _to_stderr)
+        except DeviceError:
+            raise
         except (MinitfError, OSError) as error:
             if following is None:
                 raise
-            reason = error
-        (log or _to_stderr)(f"{reason}; passed over for {following.name}")
-    raise AssertionError("a loop over at least one candidate returns or raises")
+            (log or _to_stderr)(f"{error}; passed over for {following.name}")
+    raise AssertionError("find_checkpoints returns at least one candidate")
 
 
 def _to_stderr(line: str) -> None:
     print(f"minitf: {line}", file=sys.stderr, flush=True)
 
 
-def _load(directory: Path, device: str, is_of_run: bool) -> Checkpoint:
-    """One checkpoint; that of a run has its digests, a foreign model need not."""
+def _load(directory: Path, device: str, is_of_run: bool, log: Callable[[str], None]) -> Checkpoint:
+    """One checkpoint; one of a run must have digests, a foreign model need not."""
     state = _read_state(directory) if is_of_run or (directory / "trainer_state.json").exists() else {}
     for name, digest in state.get("sha256", {}).items():
         if directory.resolve() not in (directory / name).resolve().parents:
@@ -233,9 +236,10 @@ def _load(directory: Path, device: str, is_of_run: bool) -> Checkpoint:
             )
         _check_digest(directory / name, digest)
     try:
-        config, vocab_size = from_hugging_face(read_json(directory / "config.json"))
+        content = read_json(directory / "config.json")
+        config, vocab_size = from_hugging_face(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RequestError) as error:
-        raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {_short(error)}") from None
+        raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {one_line(error, 300)}") from None
     weights = load_weights(directory, config.tie_embeddings)
     _check_shapes(directory, config, vocab_size, weights)
     tokenizer = Tokenizer.load(directory)
@@ -247,20 +251,26 @@ def _load(directory: Path, device: str, is_of_run: bool) -> Checkpoint:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise MinitfError(f"{directory / 'model.safetensors'} does not fit its config.json: {_short(error)}") from None
-    return Checkpoint(model.to(choose_device(device)).eval(), tokenizer, directory, state.get("step"), state)
+        raise MinitfError(
+            f"{directory / 'model.safetensors'} does not fit its config.json: {one_line(error, 300)}"
+        ) from None
+    model = model.to(choose_device(device)).eval()
+    if difference := source.other_core(content.get(CORE)):
+        log(f"{directory}: {difference}")
+    return Checkpoint(model, tokenizer, directory, state.get("step"), state)
 
 
 def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int, weights: Mapping[str, Tensor]) -> None:
-    """MinitfError unless `weights` are those of the model, found out before anything of its size is made.
+    """MinitfError unless `weights` fit the config, checked before anything of the model's claimed size is allocated.
 
-    Layers are counted by name and widths compared first: a model of a billion layers is not even drawn up.
+    Layers are counted by name and widths compared first, so that a claimed billion layers are not even built on the
+    meta device.
     """
     wrong = f"{directory / 'model.safetensors'} does not fit its config.json:"
     layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.") and name.count(".") > 2}
     if len(layers) != config.num_layers:
         raise MinitfError(f"{wrong} it has {len(layers)} layers instead of {config.num_layers}")
-    if config.context_length * config.head_dim > MAX_ROTATIONS:
+    if config.context_length * config.head_dim > MAX_ROTARY_ENTRIES:
         raise MinitfError(f"{directory / 'config.json'}: a context of {config.context_length:,} positions is too long")
     largest = max((value.numel() for value in weights.values()), default=0)
     widths = (vocab_size * config.hidden_size, config.hidden_size * config.intermediate_size)
@@ -273,19 +283,15 @@ def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int, weights
         with torch.device("meta"):
             expected = {name: value.shape for name, value in Transformer(config, vocab_size).named_parameters()}
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
-        raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {_short(error)}") from None
+        raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {one_line(error, 300)}") from None
     for name, shape in expected.items():
         if name not in weights or weights[name].shape != shape:
             found = tuple(weights[name].shape) if name in weights else "missing"
             raise MinitfError(f"{wrong} {name} is {found} instead of {tuple(shape)}")
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def load_optimizer_state(directory: Path) -> dict[str, Tensor]:
-    """What `save_checkpoint` was given as `optimizer_state`, with its `random_state` and `pending`."""
+    """The `optimizer_state` given to `save_checkpoint`; MinitfError without `random_state` and `pending`."""
     tensors = read_tensors(directory / "trainer_state.safetensors")
     for name in ("random_state", "pending"):
         if name not in tensors:
@@ -296,5 +302,5 @@ def load_optimizer_state(directory: Path) -> dict[str, Tensor]:
 def _check_digest(path: Path, digest: str) -> None:
     if not path.is_file():
         raise MinitfError(f"{path} is missing: this checkpoint is damaged")
-    if _sha256(path) != digest:
+    if sha256(path) != digest:
         raise MinitfError(f"{path} is damaged: its content is not what was saved; another checkpoint of the run may be")

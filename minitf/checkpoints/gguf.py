@@ -1,9 +1,8 @@
-"""A model as one file for other programs: GGUF, which llama.cpp and all that is built on it run."""
+"""Export as a GGUF file, for llama.cpp and the programs built on it; the command `export`."""
 
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,21 @@ from minitf.checkpoints.locate import find_checkpoint
 from minitf.errors import CommandParser, RequestError
 from minitf.model import ModelConfig
 from minitf.rope import scaled_frequencies
+from minitf.system.files import atomic_replace
 from minitf.tokenizer import Tokenizer, chars_of_bytes
 
 FORMATS = ("gguf",)
 TYPES = ("f32", "f16", "q8_0")
-# Names of a block's matrices and norms, Hugging Face's -> llama.cpp's; `.weight` follows both.
+# Parameters of a block, Hugging Face's names -> llama.cpp's, without `.weight`.
 TENSORS = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+OUTER_TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
-# The patterns that split text before the merges, by what llama.cpp calls them; any other it would split differently.
+# Pre-tokenizer patterns that llama.cpp implements; it would split text differently for any other.
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -39,21 +39,21 @@ LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer in llama.cpp's terms: a byte-level BPE, with GPT-2's stand-ins for bytes."""
+    """A tokenizer in llama.cpp's terms: a byte-level BPE with GPT-2's characters for bytes."""
 
-    pre: str  # llama.cpp's name of the pattern that splits text before the merges
+    pre: str  # llama.cpp's name of the pre-tokenizer pattern
     tokens: list[str]
     merges: list[str]
     special: frozenset[int] = frozenset()
-    added: frozenset[int] = frozenset()  # found in text before it is split
+    added: frozenset[int] = frozenset()  # matched before text is split
     unused: frozenset[int] = frozenset()
-    start_id: int | None = None  # goes before every text
+    start_id: int | None = None  # prepended to every text
     end_id: int = 0
     chat_template: str = ""
 
 
-def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    """The vocabulary of a tokenizer, filled up to the model's; RequestError where llama.cpp would split otherwise."""
+def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
+    """A tokenizer's vocabulary, padded to `vocab_size`; RequestError if llama.cpp would tokenize text differently."""
     content = json.loads(tokenizer.to_json())
     pre, (ids, merges) = _kind(content)
     added = {token["id"]: token["content"] for token in content["added_tokens"]}
@@ -62,7 +62,7 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     return Vocabulary(
         pre=pre,
         tokens=[named.get(id_, f"[UNUSED{id_}]") for id_ in range(vocab_size)],
-        # Without a merge the file is refused; this one never comes about, as its first half is no single character.
+        # llama.cpp refuses a file without merges; this one never applies, as its first half is not a single character.
         merges=merges or [f"{tokenizer.end_token} {tokenizer.end_token}"],
         special=frozenset(token["id"] for token in content["added_tokens"] if token["special"]),
         added=frozenset(token["id"] for token in content["added_tokens"] if not token["special"]),
@@ -74,7 +74,7 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
 
 
 def _kind(content: dict[str, Any]) -> tuple[str, tuple[dict[str, int], list[str]]]:
-    """llama.cpp's name of the splitting pattern, and tokens and merges over bytes."""
+    """llama.cpp's name of the pre-tokenizer pattern, and tokens and merges over bytes."""
     model, steps = content["model"], content["pre_tokenizer"]
     if model.get("type") != "BPE":
         raise RequestError(f"--format gguf: a {model.get('type')} tokenizer is not supported, only byte-level BPE is")
@@ -82,16 +82,17 @@ def _kind(content: dict[str, Any]) -> tuple[str, tuple[dict[str, int], list[str]
     if steps is None and (content["decoder"] or {}).get("type") == "Fuse" and not merges:
         return "gpt-2", _characters(model["vocab"])
     steps = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps or {}]
-    # A ByteLevel step splits like GPT-2 unless it says use_regex false, and turns bytes into their stand-ins.
+    # A ByteLevel step splits like GPT-2 unless use_regex is false, and maps bytes to characters.
     *before, last = steps
     patterns = [step.get("pattern", {}).get("Regex") for step in before]
-    known: dict[str, Callable[[], bool]] = {
-        "gpt-2": lambda: not before and last.get("use_regex", True),
-        "smollm": lambda: before == [{"type": "Digits", "individual_digits": True}] and last.get("use_regex", True),
-        "qwen2": lambda: patterns == [QWEN2] and not last.get("use_regex", True),
-        "llama-bpe": lambda: patterns == [LLAMA3] and not last.get("use_regex", True),
+    own_regex = bool(last.get("use_regex", True))
+    known = {
+        "gpt-2": own_regex and not before,
+        "smollm": own_regex and before == [{"type": "Digits", "individual_digits": True}],
+        "qwen2": not own_regex and patterns == [QWEN2],
+        "llama-bpe": not own_regex and patterns == [LLAMA3],
     }
-    found = [name for name, is_it in known.items() if is_it()]
+    found = [name for name, matches in known.items() if matches]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or not found:
         kinds = ", ".join(step.get("type", "none") for step in steps)
         raise RequestError(
@@ -104,12 +105,12 @@ def _kind(content: dict[str, Any]) -> tuple[str, tuple[dict[str, int], list[str]
 
 
 def _characters(alphabet: dict[str, int]) -> tuple[dict[str, int], list[str]]:
-    """Characters as tokens of bytes: one of several bytes is merged from its first to its last."""
-    stand_in = {byte: char for char, byte in chars_of_bytes().items()}
+    """A character vocabulary as byte tokens; merges build a multi-byte character from left to right."""
+    byte_char = {byte: char for char, byte in chars_of_bytes().items()}
     ids: dict[str, int] = {}
     merges: dict[str, None] = {}
     for char, id_ in alphabet.items():
-        name = "".join(stand_in[byte] for byte in char.encode())
+        name = "".join(byte_char[byte] for byte in char.encode())
         ids[name] = id_
         merges |= dict.fromkeys(f"{name[:end]} {name[end]}" for end in range(1, len(name)))
     return ids, list(merges)
@@ -118,25 +119,29 @@ def _characters(alphabet: dict[str, int]) -> tuple[dict[str, int], list[str]]:
 def gguf_name(name: str) -> str:
     """llama.cpp's name of a parameter."""
     stem = name.removesuffix(".weight")
-    if stem in OUTSIDE:
-        return f"{OUTSIDE[stem]}.weight"
+    if stem in OUTER_TENSORS:
+        return f"{OUTER_TENSORS[stem]}.weight"
     _, _, layer, part = stem.split(".", 3)
     return f"blk.{layer}.{TENSORS[part]}.weight"
 
 
 def write_gguf(
-    path: Path, config: ModelConfig, weights: dict[str, Tensor], words: Vocabulary, kind: str = "f32", name: str = ""
+    path: Path,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    vocabulary: Vocabulary,
+    kind: str = "f32",
+    name: str = "",
 ) -> None:
-    """Write a model as GGUF; `kind` is one of TYPES. RequestError where llama.cpp could not compute the same."""
+    """Write a model as GGUF with weights of a type in TYPES; RequestError if llama.cpp cannot compute the same."""
     try:
         import gguf
     except ImportError:
         raise RequestError("--format gguf needs the package gguf: pip install 'minitf[export]'") from None
-    partial = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(str(partial), "qwen3" if config.qk_norm else "llama")
-    try:
+    with atomic_replace(path) as partial:
+        writer = gguf.GGUFWriter(str(partial), "qwen3" if config.qk_norm else "llama")
         _write_settings(writer, config, kind, name or path.stem)
-        _write_vocabulary(writer, words)
+        _write_vocabulary(writer, vocabulary)
         if config.rope_scaling.get("rope_type") == "llama3":
             writer.add_tensor("rope_freqs.weight", _llama3_factors(config))
         for parameter, tensor in weights.items():
@@ -145,9 +150,6 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_settings(writer: Any, config: ModelConfig, kind: str, name: str) -> None:
@@ -178,36 +180,38 @@ def _write_settings(writer: Any, config: ModelConfig, kind: str, name: str) -> N
         raise RequestError(f"--format gguf: rope_type {rope_type} of a {architecture} model is not supported")
 
 
-def _write_vocabulary(writer: Any, words: Vocabulary) -> None:
+def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     from gguf import TokenType
 
-    types = dict.fromkeys(words.special, TokenType.CONTROL) | dict.fromkeys(words.added, TokenType.USER_DEFINED)
-    types |= dict.fromkeys(words.unused, TokenType.UNUSED)
-    writer.add_vocab_size(len(words.tokens))
+    types = dict.fromkeys(vocabulary.special, TokenType.CONTROL) | dict.fromkeys(
+        vocabulary.added, TokenType.USER_DEFINED
+    )
+    types |= dict.fromkeys(vocabulary.unused, TokenType.UNUSED)
+    writer.add_vocab_size(len(vocabulary.tokens))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types([types.get(id_, TokenType.NORMAL) for id_ in range(len(words.tokens))])
-    writer.add_token_merges(words.merges)
-    writer.add_bos_token_id(words.end_id if words.start_id is None else words.start_id)
-    writer.add_eos_token_id(words.end_id)
-    writer.add_pad_token_id(words.end_id)
-    writer.add_add_bos_token(words.start_id is not None)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types([types.get(id_, TokenType.NORMAL) for id_ in range(len(vocabulary.tokens))])
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(vocabulary.end_id if vocabulary.start_id is None else vocabulary.start_id)
+    writer.add_eos_token_id(vocabulary.end_id)
+    writer.add_pad_token_id(vocabulary.end_id)
+    writer.add_add_bos_token(vocabulary.start_id is not None)
     writer.add_add_eos_token(False)
-    writer.add_chat_template(words.chat_template)
+    writer.add_chat_template(vocabulary.chat_template)
 
 
 def _write_tensor(writer: Any, name: str, values: npt.NDArray[np.float32], config: ModelConfig, kind: str) -> None:
     import gguf
 
     if not config.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight")):
-        # Its Llama turns neighbouring channels where Hugging Face's turns one of each half.
+        # llama.cpp's Llama rotates neighbouring channels, Hugging Face's pairs channel i with i + head_dim / 2.
         heads = config.num_heads if "q_proj" in name else config.num_kv_heads
         values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
     values = np.ascontiguousarray(values)
     if kind == "f32" or values.ndim == 1:
         writer.add_tensor(gguf_name(name), values)
-    elif kind == "q8_0" and values.shape[1] % 32 == 0:  # its blocks are 32 numbers of a row
+    elif kind == "q8_0" and values.shape[1] % 32 == 0:  # its blocks are 32 entries of a row
         q8_0 = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, q8_0), raw_dtype=q8_0)
     else:
@@ -215,7 +219,7 @@ def _write_tensor(writer: Any, name: str, values: npt.NDArray[np.float32], confi
 
 
 def _llama3_factors(config: ModelConfig) -> npt.NDArray[np.float32]:
-    """What llama.cpp divides each frequency by."""
+    """The factors by which llama.cpp divides the rotary frequencies."""
     import torch
 
     frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
@@ -224,27 +228,27 @@ def _llama3_factors(config: ModelConfig) -> npt.NDArray[np.float32]:
 
 
 def export_run(run: str, kind: str = "f32", out: str | None = None) -> Path:
-    """Write the model that RUN names as GGUF; returns where: `out`, in the run, or here for a model of elsewhere."""
+    """Write the model that RUN names as GGUF to `out` (default: into the run, or here); returns the path."""
     directory = find_checkpoint(run)
     run_dir = directory.parent.parent
     own = (run_dir / "config.yaml").is_file()
     name = run_dir.parent.name if own else Path(run).name.replace("@", "-")
     path = Path(out) if out else (run_dir if own else Path()) / f"{name}-{kind}.gguf"
     checkpoint = load_checkpoint(directory, device="cpu")
-    words = vocabulary(checkpoint.tokenizer, checkpoint.model.vocab_size)
+    vocabulary = vocabulary_of(checkpoint.tokenizer, checkpoint.model.vocab_size)
     if not path.parent.is_dir():
-        raise RequestError(f"--out {path}: there is no directory {path.parent}")
-    write_gguf(path, checkpoint.model.config, dict(checkpoint.model.named_parameters()), words, kind, name)
+        raise RequestError(f"--out {path}: the directory {path.parent} does not exist")
+    write_gguf(path, checkpoint.model.config, dict(checkpoint.model.named_parameters()), vocabulary, kind, name)
     return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `scripts/export.py`."""
-    p = CommandParser(description="Write a model as one file for llama.cpp and what is built on it.")
+    """The command `export`."""
+    p = CommandParser(description="Write a model as a GGUF file, for llama.cpp and the programs built on it.")
     p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
-    p.add_argument("--format", default="gguf", choices=FORMATS, help="the only one beside the checkpoint itself")
-    p.add_argument("--type", default="f32", choices=TYPES, help="of the weights: f32 (default), f16 or q8_0")
-    p.add_argument("--out", metavar="FILE", help="where to write it; default: NAME-TYPE.gguf in the run")
+    p.add_argument("--format", default="gguf", choices=FORMATS, help="the only format, besides the checkpoint itself")
+    p.add_argument("--type", default="f32", choices=TYPES, help="type of the weights: f32 (default), f16 or q8_0")
+    p.add_argument("--out", metavar="FILE", help="output file; default: NAME-TYPE.gguf in the run")
     args = p.parse_args(argv)
     path = export_run(args.run, args.type, args.out)
     print(f"wrote {path.stat().st_size / 1e6:.1f} MB; try it: llama-cli -m {path} -p 'PROMPT' -no-cnv", file=sys.stderr)

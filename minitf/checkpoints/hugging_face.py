@@ -1,6 +1,6 @@
-"""Models of the Hugging Face world: their config.json, their weights, and how they come from the hub.
+"""Hugging Face models: their config.json and weights, and downloads from the hub.
 
-Only safetensors and JSON files are read or fetched: no pickle, no code of a model's own.
+Only safetensors and JSON files are read or downloaded: no pickle, no code that comes with a model.
 """
 
 import re
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitf.errors import MinitfError, RequestError
+from minitf.errors import MinitfError, RequestError, one_line
 from minitf.model import ModelConfig
 from minitf.system.safe_io import read_json, read_tensors
 
 INDEX = "model.safetensors.index.json"
-# What is fetched of a hub model: these names at its top, nothing else.
-FETCHED = (
+# The files downloaded of a hub model, all from its top folder.
+DOWNLOADED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
     "model.safetensors", INDEX, "model-*-of-*.safetensors",
 )  # fmt: skip
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
-# What transformers takes for granted where a config.json does not say it.
+# The defaults of transformers for what a config.json leaves out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -64,15 +64,15 @@ def to_hugging_face(config: ModelConfig, vocab_size: int, end_id: int, start_id:
 
 
 def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
-    """The model config and vocabulary size of a `config.json`; KeyError, TypeError or ValueError where it is none.
+    """The model config and vocabulary size of a `config.json`; KeyError, TypeError or ValueError if it is invalid.
 
-    A ValueError names what the model has and minitf has not.
+    A ValueError names the feature that minitf does not support.
     """
     kind = config["model_type"]
     if kind not in DEFAULTS:
         raise ValueError(f"model_type {kind!r} is not supported: only qwen3 and llama are")
     config = {**DEFAULTS[kind], **{name: value for name, value in config.items() if value is not None}}
-    _refuse_what_is_not_here(config)
+    _refuse_unsupported(config)
     try:
         model = ModelConfig(
             num_layers=int(config["num_hidden_layers"]),
@@ -88,12 +88,12 @@ def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             dropout=float(config.get("minitf", {}).get("dropout", 0.0)),
         )
-    except RequestError as error:  # its words are those of a setting; here it is the file that is wrong
+    except RequestError as error:  # of a setting; here the file is wrong, not the request
         raise ValueError(str(error)) from None
     return model, int(config["vocab_size"])
 
 
-def _refuse_what_is_not_here(config: dict[str, Any]) -> None:
+def _refuse_unsupported(config: dict[str, Any]) -> None:
     fixed = {
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
         "rope_interleaved": False,
@@ -102,16 +102,16 @@ def _refuse_what_is_not_here(config: dict[str, Any]) -> None:
         if config.get(name, value) != value:
             raise ValueError(f"{name} is {config[name]!r}, only {value!r} is supported")
     if method := config.get("quantization_config"):
-        words = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(f"its weights are quantised ({words}), which is not supported: take the original")
+        quantisation = method.get("quant_method") if isinstance(method, dict) else method
+        raise ValueError(f"its weights are quantised ({quantisation}), which is not supported: take the original")
     windows = {str(layer) for layer in config.get("layer_types") or ()} - {"full_attention"}
     if config.get("use_sliding_window") or windows:
         raise ValueError(f"sliding windows are not supported ({', '.join(sorted(windows)) or 'use_sliding_window'})")
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of either way to write them."""
-    # transformers 5 writes rope_parameters; before it rope_theta and rope_scaling stood beside each other.
+    """`rope_theta` and `rope_scaling` from either notation."""
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
     old = rope.pop("type", "default")
@@ -121,8 +121,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta}
     if kind in ("llama3", "yarn"):
-        own = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        rope.setdefault("original_max_position_embeddings", own)
+        original = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        rope.setdefault("original_max_position_embeddings", original)
     return {
         "rope_theta": theta,
         "rope_scaling": {"rope_type": kind, **{k: v for k, v in rope.items() if v is not None}},
@@ -134,7 +134,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(directory: Path, tied: bool) -> dict[str, Tensor]:
-    """All parameters of a model's folder in float32, from one file or from the shards of an index."""
+    """All parameters of a model folder in float32, from one file or from the shards of an index."""
     names = ["model.safetensors"]
     if (directory / INDEX).is_file() and not (directory / names[0]).is_file():
         names = _shards(directory / INDEX)
@@ -143,19 +143,19 @@ def load_weights(directory: Path, tied: bool) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in names:
         weights |= read_tensors(directory / name)
-    # Left in old files: frequencies that follow from the config, and the scores' matrix beside the one it is tied to.
-    left_over = [name for name in weights if name.endswith("rotary_emb.inv_freq")]
+    # Old files also hold rotary frequencies, which follow from the config, and the tied output matrix.
+    redundant = [name for name in weights if name.endswith("rotary_emb.inv_freq")]
     if tied and "model.embed_tokens.weight" in weights:
-        left_over += [name for name in weights if name == "lm_head.weight"]
-    for name in left_over:
+        redundant += [name for name in weights if name == "lm_head.weight"]
+    for name in redundant:
         del weights[name]
-    if strange := [str(tensor.dtype) for tensor in weights.values() if not tensor.is_floating_point()]:
-        raise MinitfError(f"{directory}: weights of {strange[0]} are not supported: take the original, unquantised")
+    if unsupported := [str(tensor.dtype) for tensor in weights.values() if not tensor.is_floating_point()]:
+        raise MinitfError(f"{directory}: weights of {unsupported[0]} are not supported: take the original, unquantised")
     return {name: tensor.to(torch.float32) for name, tensor in weights.items()}
 
 
 def _shards(index: Path) -> list[str]:
-    """The files an index names."""
+    """The file names in an index."""
     try:
         names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -170,24 +170,24 @@ def _shards(index: Path) -> list[str]:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` can only mean a model of the hub, OWNER/NAME or OWNER/NAME@REVISION, and nothing here."""
+    """Whether `name` means a model on the hub, OWNER/NAME or OWNER/NAME@REVISION, rather than a local path."""
     found = HUB_NAME.fullmatch(name)
     owner = name.split("/")[0]
     return found is not None and owner != "runs" and not Path(name).exists() and not Path(owner).is_dir()
 
 
 def fetch_model(name: str) -> Path:
-    """The folder of the hub's model OWNER/NAME or OWNER/NAME@REVISION, downloaded or from the cache.
+    """The local folder of the hub model OWNER/NAME or OWNER/NAME@REVISION, downloaded or from the cache.
 
-    `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` mean what they mean everywhere.
+    `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` apply as in every Hugging Face library.
     """
     from huggingface_hub import snapshot_download
 
     found = HUB_NAME.fullmatch(name)
     assert found is not None
     try:
-        folder = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=list(FETCHED)))
-    except Exception as error:  # of the library, of its HTTP client, of the system: different from version to version
+        folder = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=list(DOWNLOADED)))
+    except Exception as error:  # of the library, its HTTP client or the system; classes differ between versions
         raise _hub_error(name, error) from error
     if not (folder / "config.json").is_file():
         raise RequestError(f"{name} on the hub has no config.json: it is not a transformers model")
@@ -195,17 +195,17 @@ def fetch_model(name: str) -> Path:
 
 
 def _hub_error(name: str, error: Exception) -> MinitfError:
-    """What went wrong, in one line."""
+    """The error of a download as one line."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.GatedRepoError):
-        return RequestError(f"{name} is gated: ask for access on its page, then log in with: hf auth login")
+        return RequestError(f"{name} is gated: request access on its page, then log in with: hf auth login")
     if isinstance(error, hub.RepositoryNotFoundError):
         return RequestError(f"{name} is neither here nor on the hub: check the name, or log in with: hf auth login")
     if isinstance(error, hub.RevisionNotFoundError):
         return RequestError(f"{name}: the model has no such revision")
     if isinstance(error, hub.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return MinitfError(f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it")
-    reason = " ".join(str(error.__cause__ or error).split())[:160]
-    return MinitfError(f"{name}: cannot fetch it from {constants.ENDPOINT}: {type(error).__name__}: {reason}")
+        return MinitfError(f"{name} is not in the cache, and HF_HUB_OFFLINE forbids downloading it")
+    reason = one_line(error.__cause__ or error, 160)
+    return MinitfError(f"{name}: cannot download it from {constants.ENDPOINT}: {type(error).__name__}: {reason}")

@@ -1,4 +1,4 @@
-"""Runs and checkpoints by the names users give them: a directory, `latest`, a model of the Hugging Face hub."""
+"""RUN, as users name runs and checkpoints: a directory, `latest`, or a model on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ LINKS = ("latest", "best")
 
 
 def newest_run(runs: Path = RUNS) -> Path:
-    """The run directory under `runs` that saved a checkpoint last."""
+    """The run directory under `runs` with the newest checkpoint."""
     links = [path for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/checkpoints/latest")]
     if not links:
         raise RequestError(f"no run with a checkpoint under {runs.absolute()}: train one with python -m minitf.train")
@@ -24,14 +24,14 @@ def _modified(path: Path) -> float:
 
 
 def last_started(runs: Path = RUNS) -> Path:
-    """The run directory under `runs` that was worked in last, also one that died before its first checkpoint."""
+    """The run directory under `runs` that was active last, even if it has no checkpoint yet."""
     found = [path.parent for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/config.yaml")]
     if not found:
         raise RequestError(f"no run under {runs.absolute()}: train one with python -m minitf.train")
-    return max(found, key=_worked_in)
+    return max(found, key=_last_active)
 
 
-def _worked_in(run: Path) -> float:
+def _last_active(run: Path) -> float:
     paths = [run / "config.yaml", run / "metrics.jsonl", run / "checkpoints/latest"]
     return max(_modified(path) for path in paths if path.exists())
 
@@ -44,21 +44,18 @@ def find_run(run: str | Path) -> Path:
     for directory in (path, *path.absolute().parents[:2]):
         if (directory / "config.yaml").is_file():
             return directory
-    if configs := list(path.glob("*/config.yaml")):  # runs/NAME: the newest of that name
-        return max((config.parent for config in configs), key=_worked_in)
+    if configs := list(path.glob("*/config.yaml")):  # runs/NAME: the newest run of that name
+        return max((config.parent for config in configs), key=_last_active)
     raise RequestError(f"{run} is not a run: no config.yaml in it; a run is a directory such as {RUNS}/NAME/DATE_TIME")
 
 
 def find_checkpoint(run: str | Path, prefer: str = "best") -> Path:
-    """The checkpoint directory that RUN names; of a run the one called `prefer` (best or latest)."""
+    """The checkpoint directory that RUN names; for a run, its checkpoint `prefer` (best or latest)."""
     return find_checkpoints(run, prefer)[0]
 
 
 def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
-    """The checkpoint directories that RUN names, the one wanted first; of a run the others follow, if it is damaged.
-
-    They are the other linked one, those before it, newest first, and those after it, which the run had left.
-    """
+    """The checkpoint directories that RUN names, the preferred one first; for a run, its others follow as fallbacks."""
     if str(run) == "latest":
         run = newest_run()
     path = Path(run)
@@ -66,7 +63,7 @@ def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
         return [path.resolve()]
     if found := _all_checkpoints(path / "checkpoints", prefer):
         return found
-    if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest of that name
+    if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest run of that name
         return find_checkpoints(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
     if is_hub_name(str(run)):
         return [fetch_model(str(run))]
@@ -78,28 +75,29 @@ def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
 
 
 def _all_checkpoints(checkpoints: Path, prefer: str) -> list[Path]:
-    """In the order in which they are to be tried. Links that lead elsewhere than to a step beside them do not count."""
+    """A run's checkpoints in the order in which to try them.
+
+    `best` falls back to `latest` and then to the newest step. `latest`, which is for resuming, falls back to the steps
+    before it, newest first, then to those after it. Links out of the directory are ignored.
+    """
     if not checkpoints.is_dir():
         return []
     inside = checkpoints.resolve()
-    steps = sorted(
-        (p for p in inside.iterdir() if STEP_NAME.fullmatch(p.name) and p.is_dir()), key=step_of, reverse=True
-    )
-    steps = [path for path in steps if not path.is_symlink()]
+    steps = [path for path in inside.iterdir() if step_of(path) >= 0 and path.is_dir() and not path.is_symlink()]
+    steps.sort(key=step_of, reverse=True)
     linked = {}
     for name in LINKS:
         target = (inside / name).resolve()
         if target.is_dir() and target.parent == inside:
             linked[name] = target
     first = [linked[name] for name in (prefer, *LINKS) if name in linked]
-    newest = step_of(first[0]) if prefer == "latest" and first else None
-    if newest is not None:  # to resume from: the one before, rather than the best, which may be long ago
+    if prefer == "latest" and first:  # `best` may be many steps older than the step before `latest`
         first = first[:1]
-        steps.sort(key=lambda path: (step_of(path) > (newest or 0), -step_of(path)))
+        steps.sort(key=lambda path: step_of(path) > step_of(first[0]))
     return list(dict.fromkeys([*first, *steps]))
 
 
 def step_of(directory: Path) -> int:
-    """The step a checkpoint's directory is named after; -1 if it is none."""
+    """The step in a checkpoint directory's name; -1 for any other name."""
     match = STEP_NAME.fullmatch(directory.name)
     return int(match[1]) if match else -1

@@ -1,14 +1,15 @@
-"""The README.md of a checkpoint: what the model is, what it was trained on, how good it is, as the hub shows it."""
+"""The model card of a checkpoint, its README.md: architecture, data, held-out metrics, config, a sample."""
 
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from minitf.checkpoints.hugging_face import HUB_NAME, is_hub_name
 from minitf.checkpoints.train_state import TrainState
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
 from minitf.errors import MinitfError
 from minitf.model import Transformer
 from minitf.system.safe_io import check_size
@@ -16,8 +17,8 @@ from minitf.system.safe_io import check_size
 MAX_CARD_BYTES = 1 << 20
 USE = {  # by data.kind
     "text": "It continues text; it was not trained to follow instructions.",
-    "pairs": "It turns one text into another: the source stands between `<|source|>` and `<|target|>`, and what it "
-    "writes then is the answer. Its chat template takes the last message as the source.",
+    "pairs": "It turns one text into another: it reads the source between `<|source|>` and `<|target|>`, then writes "
+    "the answer. Its chat template takes the last message as the source.",
 }
 
 
@@ -31,10 +32,10 @@ def model_card(
     sample: tuple[str, str] | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> str:
-    """A model card in Markdown with YAML in front, as of `state`.
+    """A model card in Markdown with YAML front matter.
 
-    `description` is that of the text; `settings` are further sections of the config, name -> key -> value; `sample` is
-    a prompt and what the model wrote after it; `origin` is what `origin_of` found.
+    `description` describes the data; `settings` are further sections of the config, name -> key -> value; `sample` is a
+    prompt and the model's continuation; `origin` comes from `origin_of`.
     """
     c = model.config
     architecture = "Qwen3" if c.qk_norm else "Llama"
@@ -57,16 +58,15 @@ def model_card(
 
 
 def origin_of(init_from: str | None, directory: Path | None) -> dict[str, str]:
-    """`base_model` and `license` for the card of a model that begins in the checkpoint `directory`, where known.
+    """`base_model` and `license` of a model whose training began from the checkpoint `directory`, where known.
 
-    `init_from` names it, unless it is of the same run. What its own card says is handed on, but the base of a model of
-    the hub is that model itself.
+    They are copied from the checkpoint's own card. If `init_from` is a hub model, that is the `base_model`.
     """
-    try:
-        check_size(directory / "README.md", MAX_CARD_BYTES)  # type: ignore[operator]
-        text = (directory / "README.md").read_text(encoding="utf-8")  # type: ignore[operator]
-    except (OSError, TypeError, UnicodeDecodeError, MinitfError):
-        text = ""
+    text = ""
+    if directory is not None:
+        with suppress(OSError, UnicodeDecodeError, MinitfError):
+            check_size(directory / "README.md", MAX_CARD_BYTES)
+            text = (directory / "README.md").read_text(encoding="utf-8")
     front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     known = dict(re.findall(r"(?m)^(license|base_model): *([\w.-]+(?:/[\w.-]+)?) *$", front[1] if front else ""))
     if init_from and is_hub_name(init_from) and (match := HUB_NAME.fullmatch(init_from)):
@@ -75,7 +75,7 @@ def origin_of(init_from: str | None, directory: Path | None) -> dict[str, str]:
 
 
 def _front_matter(name: str, data: DataConfig, state: TrainState, origin: Mapping[str, str]) -> str:
-    """What the hub and its tools read: JSON's strings and lists are YAML's too."""
+    """YAML for the hub and its tools; JSON strings and lists are valid YAML."""
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [minitf]"]
     lines += [f"{key}: {value}" for key, value in origin.items()]
     on_hub = data.source == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.hub_path or "")
@@ -84,8 +84,8 @@ def _front_matter(name: str, data: DataConfig, state: TrainState, origin: Mappin
     if val := state.last_val:
         dataset = str(data.hub_path) if on_hub else data.source
         metrics = [
-            {"type": kind, "name": words, "value": round(float(val[kind]), 4)}
-            for kind, words in (("bits_per_byte", "held-out bits per byte"), ("perplexity", "perplexity per token"))
+            {"type": kind, "name": label, "value": round(float(val[kind]), 4)}
+            for kind, label in (("bits_per_byte", "held-out bits per byte"), ("perplexity", "perplexity per token"))
             if kind in val
         ]
         result = {
@@ -122,13 +122,13 @@ def _sample(prompt: str, continuation: str) -> str:
 
 
 def _data(data: DataConfig) -> dict[str, Any]:
-    """What says which text it was, without what is only of this machine."""
-    kept = {"kind": data.kind, "source": data.source, "val_fraction": data.val_fraction}
+    """The settings that identify the data, without local paths."""
+    settings = {"kind": data.kind, "source": data.source, "val_fraction": data.val_fraction}
     if data.source == "files":
-        kept["files"] = [re.split(r"[/\\]", name)[-1] for name in data.files]
+        settings["files"] = [re.split(r"[/\\]", name)[-1] for name in data.files]
     if data.source == "hub":
-        kept |= {key: getattr(data, key) for key in ("hub_path", "hub_name", "hub_split", "hub_revision")}
-    return kept
+        settings |= {key: getattr(data, key) for key in ("hub_path", "hub_name", "hub_split", "hub_revision")}
+    return settings
 
 
 def _yaml(sections: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""A run's directory: made, kept for one process, and nothing written out of it."""
+"""A run's directory: creating it, locking it, and keeping writes inside it."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from minitf.errors import MinitfError, RequestError
 
-# The only links in a run, in checkpoints/; the latter two are there for a moment, and stay if a kill falls into it.
+# The only links in a run, in checkpoints/. The last two exist for a moment; a kill may leave them.
 LINKS = {"latest", "best", ".latest.new", ".best.new"}
 
 
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir` and keep other processes out of it; the lock goes with the process, however it ends."""
+    """Create `run_dir` and lock it; the lock ends with the process. Raises MinitfError if another process holds it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         refuse_links(run_dir)
@@ -26,7 +26,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
-            pass  # Windows has no flock; two runs in one directory are then the user's to avoid
+            pass  # Windows has no flock: there, the user must not start two runs in one directory
         except OSError:
             raise MinitfError(
                 f"{run_dir} is in use by another process: wait for it, or choose another run_dir"
@@ -36,18 +36,18 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def create_run_dir(run_dir: Path, numbered: bool) -> Iterator[Path]:
-    """Own `run_dir`; if `numbered` one that is not there yet, so that runs begun in the same second are several."""
+    """Create and lock `run_dir`; if `numbered`, one that does not exist yet: `run_dir`, `run_dir`_2, ..."""
     with ExitStack() as stack:
         if numbered:
             run_dir = _claim(run_dir)
         stack.enter_context(lock_run_dir(run_dir))
-        if (run_dir / "checkpoints").exists():  # since it was looked for another process may have trained here
-            raise RequestError(f"run_dir={run_dir} holds an earlier run: resume={run_dir} goes on with it")
+        if (run_dir / "checkpoints").exists():  # another process may have trained in it since it was checked
+            raise RequestError(f"run_dir={run_dir} holds an earlier run: continue it with resume={run_dir}")
         yield run_dir
 
 
 def _claim(run_dir: Path) -> Path:
-    """Make `run_dir`, or run_dir_2, run_dir_3, ...: the first that nobody made before."""
+    """Create the first of `run_dir`, `run_dir`_2, `run_dir`_3, ... that does not exist."""
     number, path = 1, run_dir
     while True:
         try:
@@ -55,7 +55,7 @@ def _claim(run_dir: Path) -> Path:
             path.mkdir()
             return path
         except FileExistsError:
-            if not path.is_dir():  # a file in the place of it, or of its parent
+            if not path.is_dir():  # a file has its name, or that of its parent
                 raise MinitfError(f"cannot write in {path}: a file is in its place; choose run_dir=DIR") from None
             number += 1
             path = run_dir.with_name(f"{run_dir.name}_{number}")
@@ -64,7 +64,7 @@ def _claim(run_dir: Path) -> Path:
 
 
 def refuse_links(run_dir: Path) -> None:
-    """MinitfError if a link leads out of a run's directory: what a run writes would change what it names."""
+    """MinitfError if a link leads out of a run's directory: writing to it would change files elsewhere."""
     for root, directories, files in os.walk(run_dir):
         for name in (*directories, *files):
             path = Path(root, name)
@@ -72,12 +72,12 @@ def refuse_links(run_dir: Path) -> None:
                 continue
             inside = name in LINKS and path.parent == run_dir / "checkpoints"
             if not inside or os.path.basename(os.readlink(path)) != os.readlink(path):
-                raise MinitfError(f"{path} is a link to {os.readlink(path)}: a run that is gone on with may have none")
+                raise MinitfError(f"{path} is a link to {os.readlink(path)}: a resumed run must not contain any")
 
 
 @contextmanager
 def annotate_os_errors(run_dir: Path) -> Iterator[None]:
-    """An OSError that does not say where it happened (a write to an open file) gets the run's directory."""
+    """Add the run's directory to an OSError without a file name, such as that of a write to an open file."""
     try:
         yield
     except OSError as error:

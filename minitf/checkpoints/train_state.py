@@ -1,5 +1,6 @@
-"""All of a training run that changes: with its config, exactly what resuming needs beside the tensors."""
+"""The state of a training run: with its config and tensors, all that resuming needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -8,25 +9,23 @@ from minitf.errors import MinitfError
 
 @dataclass
 class TrainState:
-    """Where a run stands."""
+    """Saved in each checkpoint's `trainer_state.json`."""
 
     step: int = 0  # optimiser steps done
-    num_steps: int = 0  # steps of the whole run, which its schedule depends on
-    num_steps_final: bool = False  # whether a run that ends by the clock has corrected them by its real speed
+    num_steps: int = 0  # of the whole run; the learning rate schedule depends on it
+    num_steps_final: bool = False  # whether a run with a time limit has corrected num_steps by its speed
     tokens: int = 0  # target tokens trained on
-    train_s: float = 0.0  # seconds in training steps
-    warmup_s: float = 0.0  # seconds of compilation and first steps before the training
-    elapsed_s: float = 0.0  # wall seconds
+    train_s: float = 0.0  # in training steps
+    warmup_s: float = 0.0  # of compilation and measurement before them
+    elapsed_s: float = 0.0  # of wall time
     best_loss: float = float("inf")  # held-out nats per token of the checkpoint `best`
-    last_val: dict[str, float] = field(default_factory=dict)  # newest held-out metrics
-    aligned: bool = False  # whether the newest look found heads that align pairs well
-    aligning_heads: list[list[int]] = field(
-        default_factory=list
-    )  # [layer, head] of those that align pairs, by the newest look
+    last_val: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    aligned: bool = False  # whether heads that align source and target well were found
+    aligning_heads: list[list[int]] = field(default_factory=list)  # their [layer, head], as last found
 
     @classmethod
-    def from_json(cls, state: dict[str, Any]) -> "TrainState":
-        """The part of a checkpoint's `trainer_state.json` that is a TrainState."""
+    def from_json(cls, state: Mapping[str, Any]) -> "TrainState":
+        """The TrainState in a checkpoint's `trainer_state.json`. Raises MinitfError if it is incomplete or damaged."""
         for item in fields(cls):
             if item.name not in state:
                 raise MinitfError(f"the checkpoint has no {item.name!r} in trainer_state.json: it cannot be resumed")

@@ -1,6 +1,6 @@
 """Shell completion of all commands: settings, presets, flags, runs. `eval "$(python -m minitf.completion bash)"`
 
-Like the help page it reads conf/ and the sources and imports nothing heavy: an answer takes a tenth of a second.
+Like the help page it reads conf/ and sources and imports nothing heavy: a completion takes a tenth of a second.
 """
 
 import ast
@@ -10,14 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitf.config.help import GROUPS, PACKAGE, SECTIONS, options, settings
-from minitf.errors import RequestError, run_command
+from minitf.config.presets import COMMANDS, GROUPS, PACKAGE, SECTIONS, Setting, options, settings
+from minitf.errors import RequestError
 
-# The module each command's parser is in.
-PARSERS = {
-    "generate": "generate.py", "evaluate": "evaluate.py", "attention": "interpretability/attention_page.py",
-    "export": "checkpoints/export.py", "benchmark": "benchmark/__main__.py",
-}  # fmt: skip
 COMMAND = re.compile(
     r"(?:\S*python[\d.]* +(?:-m +minitf\.|(?:\S*/)?scripts/)|(?:\S*/)?minitf-)(\w+)(?:\.py)? +(.*)", re.DOTALL
 )
@@ -32,7 +27,7 @@ _minitf() {
     local IFS=$'\\n'
     COMPREPLY=($(PYTHON -m minitf.completion query "$line" 2>/dev/null))
     word=${line##*[[:space:]]}
-    if [[ $word == *=* && $COMP_WORDBREAKS == *=* ]]; then  # readline puts back the part behind the last "=" only
+    if [[ $word == *=* && $COMP_WORDBREAKS == *=* ]]; then  # readline inserts only the part after the last "="
         cut=${word%"${word##*=}"}
         COMPREPLY=("${COMPREPLY[@]#"$cut"}")
     fi
@@ -74,55 +69,51 @@ SHELLS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
 def script(shell: str) -> str:
-    """What the shell is to read: completion of minitf's own commands and of `python` where it starts them."""
+    """The code a shell evaluates to complete minitf's commands, and `python` where it runs one of them."""
     if shell not in SHELLS:
         raise RequestError(f"no completion for {shell}: there is one for {', '.join(SHELLS)}")
-    names = " ".join(f"minitf-{name}" for name in ("train", *PARSERS))
+    names = " ".join(f"minitf-{name}" for name in COMMANDS)
     return SHELLS[shell].replace("PYTHON", shlex.quote(sys.executable)).replace("NAMES", names)
 
 
 def candidates(line: str) -> list[str]:
-    """Whole words the last word of `line`, a command up to the cursor, may become; [] where the shell knows best."""
+    """What the last word of `line`, a command up to the cursor, may become; [] leaves it to the shell."""
     match = COMMAND.match(line.lstrip())
-    if not match:
+    if not match or match[1] not in COMMANDS:
         return []
-    command, rest = match[1], match[2]
-    *before, word = re.split(r"\s+", rest)
-    if command == "train":
-        found = _of_train(word)
-    elif command not in PARSERS:
-        return []
-    elif before and before[-1] in (flags := _flags(command)):
-        found = _runs() if before[-1] == "--run" else flags[before[-1]]
-    else:
-        found = list(_flags(command)) if word.startswith("-") else []
+    command = match[1]
+    *before, word = re.split(r"\s+", match[2])
+    flags = _flags(command)
+    found: list[str] = []
+    if before and (choices := flags.get(before[-1])) is not None:  # the value of a flag
+        found = _runs() if before[-1] == "--run" else choices
+    elif word.startswith("-"):
+        found = list(flags)
+    elif command == "train":
+        found = _overrides(word, before)
     return [choice for choice in found if choice.startswith(word)]
 
 
-def _of_train(word: str) -> list[str]:
+def _overrides(word: str, before: Sequence[str]) -> list[str]:
+    """Settings and presets; `before` may say where presets are (-cd)."""
     key, equals, _ = word.partition("=")
+    known = {setting.key: setting for section in SECTIONS for setting in settings(section)}
     if not equals:
-        names = [setting.key for section in SECTIONS for setting in settings(section)]
-        return [
-            *(f"{name}=" for name in (*GROUPS, *names)),
-            *(["-m", "--help", "--cfg"] if word.startswith("-") else []),
-        ]
+        return [f"{name}=" for name in (*GROUPS, *known)]
     if key in GROUPS:
-        return [f"{key}={option}" for option in options(key)]
-    if key in ("resume", "init_from"):
-        return [f"{key}={run}" for run in _runs()]
-    section = key.rpartition(".")[0]
-    known = settings(section) if section in SECTIONS else iter(())
-    return [
-        f"{key}={value}" for setting in known if setting.key == key for value in _values(setting.type, setting.comment)
-    ]
+        values = list(options(key, before))
+    elif key in ("resume", "init_from"):
+        values = _runs()
+    else:
+        values = _values(known[key]) if key in known else []
+    return [f"{key}={value}" for value in values]
 
 
-def _values(kind: str, comment: str) -> list[str]:
-    """The words a setting can be, of which its comment is the list: "auto | explicit (...) | sdpa (...)"."""
-    if kind == "bool":
+def _values(setting: Setting) -> list[str]:
+    """The values a setting's comment lists: "auto | explicit (...) | sdpa (...)"."""
+    if setting.type == "bool":
         return ["true", "false"]
-    alternatives = re.sub(r"\([^)]*\)", "", comment.partition(";")[0])
+    alternatives = re.sub(r"\([^)]*\)", "", setting.comment.partition(";")[0])
     listed = alternatives.rpartition(":")[2]
     words = [part.split()[0] for part in listed.split("|") if part.split()]
     return words if len(words) > 1 else []
@@ -130,40 +121,36 @@ def _values(kind: str, comment: str) -> list[str]:
 
 def _runs() -> list[str]:
     """`latest`, and the run directories under runs/, newest first."""
-    runs = (
-        path.parent.parent for depth in ("*/*", "*/*/*") for path in Path("runs").glob(f"{depth}/checkpoints/latest")
-    )
-    return ["latest", *sorted(map(str, runs), reverse=True)]
+    found = [path.parents[1] for depth in ("*/*", "*/*/*") for path in Path("runs").glob(f"{depth}/checkpoints/latest")]
+    return ["latest", *sorted(map(str, found), reverse=True)]
 
 
-def _flags(command: str) -> dict[str, list[str]]:
-    """The flags of a command's parser, as its source adds them, with the choices of each."""
-    tree = ast.parse((PACKAGE / PARSERS[command]).read_text(encoding="utf-8"))
+def _flags(command: str) -> dict[str, list[str] | None]:
+    """The flags that the source of a command's parser adds, with the choices of each; None: it takes no value."""
+    tree = ast.parse((PACKAGE / f"{COMMANDS[command].replace('.', '/')}.py").read_text(encoding="utf-8"))
     assigned = (node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name))
     constants = {ast.unparse(node.targets[0]): node.value for node in assigned}
-    found: dict[str, list[str]] = {"--help": []}
+    found: dict[str, list[str] | None] = {"--help": None}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
-            named = next((k.value for k in node.keywords if k.arg == "choices"), None)
-            named = constants.get(named.id) if isinstance(named, ast.Name) else named
-            listed = named.elts if isinstance(named, ast.Tuple | ast.List) else []
-            choices = [str(item.value) for item in listed if isinstance(item, ast.Constant)]
-            names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
-            found |= {name: choices for name in names if name.startswith("--")}
+        if not isinstance(node, ast.Call) or ast.unparse(node.func).rpartition(".")[2] != "add_argument":
+            continue
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        named = given.get("choices")
+        named = constants.get(named.id) if isinstance(named, ast.Name) else named
+        listed = named.elts if isinstance(named, ast.Tuple | ast.List) else []
+        choices = None if "action" in given else [str(item.value) for item in listed if isinstance(item, ast.Constant)]
+        names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
+        found |= {name: choices for name in names if name.startswith("-")}
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`bash`, `zsh` or `fish`: print what it is to read. `query LINE`: print the candidates."""
+    """`bash`, `zsh` or `fish`: print the code it evaluates. `query LINE`: print the candidates."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["query"] and len(args) == 2:
         print("\n".join(candidates(args[1])))
         return 0
     if len(args) != 1:
-        raise RequestError('give the shell: eval "$(python -m minitf.completion bash)" (or zsh, or fish)')
+        raise RequestError('name the shell: eval "$(python -m minitf.completion bash)" (or zsh, or fish)')
     print(script(args[0]), end="")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_command(main))

@@ -1,1 +1,1 @@
-"""From text, files and the hub to batches of ids: read, split, tokenized once, packed."""
+"""From text and pairs to batches of ids: read (sources/), tokenized once and cached, packed, shuffled."""

@@ -1,8 +1,8 @@
-"""Prepared data on disk: made once by whoever comes first, whole or not at all, and mapped by everybody after.
+"""The cache of prepared data: each entry is built once, complete or not at all, and memory-mapped afterwards.
 
-A piece of prepared data is a directory named by what it was made from; `meta.json` in it says how large its files are.
-Until it is whole it is a hidden directory beside its place, which one process at a time has for itself. What that one
-leaves unfinished, killed or interrupted, the next one goes on with.
+An entry is a directory named by a digest of everything its content depends on; `meta.json` in it records the sizes of
+its files. It is built in a hidden directory next to it, which one process at a time holds locked. A build that was
+killed or interrupted is resumed by the next process.
 """
 
 import contextlib
@@ -14,201 +14,203 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from minitf.errors import MinitfError, RequestError
 from minitf.system.files import flush, write_whole
 
 POSITION = "position.json"
-STALE_S = 24 * 3600.0  # a temporary directory untouched for so long belongs to no living run
-UNFINISHED_S = 30 * STALE_S  # so long an interrupted preparation can be gone on with
-LOOK_AGAIN_S = 0.2
+STALE_S = 24 * 3600.0  # a temporary directory untouched for this long belongs to no running process
+RESUMABLE_S = 30 * STALE_S  # how long an interrupted build can be resumed
+POLL_S = 0.2
 
 T = TypeVar("T")
+Log = Callable[[str], None]
+Meta = dict[str, Any]  # of a complete entry, JSON-able
 
 
 class Partial:
-    """A preparation that is not whole yet: some files that grow, and how far they are."""
+    """An unfinished entry: files that grow, and the state they had reached at the last `save`."""
 
     def __init__(self, directory: Path, names: tuple[str, ...]) -> None:
-        """Open `names` in `directory` as they were at the last `save`, and remove all there is if there was none."""
+        """Open `names` in `directory` as they were at the last `save`; without a usable one, empty the directory."""
         self.directory = directory
-        self.state: dict[str, Any] = {}  # that of the last save, JSON-able; empty: nothing was
+        self.state: dict[str, Any] = {}  # of the last save, JSON-able; empty: nothing was saved
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             saved = json.loads((directory / POSITION).read_text(encoding="utf-8"))
             if all((directory / name).stat().st_size >= saved["sizes"][name] for name in names):
                 self.state = saved["state"]
-        with writing_to(directory.parent):
+        self.files: dict[str, BinaryIO] = {}
+        with naming_write_errors(directory.parent):
             if not self.state:
                 for path in directory.iterdir():
                     path.unlink()
-            self.files: dict[str, BinaryIO] = {}
             for name in names:
                 self.files[name] = (directory / name).open("r+b" if self.state else "wb")
                 if self.state:
                     self.files[name].truncate(saved["sizes"][name])
                     self.files[name].seek(0, os.SEEK_END)
-        self._noted: tuple[dict[str, int], dict[str, Any]] | None = None
+        self._unsaved: dict[str, Any] | None = None
 
-    def writing(self) -> contextlib.AbstractContextManager[None]:
-        """What fails inside for want of room is said in one line."""
-        return writing_to(self.directory.parent)
-
-    def append(self, contents: dict[str, Any]) -> None:
-        """Put bytes at the end of some files."""
-        with self.writing():
+    def append(self, contents: dict[str, Any], state: dict[str, Any]) -> None:
+        """Append bytes to some files; `state` describes what all files hold afterwards."""
+        with naming_write_errors(self.directory.parent):
             for name, content in contents.items():
                 self.files[name].write(content)
-
-    def note(self, state: dict[str, Any]) -> None:
-        """What all files now hold is what `state` says: to be kept by the next `save`."""
-        self._noted = {name: file.tell() for name, file in self.files.items()}, state
+            self._unsaved = {"sizes": {name: file.tell() for name, file in self.files.items()}, "state": state}
 
     def save(self) -> None:
-        """Have what was noted last on disk."""
-        if self._noted is None:
+        """Flush everything appended, so that a later process resumes after it."""
+        if self._unsaved is None:
             return
-        sizes, state = self._noted
-        with self.writing():
+        with naming_write_errors(self.directory.parent):
             for file in self.files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            write_whole(self.directory / POSITION, json.dumps({"sizes": sizes, "state": state}))
-        self.state, self._noted = state, None
+            write_whole(self.directory / POSITION, json.dumps(self._unsaved))
+        self.state, self._unsaved = self._unsaved["state"], None
 
     def close(self) -> None:
-        """Have all written."""
-        with self.writing():
+        with naming_write_errors(self.directory.parent):
             for file in self.files.values():
                 file.close()
 
 
-def keep(
-    directory: Path,
-    names: tuple[str, ...],
-    load: Callable[[Path, dict[str, Any]], T],
-    make: Callable[[Partial], dict[str, Any]],
-    log: Callable[[str], None],
-) -> T:
-    """What `load` reads from `directory`, which `make` has filled before or fills now.
+@dataclass(frozen=True)
+class Builder(Generic[T]):
+    """How an entry is built and read."""
 
-    `make(partial)` writes files, those of `names` through `partial`, from where that is, and returns what else is to be
-    known, JSON-able; `load` gets that back as its second argument. `log` gets a line when what is there is damaged and
-    made again.
+    files: tuple[str, ...]  # that grow while it is built
+    build: Callable[[Partial], tuple[Meta, str]]  # fills them from where they are; returns a summary for people too
+    load: Callable[[Path, Meta], T]
+
+
+def get_or_build(directory: Path, builder: Builder[T], log: Log) -> T:
+    """The entry in `directory`, which `builder` builds now if it is missing or damaged; `log` gets lines for people.
+
+    Any number of processes may ask for one entry at the same time: one builds it, the others wait.
     """
-    found = open_kept(directory, load)
-    if found is not None:
-        return found
+    if (entry := _open_entry(directory, builder)) is not None:
+        return entry
     if directory.exists():
         log(f"{directory} is damaged; preparing the text again")
-    root = directory.parent
-    with writing_to(root):
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_stale(root)
-    with _owned(directory, log) as temporary:
-        if (found := open_kept(directory, load)) is not None:  # the one we have waited for has made it
-            shutil.rmtree(temporary, ignore_errors=True)
-            return found
+    with naming_write_errors(directory.parent):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(directory.parent)
+    with _locked_workspace(directory, log) as workspace:
+        if (entry := _open_entry(directory, builder)) is not None:  # another process built it meanwhile
+            shutil.rmtree(workspace, ignore_errors=True)
+            return entry
         try:
-            meta = _fill(temporary, names, make)
-            with writing_to(root):
-                files = [path for path in sorted(temporary.iterdir()) if path.name != POSITION]
-                meta["sizes"] = {path.name: path.stat().st_size for path in files}
-                (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-                for path in (*files, temporary / "meta.json", temporary):
-                    flush(path)
-                found = _publish(temporary, directory, load)
-                (directory / POSITION).unlink(missing_ok=True)
-                return found
+            return _build(directory, workspace, builder, log)
         finally:
-            if not (temporary / POSITION).exists():
-                shutil.rmtree(temporary, ignore_errors=True)
+            if not (workspace / POSITION).exists():
+                shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _fill(temporary: Path, names: tuple[str, ...], make: Callable[[Partial], dict[str, Any]]) -> dict[str, Any]:
-    partial = Partial(temporary, names)
+def _open_entry(directory: Path, builder: Builder[T]) -> T | None:
+    """The entry in `directory`; None where it is missing, incomplete or damaged."""
     try:
-        return make(partial)
-    except RequestError:  # begun anew it would end there again
-        (temporary / POSITION).unlink(missing_ok=True)
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if any((directory / name).stat().st_size != size for name, size in meta["sizes"].items()):
+            return None
+        return builder.load(directory, meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RequestError):
+        return None
+
+
+def _build(directory: Path, workspace: Path, builder: Builder[T], log: Log) -> T:
+    started = time.monotonic()
+    partial = Partial(workspace, builder.files)
+    try:
+        meta, summary = builder.build(partial)
+    except RequestError:  # resuming would fail in the same way
+        (workspace / POSITION).unlink(missing_ok=True)
         raise
     finally:
         partial.close()
+    log(f"prepared in {time.monotonic() - started:.1f} s: {summary}; kept in {directory}")
+    with naming_write_errors(directory.parent):
+        files = [path for path in sorted(workspace.iterdir()) if path.name != POSITION]
+        meta["sizes"] = {path.name: path.stat().st_size for path in files}
+        (workspace / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for path in (*files, workspace / "meta.json", workspace):
+            flush(path)
+        entry = _publish(workspace, directory, builder)
+        (directory / POSITION).unlink(missing_ok=True)
+        return entry
+
+
+def _publish(workspace: Path, directory: Path, builder: Builder[T]) -> T:
+    """Rename `workspace` to `directory`; without locks another process may be first, whose entry is then taken."""
+    for _ in range(10):
+        try:
+            workspace.rename(directory)
+            flush(directory.parent)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        if (entry := _open_entry(directory, builder)) is not None:
+            return entry
+        if not workspace.exists():
+            break
+        damaged = _temporary_name(directory)
+        with contextlib.suppress(FileNotFoundError):  # another process moved it away
+            directory.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    raise MinitfError(f"{directory}: what was just written cannot be read back; check the disk")
 
 
 @contextlib.contextmanager
-def _owned(directory: Path, log: Callable[[str], None]) -> Iterator[Path]:
-    """The directory in which `directory` is being prepared, once no other process has it; made if it is not there."""
+def _locked_workspace(directory: Path, log: Log) -> Iterator[Path]:
+    """The directory in which `directory` is built, made if missing and locked; waits while another process has it."""
     path = directory.with_name(f".{directory.name}.partial")
     waiting = False
     while True:
-        with writing_to(path.parent):
+        with naming_write_errors(path.parent):
             path.mkdir(exist_ok=True)
-        descriptor = _lock(path)
-        if descriptor is None:  # no locks here: each process for itself
+        try:
+            lock = _lock(path)
+        except (ImportError, OSError):  # no locks on this system: each process builds an entry of its own
             path.rmdir()
             path = _temporary_name(directory)
             path.mkdir()
             yield path
             return
-        try:
-            if descriptor >= 0 and _is_at(descriptor, path):  # and has not been renamed since it was opened
-                yield path
-                return
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-        if descriptor < 0 and not waiting:
-            waiting = True
+        if lock is not None:
+            break
+        if not waiting:
             log("another process is preparing the same text: waiting for it")
-        time.sleep(LOOK_AGAIN_S if descriptor < 0 else 0)
+        waiting = True
+        time.sleep(POLL_S)
+    try:
+        yield path
+    finally:
+        os.close(lock)
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that keeps other processes out of a directory; -1 where another has it, None where there is no way.
+    """A descriptor that locks a directory until it is closed or its process ends; None where another process has it."""
+    import fcntl
 
-    The lock goes with the process, however it ends.
-    """
-    descriptor = None
-    try:
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except (BlockingIOError, FileNotFoundError):  # or it was just renamed
-        if descriptor is not None:
-            os.close(descriptor)
-        return -1
-    except (ImportError, OSError):
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open directory is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def open_kept(directory: Path, load: Callable[[Path, dict[str, Any]], T]) -> T | None:
-    """What is kept in `directory`; None where nothing or not all of it is there."""
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        if any((directory / name).stat().st_size != size for name, size in meta["sizes"].items()):
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), path.stat()):  # published and made anew since it was opened
+                return None
+        except (BlockingIOError, FileNotFoundError):
             return None
-        return load(directory, meta)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RequestError):
-        return None
+        stack.pop_all()
+        return descriptor
 
 
 @contextlib.contextmanager
-def writing_to(root: Path) -> Iterator[None]:
-    """An OSError inside becomes one line that says where there is no room."""
+def naming_write_errors(root: Path) -> Iterator[None]:
+    """An OSError in the block becomes one line that names the cache directory."""
     try:
         yield
     except OSError as error:
@@ -218,37 +220,16 @@ def writing_to(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _publish(temporary: Path, directory: Path, load: Callable[[Path, dict[str, Any]], T]) -> T:
-    """Rename `temporary` to `directory`, unless another process was first and its result is whole."""
-    for _ in range(10):
-        try:
-            temporary.rename(directory)
-            flush(directory.parent)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        found = open_kept(directory, load)
-        if found is not None:
-            return found
-        if not temporary.exists():
-            break
-        damaged = _temporary_name(directory)
-        with contextlib.suppress(FileNotFoundError):  # another process moves it away at the same time
-            directory.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-    raise MinitfError(f"{directory}: what was just written cannot be read back; check the disk")
-
-
 def _temporary_name(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.{secrets.token_hex(6)}")
 
 
 def _remove_stale(root: Path) -> None:
-    """Remove what killed runs left behind and nobody came back to."""
+    """Remove what killed processes left and nobody resumed."""
     for path in root.iterdir():
         if not (found := re.fullmatch(r"\.[0-9a-f]{20}\.([0-9a-f]{12}|partial)", path.name)):
             continue
         with contextlib.suppress(OSError):
             newest = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
-            if time.time() - newest > (UNFINISHED_S if found[1] == "partial" else STALE_S):
+            if time.time() - newest > (RESUMABLE_S if found[1] == "partial" else STALE_S):
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Going once through data of any length, so that what is interrupted goes on where it was: nothing lost, nothing twice.
+"""Iterating once over data of any size so that an interrupted pass resumes exactly: nothing lost, nothing twice.
 
-A source gives its items in a fixed order and, wherever it can begin again, a mark between them. A position is the last
-mark and the number of items since: a source that has no marks is read again from its beginning, and what was had before
-is passed over.
+A source yields its items in a fixed order and, wherever it can restart, a `Position`. The state of an iterator is the
+last position and the number of items since. A source without positions is read again from its start, and the items
+that were taken before are skipped.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,33 +13,33 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A place between two items; a source that is given `state`, JSON-able, begins with the item behind it."""
+class Position:
+    """A place between two items: a source restarted with `state`, JSON-able, yields the next item."""
 
     state: Any
 
 
-class Reader(Generic[T]):
-    """An iterator over the items of `source` that come after `position`, which moves on with it.
+class ResumableIterator(Generic[T]):
+    """An iterator over the items of `source` after `state`, JSON-able, which moves with it.
 
-    `source` takes the state of a mark, or None for the beginning. `position` is JSON-able.
+    `source` takes the state of a `Position`, or None for its start.
     """
 
-    def __init__(self, source: Callable[[Any], Iterator[T | Mark]], position: dict[str, Any] | None = None) -> None:
-        self.position: dict[str, Any] = dict(position or {"mark": None, "items": 0})
-        self._to_pass_over = self.position["items"]
-        self._items = source(self.position["mark"])
+    def __init__(self, source: Callable[[Any], Iterator[T | Position]], state: dict[str, Any] | None = None) -> None:
+        self.state: dict[str, Any] = dict(state or {"mark": None, "items": 0})
+        self._num_to_skip = self.state["items"]
+        self._items = source(self.state["mark"])
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
         for item in self._items:
-            if isinstance(item, Mark):
-                self.position = {"mark": item.state, "items": 0}
-            elif self._to_pass_over:
-                self._to_pass_over -= 1
+            if isinstance(item, Position):
+                self.state = {"mark": item.state, "items": 0}
+            elif self._num_to_skip:
+                self._num_to_skip -= 1
             else:
-                self.position = {**self.position, "items": self.position["items"] + 1}
+                self.state = {**self.state, "items": self.state["items"] + 1}
                 return item
         raise StopIteration

@@ -1,1 +1,1 @@
-"""Several processes: the process group, sharded tensors."""
+"""Training by several processes: the process group, sharded tensors."""

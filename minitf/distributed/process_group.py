@@ -1,7 +1,7 @@
-"""The processes that train one model together: who is who, and what they tell each other.
+"""The group of processes that train one model together, and its collective operations.
 
-torchrun starts them and says so in the environment. A process on its own is a group of one, for which everything here
-is nothing: torch.distributed is not even imported.
+torchrun starts them and describes the group in the environment. In a group of one process every operation returns at
+once, and torch.distributed is not even imported.
 """
 
 import json
@@ -19,16 +19,27 @@ from torch import Tensor
 
 from minitf.errors import MinitfError
 
-# The first process writes checkpoints and pictures, or fetches gigabytes of text, while the others wait for it. That is
-# no failure; a process that ends is noticed at once, by its closed connections and by torchrun.
-PATIENCE = timedelta(hours=6)
-# What a lost connection looks like; gloo raises plain RuntimeErrors.
-LOST = ("connection closed by peer", "connection reset", "gloo", "nccl", "socket", "broken pipe", "timed out")
+# The others wait while rank 0 writes a checkpoint or downloads gigabytes of text; that is no failure. A process that
+# dies is noticed at once, by its closed connections and by torchrun.
+TIMEOUT = timedelta(hours=6)
+# Texts of the errors of a lost connection: gloo raises plain RuntimeErrors.
+LOST_CONNECTION = (
+    "connection closed by peer",
+    "connection reset",
+    "gloo",
+    "nccl",
+    "socket",
+    "broken pipe",
+    "timed out",
+)
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Process `rank` of `size`, the `local_rank`-th of `local_size` on its machine. All methods are for all at once."""
+    """Process `rank` of `size`, the `local_rank`-th of `local_size` on its machine.
+
+    Methods are collective operations, called by all ranks together, unless they say otherwise.
+    """
 
     rank: int = 0
     size: int = 1
@@ -38,16 +49,16 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that logs, saves and looks."""
+        """Whether this is rank 0, which logs and saves (a local property)."""
         return self.rank == 0
 
     def rows_of(self, count: int) -> slice:
-        """This process's part of `count` rows, which `size` divides."""
+        """This rank's part of `count` rows, a multiple of `size` (a local method)."""
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def broadcast(self, value: Any) -> Any:
-        """What the first process says, for all: anything JSON has a notation for."""
+        """Rank 0's `value`, in all ranks: anything JSON can hold."""
         if self.size == 1:
             return value
         import torch.distributed as dist
@@ -61,18 +72,18 @@ class ProcessGroup:
         return json.loads(bytes(content.tolist()))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in at least one process."""
+        """Whether `flag` is true in at least one rank."""
         return flag if self.size == 1 else self.sum([float(flag)])[0] > 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """The sums over the processes, in float64."""
+        """Element by element sums over the ranks, in float64."""
         if self.size == 1:
             return values
         total: list[float] = self._reduce(torch.tensor(values, dtype=torch.float64)).tolist()
         return total
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes, of a tensor that may be overwritten."""
+        """The mean of a tensor over the ranks; `value` may be overwritten."""
         return value if self.size == 1 else self._reduce(value) / self.size
 
     def _reduce(self, value: Tensor) -> Tensor:
@@ -82,7 +93,7 @@ class ProcessGroup:
         return value
 
     def gather(self, row: Tensor) -> Tensor:
-        """The same-shaped tensors of all processes, on the CPU, stacked."""
+        """CPU tensors of one shape from all ranks, stacked along a new first axis."""
         if self.size == 1:
             return row[None]
         import torch.distributed as dist
@@ -92,12 +103,12 @@ class ProcessGroup:
         return torch.stack(rows)
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all ranks have called this."""
         self.any(False)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The first process of each machine does what is inside before the others do: what it leaves serves them."""
+        """The first rank of each machine runs the block before the others do, who find its results on disk."""
         if self.size > 1 and self.local_rank:
             self.barrier()
         yield
@@ -107,67 +118,68 @@ class ProcessGroup:
     def scatter_work(
         self, work: Callable[[Tensor], Tensor], items_NRC: Tensor, dtype: torch.dtype
     ) -> Callable[[], Tensor]:
-        """`work` on matrices that all processes hold, each matrix by one of them; `work` returns them in `dtype`.
+        """Apply `work`, which returns `dtype`, to N matrices that all ranks hold; each rank works on N / size of them.
 
-        Returns a function that waits for the result of all. Between the two calls the results travel.
+        Returns a function that waits for the results, which all ranks receive: communication overlaps with what the
+        caller does in between.
         """
         if self.size == 1:
             result_NRC = work(items_NRC)
             return lambda: result_NRC
         import torch.distributed as dist
 
-        most = -(-len(items_NRC) // self.size)
-        own = items_NRC[self.rank * most : (self.rank + 1) * most]
-        done = own.new_zeros((most, *own.shape[1:]), dtype=dtype)
-        if len(own):
-            done[: len(own)] = work(own)
-        all_done = done.new_empty((self.size * most, *done.shape[1:]))
+        num_own = -(-len(items_NRC) // self.size)
+        own_nRC = items_NRC[self.rank * num_own : (self.rank + 1) * num_own]
+        done_nRC = own_nRC.new_zeros((num_own, *own_nRC.shape[1:]), dtype=dtype)
+        if len(own_nRC):
+            done_nRC[: len(own_nRC)] = work(own_nRC)
+        all_done_NRC = done_nRC.new_empty((self.size * num_own, *done_nRC.shape[1:]))
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-        travel = gather(all_done, done, async_op=True)
+        transfer = gather(all_done_NRC, done_nRC, async_op=True)
 
         def result() -> Tensor:
-            travel.wait()
-            return all_done[: len(items_NRC)]
+            transfer.wait()
+            return all_done_NRC[: len(items_NRC)]
 
         return result
 
     def scatter_row_work(
         self, work: Callable[[Tensor], Tensor], rows_NrC: Tensor, num_rows: int, dtype: torch.dtype
     ) -> Callable[[], Tensor]:
-        """The same for matrices of which every process holds `rows_NrC`, its part of their `num_rows` rows.
+        """`scatter_work` for N matrices of `num_rows` rows of which each rank holds some, `rows_NrC`.
 
-        Rows lie as FSDP2 lays them: ceil(num_rows / size) in each process as far as they reach. They travel to the
-        process that works on their matrix, and the results back: 2 / size of a matrix's bytes for each process.
+        Rows are sharded as by FSDP2: ceil(num_rows / size) per rank, fewer or none in the last. Each rank receives the
+        rows of its matrices and sends the results back: 2 / size of a matrix's bytes per rank.
         """
         import torch.distributed as dist
 
         N, r, C = rows_NrC.shape
-        most, height = -(-N // self.size), -(-num_rows // self.size)
-        sent = rows_NrC.new_zeros((self.size * most, height, C), dtype=dtype)
+        num_own, height = -(-N // self.size), -(-num_rows // self.size)
+        sent = rows_NrC.new_zeros((self.size * num_own, height, C), dtype=dtype)
         sent[:N, :r] = rows_NrC
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
-        whole = received.view(self.size, most, height, C).transpose(0, 1).reshape(most, self.size * height, C)
-        own = whole[: max(0, min(most, N - self.rank * most)), :num_rows]
+        whole = received.view(self.size, num_own, height, C).transpose(0, 1).reshape(num_own, self.size * height, C)
+        own = whole[: max(0, min(num_own, N - self.rank * num_own)), :num_rows]
         if own.numel():
             own.copy_(work(own.contiguous()))
-        back = whole.view(most, self.size, height, C).transpose(0, 1).reshape(sent.shape)
+        back = whole.view(num_own, self.size, height, C).transpose(0, 1).reshape(sent.shape)
         results = torch.empty_like(back)
-        travel = dist.all_to_all_single(results, back, async_op=True)
+        transfer = dist.all_to_all_single(results, back, async_op=True)
 
         def result() -> Tensor:
-            travel.wait()
+            transfer.wait()
             return results[:N, :r]
 
         return result
 
-    def remember(self, name: str, value: str) -> None:
-        """Leave a word for the processes that torchrun starts in place of these when one has failed."""
+    def set_for_restart(self, name: str, value: str) -> None:
+        """Store a value that survives a restart by torchrun after a failure. A local method; only rank 0 stores."""
         if self.store is not None and self.is_main:
             self.store.set(_key(name), value)
 
-    def remembered(self, name: str) -> str | None:
-        """What `remember` was given by the processes before these, or None; the same for all."""
+    def get_from_before_restart(self, name: str) -> str | None:
+        """The value that the processes before this restart stored, or None; the same in all ranks."""
         if self.store is None:
             return None
         known = self.store.get(_key(name)).decode() if self.is_main and self.store.check([_key(name)]) else None
@@ -182,18 +194,74 @@ def _key(name: str) -> str:
 
 
 def started_by_torchrun() -> bool:
+    """Whether the environment describes a process group."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def _meet(store: Any, rank: int, size: int) -> str:
-    """A name for these processes' part of torchrun's store, which still holds the addresses of those before them.
+@contextmanager
+def process_group() -> Iterator[ProcessGroup]:
+    """Join the process group that torchrun has started, or yield SINGLE.
 
-    Each asks under a name no process had before; the first answers, until all have said that they know.
+    An error in one process ends all. The process it happened in reports it, in a line that names the process; the
+    others, who only lose the connection, exit without a message.
+    """
+    if not started_by_torchrun():
+        yield SINGLE
+        return
+    group = ProcessGroup(
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        _torchrun_store(),
+    )
+    if group.size == 1:
+        yield group
+        return
+    import torch.distributed as dist
+
+    _initialise(group)
+    try:
+        yield group
+    except Exception as error:
+        _fail(group, error)
+    dist.destroy_process_group()
+
+
+def _torchrun_store() -> Any:
+    """torchrun's key-value store, if it keeps one across restarts."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)  # type: ignore[attr-defined]
+
+
+def _initialise(group: ProcessGroup) -> None:
+    import torch.distributed as dist
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(group.local_rank)
+    if group.store is None:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    prefix = _agree_on_prefix(group.store, group.rank, group.size)
+    store = dist.PrefixStore(prefix, group.store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=group.rank, world_size=group.size)
+
+
+def _agree_on_prefix(store: Any, rank: int, size: int) -> str:
+    """A prefix for these processes' keys in torchrun's store, which still holds the addresses from before a restart.
+
+    Each rank asks under a fresh random name; rank 0 answers until all have confirmed.
     """
     if rank:
         name = secrets.token_hex(8)
         store.set(_key(f"asks/{rank}"), name)
-        prefix: str = store.get(_key(f"answer/{name}")).decode()  # waits for it
+        prefix: str = store.get(_key(f"answer/{name}")).decode()  # blocks until rank 0 has answered
         store.set(f"{prefix}/knows/{rank}", "")
         return prefix
     prefix, waiting = _key(secrets.token_hex(8)), set(range(1, size))
@@ -206,60 +274,20 @@ def _meet(store: Any, rank: int, size: int) -> str:
     return prefix
 
 
-@contextmanager
-def connected() -> Iterator[ProcessGroup]:
-    """Join the processes torchrun has started, if it has.
-
-    An error of one ends all. The one it happened to tells it, in a line that names the process; the others, who only
-    find it gone, end in silence.
-    """
-    if not started_by_torchrun():
-        yield SINGLE
-        return
-    import torch.distributed as dist
-
-    numbers = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")}
-    local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    store = None
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE
-        )
-    if numbers["WORLD_SIZE"] > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local[0])
-        if store is None:
-            dist.init_process_group(backend, timeout=PATIENCE)
-        else:
-            rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
-            own = dist.PrefixStore(_meet(store, rank, size), store)  # type: ignore[attr-defined]
-            dist.init_process_group(backend, timeout=PATIENCE, store=own, rank=rank, world_size=size)
-    group = ProcessGroup(numbers["RANK"], numbers["WORLD_SIZE"], *local, store)
-    try:
-        yield group
-    except Exception as error:
-        if group.size == 1:
-            raise
-        _fail(group, error)
-    if group.size > 1:
-        dist.destroy_process_group()
-
-
 def _fail(group: ProcessGroup, error: Exception) -> None:
-    """Raise what this process has to say about its error; SystemExit if another was first."""
+    """Re-raise an error with the number of the process; SystemExit if another process has failed first."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         first = group.store is None or group.store.add(_key(f"failed/{attempt}"), 1) == 1
-    except RuntimeError:  # the store went with its machine
+    except RuntimeError:  # the store's machine is gone
         first = True
     if not first:
         raise SystemExit(1) from None
     if isinstance(error, MinitfError):
         raise type(error)(f"{error} (process {group.rank} of {group.size})") from None
-    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
+    if isinstance(error, RuntimeError) and any(text in str(error).lower() for text in LOST_CONNECTION):
         raise MinitfError(
-            f"process {group.rank} of {group.size} lost another one: it was ended from outside, or its machine is "
-            "gone; go on with resume=latest"
+            f"process {group.rank} of {group.size} lost another one: it was killed, or its machine is gone; continue "
+            "with resume=latest"
         ) from None
     raise error

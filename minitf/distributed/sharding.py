@@ -1,6 +1,6 @@
-"""Sharded tensors, of which every process holds some rows: their parts, and their files.
+"""Tensors sharded over processes by rows (DTensors), and their files.
 
-torch.distributed.checkpoint writes and reads the files, as safetensors: its own format has a pickle in it.
+torch.distributed.checkpoint writes and reads the files, as safetensors: its own format contains a pickle.
 """
 
 import warnings
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from minitf.errors import MinitfError
+from minitf.errors import MinitfError, one_line
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -22,19 +22,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor unchanged."""
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, which all processes must ask for; any other tensor as it is."""
+    """All of a sharded tensor, gathered by all ranks together; any other tensor unchanged."""
     return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def as_part(part: Tensor, parameter: Tensor) -> Tensor:
-    """`part`, on the rows of `parameter` that this process holds, as a part of what all hold together.
+    """A sharded tensor made of each rank's `part`, whose rows are those of `parameter` that the rank holds.
 
-    It may have axes before those of the parameter. For a parameter that is not sharded: as it is.
+    `part` may have additional leading axes. For a parameter that is not sharded, `part` itself.
     """
     if not is_sharded(parameter):
         return part
@@ -49,35 +49,32 @@ def as_part(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor all processes hold whole, cut like `parameter`; may have axes before those of the parameter."""
+    """A tensor that all ranks hold whole, sharded like `parameter`; it may have additional leading axes."""
     if not is_sharded(parameter) or is_sharded(value):
         return value
     mesh = cast("DTensor", parameter).device_mesh
     axis = value.dim() - parameter.dim()
-    height = -(-parameter.shape[0] // mesh.size())  # as FSDP2 cuts
+    height = -(-parameter.shape[0] // mesh.size())  # as FSDP2 shards
     start = min(mesh.get_local_rank() * height, parameter.shape[0])
     part = value.narrow(axis, start, min(height, parameter.shape[0] - start))
     return as_part(part.contiguous(), parameter)
 
 
 def write_shards(directory: Path, state: dict[str, Tensor]) -> None:
-    """Write tensors, sharded or the same in all processes, to `directory`, each process its part.
-
-    MinitfError in all of them if one cannot.
-    """
+    """Write tensors, sharded or replicated, to `directory`, each rank its part; MinitfError in all if one fails."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
         save(state, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
-    except CheckpointException as error:  # of any process, raised in all
+    except CheckpointException as error:  # of any rank, raised in all
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise MinitfError(f"process {rank} cannot write {directory}: {' '.join(str(reason).split())[:200]}") from None
+        raise MinitfError(f"process {rank} cannot write {directory}: {one_line(reason)}") from None
 
 
 def read_shards(directory: Path, template: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
-    """Read what `write_shards` wrote, whatever the number of processes then and now.
+    """Read what `write_shards` wrote; the number of processes may have changed in between.
 
     `template(name, shape, dtype)` makes the tensor to read into: a sharded one gets its part. MinitfError if damaged.
     """
@@ -94,10 +91,10 @@ def read_shards(directory: Path, template: Callable[[str, torch.Size, torch.dtyp
             if isinstance(item, TensorStorageMetadata)
         }
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of each process planning for itself, as is meant
+            warnings.simplefilter("ignore")  # about no_dist: each rank reads by itself
             load(state, storage_reader=reader, no_dist=True)
     except MinitfError:
         raise
     except Exception as error:  # safetensors', json's and DCP's own classes
-        raise MinitfError(f"{directory} is damaged: {' '.join(str(error).split())[:200]}") from None
+        raise MinitfError(f"{directory} is damaged: {one_line(error)}") from None
     return state

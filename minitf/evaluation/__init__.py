@@ -1,1 +1,1 @@
-"""Metrics of text, and ablation of heads."""
+"""Metrics of whole answers, and ablation of heads."""

@@ -1,1 +1,1 @@
-"""From ids to more ids: decoding, sampling, beam search, answers to prompts."""
+"""From ids to more ids: decoding, sampling, beam search, answers to prompts, translation of files."""

@@ -1,1 +1,1 @@
-"""What attention does: its weights, scores and pictures, head by head."""
+"""What attention does, head by head: weights, scores, alignment, pictures."""

@@ -1,26 +1,26 @@
-"""What every head of a model looks at in one text, and the vectors it does so with.
+"""Attention maps: the weights of every head on one text, with the queries, keys and values behind them.
 
-The attention block matches, weighs and gathers; kept here are the result of *weigh* (for every query, the word reading,
-how much it takes from each key, the words it looks at: a row of weights that sums to 1), and the queries, keys and
-values from which all three steps can be followed.
+The attention block matches, weighs and gathers. A map holds the result of *weigh*: for each query (the word that is
+read), how much it takes from each key (the words it looks at), a row of weights that sums to 1. The queries, keys and
+values make all three steps visible.
 """
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minitf.attention import rotate
+from minitf.attention import AttentionRecord
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
-from minitf.interpretability.heads import Head, HeadScores, describe_head, evaluating, head_pattern, pattern_scores
-from minitf.tokenizer import join_bytes
+from minitf.interpretability.heads import Head, HeadScores, evaluating, head_pattern, pattern_scores
+from minitf.interpretability.token_labels import join_bytes
 from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:
@@ -29,85 +29,99 @@ if TYPE_CHECKING:
     from minitf.tokenizer import Tokenizer
 
 GENERAL_PROBE = "The cat sat on the mat."
-ARROW = " => "  # between source and target where a pair is written as one text
-# A page of ten looks at three sentences stays a page one can mail. Models with more and wider heads keep the vectors
+ARROW = " => "  # separates source and target where a pair is written as one text
+# Keeps a page with three sentences at ten steps small enough to mail. Models with more or wider heads store the vectors
 # of short sentences only.
-MAX_VECTOR_BYTES, MAX_EXACT_VECTOR_BYTES = 400_000, 16_000_000
+MAX_VECTOR_BYTES = 400_000
+MAX_EXACT_VECTOR_BYTES = 16_000_000
 
 
 @dataclass
 class AttentionConfig:
-    probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and the text's own
-    heads: bool = True  # whether every head is scored for what it does (previous token, first token, induction, ...)
+    probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and one of the data
+    heads: bool = True  # score every head for known patterns (previous token, first token, induction, ...)
 
 
 @dataclass(frozen=True)
 class HeadVectors:
-    """Queries, keys and values of all layers on one text, as they enter match and gather: float32 on the CPU.
+    """Queries, keys and values of all layers on one text, as match and gather receive them: float32 on the CPU.
 
-    Axes L layers, H heads, G key/value heads, T positions, K head width; query head h uses key head h // (H / G).
+    Axes: L layers, H heads, G key/value heads, T positions, K head_dim. Query head h uses key head h // (H / G).
     """
 
-    q_LHTK: Tensor  # noqa: N815
-    k_LGTK: Tensor  # noqa: N815
-    v_LGTK: Tensor  # noqa: N815
+    q_LHTK: Tensor
+    k_LGTK: Tensor
+    v_LGTK: Tensor
+    mixed_LHTK: Tensor
+
+    @staticmethod
+    def of(record: Sequence[AttentionRecord]) -> "HeadVectors":
+        """The vectors of a forward pass over one text (B = 1)."""
+        parts = ((*layer[:3], layer.mixed_BHTK) for layer in record)
+        return HeadVectors(*(torch.cat(tensors).float().cpu() for tensors in zip(*parts, strict=True)))
+
+    def standard(self, weights_LHTS: Tensor) -> bool:
+        """Whether weights and gathered values follow the standard formula, which *Three steps* computes."""
+        _, H, T, K = self.q_LHTK.shape
+        G = self.k_LGTK.shape[1]
+        scores_LHTS = self.q_LHTK @ self.k_LGTK.repeat_interleave(H // G, 1).mT / math.sqrt(K)
+        future_TS = torch.ones(T, T, dtype=torch.bool).triu(1)
+        weights = scores_LHTS.masked_fill(future_TS, -math.inf).softmax(-1)
+        mixed_LHTK = weights_LHTS @ self.v_LGTK.repeat_interleave(H // G, 1)
+        same = torch.allclose(weights, weights_LHTS, rtol=0, atol=1e-3)
+        return same and torch.allclose(
+            mixed_LHTK, self.mixed_LHTK, rtol=1e-3, atol=1e-3 * float(mixed_LHTK.abs().max())
+        )
 
     def to_viewer(self, exact: bool) -> dict[str, Any] | None:
-        """In base64: float32, or a signed byte a number and a float32 scale a vector; None if too large."""
-        named = {"q": self.q_LHTK, "k": self.k_LGTK, "v": self.v_LGTK}
-        count = sum(tensor.numel() for tensor in named.values())
-        if (4 * count if exact else count) > (MAX_EXACT_VECTOR_BYTES if exact else MAX_VECTOR_BYTES):
-            return None
+        """Base64 of float32 if `exact`, else of int8 with one float32 scale per vector; None if too large."""
+        tensors = {"q": self.q_LHTK, "k": self.k_LGTK, "v": self.v_LGTK}
+        num_values = sum(tensor.numel() for tensor in tensors.values())
         if exact:
-            return {"encoding": "float32"} | {name: {"values": _base64(tensor)} for name, tensor in named.items()}
-        packed = {}
-        for name, tensor in named.items():
-            tensor = tensor.nan_to_num()
-            scale = tensor.abs().amax(-1).clamp(min=1e-30) / 127
-            packed[name] = {
-                "values": _base64((tensor / scale[..., None]).round().to(torch.int8)),
-                "scale": _base64(scale),
-            }
-        return {"encoding": "int8", **packed}
+            if 4 * num_values > MAX_EXACT_VECTOR_BYTES:
+                return None
+            return {"encoding": "float32"} | {name: {"values": _base64(tensor)} for name, tensor in tensors.items()}
+        if num_values > MAX_VECTOR_BYTES:
+            return None
+        quantised: dict[str, Any] = {"encoding": "int8"}
+        for name, tensor in tensors.items():
+            finite = tensor.nan_to_num()
+            scale = finite.abs().amax(-1).clamp(min=1e-30) / 127
+            values = (finite / scale[..., None]).round().to(torch.int8)
+            quantised[name] = {"values": _base64(values), "scale": _base64(scale)}
+        return quantised
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """The attention of every head on one text, with what the model expects to come next at every position.
+    """The attention weights of every head on one text, and the model's next-token predictions.
 
     `weights_LHTS[l, h, t, s]` is the weight that query position t gives to key position s in head h of layer l: float32
-    on the CPU, rows sum to 1, zero for s > t. `next_tokens[t]` are the likeliest tokens after position t with their
-    probabilities, likeliest first; `actual[t]` is the probability of the token that does come after position t.
-    `scores` are those of `head_scores`, if they were measured.
+    on the CPU; rows sum to 1; zero for s > t. `next_tokens[t]` are the most probable tokens after position t with their
+    probabilities, in descending order; `actual[t]` is the probability of the token that follows position t. `scores`
+    come from `head_scores`, if they were measured.
     """
 
     text: str
     tokens: list[str]
     ids: list[int]
-    weights_LHTS: Tensor  # noqa: N815
+    weights_LHTS: Tensor
     next_tokens: list[list[tuple[str, float]]]
     step: int | None = None
     scores: HeadScores | None = None
     actual: list[float] | None = None
     vectors: HeadVectors | None = None
-    alignment: Alignment | None = None  # of source and target words, where the text is a pair
+    alignment: Alignment | None = None  # of source and target words, if the text is a pair
 
     @property
     def measured_scores(self) -> HeadScores:
-        """The scores, or what can be said from the weights on this very text."""
+        """`scores`, or else the pattern scores of the weights on this text."""
         return pattern_scores(self.weights_LHTS[:, :, None]) if self.scores is None else self.scores
 
-    @property
-    def labels(self) -> list[list[str]]:
-        """What each head does, by layer and head."""
-        num_layers, num_heads = self.weights_LHTS.shape[:2]
-        scores = self.measured_scores
-        return [[describe_head(scores, layer, head) for head in range(num_heads)] for layer in range(num_layers)]
-
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON values: weights rounded to 6 decimals, indexed [layer][head][query][key]."""
+        """JSON values; weights are rounded to 6 decimals and indexed [layer][head][query][key]."""
         if not self.weights_LHTS.isfinite().all():
-            raise MinitfError("the attention weights are not finite numbers: the model diverged, use an earlier step")
+            raise MinitfError("the attention weights are not finite: the model diverged, use an earlier step")
         return {
             "text": self.text,
             "step": self.step,
@@ -121,17 +135,16 @@ class AttentionMaps:
         }
 
     def to_viewer(self, exact: bool = False) -> dict[str, Any]:
-        """What the viewer needs, as JSON values with numbers in bulk as base64, little-endian.
+        """The viewer's data: JSON values, with arrays as little-endian base64.
 
-        Of the weights the lower triangles, row by row: one byte each, `round(255 * w)`, or exact as float32. Value
-        norms are float32 of shape (L, G, T); for vectors see `HeadVectors.to_viewer`.
+        `weights` are the lower triangles, row by row: a byte `round(255 * w)` each, or float32 if `exact`.
+        `value_norms` are float32 of shape (L, G, T). For `vectors` see `HeadVectors.to_viewer`.
         """
         num_layers, num_heads, num_tokens, _ = self.weights_LHTS.shape
         query, key = torch.tril_indices(num_tokens, num_tokens)
         triangles = self.weights_LHTS[:, :, query, key].nan_to_num()
-        scores = self.measured_scores
+        scores, vectors = self.measured_scores, self.vectors
         digits = 8 if exact else 6
-        vectors = self.vectors
         return {
             "text": self.text,
             "step": self.step,
@@ -151,11 +164,12 @@ class AttentionMaps:
             "head_dim": None if vectors is None else vectors.q_LHTK.shape[-1],
             "value_norms": None if vectors is None else _base64(vectors.v_LGTK.nan_to_num().norm(dim=-1)),
             "vectors": None if vectors is None else vectors.to_viewer(exact),
+            "standard_formula": vectors is None or vectors.standard(self.weights_LHTS),
             "alignment": self.alignment.to_json() if self.alignment else None,
         }
 
     def _repr_html_(self) -> str:
-        """The viewer, shut into a frame of its own, for notebooks."""
+        """The viewer in a sandboxed frame, for notebooks."""
         page = html.escape(viewer_page([self.to_viewer()], title=self.text))
         return (
             f'<iframe sandbox="allow-scripts" srcdoc="{page}" title="attention" '
@@ -172,10 +186,7 @@ def attention_maps(
     top_k: int = 5,
     scores: HeadScores | None = None,
 ) -> AttentionMaps:
-    """Run `text` through the model once and keep what every head does with it.
-
-    Raises `RequestError` if the text is empty or longer than the model's context.
-    """
+    """The maps of `text`, by one forward pass; RequestError if it is empty or longer than the model's context."""
     ids = tokenizer.encode(text)
     limit = model.config.context_length
     if not ids:
@@ -196,12 +207,14 @@ def attention_maps_of_ids(
     top_k: int = 5,
     scores: HeadScores | None = None,
 ) -> AttentionMaps:
-    """The same for a text that is tokens already: at least one, at most a context of them."""
-    weights: list[Tensor] = []
-    with evaluating(model), _in_float32(model), _block_inputs(model) as inputs:
+    """The maps of `ids`, the tokens of `text`: at least one, at most the model's context."""
+    record: list[AttentionRecord] = []
+    # float32 gives the same numbers as a checkpoint, and is faster for a sentence: casting all weights to bfloat16
+    # takes longer than its products save (25 ms a sentence against 8).
+    with evaluating(model), model.computing_in(torch.float32):
         ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
-        logits_BTV = model(ids_BT, weights=weights)
-        vectors = head_vectors(model, inputs)
+        logits_BTV = model(ids_BT, record=record)
+    vectors = HeadVectors.of(record)
     probabilities_TV = logits_BTV[0].float().softmax(-1)
     top = probabilities_TV.topk(min(top_k, logits_BTV.shape[-1]))
     next_tokens = [
@@ -210,7 +223,7 @@ def attention_maps_of_ids(
     ]
     actual = probabilities_TV[:-1].gather(1, ids_BT[0, 1:, None]).squeeze(1).nan_to_num()
     tokens = join_bytes(tokenizer.pieces(ids))
-    weights_LHTS = torch.cat(weights).float().cpu()
+    weights_LHTS = torch.cat([layer.weights_BHTS for layer in record]).float().cpu()
     return AttentionMaps(text, tokens, ids, weights_LHTS, next_tokens, step, scores, actual.tolist(), vectors)
 
 
@@ -223,16 +236,14 @@ def pair_maps(
     step: int | None = None,
     scores: HeadScores | None = None,
 ) -> AttentionMaps:
-    """The maps of a pair as it is trained on, with the alignment that `heads` see; without any, none.
+    """The maps of a pair in the format of training, with the alignment by `heads` unless there are none.
 
-    Raises `RequestError` if the pair is longer than the model's context.
+    RequestError if the pair is longer than the model's context.
     """
     ids = [*tokenizer.encode_prompt(source), *tokenizer.encode(target)]
     limit = model.config.context_length
     if len(ids) > limit:
-        raise RequestError(
-            f"source and target are {len(ids)} tokens long, the model reads at most {limit}: shorten them"
-        )
+        raise RequestError(f"the pair is {len(ids)} tokens long, the model reads at most {limit}: shorten it")
     maps = attention_maps_of_ids(model, tokenizer, ids, f"{source}{ARROW}{target}", step, scores=scores)
     if not heads or not target:
         return maps
@@ -240,9 +251,9 @@ def pair_maps(
 
 
 def maps_of_checkpoint(checkpoint: "Checkpoint", text: str) -> AttentionMaps:
-    """The maps of `text` by a loaded checkpoint; of one trained on pairs, those of the text and its answer.
+    """The maps of `text` by a loaded checkpoint.
 
-    There `text` may be "SOURCE => TARGET", which is looked at instead of the model's own answer.
+    A model trained on pairs takes `text` as the source and answers it, or reads "SOURCE => TARGET".
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if not checkpoint.answers:
@@ -251,53 +262,9 @@ def maps_of_checkpoint(checkpoint: "Checkpoint", text: str) -> AttentionMaps:
     if not target:
         target = answer(model, tokenizer, [source])[0]
         room = model.config.context_length - len(tokenizer.encode_prompt(source))
-        while len(tokenizer.encode(target)) > max(room, 0):  # it never ended, or half of a character became a whole one
+        while len(tokenizer.encode(target)) > max(room, 0):  # no end token, or a partial character became a whole one
             target = target[:-1]
     return pair_maps(model, tokenizer, source, target, checkpoint.aligning_heads, checkpoint.step)
-
-
-def head_vectors(model: "Transformer", inputs: list[Tensor]) -> HeadVectors:
-    """Queries, keys and values of every layer, computed again from the inputs x_BTD of its block (B = 1)."""
-    queries, keys, values = [], [], []
-    for block, x_BTD in zip(model.model.layers, inputs, strict=True):  # type: ignore[arg-type]
-        attention, normed_BTD = block.self_attn, block.input_layernorm(x_BTD)
-        rotary_2TK = model.rotary[:, : x_BTD.shape[1]]
-
-        def heads_of(projection: torch.nn.Module, normed_BTD: Tensor = normed_BTD) -> Tensor:
-            return projection(normed_BTD).view(1, normed_BTD.shape[1], -1, model.config.head_dim)  # type: ignore
-
-        queries.append(rotate(attention.q_norm(heads_of(attention.q_proj)).transpose(1, 2), rotary_2TK))
-        keys.append(rotate(attention.k_norm(heads_of(attention.k_proj)).transpose(1, 2), rotary_2TK))
-        values.append(heads_of(attention.v_proj).transpose(1, 2))
-    return HeadVectors(*(torch.cat(tensors).float().cpu() for tensors in (queries, keys, values)))
-
-
-@contextmanager
-def _in_float32(model: "Transformer") -> Iterator[None]:
-    """Exact numbers, those a checkpoint gives too; for a sentence also the quicker way.
-
-    Casting all weights to bfloat16 takes longer than its products save (25 ms a sentence against 8).
-    """
-    dtype, model.compute_dtype = model.compute_dtype, torch.float32
-    try:
-        yield
-    finally:
-        model.compute_dtype = dtype
-
-
-@contextmanager
-def _block_inputs(model: "Transformer") -> Iterator[list[Tensor]]:
-    """A list that gets the residual stream x_BTD that enters each block, layer by layer, in a forward inside."""
-    inputs: list[Tensor] = []
-    handles = [
-        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-        for block in model.model.layers  # type: ignore[union-attr]
-    ]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _base64(tensor: Tensor) -> str:

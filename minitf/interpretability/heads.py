@@ -1,6 +1,6 @@
-"""What each attention head does: scores of known patterns, and the model with a head switched off.
+"""Attention heads: scores of known patterns, and the ablation of heads.
 
-A score says where a head looks. Whether that matters is another question: it is answered by switching the head off.
+A score says where a head looks. Whether that matters is another question, which ablation answers.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,75 +10,74 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from minitf.attention import AttentionRecord
 from minitf.errors import RequestError
 
 if TYPE_CHECKING:
     from minitf.model import Transformer
 
 HeadScores = dict[str, Tensor]
-"""Name of a score -> its value for every head, a tensor of shape (L layers, H heads), each value in [0, 1]."""
+"""Name of a score -> its value in [0, 1] for every head, a tensor of shape (layers, heads)."""
 
 Head = tuple[int, int]
-"""A head by the index of its layer and its index in the layer."""
+"""(layer, head), both counted from 0."""
 
-# Above these a head is called by what it does; the sharp patterns come first. A head that spreads its weights evenly
-# over 10 keys has previous-token and first-token scores of 0.1, so 0.4 is far from chance. An entropy of 0.6 among 64
-# keys is that of an even spread over 64^0.6 = 12 of them.
+# A head is named after a pattern whose score reaches the threshold; sharp patterns come first. A head that spreads its
+# weights evenly over 10 keys scores 0.1 for previous and first token, so 0.4 is far from chance. An entropy of 0.6
+# among 64 keys is that of an even spread over 64^0.6 = 12 of them.
 PATTERN_THRESHOLD = 0.4
 NEARBY_THRESHOLD = 0.5
 BROAD_THRESHOLD = 0.6
-NEARBY = 4  # tokens before a query's own
-# What a head does where it finds something comes before where it rests otherwise: an induction head without anything to
-# copy looks at the first token or at its own.
-WORK = {"previous_token": "previous token", "induction": "induction", "same_word": "same word"}
-REST = {"first_token": "first token", "this_token": "this token"}
-NAMES = {**WORK, **REST, "nearby": "nearby words", "broad": "broad"}
+NEARBY = 4  # tokens before the query's own
+# Active patterns come before resting ones: an induction head with nothing to copy looks at the first token or its own.
+ACTIVE_PATTERNS = {"previous_token": "previous token", "induction": "induction", "same_word": "same word"}
+RESTING_PATTERNS = {"first_token": "first token", "this_token": "this token"}
+NAMES = {**ACTIVE_PATTERNS, **RESTING_PATTERNS, "nearby": "nearby words", "broad": "broad"}
 
 
 @torch.no_grad()
 def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScores:
-    """Score every head for what it does; two forwards. `ids_BT` is held-out text.
+    """Score every head for known patterns; two forward passes. `ids_BT` is held-out text.
 
-    entropy, previous_token, first_token, this_token, nearby: see `pattern_scores`, averaged over the text. The other
-    two are measured on random tokens said twice, for queries in the second half (Olsson et al., "In-context Learning
-    and Induction Heads", 2022). same_word: the weight on the previous occurrence of the query's own token. induction:
-    the weight on the token *after* that occurrence: 1 for a head that asks "what came next, last time?". The random
-    tokens are the same at each call with the same `seed`.
+    entropy, previous_token, first_token, this_token and nearby are the `pattern_scores` on the text. The other two are
+    measured on a repeated sequence of random tokens, for queries in the second half (Olsson et al., "In-context
+    Learning and Induction Heads", 2022). same_word: the weight on the previous occurrence of the query's own token.
+    induction: the weight on the token *after* that occurrence. The random tokens depend on `seed` only.
     """
     device = next(model.parameters()).device
     half = min(model.config.context_length, 64) // 2
     generator = torch.Generator().manual_seed(seed)
     random_BT = torch.randint(model.vocab_size, (4, half), generator=generator).repeat(1, 2)
 
-    text_weights: list[Tensor] = []
-    random_weights: list[Tensor] = []
+    text: list[AttentionRecord] = []
+    random: list[AttentionRecord] = []
     with evaluating(model):
-        model(ids_BT.to(device), weights=text_weights)
-        model(random_BT.to(device), weights=random_weights)
-    layers = [pattern_scores(weights_BHTS.transpose(0, 1)) for weights_BHTS in text_weights]
+        model(ids_BT.to(device), record=text)
+        model(random_BT.to(device), record=random)
+    layers = [pattern_scores(layer.weights_BHTS.transpose(0, 1)) for layer in text]
     scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    # The token at t was last seen at t - half; the token after it is at t - half + 1.
+    # The token at t occurred before at t - half; the token after that is at t - half + 1.
     for name, distance, skipped in (("same_word", half, 0), ("induction", half - 1, 1)):
-        values = [weights.diagonal(-distance, -2, -1)[..., skipped:].mean((0, 2)) for weights in random_weights]
+        values = [layer.weights_BHTS.diagonal(-distance, -2, -1)[..., skipped:].mean((0, 2)) for layer in random]
         scores[name] = torch.stack(values).float().nan_to_num()
     return {name: values.cpu() for name, values in scores.items()}
 
 
 def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
-    """Five scores of weights on some text, each averaged over B and queries, and in [0, 1]; shape x is kept.
+    """Five scores in [0, 1] of weights on some text, averaged over B and queries; the leading axes x are kept.
 
-    - entropy: the entropy of a query's weights over the largest it could be, `log(t + 1)`, for queries t >= 1: near 1
-      for a head that looks everywhere alike, 0 for one that looks at a single key.
-    - previous_token: the weight on key t - 1, first_token: on key 0, this_token: on key t, the query's own; all for
-      queries t >= 2, because before that some of these keys are the same.
-    - nearby: the weight on keys t - 4 to t - 1 together, for queries t >= 8, which have as many others to look at.
+    - entropy: the entropy of a query's weights divided by its maximum, `log(t + 1)`, for queries t >= 1: 1 for a head
+      that spreads its weights evenly, 0 for one that looks at a single key.
+    - previous_token: the weight on key t - 1; first_token: on key 0; this_token: on key t, the query's own. For queries
+      t >= 2, where these keys differ.
+    - nearby: the weight on keys t - 4 to t - 1 together, for queries t >= 8, which have at least as many other keys.
 
-    A text too short for a score gives 0.
+    A score is 0 if the text is too short for it.
     """
     weights_xBTS = weights_xBTS.float()
-    most_T = torch.arange(2, weights_xBTS.shape[-2] + 1, device=weights_xBTS.device).log()
+    max_entropy_T = torch.arange(2, weights_xBTS.shape[-2] + 1, device=weights_xBTS.device).log()
     scores = {
-        "entropy": torch.special.entr(weights_xBTS[..., 1:, :]).sum(-1) / most_T,
+        "entropy": torch.special.entr(weights_xBTS[..., 1:, :]).sum(-1) / max_entropy_T,
         "previous_token": weights_xBTS.diagonal(-1, -2, -1)[..., 1:],
         "first_token": weights_xBTS[..., 2:, 0],
         "this_token": weights_xBTS.diagonal(0, -2, -1)[..., 2:],
@@ -90,8 +89,8 @@ def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
 
 
 def head_pattern(scores: Mapping[str, Tensor], layer: int, head: int) -> tuple[str, float] | None:
-    """The score that says what a head does, and its value: ("induction", 0.83), ("broad", 0.97), or None if unclear."""
-    for patterns in (WORK, REST):
+    """The pattern a head is named after, with its score: ("induction", 0.83), ("broad", 0.97), or None if unclear."""
+    for patterns in (ACTIVE_PATTERNS, RESTING_PATTERNS):
         values = [(float(scores[key][layer, head]), key) for key in patterns if key in scores]
         value, name = max(values, default=(0.0, ""))
         if value >= PATTERN_THRESHOLD:
@@ -103,23 +102,25 @@ def head_pattern(scores: Mapping[str, Tensor], layer: int, head: int) -> tuple[s
 
 
 def describe_head(scores: Mapping[str, Tensor], layer: int, head: int) -> str:
-    """A short label of what a head does, with its score: "previous token 0.83", "broad 0.97", or "" if unclear."""
+    """A label for a head: the pattern it is named after with its score, "previous token 0.83", or "" if unclear."""
     pattern = head_pattern(scores, layer, head)
     return f"{NAMES[pattern[0]]} {pattern[1]:.2f}" if pattern else ""
 
 
 @contextmanager
 def heads_off(model: "Transformer", heads: Iterable[Head]) -> Iterator[None]:
-    """The model without some heads, inside the `with`: what they gathered does not reach the residual stream.
+    """Zero ablation of heads inside the `with` block: their output does not reach the residual stream.
 
-    The columns of `o_proj` that read a head are zero in a copy that stands in for the weight; the weight itself is
-    never written to, so the model is as it was afterwards, whatever happens. Raises RequestError for a head it has not.
+    `o_proj` gets a copy of its weight whose columns for these heads are zero. The weight itself is never written to, so
+    the model is unchanged afterwards even after an error. RequestError for a head that does not exist.
     """
     by_layer: dict[int, set[int]] = {}
     num_layers, num_heads, width = model.config.num_layers, model.config.num_heads, model.config.head_dim
     for layer, head in heads:
         if not (0 <= layer < num_layers and 0 <= head < num_heads):
-            raise RequestError(f"there is no layer {layer}, head {head}: it has {num_layers} layers of {num_heads}")
+            raise RequestError(
+                f"there is no layer {layer}, head {head}: the model has {num_layers} layers of {num_heads} heads"
+            )
         by_layer.setdefault(layer, set()).add(head)
     replaced: list[tuple[nn.Module, nn.Parameter]] = []
     try:
@@ -138,7 +139,7 @@ def heads_off(model: "Transformer", heads: Iterable[Head]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside, as it was before afterwards."""
+    """Evaluation mode (no dropout) inside the `with` block, the previous mode afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,1 +1,1 @@
-"""What a run reports: console, metrics, TensorBoard, environment."""
+"""How a run reports: console, metrics.jsonl, TensorBoard, environment.json."""

@@ -1,1 +1,1 @@
-"""A run from its configuration to its end: start, resume, dry run, sweep."""
+"""A run from its config to its end: start, resume, dry run, sweep."""

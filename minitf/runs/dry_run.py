@@ -1,4 +1,4 @@
-"""`trainer.dry_run=true`: what a run would be and take, from three real steps, without a trace in runs/."""
+"""`trainer.dry_run=true`: what a run would do and need, from the time of a few steps. Nothing is written."""
 
 import shutil
 import sys
@@ -7,76 +7,92 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitf.backends.cpu import blocks as kernels
 from minitf.checkpoints.locate import RUNS
-from minitf.checkpoints.train_state import TrainState
 from minitf.config.schema import Config
-from minitf.data.batches import BatchSource, Tokens
+from minitf.data.tokenized_text import Tokens
 from minitf.optim import Optimizer
-from minitf.reporting.console import too_large
-from minitf.system.hardware import Hardware
-from minitf.training.parallel import Parallel
+from minitf.runs.summary import advice_on_size, clock, line
+from minitf.training.budget import estimate_num_steps
+from minitf.training.context import RunContext
 from minitf.training.step import TrainingStep
 from minitf.training.task import PairsTask, Task, TextTask
-from minitf.training.trainer_config import FORWARD_ALONE, Schedule
 
-NUM_STEPS = 3  # that are timed
+NUM_TIMED_STEPS = 3
 
 
-def dry_run(
-    config: Config, task: Task, parallel: Parallel, batches: BatchSource, hardware: Hardware, state: TrainState,
-    size: str = "",
-) -> str:  # fmt: skip
-    """The report, a line for each thing; warnings are at its end. Of several processes all must ask for it.
+def dry_run(context: RunContext) -> None:
+    """Print what the run would do and need, and warnings. All ranks must call it; rank 0 prints."""
+    optimizer = context.parallel.new_optimizer(context.config.optim, context.hardware.dtype)
+    report = _report(context, optimizer, *_time_step(context, optimizer))
+    if context.group.is_main:
+        print("\n".join([*report, "nothing was trained or written: this was trainer.dry_run=true"]))
 
-    `size`: why the model has its size, if it was chosen.
-    """
-    trainer, model = config.trainer, parallel.model
-    train, val = tokens_of(task)
-    optimizer = Optimizer(model, config.optim, hardware.dtype, parallel.group)
-    at_once = trainer.micro_batch_size
-    step = TrainingStep(parallel, optimizer, batches, hardware, trainer.grad_accumulation, at_once, trainer.cuda_graph)
-    native = not step.kernels_obstacle() and trainer.compile in ("auto", "native")
-    if native:
-        step.use(kernels.functions(model))
+
+def _time_step(context: RunContext, optimizer: Optimizer) -> tuple[float, str]:
+    """Seconds of a step, and the backend that computed it."""
+    config = context.config.trainer
+    step = TrainingStep(
+        context.parallel,
+        optimizer,
+        context.batches,
+        context.hardware,
+        config.grad_accumulation,
+        config.micro_batch_size,
+        config.cuda_graph,
+    )
     step.first_step()
+    # torch.compile is not tried: it takes longer than a dry run should.
+    backend = step.choose_backend("native" if config.compile in ("auto", "native") else "false").backend
     step.capture()
-    step_s = step.measure(NUM_STEPS)
-    tokens_per_step = trainer.batch_size * trainer.grad_accumulation * config.model.context_length
-    num_steps = _num_steps(config, state, step_s)
+    return step.measure(NUM_TIMED_STEPS), backend
+
+
+def _report(context: RunContext, optimizer: Optimizer, step_s: float, backend: str) -> list[str]:
+    config, state, model = context.config, context.initial_state(), context.model
+    train, val = tokens_of(context.task)
+    tokens_per_step = context.tokens_per_step
+    num_steps = max(1, estimate_num_steps(config.trainer, state, step_s) - state.step)
     num_tokens = num_steps * tokens_per_step
-    parameters = model.num_parameters()
-    evaluation = task.evaluated_tokens(trainer.eval_tokens) / tokens_per_step / FORWARD_ALONE
-    evaluation_s = evaluation * step_s * -(-num_steps // Schedule.of(trainer, num_steps, evaluation).evaluate)
-    saved = 4 * parameters + sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
-    kept = trainer.keep_checkpoints + 2  # beside them the best, and the one that is being written
+    num_parameters = model.num_parameters()
+    num_evaluations = -(-num_steps // context.schedule(num_steps).evaluate)
+    evaluation_s = context.steps_per_evaluation * step_s * num_evaluations
+    checkpoint_bytes = 4 * num_parameters + sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
+    disk_bytes = checkpoint_bytes * (config.trainer.keep_checkpoints + 2)  # the best, and the one being written
+    precision = str(context.hardware.dtype).removeprefix("torch.")
+    how = f"{context.hardware.device.type} in {precision}, by {backend}"
     lines = [
-        ("text", f"{task.description}: {len(train):,} tokens to train on, {len(val):,} held out"),
-        ("parameters", f"{parameters:,}, vocabulary {model.vocab_size:,}"),
-        *([("size", size)] if size else []),
-        ("step", f"{step_s * 1000:,.0f} ms for {tokens_per_step:,} tokens, {tokens_per_step / step_s:,.0f} tokens/s "
-                 f"on {hardware.device.type} in {str(hardware.dtype).removeprefix('torch.')}, "
-                 + ("by our kernels" if native else "not compiled")),
-        *([("processes", words)] if (words := parallel.describe(trainer.batch_size)) else []),
-        ("training", f"{num_steps:,} steps, {num_tokens:,} tokens"),
-        ("tokens", f"{num_tokens / parameters:.2g} per parameter, {len(train) / parameters:.2g} different ones"),
-        ("epochs", f"{num_tokens / batches.tokens_per_epoch:.2g}"),
-        ("time", f"{_clock(num_steps * step_s)} of training, about {_clock(evaluation_s)} of evaluation"),
-        ("memory", f"{_memory_bytes(hardware.device) / 2**20:,.0f} MiB at most in these steps, Python included"),
-        ("disk", f"{saved / 1e6:,.1f} MB a checkpoint, {saved * kept / 1e6:,.1f} MB at most, beside a few MB of logs"),
-    ]  # fmt: skip
-    report = [f"{what:<10} {words}" for what, words in lines]
-    free = _free_bytes(Path(config.run_dir) if config.run_dir else RUNS)
-    if saved * kept > free:
-        report.append(f"warning    the disk has {free / 1e6:,.1f} MB left: set trainer.keep_checkpoints=1, or run_dir")
-    advice = too_large(model, num_tokens) if trainer.max_steps is None and not config.init_from else None
-    found = [*warnings(config, task, parameters), *([advice] if advice else [])]
-    report += [f"warning    {warning}" for warning in found]
-    return "\n".join([*report, "nothing was trained or written: this was trainer.dry_run=true"])
+        line("text", context.task.description),
+        line("", f"{len(train):,} tokens to train on, {len(val):,} held out"),
+        line("parameters", f"{num_parameters:,}, vocabulary {model.vocab_size:,}"),
+    ]
+    if context.size_reason:
+        lines.append(line("size", context.size_reason))
+    lines.append(line("step", f"{step_s * 1000:,.0f} ms for {tokens_per_step:,} tokens, on {how}"))
+    lines.append(line("speed", f"{tokens_per_step / step_s:,.0f} tokens/s"))
+    if processes := context.parallel.describe(config.trainer.batch_size):
+        lines.append(line("processes", processes))
+    lines += [
+        line("training", f"{num_steps:,} steps, {num_tokens:,} tokens"),
+        line("tokens", f"{num_tokens / num_parameters:.2g} per parameter, {len(train) / num_parameters:.2g} different"),
+        line("epochs", f"{num_tokens / context.batches.tokens_per_epoch:.2g}"),
+        line("time", f"{clock(num_steps * step_s)} of training, about {clock(evaluation_s)} of evaluation"),
+        line("memory", f"{_peak_memory_bytes(context.hardware.device) / 2**20:,.0f} MiB at most, Python included"),
+        line(
+            "disk", f"{checkpoint_bytes / 1e6:,.1f} MB a checkpoint, {disk_bytes / 1e6:,.1f} MB at most, and some logs"
+        ),
+    ]
+    found = warnings(config, context.task, num_parameters)
+    free_bytes = _free_bytes(Path(config.run_dir) if config.run_dir else RUNS)
+    if disk_bytes > free_bytes:
+        found.insert(0, f"the disk has {free_bytes / 1e6:,.1f} MB left: set trainer.keep_checkpoints=1, or run_dir")
+    ends_by_time = config.trainer.max_steps is None
+    if ends_by_time and not config.init_from and (advice := advice_on_size(model, num_tokens)):
+        found.append(advice)
+    return lines + [line("warning", warning) for warning in found]
 
 
 def warnings(config: Config, task: Task, num_parameters: int) -> list[str]:
-    """What is likely not meant so."""
+    """Likely mistakes."""
     context = config.model.context_length
     in_step = config.trainer.batch_size * config.trainer.grad_accumulation * context
     train, _ = tokens_of(task)
@@ -88,20 +104,20 @@ def warnings(config: Config, task: Task, num_parameters: int) -> list[str]:
         )
     if num_parameters > len(train):
         found.append(
-            f"{num_parameters:,} parameters for {len(train):,} tokens: the model can learn the text by heart; "
+            f"{num_parameters:,} parameters for {len(train):,} tokens: the model can memorise the text; "
             "watch the held-out loss, and use more text or a smaller model"
         )
     longest = longest_document(train, task.tokenizer.end_id) if isinstance(task, TextTask) else None  # pairs are packed
     if longest is not None and longest < context:
         found.append(
-            f"the longest document has {longest:,} tokens, the context is {context:,}: what is farther back is always "
-            f"another document; model.context_length={max(16, 1 << (longest - 1).bit_length())} is enough"
+            f"the longest document has {longest:,} tokens, the context is {context:,}: positions farther back are "
+            f"always another document; model.context_length={max(16, 1 << (longest - 1).bit_length())} is enough"
         )
     return found
 
 
 def tokens_of(task: Task) -> tuple[Tokens, Tokens]:
-    """All ids to train on, and all held out."""
+    """All ids to train on, and all held-out ids."""
     if isinstance(task, PairsTask):
         return task.pairs.train.ids, task.pairs.val.ids
     assert isinstance(task, TextTask)
@@ -109,7 +125,7 @@ def tokens_of(task: Task) -> tuple[Tokens, Tokens]:
 
 
 def longest_document(tokens: Tokens, end_id: int) -> int | None:
-    """Tokens of the longest document, without its end; None where nothing marks the ends."""
+    """Tokens of the longest document, without its end token; None if no end is marked."""
     ends = np.flatnonzero(np.asarray(tokens) == end_id)
     if len(ends) == 0:
         return None
@@ -117,32 +133,18 @@ def longest_document(tokens: Tokens, end_id: int) -> int | None:
     return int(max((ends - starts).max(), len(tokens) - ends[-1] - 1))
 
 
-def _num_steps(config: Config, state: TrainState, step_s: float) -> int:
-    """Steps that are left to do."""
-    minutes, steps = config.trainer.minutes, config.trainer.max_steps
-    limits = [] if steps is None else [steps - state.step]
-    if minutes is not None:
-        limits.append(int((minutes * 60 - state.train_s) / step_s))
-    return max(1, min(limits))
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """The most this process, or the device for it, has held so far."""
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process, or of the device for it, so far; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
         return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _free_bytes(path: Path) -> int:
-    place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(place).free
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60}:{rest % 60:02d} min"
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(existing).free

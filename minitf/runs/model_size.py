@@ -1,4 +1,4 @@
-"""How large a model is worth training: what a run takes where no size is asked for (`model=auto`)."""
+"""The size of the model that a run trains if none is set (`model=auto`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from minitf.model import ModelConfig, Transformer
 from minitf.training.trainer_config import TrainerConfig
 
-# A model is worth its size when it sees as many tokens in its time as it has parameters, however often it has to read a
-# short text for them: see benchmark/log.md, 2026-11-24.
+# A model pays for its size if it sees as many tokens as it has parameters, even if a short text is repeated for that:
+# see benchmark/log.md, 2026-11-24.
 TOKENS_PER_PARAMETER = 1
-SHARE_OF_PEAK = 0.55  # of the speed of matrix products, in training on a processor: 0.49 to 0.59 measured
+SHARE_OF_PEAK = 0.55  # of the matrix product speed, reached in training on a CPU: 0.49 to 0.59 measured
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What there is to train a model with."""
+    """The time and speed there are to train a model."""
 
-    config: TrainerConfig  # with its `minutes`, and its steps if they are limited too
-    flops: float  # floating point operations a second of matrix products, of all processes
+    config: TrainerConfig  # with a time limit, and perhaps a limit of steps
+    flops: float  # operations per second in matrix products, over all ranks
     vocab_size: int
 
     def tokens(self, model: Transformer) -> int:
-        """How many tokens training can show this model, about."""
+        """How many tokens this model sees in training, about."""
         config = self.config
         assert config.minutes is not None
         tokens = SHARE_OF_PEAK * self.flops * 60 * config.minutes / model.flops_per_token()
@@ -32,9 +32,9 @@ class Budget:
 
 
 def choose_size(sizes: Mapping[str, ModelConfig], budget: Budget) -> tuple[str, str]:
-    """The name of the largest of `sizes` (smallest first) that is worth training, and why, in words.
+    """The name of the largest of `sizes` (smallest first) that pays, and the reason; the smallest if none does.
 
-    The smallest is taken where none is. The speed is estimated from that of matrix products, so that it takes no time.
+    The speed is estimated from that of matrix products, which takes no time.
     """
     chosen, why = "", ""
     for name, config in sizes.items():

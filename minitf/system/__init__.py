@@ -1,1 +1,1 @@
-"""The machine: hardware, memory, files."""
+"""The machine: hardware, memory, threads, files."""

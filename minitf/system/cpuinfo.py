@@ -1,4 +1,4 @@
-"""What the system says of the processor, without PyTorch."""
+"""The processor as the operating system describes it, without importing PyTorch."""
 
 import platform
 from pathlib import Path
@@ -7,12 +7,12 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
 def name() -> str:
-    """The processor as its maker calls it."""
+    """The processor's model name."""
     return _first("model name") or platform.processor() or platform.machine()
 
 
 def flags() -> set[str]:
-    """What it can do beyond the least, in Linux's words; empty elsewhere."""
+    """Instruction set extensions, by Linux's names; empty on other systems."""
     return set(_first("flags").split())
 
 

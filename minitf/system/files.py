@@ -1,7 +1,10 @@
-"""Where prepared things are kept between runs, and how a file is made to last."""
+"""The cache directory, atomic replacement of files, checksums."""
 
+import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -14,7 +17,7 @@ def cache_root(chosen: str | None = None) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Have the file's or directory's content on disk before its name can be seen."""
+    """Wait until a file's or directory's content is on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,17 +25,29 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place, flushed and renamed: `path` holds the old text or the new, never a part.
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Links are not followed: one at `path` is replaced, and what it names stays as it is.
+
+@contextmanager
+def atomic_replace(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same directory, which replaces `path` after the block unless the block raises.
+
+    A link at `path` is replaced, not followed.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, flushed and atomically replaced: `path` holds the old text or the new, never a part."""
+    with atomic_replace(path) as partial, partial.open("x", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

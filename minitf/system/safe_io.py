@@ -1,22 +1,23 @@
-"""Files that may come from a stranger: read whole, or refused in one line. What a file claims is never allocated.
+"""Reading and writing of JSON and safetensors files that may come from strangers.
 
-JSON and safetensors only, of a size that this machine can hold; nothing in them is ever run.
+A file is read whole or refused with a one-line error. Its size is checked against what this machine can hold before
+anything is allocated, and nothing in it is ever executed.
 """
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitf.errors import MinitfError
+from minitf.errors import MinitfError, one_line
+from minitf.system.memory import physical_memory
 
-if TYPE_CHECKING:  # torch is imported where it is used: a tokenizer's file is read without it
+if TYPE_CHECKING:  # imported where it is used: reading a tokenizer does not need torch
     from torch import Tensor
 
-MAX_JSON_BYTES = 64 << 20  # of config.json and its like; real ones have a few kB, with digests of shards a few MB
+MAX_JSON_BYTES = 64 << 20  # real files have a few kB, with digests of shards a few MB
 DTYPES = {
     "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8",
     "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL",
@@ -24,21 +25,21 @@ DTYPES = {
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file; MinitfError if it is missing, damaged, or too large to be what it should be."""
+    """The JSON object in a file; MinitfError if it is missing, damaged or larger than `max_bytes`."""
     try:
         check_size(path, max_bytes)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MinitfError(f"{path} is missing: this checkpoint is damaged") from None
     except (ValueError, RecursionError) as error:
-        raise MinitfError(f"{path} is damaged: {_one_line(error)}") from None
+        raise MinitfError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise MinitfError(f"{path} is damaged: not a JSON object")
     return content
 
 
 def check_size(path: Path, max_bytes: int) -> None:
-    """MinitfError if a file is not a plain one of at most `max_bytes`; FileNotFoundError if there is none."""
+    """MinitfError unless this is a plain file of at most `max_bytes`; FileNotFoundError if it does not exist."""
     size = path.stat().st_size
     if not path.is_file():
         raise MinitfError(f"{path} is not a plain file")
@@ -52,39 +53,28 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     from safetensors.torch import load_file
 
     try:
-        check_size(path, memory_bytes())
+        check_size(path, physical_memory())
         return load_file(path)
     except FileNotFoundError:
         raise MinitfError(f"{path} is missing: this checkpoint is damaged") from None
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as error:
-        raise MinitfError(f"{path} is damaged: {_one_line(error)}") from None
-
-
-def memory_bytes() -> int:
-    """Physical memory of this machine: what no file read whole can exceed."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not there on Windows
-        return 1 << 40
+        raise MinitfError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
-    """Write CPU tensors as a safetensors file and return its SHA-256, of what was meant rather than of what arrived.
+    """Write CPU tensors as a safetensors file; returns the SHA-256 of the bytes in memory, not of those on disk.
 
-    Tensor by tensor, without another copy of them all and without the interpreter's lock: the library's writer makes
-    one of each tensor while it holds the lock, for which a training in the same process would have to wait.
+    Tensors are written one by one, without copying them and without holding the interpreter's lock. The library's own
+    writer copies each tensor while it holds the lock, which would stall a training loop in the same process.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each starts aligned to its size
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps each tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        shape = list(tensors[name].shape)
-        header[name] = {
-            "dtype": DTYPES[str(tensors[name].dtype).removeprefix("torch.")],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -96,12 +86,8 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
 
 
 def _bytes(tensor: "Tensor") -> Any:
-    """The memory of a tensor, as it is."""
+    """A tensor's memory, without a copy if it is contiguous."""
     import torch
 
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,11 +1,11 @@
-"""The Attention tab of TensorBoard: what runs write for it, the routes it asks, and its page.
+"""The Attention tab of TensorBoard: what runs write for it, its server routes and its page.
 
 loader.py    what TensorBoard imports to find the tab
 summary.py   the maps of one sentence at one step -> a record in the run's event file
-folders.py   what else the runs' directories hold: checkpoints, vectors
-plugin.py    the routes: static files, what there is, maps, curves
-gate.py      who may have a sentence run
-live.py      a typed sentence through a run's checkpoint; the only one that imports torch, when asked
+folders.py   checkpoints and vectors in the run directories
+plugin.py    the routes: static files, runs, maps, curves
+gate.py      access control of the live route
+live.py      runs a typed sentence through a checkpoint; the only module that imports torch, on the first request
 """
 
 PLUGIN_NAME = "minitf_attention"

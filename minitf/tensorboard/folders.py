@@ -1,6 +1,6 @@
-"""What the directories of TensorBoard's runs hold beside event files: checkpoints, and maps with their vectors.
+"""Checkpoints, and maps with their vectors, in the directories of TensorBoard's runs.
 
-Everything is found by listing: no path ever comes from a request.
+Everything is found by listing directories: no path ever comes from a request.
 """
 
 import json
@@ -17,22 +17,22 @@ ROW_START = re.compile(rb'\{"text": ("(?:[^"\\]|\\.)*"), "step": (\d+), ')
 
 
 class RunFolders:
-    """The directories of the runs below TensorBoard's --logdir."""
+    """The run directories below TensorBoard's --logdir."""
 
     def __init__(self, logdir: str | None) -> None:
         self.logdir = os.path.realpath(os.path.expanduser(logdir)) if logdir and "://" not in logdir else None
         self.indexed: tuple[tuple[str, int, int], dict[tuple[str, int], tuple[int, int]]] | None = None
 
     def steps(self, run: str) -> list[int]:
-        """Steps of the checkpoints of a run that TensorBoard lists, ascending; none if they are gone."""
+        """Steps of a run's checkpoints, ascending."""
         return sorted(self._checkpoints(run))
 
     def checkpoint(self, run: str, step: int) -> Path | None:
-        """The checkpoint directory of a run at a step, if it is there and within the run."""
+        """A run's checkpoint directory at a step, if it exists and lies within the run."""
         return self._checkpoints(run).get(step)
 
     def maps(self, run: str, tag: str, step: int) -> bytes | None:
-        """The row of the run's attention.jsonl with the maps of a sentence at a step, if there is one."""
+        """The row of the run's attention.jsonl with the maps of a sentence at a step, if it exists."""
         directory = self._directory(run)
         path = os.path.realpath(os.path.join(directory, "attention.jsonl")) if directory else ""
         if not directory or not _is_within(path, directory):
@@ -41,7 +41,7 @@ class RunFolders:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 key = (path, status.st_size, status.st_mtime_ns)
-                indexed = self.indexed  # requests come in threads: another may put its own in place meanwhile
+                indexed = self.indexed  # read once: another request's thread may replace it
                 if indexed is None or indexed[0] != key:
                     self.indexed = indexed = key, _index(file)
                 start, length = indexed[1].get((tag, step), (0, 0))
@@ -65,15 +65,15 @@ class RunFolders:
             with os.scandir(os.path.join(directory, "checkpoints")) as entries:
                 for entry in entries:
                     match = STEP_NAME.fullmatch(entry.name)
-                    if match and _is_whole(entry.path, directory):
+                    if match and _is_complete(entry.path, directory):
                         found[int(match[1])] = Path(os.path.realpath(entry.path))
-        except OSError:  # no checkpoints, or none that may be read
+        except OSError:  # no checkpoints, or not readable
             return {}
         return found
 
 
 def _index(rows: Iterable[bytes]) -> dict[tuple[str, int], tuple[int, int]]:
-    """(tag, step) -> (offset, length) of the rows that are whole; of several for one, the last."""
+    """(tag, step) -> (offset, length) of complete rows; the last row if a step was written more than once."""
     found = {}
     offset = 0
     for row in rows:
@@ -85,14 +85,14 @@ def _index(rows: Iterable[bytes]) -> dict[tuple[str, int], tuple[int, int]]:
     return found
 
 
-def _is_whole(checkpoint: str, run_directory: str) -> bool:
-    """Whether it is a checkpoint whose files all lie within the run, links followed."""
+def _is_complete(checkpoint: str, run_directory: str) -> bool:
+    """Whether this is a checkpoint whose files, links resolved, all lie within the run."""
     real = os.path.realpath(checkpoint)
     if not _is_within(real, run_directory):
         return False
-    names = ("model.safetensors", "config.json", "tokenizer.json")
-    files = [os.path.realpath(os.path.join(real, name)) for name in (*names, "trainer_state.json")]
-    return all(map(os.path.isfile, files[:3])) and all(_is_within(file, run_directory) for file in files)
+    required = [os.path.join(real, name) for name in ("model.safetensors", "config.json", "tokenizer.json")]
+    files = map(os.path.realpath, [*required, os.path.join(real, "trainer_state.json")])
+    return all(map(os.path.isfile, required)) and all(_is_within(file, run_directory) for file in files)
 
 
 def _is_within(path: str, directory: str) -> bool:

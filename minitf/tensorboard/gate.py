@@ -1,7 +1,7 @@
-"""Who may ask the tab to run a sentence: pages of this TensorBoard on this machine, and nobody else.
+"""Access control of the live route: only pages of this TensorBoard on this machine may run a sentence.
 
-TensorBoard checks no Host header, so a page of any site could reach a route by having its name resolve to 127.0.0.1
-(DNS rebinding), or by plain cross-site requests. Every check below closes one such way.
+TensorBoard does not check the Host header, so a page of any site could reach a route by resolving its name to 127.0.0.1
+(DNS rebinding), or by plain cross-site requests. Each check below closes one such way.
 """
 
 import ipaddress
@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 from werkzeug import Request
 
-HEADER = "X-Minitf-Attention"  # a header of our own: other sites' pages cannot send it without asking first
+HEADER = "X-Minitf-Attention"  # a custom header, which pages of other sites cannot send without a CORS preflight
 MAX_BODY_BYTES = 65_536
 
 
 class RefusedError(Exception):
-    """A request that is answered with this status and message."""
+    """A request refused with this HTTP status and message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class RefusedError(Exception):
 
 
 class LiveGate:
-    """Whether the live route is open in this TensorBoard, and to which requests."""
+    """Decides whether the live route is open in this TensorBoard, and to which requests."""
 
     def __init__(self, flags: Any, logdir: str | None) -> None:
         self.off = getattr(flags, "minitf_live", "auto") == "off"
@@ -36,7 +36,7 @@ class LiveGate:
         self.allowed = {name.strip().lower() for name in named.split(",") if name.strip()}
 
     def why_closed(self) -> str | None:
-        """Why no request at all is let in, or None. The words are a key of the viewer's texts."""
+        """Why the route is closed to all requests, or None; `why_` + the result is a key of the viewer's texts."""
         if self.off:
             return "off"
         if self.bind_all:
@@ -48,26 +48,26 @@ class LiveGate:
         return None
 
     def check(self, request: Request) -> None:
-        """Refuse what does not come from a page of this TensorBoard."""
+        """RefusedError unless the request comes from a page of this TensorBoard."""
         if why := self.why_closed():
-            raise RefusedError(403, f"sentences are not run here ({why})")
+            raise RefusedError(403, f"this TensorBoard does not run sentences ({why})")
         hosts, origins = request.headers.getlist("Host"), request.headers.getlist("Origin")
         if len(hosts) != 1 or not self._is_allowed(f"//{hosts[0]}"):
             raise RefusedError(403, "this host name is not allowed; see --minitf_live_hosts")
-        # Browsers send the origin with every POST; without one this is no page of ours.
+        # Browsers send Origin with every POST; a request without it comes from no page of ours.
         if len(origins) != 1 or not self._is_allowed(origins[0], scheme=True):
             raise RefusedError(403, "this origin is not allowed; see --minitf_live_hosts")
         if urlsplit(origins[0]).netloc.lower() != hosts[0].lower():
-            raise RefusedError(403, "another origin's pages may not ask here")
+            raise RefusedError(403, "pages of another origin are not allowed")
         if request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
-            raise RefusedError(403, "another site's pages may not ask here")
+            raise RefusedError(403, "pages of another site are not allowed")
         if request.headers.get(HEADER) != "1":
             raise RefusedError(403, f"the header {HEADER} is missing")
         if request.mimetype != "application/json":
             raise RefusedError(415, "the body must be application/json")
 
     def body(self, request: Request) -> dict[str, Any]:
-        """The request's JSON object, of bounded size."""
+        """The JSON object in the request's body; RefusedError if it is invalid or too large."""
         if request.content_length is None:
             raise RefusedError(411, "the length of the body is missing")
         if request.content_length > MAX_BODY_BYTES:

@@ -1,10 +1,11 @@
-"""The routes of the Attention tab: its files, which runs and sentences there are, their maps and curves.
+"""The routes of the Attention tab: its files, the runs and sentences, their maps and curves.
 
-Whatever a run's files hold, a route answers with JSON and a status: 400 for what makes no sense, 404 for what is not
-there, 503 while busy. Nothing here imports torch.
+A route answers with JSON and a status whatever a run's files hold: 400 for an invalid request, 404 for missing data,
+503 while busy. This module does not import torch.
 """
 
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -26,12 +27,12 @@ TYPES = {"js": "application/javascript", "css": "text/css"}
 CURVES = {"train": "train/loss", "val": "val/loss"}
 SCORE_TAG = re.compile(r"heads/(\w+)/layer(\d+)_head(\d+)")
 IMPORTANCE_TAG = re.compile(r"importance/layer(\d+)_head(\d+)")
-HEADS_RUN = "heads"  # below a run: what scripts/evaluate.py --heads writes
-MOST_POINTS = 1000
+HEADS_RUN = "heads"  # within a run: the output of scripts/evaluate.py --heads
+MAX_POINTS = 1000
 
 
 class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """TensorBoard's view of the tab."""
+    """The tab as TensorBoard sees it."""
 
     plugin_name = PLUGIN_NAME
 
@@ -44,7 +45,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         self.starting = threading.Lock()
 
     def is_active(self) -> bool:
-        """The tab shows itself once data of its name is found; asking for that is TensorBoard's part."""
+        """False: TensorBoard itself shows the tab once it finds data with the plugin's name."""
         return False
 
     def frontend_metadata(self) -> Any:
@@ -60,13 +61,13 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         }
 
     def application(self, route: Callable[[Request], Response], method: str) -> Callable[..., Any]:
-        """A WSGI application around a route: what it refuses becomes a JSON answer, nothing becomes a traceback."""
+        """A WSGI application around a route; refusals and TensorBoard's errors become JSON replies."""
 
         @wrappers.Request.application
         def answer(request: Request) -> Response:
             try:
                 if request.method != method and not (method == "GET" and request.method == "HEAD"):
-                    raise RefusedError(405, f"only {method} is answered here")
+                    raise RefusedError(405, f"only {method} is allowed")
                 return route(request)
             except RefusedError as refusal:
                 return _json(request, {"error": str(refusal)}, refusal.status)
@@ -78,24 +79,25 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
     # -- routes --------------------------------------------------------------------------------------------------------
 
     def static(self, request: Request) -> Response:
-        """The viewer's modules and style sheet, and the tab's own module: these files and no others."""
+        """The viewer's modules and style sheet and the tab's own module, and no other files."""
         name = request.path.rpartition("/static/")[2]
         folder = resources.files("minitf.tensorboard") / "static" if name == "tab.js" else FOLDER
         if name not in (*MODULES, "viewer.css", "tab.js"):
             raise RefusedError(404, f"there is no file {name[:100]!r}")
         content = (folder / name).read_text(encoding="utf-8")
-        return http_util.Respond(request, content, TYPES[name.rpartition(".")[2]])  # type: ignore[no-any-return]
+        return _respond(request, content, TYPES[name.rpartition(".")[2]])
 
     def runs(self, request: Request) -> Response:
-        """All runs that have maps, oldest first, and whether sentences can be typed."""
+        """The runs with maps, oldest first, and whether typed sentences are run."""
         context, experiment = _context(request)
         found = self.data.list_blob_sequences(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)
         started = {run.run_name: run.start_time or 0 for run in self.data.list_runs(context, experiment_id=experiment)}
         names = sorted(found, key=lambda run: (started.get(run, 0), run))
-        return _json(request, {"runs": names, "live": self.gate.why_closed() is None, "why": self.gate.why_closed()})
+        why = self.gate.why_closed()
+        return _json(request, {"runs": names, "live": why is None, "why": why})
 
     def run(self, request: Request) -> Response:
-        """One run: its sentences with the steps looked at, loss curves, head scores, checkpoints."""
+        """One run: its sentences with their logged steps, loss curves, head scores, checkpoints."""
         context, experiment = _context(request)
         name = _argument(request, "run")
         sentences = self._sentences(context, experiment, name)
@@ -103,22 +105,18 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             raise RefusedError(404, "this run has no attention maps")
         scalars = self._scalars(context, experiment, name)
         importance = self._scalars(context, experiment, f"{name}/{HEADS_RUN}" if name != "." else HEADS_RUN)
-        curves = {split: scalars.get(tag, []) for split, tag in CURVES.items()}
-        return _json(
-            request,
-            {
-                "sentences": sentences,
-                "curves": {
-                    split: [point for point in points if point[1] == point[1]] for split, points in curves.items()
-                },
-                "scores": _score_series(scalars),
-                "importance": _importance(importance),
-                "checkpoints": self.folders.steps(name),
-            },
-        )
+        curves = {split: _without_nan(scalars.get(tag, [])) for split, tag in CURVES.items()}
+        content = {
+            "sentences": sentences,
+            "curves": curves,
+            "scores": _score_series(scalars),
+            "importance": _importance(importance),
+            "checkpoints": self.folders.steps(name),
+        }
+        return _json(request, content)
 
     def map(self, request: Request) -> Response:
-        """The maps of one sentence at one step; with queries, keys and values if the run's directory still has them."""
+        """The maps of one sentence at one step, with queries, keys and values if the run directory still has them."""
         context, experiment = _context(request)
         name, tag, step = (_argument(request, key) for key in ("run", "tag", "step"))
         if not re.fullmatch(r"\d{1,15}", step):
@@ -126,18 +124,16 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         data = self._blobs(context, experiment, name, tag).get(name, {}).get(tag, [])
         keys = [datum.values[0].blob_key for datum in data if datum.step == int(step) and datum.values]
         if not keys:
-            raise RefusedError(404, f"nothing is kept of step {step}")
+            raise RefusedError(404, f"there are no maps of step {step}")
         if whole := self.folders.maps(name, tag, int(step)):
-            return http_util.Respond(request, whole, "application/json", expires=3600)  # type: ignore[no-any-return]
+            return _respond(request, whole, expires=3600)
         blob = self.data.read_blob(context, blob_key=keys[-1])
         if blob[:2] != b"\x1f\x8b":
             raise RefusedError(404, f"the data of step {step} is damaged")
-        return http_util.Respond(  # type: ignore[no-any-return]
-            request, blob, "application/json", content_encoding="gzip", expires=3600
-        )
+        return _respond(request, blob, content_encoding="gzip", expires=3600)
 
     def run_live(self, request: Request) -> Response:
-        """A typed sentence through a checkpoint of a run."""
+        """A typed sentence, run through a checkpoint."""
         self.gate.check(request)
         body = self.gate.body(request)
         context, experiment = _context(request)
@@ -147,16 +143,14 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 from minitf.tensorboard.live import Live
 
                 self.live = Live(self.folders)
-        return http_util.Respond(  # type: ignore[no-any-return]
-            request, self.live.answer(body, known), "application/json"
-        )
+        return _respond(request, self.live.answer(body, known))
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def _blobs(self, context: Any, experiment: str, run: str, tag: str | None = None) -> Any:
         wanted = provider.RunTagFilter(runs=[run], tags=None if tag is None else [tag])
         return self.data.read_blob_sequences(
-            context, experiment_id=experiment, plugin_name=PLUGIN_NAME, downsample=MOST_POINTS, run_tag_filter=wanted
+            context, experiment_id=experiment, plugin_name=PLUGIN_NAME, downsample=MAX_POINTS, run_tag_filter=wanted
         )
 
     def _sentences(self, context: Any, experiment: str, run: str) -> list[dict[str, Any]]:
@@ -172,8 +166,8 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             {
                 "tag": tag,
                 "text": series[tag].display_name,
-                # A step written twice counts once, as it was written last.
-                "looks": [[step, at] for step, at in {datum.step: datum.wall_time for datum in data[tag]}.items()],
+                # The last version of a step that was written more than once.
+                "looks": [[step, time] for step, time in {datum.step: datum.wall_time for datum in data[tag]}.items()],
             }
             for tag in by_time
         ]
@@ -183,14 +177,14 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             context,
             experiment_id=experiment,
             plugin_name="scalars",
-            downsample=MOST_POINTS,
+            downsample=MAX_POINTS,
             run_tag_filter=provider.RunTagFilter(runs=[run]),
         ).get(run, {})
         return {tag: [(datum.step, datum.value) for datum in data] for tag, data in found.items()}
 
 
 def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
-    """{"steps": [...], "values": {score: [layer][head][index of step]}} of the scalars `heads/SCORE/layerL_headH`."""
+    """{"steps": [...], "values": {score: [layer][head][index of step]}} from the scalars `heads/SCORE/layerL_headH`."""
     found = {match.groups(): points for tag, points in scalars.items() if (match := SCORE_TAG.fullmatch(tag))}
     steps = sorted({step for points in found.values() for step, _ in points})
     values: dict[str, list[list[list[float | None]]]] = {}
@@ -199,22 +193,26 @@ def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, A
     ):
         layers = values.setdefault(score, [])
         if int(layer) > len(layers) or int(layer) > 1000:
-            continue  # not a series of ours: layers follow each other
+            continue  # not our series, in which layers are contiguous
         if int(layer) == len(layers):
             layers.append([])
         if int(head) == len(layers[int(layer)]):
-            at = dict(points)
-            layers[int(layer)].append([round(at[step], 4) if step in at else None for step in steps])
+            by_step = dict(points)
+            layers[int(layer)].append([round(by_step[step], 4) if step in by_step else None for step in steps])
     return {"steps": steps, "values": values}
 
 
 def _importance(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any] | None:
-    """{"step", "values": {"layer,head": bits per byte}} as measured last, or None."""
+    """{"step", "values": {"layer,head": bits per byte}} of the latest measurement, or None."""
     found = {match.groups(): points[-1] for tag, points in scalars.items() if (match := IMPORTANCE_TAG.fullmatch(tag))}
     if not found:
         return None
     step = max(step for step, _ in found.values())
     return {"step": step, "values": {",".join(head): value for head, (_, value) in found.items()}}
+
+
+def _without_nan(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, value) for step, value in points if not math.isnan(value)]
 
 
 def _context(request: Request) -> tuple[Any, str]:
@@ -229,5 +227,9 @@ def _argument(request: Request, name: str) -> str:
 
 
 def _json(request: Request, content: Any, status: int = 200) -> Response:
-    text = json.dumps(content)
-    return http_util.Respond(request, text, "application/json", code=status)  # type: ignore[no-any-return]
+    return _respond(request, json.dumps(content), code=status)
+
+
+def _respond(request: Request, content: str | bytes, kind: str = "application/json", **options: Any) -> Response:
+    response: Response = http_util.Respond(request, content, kind, **options)
+    return response

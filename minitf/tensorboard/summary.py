@@ -1,4 +1,4 @@
-"""TensorBoard records: the maps of one sentence at one step, which the Attention tab reads back, and pictures."""
+"""TensorBoard records: the maps of one sentence at one step, for the Attention tab, and pictures."""
 
 import gzip
 import hashlib
@@ -12,12 +12,12 @@ FORMAT_VERSION = 1
 
 
 def sentence_tag(text: str) -> str:
-    """The tag of a sentence's maps: texts of any length and script differ in it, and none upsets TensorBoard."""
+    """The tag of a sentence's maps: a hash, as TensorBoard does not take tags of any length and script."""
     return f"{PLUGIN_NAME}/{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
 def attention_summary(text: str, viewer_json: str) -> Any:
-    """A Summary of `viewer_json` (an `AttentionMaps.to_viewer()` as JSON), compressed once for disk and network."""
+    """A Summary of `viewer_json`, an `AttentionMaps.to_viewer()` as JSON, compressed for disk and network."""
     from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -27,7 +27,7 @@ def attention_summary(text: str, viewer_json: str) -> Any:
     metadata = SummaryMetadata(
         plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=content.encode()),
         display_name=text.encode("utf-8", "replace").decode(),
-        data_class=DATA_CLASS_BLOB_SEQUENCE,  # without a class both data loaders drop the record silently
+        data_class=DATA_CLASS_BLOB_SEQUENCE,  # both data loaders silently drop a record without a class
     )
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     blob = gzip.compress(viewer_json.encode(), compresslevel=1)
@@ -36,7 +36,7 @@ def attention_summary(text: str, viewer_json: str) -> Any:
 
 
 def picture_summary(tag: str, png: bytes) -> Any:
-    """A Summary holding an image already encoded as PNG."""
+    """A Summary of an image encoded as PNG."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     width, height = struct.unpack(">II", png[16:24])  # the header of every PNG

@@ -1,1 +1,1 @@
-"""The training itself: a task, a step, the loop around it, and what it shows and keeps."""
+"""Training: the task, the step, the loop over steps, and the actions between them."""

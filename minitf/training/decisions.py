@@ -1,65 +1,95 @@
-"""What a run measured and then decided: kept beside it, so that a resumed run computes with the same arithmetic."""
+"""What a run measured and decided, in `decisions.json`: a resumed run computes with the same arithmetic."""
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from minitf.backends.sdpa import EXPLICIT_MAX_LENGTH
 from minitf.errors import MinitfError
+from minitf.model import ModelConfig
 from minitf.system.files import write_whole
 from minitf.system.safe_io import read_json
 
-NAME = "choices.json"
+FILE_NAME = "decisions.json"
+OLD_FILE_NAME = "choices.json"  # of versions before 2026-12
+MAX_NUMBER = 1 << 53
 
 
-@dataclass
-class Choices:
-    """Empty where nothing was decided yet."""
+@dataclass(frozen=True)
+class RunDecisions:
+    """Empty fields are not decided yet."""
 
     device: str = ""  # type of the device
     precision: str = ""  # bf16 or fp32
-    compile: str = ""  # native, true or false: by our kernels, compiled, neither
-    num_processes: int = 0  # that train together: sums are split among them, ...
-    num_threads: int = 0  # ... and in each of them among its threads of the CPU
-    micro_batch_size: int = 0  # sequences each computes at a time, whose gradients are summed
+    backend: str = ""  # cpu, triton, compile, sdpa or reference
+    num_processes: int = 0  # gradients are summed over these,
+    num_threads: int = 0  # in each of them over its CPU threads,
+    micro_batch_size: int = 0  # and over micro-batches of so many sequences
     torch_version: str = ""
-    decided_at: int = 0  # step from which on this holds: 0, or where the run was told to end elsewhere
-    num_steps: int = 0  # of the whole run, as the warm-up's speed had it
-    corrected_at: int = 0  # step at which a run by the clock corrected that, 0: not
-    corrected_num_steps: int = 0  # to so many
-    finished: bool = False  # whether everything that follows the last step was written
+    decided_at: int = 0  # the step from which on this holds: 0, or where a resumed run was given another end
+    num_steps: int = 0  # of the whole run, estimated from the speed of the warm-up
+    corrected_at: int = 0  # the step at which a run with a time limit corrected num_steps; 0: not yet
+    corrected_num_steps: int = 0
+    finished: bool = False  # whether everything after the last step was written
 
     @classmethod
-    def load(cls, run_dir: Path) -> "Choices":
-        """Those of a run; empty ones of a run that died before it decided."""
-        path = run_dir / NAME
-        if not path.exists():
-            return cls()
-        content = read_json(path)
+    def load(cls, run_dir: Path, model: ModelConfig) -> "RunDecisions":
+        """Those of a run; empty if it died before it decided. Raises MinitfError if the file is damaged.
+
+        `model` tells which path an old file means by "not compiled".
+        """
+        path, old_path = run_dir / FILE_NAME, run_dir / OLD_FILE_NAME
+        if path.exists():
+            return cls._from_json(path, read_json(path))
+        if old_path.exists():
+            return cls._from_json(old_path, _renamed(read_json(old_path), model))
+        return cls()
+
+    @classmethod
+    def _from_json(cls, path: Path, content: dict[str, Any]) -> "RunDecisions":
         known = {item.name: content[item.name] for item in fields(cls) if item.name in content}
-        choices = cls(**known)
         for item in fields(cls):
-            value, default = getattr(choices, item.name), item.default
-            if type(value) is not type(default) or (isinstance(value, int) and not 0 <= value < 1 << 53):
+            value = known.get(item.name, item.default)
+            if type(value) is not type(item.default) or (isinstance(value, int) and not 0 <= value < MAX_NUMBER):
                 raise MinitfError(
                     f"{path} is damaged: {item.name} is {str(value)[:50]!r}; remove the file to decide anew"
                 )
-        return choices
+        return cls(**known)
 
     def save(self, run_dir: Path) -> None:
-        """Keep them with the run; raises OSError."""
-        write_whole(run_dir / NAME, json.dumps(asdict(self), indent=2) + "\n")
+        """Write `decisions.json`; raises OSError."""
+        write_whole(run_dir / FILE_NAME, json.dumps(asdict(self), indent=2) + "\n")
 
-    def here(self, device: torch.device, dtype: torch.dtype, micro_batch_size: int, num_processes: int = 1) -> None:
-        """Note what this process computes with, how much at a time, and beside how many."""
-        self.micro_batch_size, self.num_processes = micro_batch_size, num_processes
-        self.device, self.precision = device.type, "bf16" if dtype.itemsize == 2 else "fp32"
-        self.num_threads, self.torch_version = torch.get_num_threads(), torch.__version__
+    def changes(self, before: "RunDecisions") -> list[str]:
+        """Descriptions of what differs from an earlier start and lets sums be rounded differently."""
+        names = {
+            "device": "device",
+            "precision": "precision",
+            "backend": "backend",
+            "num_processes": "processes",
+            "num_threads": "threads",
+            "micro_batch_size": "sequences at a time",
+            "torch_version": "torch",
+        }
+        pairs = ((name, getattr(before, field), getattr(self, field)) for field, name in names.items())
+        return [f"{name} {now} instead of {earlier}" for name, earlier, now in pairs if earlier and earlier != now]
 
-    def differences(self, earlier: "Choices") -> list[str]:
-        """What is not as it was for `earlier`, in words: the text's order stays, the arithmetic may differ."""
-        names = {"device": "device", "precision": "precision", "compile": "compile", "num_processes": "processes",
-            "num_threads": "threads", "micro_batch_size": "sequences at a time", "torch_version": "torch"}  # fmt: skip
-        pairs = ((words, getattr(earlier, name), getattr(self, name)) for name, words in names.items())
-        return [f"{words} {now} instead of {before}" for words, before, now in pairs if before and before != now]
+
+def _renamed(content: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """The content of an old file, in which `compile` was native, true or false."""
+    device = content.get("device")
+    backends = {
+        "native": "cpu" if device == "cpu" else "triton",
+        "true": "compile",
+        "false": _uncompiled(model, str(device)),
+    }
+    compiled = content.get("compile", "")
+    return {**content, "backend": backends.get(compiled, compiled) if isinstance(compiled, str) else compiled}
+
+
+def _uncompiled(model: ModelConfig, device: str) -> str:
+    """The backend that earlier versions used without compilation: the explicit steps or PyTorch's fused attention."""
+    if model.attention == "auto":
+        return "reference" if device == "cpu" and model.context_length <= EXPLICIT_MAX_LENGTH else "sdpa"
+    return "reference" if model.attention == "explicit" else "sdpa"

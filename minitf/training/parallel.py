@@ -6,17 +6,18 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minitf.data.batches import Batch
+from minitf.distributed.optimizer import DistributedOptimizer
 from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.distributed.sharding import whole as full
 from minitf.errors import RequestError
-from minitf.model import Block, Transformer
+from minitf.model import Transformer
+from minitf.optim import OptimConfig, Optimizer
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
 
@@ -85,6 +86,12 @@ class Parallel:
             f"sequences each, {threads} CPU thread{'s' * (threads > 1)} each"
         )
 
+    def new_optimizer(self, config: OptimConfig, dtype: torch.dtype) -> Optimizer:
+        """The optimiser of the model; of several processes each orthogonalises its share of the matrices."""
+        if self.group.size == 1:
+            return Optimizer(self.model, config, dtype)
+        return DistributedOptimizer(self.model, config, dtype, self.group)
+
     def loss(self, *batch: Tensor | None) -> Tensor:
         """`model.loss` of this process's part of a batch."""
         return (self.model.loss if self.ddp is None else self.ddp)(*batch)  # type: ignore[arg-type]
@@ -97,11 +104,11 @@ class Parallel:
         return own, share * self.group.size
 
     def loss_value(self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        """`model.loss_value` of a batch, each process working on its rows; the same for all."""
+        """The value of `model.loss` of a batch, each process working on its rows; the same for all."""
         if self.group.size == 1:
-            return self.model.loss_value(ids_BT, targets_BT, segments_BT)
+            return self.model.loss(ids_BT, targets_BT, segments_BT).detach()
         batch, share = self.part(Batch(ids_BT, targets_BT, segments_BT))
-        return self.group.mean(self.model.loss_value(*batch[:3]) * share)
+        return self.group.mean(self.model.loss(*batch[:3]).detach() * share)
 
     @contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
@@ -157,14 +164,6 @@ def shard(model: Transformer, group: ProcessGroup) -> None:
         param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in model.model.layers:  # type: ignore[union-attr]
-        # What is compiled is inside, and FSDP's hooks are outside.
-        block.forward = partial(_forward, model, block)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    model.through_hooks = True
-    for method in ("loss", "loss_value"):
-        register_fsdp_forward_method(model, method)
-
-
-def _forward(model: Transformer, block: Block, x_BTD: Tensor, *arguments: Any) -> Tensor:
-    return model.functions.train_block(block, x_BTD, *arguments)
+    register_fsdp_forward_method(model, "loss")

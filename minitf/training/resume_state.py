@@ -1,4 +1,4 @@
-"""What resuming needs beside weights and `TrainState`: random states, the optimiser's, the steps since the last row."""
+"""The tensors that resuming needs next to the weights: random states, the optimiser's, and losses not yet logged."""
 
 import shutil
 from pathlib import Path
@@ -11,31 +11,31 @@ from minitf.distributed.process_group import ProcessGroup
 from minitf.distributed.sharding import read_shards, write_shards
 from minitf.errors import MinitfError
 from minitf.optim import Optimizer
-from minitf.training import rng as random_state
+from minitf.training import rng
 
-Pending = list[tuple[Tensor, Tensor]]  # losses and gradient norms of the steps since the last row
+Pending = list[tuple[Tensor, Tensor]]  # losses and gradient norms of the steps since the last row of metrics.jsonl
 
 
-def gathered(group: ProcessGroup, pending: Pending) -> dict[str, Tensor]:
-    """Random states, a row of each of several processes, and `pending` as a tensor (N, 2), for the next row."""
-    tensors = {name: group.gather(value).squeeze(0) for name, value in random_state.capture().items()}
+def gather_state(group: ProcessGroup, pending: Pending) -> dict[str, Tensor]:
+    """Random states, one row a rank if there are several, and `pending` as a tensor (N, 2)."""
+    tensors = {name: group.gather(value).squeeze(0) for name, value in rng.capture().items()}
     rows = [[float(loss), float(norm)] for loss, norm in pending]
     return tensors | {"pending": torch.tensor(rows).reshape(-1, 2)}
 
 
 def write_own_shards(shards: Path, group: ProcessGroup, optimizer: Optimizer) -> None:
-    """The optimiser's state into a directory beside the checkpoints, each process its part."""
+    """Write the optimiser's state into the directory `shards`, each rank its part."""
     if group.is_main:
-        shutil.rmtree(shards, ignore_errors=True)  # of a life that was killed while saving
+        shutil.rmtree(shards, ignore_errors=True)  # left by a process killed while saving
     group.barrier()
     write_shards(shards, optimizer.state_dict())
     group.barrier()
 
 
 def restore(checkpoint: Path, group: ProcessGroup, optimizer: Optimizer, device: torch.device) -> Pending:
-    """Give random generators and optimiser the state a checkpoint holds; returns what was pending.
+    """Restore random generators and optimiser from a checkpoint; returns what was pending.
 
-    Raises MinitfError where it is that of another run.
+    Raises MinitfError if the checkpoint does not fit the run.
     """
     tensors = load_optimizer_state(checkpoint)
     try:
@@ -51,14 +51,14 @@ def restore(checkpoint: Path, group: ProcessGroup, optimizer: Optimizer, device:
 
 
 def _restore_random_state(tensors: dict[str, Tensor], group: ProcessGroup) -> None:
-    """Each of several processes has left a row; those there were none of then begin with others."""
+    """Each rank takes the row that it saved; ranks that did not exist then are seeded differently."""
     num_saved = 1
     for name in [name for name in tensors if name.startswith("random_")]:
         rows = tensors[name]
         if rows.dim() > 1 and len(rows):
             num_saved = len(rows)
-            # A clone: torch reads a state from the beginning of the memory that a row is only a view of.
+            # A clone: torch reads a state from the start of the memory that a row is only a view of.
             tensors[name] = rows[group.rank % num_saved].clone()
-    random_state.restore(tensors)
+    rng.restore(tensors)
     if group.rank >= num_saved:
-        random_state.seed(torch.initial_seed() + group.rank)
+        rng.seed(torch.initial_seed() + group.rank)

@@ -1,4 +1,4 @@
-"""All generators a run may draw from, as tensors: a resumed run draws what the uninterrupted one would have drawn."""
+"""The states of all random generators as tensors: a resumed run draws the same numbers as an uninterrupted one."""
 
 import random
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def seed(number: int) -> None:
-    """Start all of them from one number."""
+    """Seed all of them."""
     torch.manual_seed(number)
     random.seed(number)
     np.random.seed(number % (1 << 32))
 
 
 def capture() -> dict[str, Tensor]:
-    """The states of PyTorch's generators (CPU and, where used, CUDA), Python's and NumPy's: 1-D, always as long."""
+    """The states of PyTorch's generators (CPU and, once used, CUDA), Python's and NumPy's: 1-D, of constant length."""
     _, (*words, position), gauss = random.getstate()
     _kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -32,7 +32,7 @@ def capture() -> dict[str, Tensor]:
 
 
 def restore(tensors: dict[str, Tensor]) -> None:
-    """Take the states that `capture` returned out of `tensors` and put them in place; those not there stay."""
+    """Move the states that `capture` returned from `tensors` to the generators; those not in it stay as they are."""
     torch.set_rng_state(tensors.pop("random_state").to(torch.uint8).cpu())
     if (words := tensors.pop("random_python", None)) is not None:
         has_gauss, gauss = tensors.pop("random_python_gauss").tolist()

@@ -1,4 +1,4 @@
-"""What Ctrl-C and a scheduler's SIGTERM mean to a run: to end soon, with all that is done kept."""
+"""Ctrl-C and a scheduler's SIGTERM: the run ends soon and keeps what it has done."""
 
 import signal
 import time
@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# What a scheduler sends to every process torchrun hands on to its own once more: so soon it is the same request.
+# torchrun forwards a signal to processes that the scheduler has signalled already: within this time it is the same one.
 SAME_SIGNAL_S = 5.0
 
 
 @contextmanager
 def ending_on_signals(stop_soon: Callable[[str], None], several_processes: bool) -> Iterator[None]:
-    """While inside, the first SIGINT or SIGTERM calls `stop_soon` with its name; a second one ends the program."""
+    """Inside, the first SIGINT or SIGTERM calls `stop_soon` with its name; a second one ends the program."""
     asked_at: float | None = None
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal asked_at
-        first, now = asked_at is None, time.monotonic()
+        first = asked_at is None
+        now = time.monotonic()
         if first:
             stop_soon(signal.Signals(number).name)
         asked_at = now if asked_at is None else asked_at
@@ -32,7 +33,7 @@ def ending_on_signals(stop_soon: Callable[[str], None], several_processes: bool)
     try:
         for kind in before:
             signal.signal(kind, on_signal)
-    except ValueError:  # not the main thread: signals are somebody else's business
+    except ValueError:  # outside the main thread signals cannot be handled
         before = {}
     try:
         yield

@@ -1,7 +1,7 @@
 """What a model learns: to continue text, or to turn one text into another.
 
-A task knows its data and everything that depends on what kind it is: the batches to train on, how well the held-out
-part is predicted, what to show of it. The trainer knows only tasks.
+A task holds the data and all that depends on its kind: training batches, held-out metrics, samples, and the probes
+whose attention is logged. The trainer knows only this interface.
 """
 
 from abc import ABC, abstractmethod
@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitf.data.batches import Batches, BatchSource, TokenizedText, prepare
-from minitf.data.packing import PairBatches, TokenizedPairs, fit, prepare_pairs
-from minitf.data.sources.text import DataConfig, fingerprint
+from minitf.data.batches import Batches, BatchSource, evenly_spaced
+from minitf.data.config import DataConfig
+from minitf.data.fingerprint import fingerprint
+from minitf.data.packing import PairBatches, fit
+from minitf.data.tokenized_pairs import TokenizedPairs, prepare_pairs
+from minitf.data.tokenized_text import TokenizedText, prepare
 from minitf.errors import RequestError
 from minitf.evaluate import HeldOut, evaluate, evaluate_pairs
 from minitf.evaluation.text_metrics import score_answers
@@ -28,12 +31,12 @@ from minitf.interpretability.heads import HeadScores
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
-NUM_PROBES = 3  # held-out pairs looked at where none are named
+NUM_PROBES = 3  # held-out pairs whose attention is logged, if no probes are set
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model wrote when it was given `prompt`; `reference` is what would have been right, of pairs."""
+    """A text that a model wrote after `prompt`; `reference` is the right answer, in a run on pairs."""
 
     prompt: str
     text: str
@@ -41,7 +44,7 @@ class Sample:
 
 
 class Task(ABC):
-    """See the module; `tokenizer` and `description` (of the data, one line) are there from the start."""
+    """See the module. `description` is one line about the data."""
 
     tokenizer: Tokenizer
     description: str
@@ -56,7 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def notes(self) -> list[str]:
-        """What is to be said of the batches before training: what does not fit."""
+        """Lines about the batches, to print before training; call `batches` first."""
 
     @abstractmethod
     def held_out(
@@ -67,19 +70,19 @@ class Task(ABC):
         device: torch.device,
         max_tokens: int | None,
     ) -> HeldOut:
-        """How well the held-out part is predicted; `loss_of` takes what a `Batch` begins with."""
+        """Held-out metrics; `loss_of` takes the first three tensors of a `Batch`."""
 
     @abstractmethod
     def evaluated_tokens(self, max_tokens: int) -> int:
-        """How many tokens `held_out` computes, about."""
+        """The number of tokens in `held_out`, about."""
 
     @abstractmethod
     def samples(self, model: Transformer, num_tokens: int, num_answers: int) -> tuple[list[Sample], dict[str, float]]:
-        """What the model writes in evaluation mode, and metrics of it, if there are any."""
+        """Texts that the model writes in evaluation mode, and their metrics, if there are any."""
 
     @abstractmethod
     def example_prompt(self) -> str:
-        """Something to try the trained model with."""
+        """A prompt to try the trained model with."""
 
     @abstractmethod
     def window(self, context_length: int) -> Tensor:
@@ -87,21 +90,21 @@ class Task(ABC):
 
     @abstractmethod
     def probes(self, wanted: list[str] | None) -> list[str]:
-        """The texts whose attention is logged: `wanted`, or the data's own."""
+        """The texts whose attention is logged: `wanted`, or the data's own if that is None."""
 
     @abstractmethod
     def look(
         self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
     ) -> AttentionMaps:
-        """The attention of one probe. Raises RequestError where the model cannot take it."""
+        """The attention on one probe. Raises RequestError if it does not fit the tokenizer or the context."""
 
     def align(self, model: Transformer) -> AligningHeads | None:
-        """The heads that align source and target; None where there are no such."""
+        """The heads that align source and target; None in a task without alignment."""
         return None
 
 
 class TextTask(Task):
-    """Continue text."""
+    """Continues text."""
 
     def __init__(self, data: DataConfig, text: TokenizedText) -> None:
         super().__init__(data)
@@ -153,7 +156,7 @@ class TextTask(Task):
 
 
 class PairsTask(Task):
-    """Turn one text into another."""
+    """Turns one text into another."""
 
     def __init__(self, data: DataConfig, pairs: TokenizedPairs) -> None:
         super().__init__(data)
@@ -190,11 +193,9 @@ class PairsTask(Task):
         return min(max_tokens, len(self.pairs.val.ids))
 
     def chosen(self, count: int | None) -> list[int]:
-        """Held-out pairs that fit into the context, evenly spread: `count` of them, or all."""
+        """Indices of held-out pairs that fit into the context: `count` of them, evenly spread, or all."""
         used = np.flatnonzero(self._lengths)
-        if count is not None and count < len(used):
-            used = used[np.arange(count) * len(used) // count]
-        return [int(index) for index in used]
+        return [int(index) for index in used[evenly_spaced(len(used), count)]]
 
     def texts(self, index: int) -> tuple[str, str]:
         """Source and target of a held-out pair."""
@@ -206,10 +207,10 @@ class PairsTask(Task):
         named = [probe.split(ARROW) for probe in self.data.probes if ARROW in probe]
         pairs = [(source, target) for source, target, *_ in named] + [self.texts(i) for i in self.chosen(num_answers)]
         sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
-        # Longer than any reference is wrong anyway, and a model that has not yet learned to stop would go on for long.
+        # A longer answer is wrong anyway, and a model that has not learnt to stop would fill the context.
         longest = max(map(len, self.tokenizer.encode_batch(references))) + 8
         answers = answer(model, self.tokenizer, sources, AnswerOptions(max_tokens=longest))
-        scored = slice(len(named), None)  # the named ones need not be held out
+        scored = slice(len(named), None)  # the probes of the data need not be held out
         scores = score_answers(answers[scored], references[scored], sources[scored])
         return [Sample(*row) for row in zip(sources, answers, references, strict=True)], scores.metrics()
 
@@ -239,7 +240,7 @@ class PairsTask(Task):
 
 
 def open_task(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None = None) -> Task:
-    """The task that `data` describes, its data prepared; `tokenizer_from` as in `prepare`."""
+    """The task that `data` describes, with its data prepared; `tokenizer_from` as in `prepare`."""
     if data.kind == "pairs":
         own = tokenizer_from.for_pairs() if tokenizer_from else None
         return PairsTask(data, prepare_pairs(data, tokenizer, own))

@@ -1,352 +1,231 @@
-"""The training loop: step, log, evaluate, look, save."""
+"""The training loop: a step, then every action that is due after it."""
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Protocol
 
 import torch
 
-from minitf.backends.cpu import decoding as native
+from minitf.backends.autotune import Selection
+from minitf.backends.cpu import decode_bindings
 from minitf.checkpoints.background_save import Saver
-from minitf.checkpoints.model_card import model_card
-from minitf.checkpoints.train_state import TrainState
-from minitf.data.batches import BatchSource
-from minitf.errors import MinitfError, Unavailable
-from minitf.interpretability.attention_maps import ARROW, AttentionConfig
-from minitf.loss import linear_cross_entropy
-from minitf.optim import OptimConfig, Optimizer, schedule_factor
-from minitf.reporting.monitor import Monitor
-from minitf.system.hardware import Hardware
-from minitf.training import resume_state as resumption
-from minitf.training import rng as random_state
-from minitf.training.attention_logger import AttentionLogger
-from minitf.training.decisions import Choices
-from minitf.training.parallel import Parallel
+from minitf.errors import MinitfError
+from minitf.optim import schedule_factor
+from minitf.reporting.reporter import Reporter
+from minitf.training import resume_state
+from minitf.training.budget import estimate_num_steps
+from minitf.training.clock import TrainingClock
+from minitf.training.context import RunContext
 from minitf.training.signals import ending_on_signals
 from minitf.training.step import TrainingStep
-from minitf.training.task import Sample, Task
-from minitf.training.trainer_config import FORWARD_ALONE, Schedule, TrainerConfig
 
-NUM_SHOWN = 16  # answers in TensorBoard's table of samples
+CORRECTED_AFTER = 0.1  # of the time limit: when the number of steps is corrected
+
+
+class Action(Protocol):
+    """What the loop does between steps: log, evaluate, save, ... All ranks call it together."""
+
+    def due(self, trainer: "Trainer") -> bool:
+        """Whether it is to be done now."""
+
+    def __call__(self, trainer: "Trainer") -> None:
+        """Do it; the training clock is paused."""
 
 
 class Trainer:
-    """One training run, from where its state is to its last step."""
+    """One training run, from its state to its last step."""
 
-    def __init__(
-        self,
-        config: TrainerConfig,
-        optim: OptimConfig,
-        attention: AttentionConfig,
-        parallel: Parallel,
-        task: Task,
-        batches: BatchSource,
-        hardware: Hardware,
-        run_dir: Path,
-        monitor: Monitor,
-        state: TrainState,
-        choices: Choices,
-    ) -> None:
-        model = parallel.model
-        self.config = config
-        self.parallel, self.model, self.group = parallel, model, parallel.group
-        self.task, self.hardware = task, hardware
-        self.run_dir, self.monitor, self.state, self.choices = run_dir, monitor, state, choices
-        self.batches = batches
-        self.optimizer = Optimizer(model, optim, hardware.dtype, self.group)
-        at_once = config.micro_batch_size or choices.micro_batch_size
+    def __init__(self, context: RunContext, actions: Sequence[Action], reporter: Reporter) -> None:
+        """The order of `actions` is the order in which they are done after a step."""
+        config = context.config
+        self.context = context
+        self.actions = actions
+        self.reporter = reporter
+        self.config = config.trainer
+        self.group = context.group
+        self.state = context.initial_state()
+        self.decisions = context.decisions
+        self.optimizer = context.parallel.new_optimizer(config.optim, context.hardware.dtype)
         self.training_step = TrainingStep(
-            parallel, self.optimizer, batches, hardware, config.grad_accumulation, at_once, config.cuda_graph
+            context.parallel,
+            self.optimizer,
+            context.batches,
+            context.hardware,
+            self.config.grad_accumulation,
+            self.config.micro_batch_size or self.decisions.micro_batch_size,
+            self.config.cuda_graph,
         )
-        self.schedule = self._schedule(1)
-        self.last_checkpoint: Path | None = None  # that the run resumed from; later ones are the saver's
-        self.last_sample: tuple[str, str] | None = None
-        self.origin: Mapping[str, str] = {}  # what the model card says of the model this one began as
-        self.looks = AttentionLogger(attention, parallel, task, monitor, state)
-        self.saver = Saver(run_dir / "checkpoints", before=monitor.flush)
-        self.interrupted = False
-        self.is_best = False  # whether the weights at hand are the best so far, and unsaved
-        self.evaluated_step = -1
-        self.flops_per_token = model.flops_per_token()
-        self.peak_flops = hardware.peak_flops * self.group.size
-        self.pending: resumption.Pending = []  # losses and gradient norms since the last row
-        self.row_start = (state.tokens, state.train_s)
-        self.clock: float | None = None  # when the training clock was started
-        self.started = time.perf_counter() - state.elapsed_s
+        self.schedule = context.schedule(1)
+        self.clock = TrainingClock(self.state, context.hardware.synchronize)
+        self.saver = Saver(context.run_dir / "checkpoints", before=reporter.flush)
+        self.last_checkpoint = context.checkpoint
+        self.pending: resume_state.Pending = []  # losses and gradient norms since the last row of metrics.jsonl
+        self.first_step = self.state.step
+        self.interrupted = False  # whether this process was asked to stop
+        self.stopping = False  # whether any was
 
-    def warm_up(self) -> str:
-        """Decide on compilation and on the number of steps, without moving a weight; returns the choice in words.
+    # -- before the first step -----------------------------------------------------------------------------------------
 
-        What the run has decided before, also in a life that ended before its first checkpoint, stays decided.
+    def warm_up(self) -> Selection:
+        """Choose the backend and the number of steps, then restore what the checkpoint holds. No weight changes.
+
+        Decisions of the run are reused, even if it died before its first checkpoint.
         """
         started = time.perf_counter()
-        config, choices, state = self.config, self.choices, self.state
-        if config.sample_tokens and self.group.is_main and self.hardware.device.type == "cpu":
-            with suppress(Unavailable):  # compile now, not while the loop waits for its first sample
-                native.library()
-        decided = choices.compile if config.compile == "auto" else ""
-        step_s, choices.compile, words = self.training_step.warm_up(
-            decided or config.compile,
-            lambda step_s: (self._num_steps(step_s) - state.step) * step_s,
-            by_time=config.minutes is not None,
-        )
-        if decided and words.startswith("off, as set"):
-            words = "off, as the run began"
+        state, decided = self.state, self.decisions
+        hardware = self.context.hardware
+        if self.config.sample_tokens and self.group.is_main and hardware.device.type == "cpu":
+            decode_bindings.unavailable()  # compiled now, once on a machine: the first sample need not wait for it
+        selection = self._select_backend()
         state.warmup_s += time.perf_counter() - started
-        if state.step <= choices.decided_at:  # saved before it was decided anew, perhaps in a life that soon ended
-            state.num_steps, state.num_steps_final = 0, False
-        state.num_steps = state.num_steps or choices.num_steps or self._num_steps(step_s)
-        choices.num_steps = choices.num_steps or state.num_steps
-        return words
+        if state.step <= decided.decided_at:  # the checkpoint is older than the decision on the end of the run
+            state.num_steps = 0
+            state.num_steps_final = False
+        estimated = estimate_num_steps(self.config, state, selection.step_s)
+        state.num_steps = state.num_steps or decided.num_steps or estimated
+        self.decisions = replace(
+            decided,
+            backend=selection.backend,
+            device=hardware.device.type,
+            precision="bf16" if hardware.dtype.itemsize == 2 else "fp32",
+            num_processes=self.group.size,
+            num_threads=torch.get_num_threads(),
+            micro_batch_size=self.training_step.micro_batch_size,
+            torch_version=torch.__version__,
+            num_steps=decided.num_steps or state.num_steps,
+        )
+        if self.context.checkpoint is not None:
+            self.pending = resume_state.restore(self.context.checkpoint, self.group, self.optimizer, hardware.device)
+        return selection
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.config.grad_accumulation * self.model.config.context_length
+    def _select_backend(self) -> Selection:
+        """Have the training step choose and measure a backend: the one the run decided on, if there is one."""
+        decided = self.decisions.backend if self.config.compile == "auto" else ""
 
-    def _schedule(self, num_steps: int) -> Schedule:
-        evaluated = self.task.evaluated_tokens(self.config.eval_tokens)
-        return Schedule.of(self.config, num_steps, evaluated / self.tokens_per_step / FORWARD_ALONE)
+        def seconds_left(step_s: float) -> float:
+            return (estimate_num_steps(self.config, self.state, step_s) - self.state.step) * step_s
 
-    def _num_steps(self, step_s: float) -> int:
-        minutes, steps = self.config.minutes, self.config.max_steps
-        done, left_s = self.state.step, (minutes or 0) * 60 - self.state.train_s
-        in_time = done + max(1, int(left_s / step_s)) if minutes is not None else steps
-        return min(in_time or 1, steps or in_time or 1)
+        by_time = self.config.minutes is not None
+        selection = self.training_step.warm_up(decided or self.config.compile, seconds_left, by_time)
+        return replace(selection, reason=f"{selection.reason}, as when the run began") if decided else selection
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the last step: evaluate, look, save, stop or step, log."""
-        state = self.state
-        self.schedule = self._schedule(state.num_steps)
-        self.monitor.start(state.step, state.num_steps)
-        first = state.step  # what is due at the step a run resumes from was done before it was saved
+        """Train to the last step, or until a signal asks to stop."""
+        self.schedule = self.context.schedule(self.state.num_steps)
+        self.reporter.start(self.state.step, self.state.num_steps)
         with ending_on_signals(self._stop_soon, several_processes=self.group.size > 1), self.saver:
-            while True:
-                last = state.step == state.num_steps
-                fresh = state.step != first
-                if fresh and (state.step % self.schedule.evaluate == 0 or last):
-                    self.evaluate()
-                # Maps before the first step too: what an untrained model looks at is worth seeing.
-                if self.config.attention_every >= 0 and (
-                    (fresh and (state.step % self.schedule.look == 0 or last)) or state.step == 0
-                ):
-                    self.look()
-                # Whichever process the signal came to; asked once, for it may come at any moment.
-                stop = self.group.any(self.interrupted)
-                if fresh and (state.step % self.schedule.save == 0 or last or self.is_best or stop):
-                    self.save()
-                if last or stop:
-                    self.interrupted = stop
-                    break
+            self._run_actions()  # before the first step too: an untrained model's attention is worth seeing
+            while not (self.last or self.stopping):
                 self.train_one_step()
-                if state.step % self.schedule.log == 0 or state.step == state.num_steps:
-                    self.log()
-                if self.config.attention_every >= 0 and self.looks.aligning and state.step % self.schedule.align == 0:
-                    self._settle()
-                    self.looks.align()
-                    self._settle()
+                self._run_actions()
         self.saver.finish()
-        self.monitor.stop()
+        self.reporter.stop()
+
+    @property
+    def last(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.step == self.state.num_steps
+
+    @property
+    def advanced(self) -> bool:
+        """Whether this process has trained; what was due at the step it resumed from was done before."""
+        return self.state.step > self.first_step
 
     def train_one_step(self) -> None:
-        """Advance the state by one step."""
-        if self.clock is None:
-            self.clock = time.perf_counter()
+        """Advance weights and state by one step."""
+        self.clock.run()
         step = self.state.step + 1
         factor = schedule_factor(self.optimizer.config, step, self.state.num_steps)
         loss, norm = self.training_step.run(self.state.step, factor)
         self.pending.append((loss, norm))
         self.state.step = step
-        self.state.tokens += self.tokens_per_step
-        if self.hardware.device.type == "cpu":  # elsewhere asking for the value would wait for the device
-            self._check_finite(float(loss))
+        self.state.tokens += self.context.tokens_per_step
+        if self.context.hardware.device.type == "cpu":  # elsewhere reading the value would synchronise the device
+            self.check_finite(float(loss))
 
-    def _settle(self) -> None:
-        """Stop the training clock and add what it shows to the state."""
-        if self.clock is not None:
-            self.hardware.synchronize()
-            self.state.train_s += time.perf_counter() - self.clock
-            self.clock = None
-        self.state.elapsed_s = time.perf_counter() - self.started
-
-    def _check_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
-            return
-        rate = self.optimizer.factor * self.optimizer.config.learning_rate
-        last = self.saver.finish() or self.last_checkpoint
-        saved = f"the last good checkpoint is {last}" if last else "nothing was saved yet"
-        raise MinitfError(
-            f"the loss became {loss} at step {self.state.step:,}, learning rate {rate:.2g}; {saved}; "
-            "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
-        )
-
-    def log(self) -> None:
-        """One row of training numbers: the mean loss of the steps since the last row, their speed, and totals."""
-        self._settle()
-        self.saver.check()
-        state = self.state
-        state.train_s = self.group.broadcast(state.train_s)  # the number of steps may depend on it
-        losses = torch.stack([loss for loss, _ in self.pending]).tolist()
-        self._check_finite(sum(losses))
-        tokens, seconds = state.tokens - self.row_start[0], state.train_s - self.row_start[1]
-        tokens_per_s = tokens / seconds
-        self.monitor.train_row(
-            {
-                "step": state.step,
-                "loss": sum(losses) / len(losses),
-                "lr": self.optimizer.factor * self.optimizer.config.learning_rate,
-                "grad_norm": float(self.pending[-1][1]),
-                "tokens": state.tokens,
-                "tokens_per_s": round(tokens_per_s, 1),
-                "mfu": round(tokens_per_s * self.flops_per_token / self.peak_flops, 4),
-                "train_s": round(state.train_s, 3),
-                "warmup_s": round(state.warmup_s, 3),
-                "elapsed_s": round(state.elapsed_s, 3),
-            }
-        )
-        self.pending, self.row_start = [], (state.tokens, state.train_s)
-        self._correct_num_steps()
-
-    def _correct_num_steps(self) -> None:
-        """Once, a tenth into a run that ends by the clock: the number of steps by the speed of the real ones.
-
-        The warm-up's second of steps can be off by a fifth on a machine with other work. The rate has not begun to
-        fall then, so a `wsd` schedule goes on without a jump.
-        """
-        minutes, state = self.config.minutes, self.state
-        if minutes is None or state.num_steps_final:
-            return
-        choices = self.choices
-        if choices.corrected_at >= state.step:  # a life of this run that came further has decided when, and to what
-            if choices.corrected_at > state.step:
-                return
-        elif state.train_s < 0.1 * 60 * minutes:
-            return
-        else:
-            choices.corrected_at, choices.corrected_num_steps = state.step, self._num_steps(state.train_s / state.step)
-            if self.group.is_main:
-                choices.save(self.run_dir)
-        state.num_steps_final = True
-        state.num_steps = choices.corrected_num_steps
-        self.schedule = self._schedule(state.num_steps)
-        self.monitor.set_num_steps(state.num_steps)
-
-    # -- evaluate, look, save ------------------------------------------------------------------------------------------
-
-    def evaluate(self) -> None:
-        """Held-out metrics, and a sample of what the model writes after the first words of the held-out text."""
-        self._settle()
-        config, model = self.config, self.model
-        # With dropout the network of evaluation is another one. Without, the compiled training graph serves: a graph
-        # for no_grad would have to be compiled first, which takes longer than all evaluations of a short run.
-        same_network = model.config.dropout == 0
-        model.train(same_network)
-        with torch.set_grad_enabled(same_network):
-            context, device = model.config.context_length, self.hardware.device
-            loss_of = self.parallel.loss_value
-            at_once = self.training_step.micro_batch_size * self.group.size
-            result = self.task.held_out(loss_of, context, at_once, device, config.eval_tokens)
-        self.parallel.reshard()
-        model.train()
-        self._check_finite(result.loss)
-        self.evaluated_step = self.state.step
-        self.is_best = result.loss < self.state.best_loss
-        self.state.best_loss = min(self.state.best_loss, result.loss)
-        samples, scores = self.sample()
-        self.state.last_val = asdict(result) | scores
-        row = {"step": self.state.step, "tokens": self.state.tokens, "train_s": round(self.state.train_s, 3)}
-        self.monitor.val_row(row | self.state.last_val)
-        self._show(samples)
-        self._settle()
-
-    def sample(self) -> tuple[list[Sample], dict[str, float]]:
-        """What the model writes, and metrics of it."""
-        model, config = self.parallel.full_model(), self.config
-        if not self.group.is_main:
-            return [], {}
-        model.eval()
-        if self.hardware.device.type != "cuda":  # there the weights are cast once
-            # Token by token, casting the float32 weights takes longer than bfloat16 products save.
-            model.compute_dtype = torch.float32
-        made = self.task.samples(model, config.sample_tokens, config.eval_answers)
-        model.compute_dtype = self.hardware.dtype
-        model.train()
-        return made
-
-    def _show(self, samples: list[Sample]) -> None:
-        if samples:
-            self.last_sample = samples[0].prompt + (ARROW if samples[0].reference is not None else ""), samples[0].text
-        answers = [(s.prompt, s.text, s.reference) for s in samples[:NUM_SHOWN] if s.reference is not None]
-        if answers:
-            self.monitor.answers(answers, self.state.step)
-        elif samples:
-            self.monitor.sample(samples[0].prompt, samples[0].text, self.state.step)
-
-    def look(self) -> None:
-        """Log what every head looks at in the probes, and scores of what it does."""
-        self._settle()
-        self.looks.look()
-        self._settle()
-
-    def save(self) -> None:
-        """Have a checkpoint written; raises OSError or MinitfError, also of the one before, which harms none."""
-        self._settle()
-        if self.evaluated_step != self.state.step:
-            self._check_weights()
-        state = {**asdict(self.state), "data": asdict(self.task.data), "text_fingerprint": self.task.fingerprint}
-        tensors, model, shards = resumption.gathered(self.group, self.pending), self.parallel.full_model(), None
-        if self.parallel.strategy == "fsdp":
-            shards = self.run_dir / f"checkpoints/.shards_{self.state.step:08d}"
-            resumption.write_own_shards(shards, self.group, self.optimizer)
-        else:
-            tensors |= self.optimizer.state_dict()
-        if self.group.is_main:
-            self.saver.save(
-                model, self.task.tokenizer, tensors, state,
-                is_best=self.is_best, keep=self.config.keep_checkpoints, card=self._card(), shards=shards,
-            )  # fmt: skip
-        else:
-            self.last_checkpoint = self.run_dir / f"checkpoints/step_{self.state.step:08d}"
-        self.is_best = False
-        self._settle()
-
-    def _card(self) -> str:
-        """The checkpoint's README.md."""
-        settings = {
-            "model": asdict(self.model.config), "optim": asdict(self.optimizer.config), "trainer": asdict(self.config)
-        }  # fmt: skip
-        return model_card(
-            self.run_dir.resolve().parent.name, self.model, self.task.data, self.task.description, self.state,
-            settings, self.last_sample, self.origin,
-        )  # fmt: skip
-
-    def _check_weights(self) -> None:
-        """Whether the weights still compute numbers: the last loss was that of the weights before the last update."""
-        batch = self.batches.batch(self.state.step * self.config.grad_accumulation).to(self.hardware.device)
-        if self.parallel.strategy == "fsdp":  # the weights come together on the compiled path alone
-            before = random_state.capture()  # what dropout draws here is not to be missing later
-            loss = self.parallel.loss_value(*batch[:3])
-            random_state.restore(before)
-            self.parallel.reshard()
-            return self._check_finite(float(loss))
-        rows = slice(max(1, 4096 // batch.inputs_BT.shape[1]))
-        segments_BT = None if batch.segments_BT is None else batch.segments_BT[rows]
-        self.model.eval()
-        with torch.no_grad():  # asking for the weights leads past the compiled blocks, which know no evaluation
-            x_BTD = self.model.hidden(batch.inputs_BT[rows], weights=[], segments_BT=segments_BT)
-            loss = linear_cross_entropy(x_BTD, self.model.vocabulary_VD, batch.targets_BT[rows])
-        self.model.train()
-        return self._check_finite(float(loss))
-
-    def restore(self, checkpoint: Path) -> None:
-        """Take over optimiser and random state from a checkpoint; the model and `TrainState` are the caller's."""
-        self.pending = resumption.restore(checkpoint, self.group, self.optimizer, self.hardware.device)
-        self.last_checkpoint = checkpoint
+    def _run_actions(self) -> None:
+        # A signal may come at any moment, to any rank: all ask once, together.
+        self.stopping = self.group.any(self.interrupted)
+        for action in self.actions:
+            if action.due(self):
+                with self.clock.paused():
+                    action(self)
 
     def _stop_soon(self, signal_name: str) -> None:
         self.interrupted = True
-        self.monitor.say(f"{signal_name}: finishing the step and saving; once more to stop at once")
+        self.reporter.say(f"{signal_name}: finishing the step and saving; once more to stop at once")
+
+    # -- for actions ---------------------------------------------------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.factor * self.optimizer.config.learning_rate
+
+    @property
+    def rows_at_once(self) -> int:
+        """Sequences that fit into the memory of all ranks in one forward pass."""
+        return self.training_step.micro_batch_size * self.group.size
+
+    def take_pending(self) -> resume_state.Pending:
+        """Losses and gradient norms of the steps since the last call."""
+        taken = self.pending
+        self.pending = []
+        return taken
+
+    def check_finite(self, loss: float) -> None:
+        """MinitfError if the loss is NaN or infinite."""
+        if math.isfinite(loss):
+            return
+        self.saver.finish()
+        saved = (
+            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
+        )
+        raise MinitfError(
+            f"the loss became {loss} at step {self.state.step:,}, learning rate {self.learning_rate:.2g}; {saved}; "
+            "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
+        )
+
+    def correct_num_steps(self) -> None:
+        """Once in a run with a time limit, a tenth into it: derive the number of steps from their speed so far.
+
+        On a machine with other work the warm-up's second can be off by a fifth. The learning rate has not begun to fall
+        by then, so a `wsd` schedule continues without a jump.
+        """
+        state, decisions = self.state, self.decisions
+        if self.config.minutes is None or state.num_steps_final:
+            return
+        if decisions.corrected_at > state.step:  # an earlier process came further and corrected it there
+            return
+        if decisions.corrected_at < state.step:
+            if state.train_s < CORRECTED_AFTER * 60 * self.config.minutes:
+                return
+            num_steps = estimate_num_steps(self.config, state, state.train_s / state.step)
+            self.decisions = replace(decisions, corrected_at=state.step, corrected_num_steps=num_steps)
+            if self.group.is_main:
+                self.decisions.save(self.context.run_dir)
+        state.num_steps_final = True
+        state.num_steps = self.decisions.corrected_num_steps
+        self.schedule = self.context.schedule(state.num_steps)
+
+    def save_checkpoint(self, is_best: bool, card: str) -> None:
+        """Write a checkpoint in the background. Raises OSError or MinitfError, also of the previous write."""
+        context, state = self.context, self.state
+        content = {**asdict(state), "data": asdict(context.task.data), "text_fingerprint": context.task.fingerprint}
+        tensors = resume_state.gather_state(self.group, self.pending)
+        model = context.parallel.full_model()
+        shards = None
+        if context.parallel.strategy == "fsdp":
+            shards = context.run_dir / f"checkpoints/.shards_{state.step:08d}"
+            resume_state.write_own_shards(shards, self.group, self.optimizer)
+        else:
+            tensors |= self.optimizer.state_dict()
+        if self.group.is_main:
+            keep = self.config.keep_checkpoints
+            self.saver.save(
+                model, context.task.tokenizer, tensors, content, is_best=is_best, keep=keep, card=card, shards=shards
+            )
+        self.last_checkpoint = context.run_dir / f"checkpoints/step_{state.step:08d}"

@@ -1,4 +1,4 @@
-"""How long a run trains, on how much at a time, and what it does how often: the settings of `trainer.`"""
+"""The settings of `trainer.`: how long a run trains, on how much at a time, and when its actions are due."""
 
 from dataclasses import dataclass
 
@@ -6,38 +6,44 @@ from minitf.errors import RequestError
 from minitf.training.parallel import STRATEGIES
 
 DEFAULT_MINUTES = 3.0
-# Rows logged, checkpoints and looks at attention in a run, unless set in steps.
-TRAIN_ROWS, SAVES, LOOKS, ALIGNMENTS = 200, 8, 10, 40
-# Evaluations: the most of these that take at most such a share of the time of the steps.
-EVALUATIONS, EVALUATED_SHARE = (8, 4, 2), 0.25
-FORWARD_ALONE = 3  # times as fast as a step
+# Times in a run, where no interval is set.
+NUM_TRAIN_ROWS = 200
+NUM_CHECKPOINTS = 8
+NUM_ATTENTION_LOGS = 10
+NUM_ALIGNMENT_LOGS = 40
+# The first of these numbers of evaluations that takes at most this share of the time of the steps.
+NUM_EVALUATIONS = (8, 4, 2)
+MAX_EVALUATION_SHARE = 0.25
+FORWARD_SPEEDUP = 3  # of a forward pass alone, over a step
 
 
 @dataclass
 class TrainerConfig:
-    max_steps: int | None = None  # end after so many optimiser steps
-    max_minutes: float | None = None  # end after so many minutes of training; neither: 3 minutes; both: the smaller
-    batch_size: int = 16  # sequences in a batch, of all processes together
-    strategy: str = "auto"  # of torchrun's processes: auto (ddp) | single | ddp (each has the model) | fsdp (a shard)
-    micro_batch_size: int = 0  # sequences of it a process computes at a time; 0: all it has, if memory allows
+    max_steps: int | None = None  # end after this number of optimiser steps
+    max_minutes: float | None = None  # end after N minutes of training; auto: 3, or no limit with max_steps
+    batch_size: int = 16  # sequences in a batch, over all processes
+    strategy: str = "auto"  # for torchrun: auto (ddp) | single | ddp (each process has the model) | fsdp (a shard)
+    micro_batch_size: int = 0  # sequences a process computes at a time; auto: its part of the batch, if memory allows
     grad_accumulation: int = 1  # batches whose gradients make one step
-    threads: int = 0  # of the CPU, for each process; 0: one a core it may use, or fewer where that is faster
+    threads: int = 0  # CPU threads of each process; auto: one for each usable core, or fewer if that is faster
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # of activations: auto (measured) | bf16 | fp32; weights are always float32
-    activation_checkpointing: bool = False  # keep one activation a block, compute the others anew: less memory, slower
-    compile: str = "auto"  # auto (our kernels if any, else torch.compile if it pays) | native | true | false
-    cuda_graph: str = "auto"  # record a step on a CUDA device and start it as a whole: auto (if faster) | true | false
-    log_every: int = 0  # steps between rows of training numbers; 0: 200 rows a run
-    eval_every: int = 0  # steps between held-out evaluations; 0: 8 a run, 4 or 2 where they would take long beside it
-    save_every: int = 0  # steps between checkpoints; 0: at each evaluation, at least 8 a run unless eval_every is set
-    attention_every: int = 0  # steps between looks at attention; 0: 10 a run; -1: never
-    eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; all, if there are no more
-    sample_tokens: int = 48  # length of the sample written at each evaluation; 0: no sample
+    activation_checkpointing: bool = False  # keep one activation a block, recompute the others: less memory, slower
+    compile: str = "auto"  # auto (our kernels if available, else torch.compile if it pays) | native | true | false
+    cuda_graph: str = "auto"  # record a step on a CUDA device and replay it: auto (if faster) | true | false
+    log_every: int = 0  # steps between rows of training numbers; auto: 200 rows a run
+    eval_every: int = 0  # steps between held-out evaluations; auto: 8 a run, or 4 or 2 if they would take long
+    save_every: int = 0  # steps between checkpoints; auto: at each evaluation, 8 or more unless eval_every is set
+    attention_every: int = 0  # steps between logs of attention; auto: 10 a run; -1: never
+    eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; at most all
+    sample_tokens: int = 48  # tokens of the sample written at each evaluation; 0: no sample
     eval_answers: int = 128  # held-out pairs answered and scored at each evaluation of a run on pairs; 0: none
-    keep_checkpoints: int = 2  # newest checkpoints kept, beside the best
-    dry_run: bool = False  # only say what the run would be and take, by timing three steps; nothing is written
+    keep_checkpoints: int = 2  # newest checkpoints kept, in addition to the best
+    dry_run: bool = False  # only print what the run would do and need, from three timed steps; write nothing
 
     def __post_init__(self) -> None:
+        if self.max_minutes is None and self.max_steps is None:
+            self.max_minutes = DEFAULT_MINUTES
         self.compile, self.cuda_graph = self.compile.lower(), self.cuda_graph.lower()
         if self.cuda_graph not in ("auto", "true", "false"):
             raise RequestError(f"trainer.cuda_graph={self.cuda_graph} must be auto, true or false")
@@ -58,33 +64,34 @@ class TrainerConfig:
 
     @property
     def minutes(self) -> float | None:
-        """After which a run ends, or None: by its steps alone."""
+        """The time limit; None: the run ends by its steps alone."""
         return DEFAULT_MINUTES if self.max_minutes is None and self.max_steps is None else self.max_minutes
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """After how many steps each thing of the loop is due."""
+    """The number of steps between two times that an action is due."""
 
     log: int
-    evaluate: int
-    save: int
-    look: int
     align: int
+    evaluate: int
+    attention: int
+    save: int
 
     @classmethod
-    def of(cls, config: TrainerConfig, num_steps: int, evaluation: float) -> "Schedule":
-        """That of a run of `num_steps`; an evaluation takes as long as `evaluation` of them."""
+    def of(cls, config: TrainerConfig, num_steps: int, steps_per_evaluation: float) -> "Schedule":
+        """Of a run of `num_steps`, in which an evaluation takes as long as `steps_per_evaluation` steps."""
 
         def every(times: int) -> int:
-            return -(-num_steps // times)  # rounded up: the last one falls on the last step, not just before it
+            return -(-num_steps // times)  # rounded up: the last time falls on the last step, not just before it
 
-        fitting = (times for times in EVALUATIONS if times * evaluation <= EVALUATED_SHARE * num_steps)
-        evaluations = next(fitting, EVALUATIONS[-1])
+        max_evaluation = MAX_EVALUATION_SHARE * num_steps
+        fitting = (times for times in NUM_EVALUATIONS if times * steps_per_evaluation <= max_evaluation)
+        num_evaluations = next(fitting, NUM_EVALUATIONS[-1])
         return cls(
-            log=config.log_every or every(TRAIN_ROWS),
-            evaluate=config.eval_every or every(evaluations),
-            save=config.save_every or config.eval_every or every(SAVES),
-            look=config.attention_every or every(LOOKS),
-            align=every(ALIGNMENTS),
+            log=config.log_every or every(NUM_TRAIN_ROWS),
+            align=every(NUM_ALIGNMENT_LOGS),
+            evaluate=config.eval_every or every(num_evaluations),
+            attention=config.attention_every or every(NUM_ATTENTION_LOGS),
+            save=config.save_every or config.eval_every or every(NUM_CHECKPOINTS),
         )

@@ -1,7 +1,7 @@
-"""The attention viewer: plain files, and the data they show put together with them into one page that needs no network.
+"""The attention viewer: JavaScript modules, and their assembly with data into one page that needs no network.
 
-`viewer.js` exports `mountViewer(element, source, theme)`; the page gives it the data it carries as the source, the
-Attention tab of TensorBoard one that asks the server.
+`viewer.js` exports `mountViewer(element, source, theme)`. The page's source is the data in the page itself; the source
+of TensorBoard's Attention tab asks the server.
 """
 
 import html
@@ -23,25 +23,24 @@ MODULES = (
 def viewer_page(
     maps: list[dict[str, Any]], title: str, curves: Mapping[str, Sequence[tuple[int, float]]] | None = None
 ) -> str:
-    """One self-contained HTML page over `maps`, each an `AttentionMaps.to_viewer()`.
+    """One self-contained HTML page with `maps`, each an `AttentionMaps.to_viewer()`.
 
     `curves` are the (step, loss) points of the run, by split ("train" and "val").
     """
-    # In a script element only "</script" and "<!--" mean anything to HTML; without any "<" neither can occur.
     content = {"title": title, "maps": maps, "curves": curves}
-    data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "title": html.escape(title.encode("utf-8", "replace").decode()),
+        "style": (FOLDER / "viewer.css").read_text(encoding="utf-8"),
+        # In a script element only "</script" and "<!--" have a meaning in HTML; without "<" neither can occur.
+        "data": json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "script": _script(),
+    }
     template = (FOLDER / "page.html").read_text(encoding="utf-8")
-    before_title, rest = template.split("{{title}}")
-    before_style, rest = rest.split("{{style}}")
-    before_data, rest = rest.split("{{data}}")
-    before_script, after = rest.split("{{script}}")
-    style = (FOLDER / "viewer.css").read_text(encoding="utf-8")
-    title = html.escape(title.encode("utf-8", "replace").decode())
-    return "".join([before_title, title, before_style, style, before_data, data, before_script, _script(), after])
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], template)  # one pass: parts are not searched again
 
 
 def _script() -> str:
-    """All modules as one: each a function that returns what it exports, so that their names stay apart."""
+    """All modules as one script: each becomes a function that returns its exports, so that names do not clash."""
     parts = ["const modules = {};"]
     for name in MODULES:
         source = (FOLDER / name).read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-/* Source and target of a pair: for each target word the source words it was made from, as text and as a matrix. */
+/* The view "Alignment": for each target word the source words it comes from, as text and as a matrix. */
 
 import { arrow, clamp, make, percent, prepare, quoted } from "./dom.js";
 
 const gap = (words, i) => (/^[\p{P}]$/u.test(words[i]) || words.every((word) => word.length === 1) ? "" : " ");
-const SHOWN = 0.12; // the smallest share of a source word that is named
+const SHOWN = 0.12; // smaller shares of a source word are not listed
 
 export function alignmentView(map, { t }) {
   const { source, target } = map.alignment;

@@ -1,4 +1,4 @@
-/* Two steps or two runs side by side: the same head, the same reading word, and the difference. */
+/* The view "Compare": two steps or two runs side by side, with the same head and query, and their difference. */
 
 import { make, percent, quoted } from "./dom.js";
 import { atPosition } from "./next_token.js";

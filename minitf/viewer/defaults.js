@@ -1,32 +1,32 @@
-/* What is worth seeing first, and what is pointed at, in words. */
+/* The initial selection of head, sentence and query, and the description of the weight under the pointer. */
 
 import { percent, quoted, range } from "./dom.js";
-import { TELLING } from "./overview.js";
+import { PATTERN_ORDER } from "./overview.js";
 
-/** The head worth opening the page with: the strongest of the most telling pattern there is. */
-export function mostTelling(map) {
+/** The head selected first: the one with the highest score of the most interesting pattern found. */
+export function defaultHead(map) {
   const all = range(map.layers).flatMap((layer) => range(map.heads).map((head) => [layer, head]));
-  for (const pattern of TELLING) {
+  for (const pattern of PATTERN_ORDER) {
     const named = all.filter(([layer, head]) => map.label(layer, head)?.[0] === pattern);
     if (named.length) return named.sort((a, b) => map.label(...b)[1] - map.label(...a)[1])[0];
   }
   return [map.layers - 1, 0];
 }
 
-/** The longest sentence that is still easily read: it has most to see. */
-export function longest(sentences) {
+/** The sentence selected first: the longest that is still easy to read. */
+export function defaultSentence(sentences) {
   const length = (index) => Math.min(sentences[index].text.length, 160);
   return range(sentences.length).reduce((best, index) => (length(index) > length(best) ? index : best), 0);
 }
 
-/** The last word whose row is telling: where the head looks hardest at something other than the first token. */
-export function tellingQuery(map, [layer, head]) {
+/** The query selected first: the last one whose largest weight, not counting the first token, is large. */
+export function defaultQuery(map, [layer, head]) {
   const late = range(map.size).slice(Math.floor(map.size / 2));
   const strength = (query) => Math.max(0, ...range(query + 1).slice(1).map((key) => map.weight(layer, head, query, key)));
   return late.reduce((best, query) => (strength(query) >= 0.7 * strength(best) ? query : best), map.size - 1);
 }
 
-/** What is pointed at, in words. */
+/** The weight under the pointer as a sentence. */
 export function describe(t, map, look, query, key) {
   query = Math.min(query, map.size - 1);
   const name = (i) => quoted(map.tokens[i]);

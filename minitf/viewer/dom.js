@@ -1,4 +1,4 @@
-/* Small things for building the page. Text of models and users is only ever set as text, never as HTML. */
+/* Helpers that build the page. Text from models and users is only ever inserted as text, never as HTML. */
 
 /** An element with properties, and children that are elements or text. */
 export function make(tag, properties = {}, ...children) {
@@ -17,7 +17,7 @@ export function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** One of our own texts, in which <b> and <code> mean what they say. */
+/** One of our own texts, with <b> and <code> as elements. */
 export function rich(element, text) {
   const parts = text.split(/<(b|code)>(.*?)<\/\1>/);
   element.replaceChildren(...parts.map((part, i) =>
@@ -25,7 +25,7 @@ export function rich(element, text) {
   return element;
 }
 
-/** The direction of an arrow key as [down, right]; it then does not scroll the page. */
+/** The direction of an arrow key as [down, right]; keeps the key from scrolling the page. */
 export function arrow(event) {
   const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
   if (step) event.preventDefault();
@@ -35,7 +35,7 @@ export function arrow(event) {
 export const clamp = (index, count) => Math.min(Math.max(index, 0), Math.max(count - 1, 0));
 export const range = (count) => Array.from({ length: count }, (_, i) => i);
 
-/** 0.1234 as 12.3%, the larger the fewer digits. */
+/** 0.1234 as 12.3%, with fewer digits for larger shares. */
 export function percent(share, digits = share === 0 || share >= 0.0995 ? 0 : 1) {
   return (100 * share).toFixed(digits) + "%";
 }
@@ -44,7 +44,7 @@ export const number = (value, digits = 2) => value.toFixed(digits).replace("-", 
 export const visible = (token) => token.replace(/^ (?=\S)/, "").replace(/\s/g, "␣") || "∅";
 export const quoted = (token) => `“${visible(token)}”`;
 
-/** A canvas of `width` x `height` dots that are `ratio` device dots each; returns its 2d context, cleared. */
+/** Sizes a canvas to `width` x `height` CSS pixels of `ratio` device pixels; returns its cleared 2d context. */
 export function prepare(canvas, width, height) {
   const ratio = globalThis.devicePixelRatio || 1;
   canvas.width = Math.round(width * ratio);
@@ -55,7 +55,7 @@ export function prepare(canvas, width, height) {
   return context;
 }
 
-/** Choices of which one is pressed; arrow keys move among them. `labels` are [key, text, title?]. */
+/** A group of buttons of which one is pressed; arrow keys move among them. `labels` are [key, text, title?]. */
 export function choices(role, labels, onChoose) {
   const buttons = labels.map(([key, text, title = ""]) => {
     const button = make("button", { type: "button", title, data: { key } }, text);

@@ -1,9 +1,9 @@
-/* Lines from the words reading (left) to the words they look at (right): one colour a head, width and strength by weight. */
+/* The view "Lines": from the reading words (left) to the words they look at (right); one colour per head, width and opacity by weight. */
 
 import { arrow, clamp, make, percent, prepare, visible } from "./dom.js";
 
-const BETWEEN = 240; // dots between the two columns
-const FAINTEST = 0.04; // weights below are not drawn for the queries in the background
+const BETWEEN = 240; // pixels between the two columns
+const FAINTEST = 0.04; // smaller weights of unselected queries are not drawn
 
 export function linesView(map, { t, set }) {
   const pitch = map.size > 60 ? 18 : map.size > 30 ? 22 : 26;

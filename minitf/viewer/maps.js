@@ -1,11 +1,11 @@
-/* Maps of attention: from what a run stored, or the model just said, to numbers and colours. */
+/* Attention maps: decodes the data of a run or of the live model into numbers and colours. */
 
 function bytesOf(text) {
   return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }
 const floatsOf = (text) => new Float32Array(bytesOf(text).buffer);
 
-/** What an `AttentionMaps.to_viewer()` holds, as functions; throws if it does not fit together. */
+/** The content of an `AttentionMaps.to_viewer()` as functions; throws if it is inconsistent. */
 export function readMap(raw) {
   const { layers, heads } = raw;
   const size = raw.tokens.length;
@@ -27,7 +27,7 @@ export function readMap(raw) {
     norm: (layer, head, key) => (norms ? norms[(layer * raw.kv_heads + group(head)) * size + key] : 1),
     hasNorms: norms !== null,
     label: (layer, head) => raw.labels[layer][head],
-    /** Queries, keys and values of one head, each a function of the position; null if they were not kept. */
+    /** Queries, keys and values of one head, each a function of the position; null if they were not stored. */
     vectors: raw.vectors && ((layer, head) => {
       const at = { q: [heads, head], k: [raw.kv_heads, group(head)], v: [raw.kv_heads, group(head)] };
       return Object.fromEntries(Object.entries(at).map(([name, [count, index]]) => {
@@ -48,7 +48,7 @@ function vectorsOf(packed, encoding) {
   return (row, width) => Float32Array.from(values.subarray(row * width, (row + 1) * width), (one) => one * scale[row]);
 }
 
-/** One head as the views see it: its values, what is hidden, and the value that gets the strongest colour. */
+/** One head under the current settings: its values, which keys are hidden, and the value with the strongest colour. */
 export function headLook(map, layer, head, { hideFirst = false, measure = "weight" } = {}) {
   const byNorm = measure === "norm" && map.hasNorms;
   const isHidden = (query, key) => hideFirst && key === 0;
@@ -66,7 +66,7 @@ export function headLook(map, layer, head, { hideFirst = false, measure = "weigh
   };
 }
 
-/** dot products of a query with the keys up to itself, scores and weights, as the model computes them. */
+/** A query's dot products with the keys up to its own position, its scores and weights, as in match and weigh. */
 export function threeSteps(vectors, query, width, temperature = 1) {
   const q = vectors.q(query);
   const dots = Array.from({ length: query + 1 }, (_, key) => vectors.k(key).reduce((sum, k, i) => sum + k * q[i], 0));
@@ -86,7 +86,7 @@ export function softmax(scores, temperature = 1) {
 
 // -- colours ------------------------------------------------------------------------------------------------------------
 
-const RAMPS = { // evenly rising (dark) or falling (light) lightness, in the manner of Matplotlib's "inferno"
+const RAMPS = { // evenly rising (dark) or falling (light) lightness, after Matplotlib's "inferno"
   dark: [[34, 32, 48], [66, 28, 104], [118, 32, 122], [176, 46, 106], [224, 80, 66], [248, 140, 36], [252, 200, 80], [252, 252, 200]],
   light: [[243, 241, 246], [252, 222, 170], [250, 170, 92], [232, 98, 78], [186, 54, 110], [124, 32, 124], [70, 24, 104], [28, 14, 50]],
 };
@@ -94,7 +94,7 @@ const DIVERGING = { // below zero, zero, above zero
   dark: [[110, 190, 255], [38, 84, 150], [30, 30, 40], [160, 76, 20], [255, 178, 84]],
   light: [[20, 84, 170], [128, 178, 226], [246, 245, 248], [240, 148, 120], [184, 28, 60]],
 };
-/** Colours of several heads shown together, told apart also by the colour blind (after Okabe and Ito). */
+/** Colours of several heads shown together, distinguishable with colour blindness (after Okabe and Ito). */
 export const HEAD_COLOURS = {
   dark: ["#ffb454", "#5cc8ff", "#5fd7a0", "#ff8a7a", "#d6a2ff", "#f2e66b", "#9fb3ff", "#ff9fd6"],
   light: ["#b4308c", "#0072b2", "#00875f", "#c4500a", "#6a4bbd", "#8a7400", "#3f5ae0", "#c2185b"],
@@ -107,8 +107,8 @@ function between(ramp, place) {
   return ramp[below].map((start, i) => Math.round(start + (ramp[below + 1][i] - start) * (at - below)));
 }
 
-/** Colours of a theme: of a share from 0 to 1, by its square root so that small weights do not all look alike; and of
- * a signed number from -1 to 1. */
+/** Colours of a theme: of a share from 0 to 1, by its square root so that small weights can be told apart, and of a
+ * signed number from -1 to 1. */
 export function paletteOf(theme) {
   const [ramp, diverging] = [RAMPS[theme], DIVERGING[theme]];
   const table = (of) => Uint32Array.from({ length: 256 }, (_, i) => {
@@ -129,7 +129,7 @@ export function paletteOf(theme) {
 }
 const inkOn = ([r, g, b]) => (0.3 * r + 0.59 * g + 0.11 * b > 140 ? "#15131c" : "#fff");
 
-/** Paint a lower triangle, one dot a weight; the style sheet enlarges the dots. `of(query, key)` is in 0..1. */
+/** Paint a lower triangle with one pixel per weight; the style sheet enlarges it. `of(query, key)` is in 0..1. */
 export function paintTriangle(canvas, size, colours, of) {
   canvas.width = canvas.height = size;
   const image = new ImageData(size, size);
@@ -140,7 +140,7 @@ export function paintTriangle(canvas, size, colours, of) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-/** A strip of the numbers of a vector. */
+/** A vector as a strip of colours. */
 export function paintStrip(canvas, numbers, largest, palette) {
   canvas.width = numbers.length;
   canvas.height = 1;

@@ -1,9 +1,9 @@
-/* A head as a matrix: a row for each query, a column for each key, the axes named in words. */
+/* The view "Matrix": a row for each query, a column for each key, axes labelled with tokens. */
 
 import { arrow, clamp, make, percent, range, visible } from "./dom.js";
 import { paintTriangle } from "./maps.js";
 
-/** One matrix of a text's tokens; `paint(colours, of)` fills it, `mark(query, key, words)` points. */
+/** A matrix over a text's tokens; `paint(colours, of)` fills it, `mark(query, key, words)` highlights a cell. */
 export function matrix(tokens, t, side, { onPoint, onLeave, onSelect, onArrow }) {
   const size = tokens.length;
   const cell = Math.min(Math.max(Math.floor(side / size), side / size > 2 ? 2 : 1), 30);
@@ -43,7 +43,7 @@ export function matrix(tokens, t, side, { onPoint, onLeave, onSelect, onArrow })
   return { element, paint: (colours, of) => paintTriangle(canvas, size, colours, of), mark };
 }
 
-/** What the pointer and the keys do to the viewer's state, in any matrix. */
+/** How pointer and keyboard change the viewer's state, in any matrix. */
 export const steering = (size, set, now) => ({
   onPoint: (query, key) => set({ point: { query, key } }),
   onLeave: () => set({ point: null }),
@@ -82,7 +82,7 @@ export function matrixView(map, { t, set }) {
   return { element, update };
 }
 
-/** A strip of colours with the values they stand for. */
+/** A colour bar with values. */
 function scale(element, look, palette) {
   const strip = make("div", { class: "ramp" });
   strip.style.background = `linear-gradient(to right, ${range(17).map((i) => palette.share((i / 16) ** 2))})`;

@@ -1,12 +1,12 @@
-/* What the model expects next at each position, and how expected each word was; with heads off, before and after. */
+/* The view "Next token": the prediction at each position and the probability of each word; with heads off, before and after. */
 
 import { make, percent, quoted, visible } from "./dom.js";
 import { tokenRow } from "./sentence.js";
 
-export function expectedView(map, { t, set }) {
+export function nextTokenView(map, { t, set }) {
   const select = { onPoint: (query) => set({ point: { query, key: null } }), onLeave: () => set({ point: null }), onSelect: (query) => set({ query, key: null, point: null }) };
   const { element: row, buttons } = tokenRow(map.tokens, select);
-  const here = make("div", { class: "here" });
+  const position = make("div", { class: "here" });
   const body = make("tbody");
   const rows = map.tokens.map((token, i) => {
     const tr = make("tr", {}, make("th", { scope: "row" }, visible(token)), make("td", { class: "guesses" }), make("td", { class: "came" }));
@@ -14,8 +14,8 @@ export function expectedView(map, { t, set }) {
     return tr;
   });
   body.append(...rows);
-  const table = make("table", { class: "expected" }, make("thead", {}, make("tr", {}, ...["position", "expects", "came"].map((key) => make("th", { scope: "col" }, t(key))))), body);
-  const element = make("div", { class: "expected-view" }, make("p", { class: "hint" }, t("expected_how")), row, here, make("div", { class: "scroll" }, table));
+  const table = make("table", { class: "predictions" }, make("thead", {}, make("tr", {}, ...["position", "expects", "came"].map((key) => make("th", { scope: "col" }, t(key))))), body);
+  const element = make("div", { class: "next-token" }, make("p", { class: "hint" }, t("next_token_lead")), row, position, make("div", { class: "scroll" }, table));
   let painted = "";
 
   function update({ map: current, query, selected, palette, paintKey, state }) {
@@ -36,7 +36,7 @@ export function expectedView(map, { t, set }) {
     }
     buttons.forEach((button, i) => { button.ariaPressed = String(i === selected); button.tabIndex = i === selected ? 0 : -1; button.classList.toggle("query", i === query); });
     rows.forEach((tr, i) => tr.classList.toggle("active", i === query));
-    here.replaceChildren(...atPosition(current, query, t, state.live?.off ?? [], palette));
+    position.replaceChildren(...atPosition(current, query, t, state.live?.off ?? [], palette));
   }
   return { element, update };
 }
@@ -47,7 +47,7 @@ function guess(token, probability, isActual) {
   return element;
 }
 
-/** The likeliest tokens after one position as bars; beside them, the whole model's where heads are off. */
+/** The most probable tokens after one position as bars; with heads off, next to those of the unablated model. */
 export function atPosition(map, query, t, off, palette) {
   const title = make("h3", {}, ...t("after", { token: "\u0001" }).split("\u0001").flatMap((text, i) => (i ? [make("b", {}, quoted(map.tokens[query])), text] : [text])));
   const now = new Map(map.next_tokens[query]);

@@ -1,15 +1,15 @@
-/* Head scores over training, below the loss on the same steps: when did a head learn what it does? */
+/* The view "Over training": head scores below the loss, on the same steps. */
 
 import { choices, make, number, svg } from "./dom.js";
 import { lossPaths, pathOf, stepsOf, valueAt } from "./timeline.js";
 
-// Above these a head is named after the pattern, as in heads.py.
+// A head is named after a pattern above its threshold, as in heads.py.
 const THRESHOLDS = { nearby: 0.5, entropy: 0.6 };
 const thresholdOf = (score) => THRESHOLDS[score] ?? 0.4;
 const [WIDTH, HEIGHT, LOSS_HEIGHT] = [1000, 260, 90];
 const ORDER = ["induction", "previous_token", "same_word", "nearby", "first_token", "this_token", "entropy"];
 
-export function growthView(run, { t, set }) {
+export function overTrainingView(run, { t, set }) {
   const names = ORDER.filter((name) => run.scores.values[name]);
   const { steps } = run.scores;
   if (!names.length || steps.length < 2)
@@ -23,10 +23,10 @@ export function growthView(run, { t, set }) {
   const [said, hover] = [make("p", { class: "said", ariaLive: "polite" }), make("p", { class: "hint" })];
   const nows = [make("div", { class: "now" }), make("div", { class: "now" })];
   const axis = [1, 0.8, 0.6, 0.4, 0.2, 0].map((value) => make("span", {}, String(value)));
-  const plot = wrap("growth-plot", chart, nows[1], wrap("axis-y", ...axis));
+  const plot = wrap("score-plot", chart, nows[1], wrap("axis-y", ...axis));
   const ends = wrap("axis-x", make("span"), make("span"));
-  const element = make("div", { class: "growth" }, make("p", { class: "hint" }, t("growth_lead")), pick.element,
-    wrap("growth-loss", lossChart, nows[0]), plot, ends, said, hover);
+  const element = make("div", { class: "over-training" }, make("p", { class: "hint" }, t("training_lead")), pick.element,
+    wrap("loss-plot", lossChart, nows[0]), plot, ends, said, hover);
   const span = stepsOf(run.curves, steps.map((step) => [step]));
   [ends.firstChild.textContent, ends.lastChild.textContent] = span.map((step) => t("step_at", { step: step.toLocaleString() }));
   if (run.curves.train.length) lossChart.replaceChildren(...lossPaths(run.curves, span, LOSS_HEIGHT).paths);
@@ -57,7 +57,7 @@ export function growthView(run, { t, set }) {
   };
   plot.addEventListener("pointermove", (event) => {
     const { layer, head, points, i } = at(event);
-    hover.textContent = t("growth_hover", { layer, head, value: number(points[i][1] ?? 0), step: steps[i] });
+    hover.textContent = t("training_hover", { layer, head, value: number(points[i][1] ?? 0), step: steps[i] });
     lines.forEach((one) => one.line.classList.toggle("near", one.layer === layer && one.head === head));
   });
   plot.addEventListener("click", (event) => {
@@ -85,7 +85,7 @@ export function growthView(run, { t, set }) {
   return { element, update };
 }
 
-/** When the first head passed the threshold, and what the loss did then. */
+/** When the first head passed the threshold, and the loss at that step. */
 export function appeared(lines, threshold, train, t) {
   let first = null;
   for (const { layer, head, points } of lines) {

@@ -1,11 +1,11 @@
-/* All heads at a glance: a thumbnail each, labelled by what the head does. */
+/* All heads at a glance: a thumbnail of each, labelled with its pattern. */
 
 import { arrow, clamp, make, range } from "./dom.js";
 import { headLook, paintTriangle } from "./maps.js";
 
-export const TELLING = ["induction", "previous_token", "same_word", "nearby", "first_token", "this_token", "broad"];
+export const PATTERN_ORDER = ["induction", "previous_token", "same_word", "nearby", "first_token", "this_token", "broad"];
 
-/** The pattern a head is named after, in words and with its score; or that there is none. */
+/** The name of the pattern a head is named after, or "unclear". */
 export function patternName(t, label) {
   if (!label) return t("unclear");
   return t(label[0] === "first_token" ? "first_token_sink" : label[0]);
@@ -41,7 +41,7 @@ export function overview(map, { t, onHead }) {
     }
   }
 
-  /** Thumbnails of the heads of `current`, which has the shape of the map this was built for. */
+  /** Paint the heads of `current`, a map of the same shape as `map`. */
   function paint(current, settings, palette) {
     for (const { button, canvas, layer, head } of thumbs) {
       paintTriangle(canvas, current.size, palette.shares, headLook(current, layer, head, settings).share);
@@ -51,7 +51,7 @@ export function overview(map, { t, onHead }) {
       button.dataset.pattern = label ? label[0] : "";
       button.ariaLabel = button.title = `${t("head_name", { layer, head })}: ${name}${label ? " " + label[1].toFixed(2) : ""}`;
     }
-    patterns.replaceChildren(...TELLING.flatMap((pattern) => {
+    patterns.replaceChildren(...PATTERN_ORDER.flatMap((pattern) => {
       const named = thumbs.filter(({ layer, head }) => current.label(layer, head)?.[0] === pattern);
       if (!named.length) return [];
       const best = named.reduce((a, b) => (current.label(b.layer, b.head)[1] > current.label(a.layer, a.head)[1] ? b : a));
@@ -62,7 +62,7 @@ export function overview(map, { t, onHead }) {
       return [chip];
     }));
   }
-  /** `heads` are the selected ones as [layer, head], `off` those switched off. */
+  /** `heads` are the selected heads as [layer, head], `off` those switched off. */
   function mark(heads, off, palette) {
     for (const { button, layer, head } of thumbs) {
       const place = heads.findIndex(([l, h]) => l === layer && h === head);

@@ -1,20 +1,20 @@
-/* What a person chose: the language, kept for the next time, and light or dark. */
+/* Preferences: the language, remembered for the next visit, and the light or dark theme. */
 
 import { LANGUAGES } from "./texts.js";
 
 export function preferredLanguage() {
   try {
-    const kept = localStorage.getItem("minitf-language");
-    if (kept in LANGUAGES) return kept;
-  } catch { /* a page from a file may have no storage */ }
+    const stored = localStorage.getItem("minitf-language");
+    if (stored in LANGUAGES) return stored;
+  } catch { /* a page opened from a file may have no storage */ }
   return navigator.language.startsWith("zh") ? "zh" : "en";
 }
 
 export function remember(language) {
-  try { localStorage.setItem("minitf-language", language); } catch { /* then it is asked for again */ }
+  try { localStorage.setItem("minitf-language", language); } catch { /* not remembered, then */ }
 }
 
-/** The system's theme, until the button says otherwise. */
+/** The system's theme, until the button changes it. */
 export function systemTheme() {
   const scheme = matchMedia("(prefers-color-scheme: dark)");
   const listeners = [];

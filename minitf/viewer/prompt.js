@@ -1,4 +1,4 @@
-/* A sentence of one's own, read by a checkpoint now; generation token by token; heads switched off. */
+/* The prompt panel: a typed sentence, run through a checkpoint; generation token by token; heads switched off. */
 
 import { make } from "./dom.js";
 
@@ -23,7 +23,7 @@ export function promptPanel({ t, ask }) {
   });
   temperature.addEventListener("change", () => ask({ temperature: Number(temperature.value) }));
 
-  /** `pair`: the model answers the text, and there is nothing to go on with. */
+  /** `pair`: the model answers the text as a whole, so there is no token by token generation. */
   function update(live, message, pair) {
     for (const one of onward) one.hidden = pair;
     if (document.activeElement !== text && text.value !== live.text) text.value = live.text;

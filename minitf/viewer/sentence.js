@@ -1,8 +1,8 @@
-/* The sentence, coloured by what the reading word takes from each word; with several heads, a bar for each. */
+/* The sentence, coloured by the weights of the selected query; with several heads, a bar for each. */
 
 import { arrow, make, percent, visible } from "./dom.js";
 
-/** Tokens as buttons in running text; arrow keys move among them. Returns them with their container. */
+/** Tokens as buttons in running text, with arrow keys to move among them, and their container. */
 export function tokenRow(tokens, { onPoint, onLeave, onSelect }) {
   const buttons = tokens.map((token, i) => {
     const button = make("button", { type: "button", class: "token" }, make("span", {}, visible(token)), make("small"));

@@ -1,9 +1,9 @@
-/* Where the viewer's data come from: here, from the page itself. The Attention tab has a source of its own.
+/* The viewer's source of data within a page: the page itself. The Attention tab has another, in tab.js.
  *
  *   runs()                    -> names
  *   run(name)                 -> { sentences: [{ tag, text, looks: [[step, time]] }], curves, scores, importance, checkpoints }
  *   map(name, sentence, look) -> an AttentionMaps.to_viewer()
- *   live(request)             -> the same, exact; or null, and `why` says why not
+ *   live(request)             -> the same, exact; `live` is null where unavailable, and `why` is the reason
  */
 
 export function embeddedSource(data) {

@@ -1,35 +1,37 @@
-/* Match, weigh, gather: the three steps of one head for one query, in numbers and bars. */
+/* The view "Three steps": match, weigh and gather of one head for one query, in numbers and bars. */
 
 import { make, number, percent, quoted, range, rich, visible } from "./dom.js";
 import { paintStrip, softmax, threeSteps } from "./maps.js";
 
-const MOST_ROWS = 14; // keys shown one by one; the others are summed up
+const MAX_ROWS = 14; // keys shown one by one; the others are summed up
 const MOST_FUTURE = 2;
 
-export function walkView(map, { t, set }) {
+export function threeStepsView(map, { t, set }) {
   const temperature = make("input", { type: "range", min: -100, max: 100, value: 0, ariaLabel: t("temperature") });
   const temperatureName = make("output");
   const reset = make("button", { type: "button", class: "link" }, t("reset"));
   temperature.addEventListener("input", () => set({ temperature: 10 ** (Number(temperature.value) / 100) }));
   reset.addEventListener("click", () => set({ temperature: 1 }));
   const lead = make("p", { class: "lead" });
+  // Maps of older runs do not say; a model with an edited attention.py does.
+  const other = map.standard_formula === false ? [make("p", { class: "warning", role: "note" }, t("other_formula"))] : [];
   const width = map.head_dim;
   const step = (number_, name, text) => make("li", {}, make("h3", {}, make("b", {}, String(number_)), " ", t(name)), rich(make("p"), t(text, { width })));
-  const steps = make("ol", { class: "three" }, step(1, "walk_match", "walk_match_text"), step(2, "walk_weigh", "walk_weigh_text"), step(3, "walk_gather", "walk_gather_text"));
+  const steps = make("ol", { class: "three" }, step(1, "steps_match", "steps_match_text"), step(2, "steps_weigh", "steps_weigh_text"), step(3, "steps_gather", "steps_gather_text"));
   steps.children[1].append(make("label", { class: "temperature" }, t("temperature"), temperature, temperatureName), reset);
-  const [table, detail, note] = [make("table", { class: "walk" }), make("div", { class: "product" }), make("p", { class: "hint" })];
-  const element = make("div", { class: "walk-view" }, lead, steps, table, detail, note);
+  const [table, detail, note] = [make("table", { class: "steps-table" }), make("div", { class: "product" }), make("p", { class: "hint" })];
+  const element = make("div", { class: "three-steps" }, lead, ...other, steps, table, detail, note);
   let [rows, built] = [[], ""];
 
-  /** Rows for the keys shown; the elements are kept while the same keys are shown. */
+  /** Rows for the keys shown; elements are reused while the keys stay the same. */
   function build(keys, rest, future, more) {
     const head = make("tr", {}, ...["key", "dot", "divided", "mask", "weight", "value_vector", "value_times"].map((key, i) =>
       make("th", { scope: "col", class: i > 0 && i < 4 ? "of-match" : i === 4 ? "of-weigh" : i > 4 ? "of-gather" : "" }, t(key, { width: width ?? "" }))));
     rows = keys.map((key) => {
       const row = make("tr", { tabIndex: 0 }, make("th", { scope: "row" }, visible(map.tokens[key])), make("td", { class: "of-match" }, make("span", { class: "signed" }, make("b"), make("span", { class: "bar" }, make("i")))), make("td", { class: "of-match number" }),
         make("td", { class: "of-match mask" }, "0"), make("td", { class: "of-weigh" }, bar()), make("td", {}, make("canvas", { class: "strip" })), make("td", {}, make("canvas", { class: "strip" })));
-      row.addEventListener("pointerenter", () => set({ walkKey: key }));
-      row.addEventListener("focus", () => set({ walkKey: key }));
+      row.addEventListener("pointerenter", () => set({ focusKey: key }));
+      row.addEventListener("focus", () => set({ focusKey: key }));
       return { key, row };
     });
     const others = make("tr", { class: "others" }, make("th", { scope: "row" }, t("others", { count: rest.length })), ...range(3).map(() => make("td", { class: "of-match" })), make("td", { class: "of-weigh" }, bar()), make("td"), make("td", {}, make("canvas", { class: "strip" })));
@@ -42,18 +44,18 @@ export function walkView(map, { t, set }) {
   }
   let parts = {};
 
-  function update({ looks: [look], query, palette, state }) {
-    rich(lead, t("walk_lead", { query: "\u0001", layer: look.layer, head: look.head }));
+  function update({ map: current, looks: [look], query, palette, state }) {
+    rich(lead, t("steps_lead", { query: "\u0001", layer: look.layer, head: look.head }));
     lead.replaceChildren(...lead.textContent.split("\u0001").flatMap((text, i) => (i ? [make("b", {}, quoted(map.tokens[query])), text] : [text])));
     const available = Boolean(map.vectors);
     for (const part of [table, detail, steps]) part.hidden = !available && part !== steps;
     if (!available) { note.textContent = t("no_vectors"); return; }
     const vectors = map.vectors(look.layer, look.head);
     const { q, dots, scores, weights } = threeSteps(vectors, query, width);
-    // At temperature 1 the weights are those the model computed; the stored vectors only come close.
+    // At temperature 1 show the weights of the model; those from the stored, rounded vectors are approximate.
     const shown = state.temperature === 1 ? weights.map((_, key) => look.weight(query, key)) : softmax(scores, state.temperature);
-    const top = range(query + 1).sort((a, b) => weights[b] - weights[a]).slice(0, MOST_ROWS);
-    const keys = query < MOST_ROWS ? range(query + 1) : [...new Set([...top.slice(0, MOST_ROWS - 1), query])].sort((a, b) => a - b);
+    const top = range(query + 1).sort((a, b) => weights[b] - weights[a]).slice(0, MAX_ROWS);
+    const keys = query < MAX_ROWS ? range(query + 1) : [...new Set([...top.slice(0, MAX_ROWS - 1), query])].sort((a, b) => a - b);
     const rest = range(query + 1).filter((key) => !keys.includes(key));
     const future = range(map.size).slice(query + 1, query + 1 + MOST_FUTURE);
     const more = Math.max(map.size - query - 1 - MOST_FUTURE, 0);
@@ -63,7 +65,7 @@ export function walkView(map, { t, set }) {
     const largestDot = Math.max(...dots.map(Math.abs));
     const values = keys.map((key) => vectors.v(key));
     const largestValue = Math.max(...values.flatMap((v) => [...v.map(Math.abs)]));
-    const focus = keys.includes(state.walkKey) ? state.walkKey : keys.reduce((a, b) => (shown[b] > shown[a] ? b : a));
+    const focus = keys.includes(state.focusKey) ? state.focusKey : keys.reduce((a, b) => (shown[b] > shown[a] ? b : a));
     rows.forEach(({ key, row }, i) => {
       const cells = row.children;
       signedBar(cells[1].firstChild, dots[key] / largestDot, number(dots[key]));
@@ -84,11 +86,13 @@ export function walkView(map, { t, set }) {
     temperature.value = Math.round(100 * Math.log10(state.temperature));
     temperatureName.textContent = number(state.temperature);
     reset.hidden = state.temperature === 1;
-    note.textContent = (state.temperature === 1 ? "" : t("temperature_moved", { value: number(state.temperature) }) + " ")
-      + t(palette.theme === "dark" ? "scale_note_dark" : "scale_note", { width });
+    const notes = [t(palette.theme === "dark" ? "scale_note_dark" : "scale_note", { width })];
+    if (state.temperature !== 1) notes.unshift(t("temperature_moved", { value: number(state.temperature) }));
+    if (current.standard_formula === false) notes.unshift(t("other_formula"));
+    note.textContent = notes.join(" ");
   }
 
-  /** The multiplication behind one dot product. */
+  /** The element by element products that sum to one dot product. */
   function showProduct(q, k, key, query, palette) {
     const product = q.map((one, i) => one * k[i]);
     const largest = Math.max(...q.map(Math.abs), ...k.map(Math.abs));

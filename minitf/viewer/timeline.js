@@ -1,4 +1,4 @@
-/* The loss curve with a slider below it, on the same steps: what training did, and where the looks at attention are. */
+/* The loss curve with the step slider below it; the slider stops at the steps with attention maps. */
 
 import { clamp, make, number, svg } from "./dom.js";
 
@@ -27,7 +27,7 @@ export function lossPaths(curves, steps, height = HEIGHT) {
   };
 }
 
-/** From the first to the last step of anything shown. */
+/** The range from the first to the last step of everything shown. */
 export function stepsOf(curves, looks) {
   const steps = [...curves.train, ...curves.val, ...looks].map(([step]) => step ?? 0);
   return [Math.min(...steps), Math.max(...steps)];
@@ -73,7 +73,7 @@ export function timeline({ t, onLook }) {
   });
 
   let drawn = "";
-  /** `looks` are [step, ...] in order; `index` the one shown. */
+  /** `looks` are [step, ...] in ascending order; `index` is the one shown. */
   function update(curves, currentLooks, currentIndex) {
     [looks, index] = [currentLooks, currentIndex];
     const some = curves.train.length + curves.val.length > 0;

@@ -1,34 +1,34 @@
-/* The attention viewer: `mountViewer(root, source, theme)`. What `source` is says source.js.
+/* The attention viewer: `mountViewer(root, source, theme)`; for `source` see source.js.
  *
- * The state says what is looked at; events change it through `set`, which loads what is missing and draws. The elements
- * of a view are made once for a text and then only updated.
+ * The state holds the selection. Events change it through `set`, which loads missing data and draws. The elements of a
+ * view are created once per text and then only updated.
  */
 
 import { clamp, choices, make, rich } from "./dom.js";
 import { MAX_HEADS, headLook, paletteOf, readMap } from "./maps.js";
 import { alignmentView } from "./alignment.js";
 import { compareView } from "./compare.js";
-import { expectedView } from "./next_token.js";
-import { growthView } from "./over_training.js";
+import { nextTokenView } from "./next_token.js";
+import { overTrainingView } from "./over_training.js";
 import { linesView } from "./lines.js";
 import { matrixView } from "./matrix.js";
 import { overview, patternName } from "./overview.js";
 import { preferredLanguage, remember } from "./preferences.js";
 import { promptPanel } from "./prompt.js";
-import { describe, longest, mostTelling, tellingQuery } from "./defaults.js";
+import { describe, defaultSentence, defaultHead, defaultQuery } from "./defaults.js";
 import { sentenceView } from "./sentence.js";
 import { LANGUAGES, translator } from "./texts.js";
 import { timeline } from "./timeline.js";
-import { walkView } from "./three_steps.js";
+import { threeStepsView } from "./three_steps.js";
 
-const VIEWS = { alignment: alignmentView, lines: linesView, matrix: matrixView, walk: walkView, expected: expectedView, growth: growthView, compare: compareView };
-const OWN = "\u0000own"; // the choice of typing a sentence
+const VIEWS = { alignment: alignmentView, lines: linesView, matrix: matrixView, three_steps: threeStepsView, next_token: nextTokenView, over_training: overTrainingView, compare: compareView };
+const OWN = "\u0000own"; // the option "type a sentence"
 
 /** `theme` is { now(): "light" | "dark", onChange(listener), toggle? }. */
 export async function mountViewer(root, source, theme) {
   const state = {
     language: preferredLanguage(), run: null, sentence: null, look: null, heads: null, query: null, key: null, point: null,
-    hideFirst: false, measure: "weight", view: null, temperature: 1, walkKey: null, score: "", live: null, other: null,
+    hideFirst: false, measure: "weight", view: null, temperature: 1, focusKey: null, score: "", live: null, other: null,
   };
   const known = { runs: [], run: null, map: null, second: null, otherRun: null, error: "" };
   const [runCache, mapCache] = [new Map(), new Map()];
@@ -54,7 +54,7 @@ export async function mountViewer(root, source, theme) {
   const sentenceOf = (run) => run.sentences[clamp(state.sentence, run.sentences.length)];
   const looks = () => (state.live ? known.run.checkpoints.map((step) => [step]) : sentenceOf(known.run).looks);
 
-  /** Bring what the state asks for; of several calls only the last one's answer counts. */
+  /** Load the data of the current state; if calls overlap, only the last one takes effect. */
   async function load() {
     const mine = ++latest;
     try {
@@ -62,7 +62,7 @@ export async function mountViewer(root, source, theme) {
       if (mine !== latest) return;
       const changed = known.run !== run;
       known.run = run;
-      state.sentence ??= longest(run.sentences);
+      state.sentence ??= defaultSentence(run.sentences);
       const all = looks();
       if (state.look === null || state.look >= all.length || (following && changed)) state.look = all.length - 1;
       let map = known.map;
@@ -96,13 +96,13 @@ export async function mountViewer(root, source, theme) {
     for (const index of [state.look + 1, state.look - 1, state.look + 2, state.look - 2])
       if (all[index]) loadMap(state.run, sentenceOf(known.run), all[index]).catch(() => {});
   }
-  /** Keep the selection within the map; on a first map choose what is worth seeing. */
+  /** Clamp the selection to the map; for the first map, choose the defaults. */
   function fit(map) {
     state.heads = (state.heads ?? []).filter(([layer, head]) => layer < map.layers && head < map.heads);
-    if (!state.heads.length) state.heads = [mostTelling(map)];
-    state.query = state.query === null ? tellingQuery(map, state.heads[0]) : Math.min(state.query, map.size - 1); // Infinity: the last
+    if (!state.heads.length) state.heads = [defaultHead(map)];
+    state.query = state.query === null ? defaultQuery(map, state.heads[0]) : Math.min(state.query, map.size - 1); // Infinity: the last query
     Object.assign(state, { point: null, key: state.key !== null && state.key > state.query ? null : state.key });
-    state.view ??= map.alignment ? "alignment" : "lines"; // source and target first, where the text is a pair
+    state.view ??= map.alignment ? "alignment" : "lines"; // pairs open with the alignment
     if (state.view === "alignment" && !map.alignment) state.view = "lines";
   }
 
@@ -128,7 +128,7 @@ export async function mountViewer(root, source, theme) {
     const rest = off.filter(([l, h]) => l !== layer || h !== head);
     const next = rest.length < off.length ? rest : [...off, [layer, head]];
     if (state.live) return ask({ off: next });
-    set({ live: { ...newLive(sentenceOf(known.run).text), off: next }, look: nearestCheckpoint(), view: "expected" });
+    set({ live: { ...newLive(sentenceOf(known.run).text), off: next }, look: nearestCheckpoint(), view: "next_token" });
   }
   const newLive = (text) => ({ text, new_tokens: 0, temperature: 0.8, seed: 0, off: [], map: null });
   function nearestCheckpoint() {
@@ -194,7 +194,7 @@ export async function mountViewer(root, source, theme) {
   function buildViews(map) {
     const api = { t: ui.t, set, other: { runs: known.runs } };
     ui.views = {};
-    ui.makeView = (name) => (ui.views[name] ??= VIEWS[name](name === "growth" ? known.run : map, api));
+    ui.makeView = (name) => (ui.views[name] ??= VIEWS[name](name === "over_training" ? known.run : map, api));
     ui.overview = overview(map, { t: ui.t, onHead: chooseHead });
     ui.sentence = sentenceView(map, api);
     ui.heads.replaceChildren(ui.overview.element);
@@ -203,7 +203,7 @@ export async function mountViewer(root, source, theme) {
   }
   function chooseHead(layer, head, several) {
     const rest = state.heads.filter(([l, h]) => l !== layer || h !== head);
-    if (!several) return set({ heads: [[layer, head]], walkKey: null });
+    if (!several) return set({ heads: [[layer, head]], focusKey: null });
     if (rest.length < state.heads.length) return set({ heads: rest.length ? rest : state.heads });
     return set({ heads: [...state.heads, [layer, head]].slice(-MAX_HEADS) });
   }
@@ -291,7 +291,7 @@ export async function mountViewer(root, source, theme) {
 
   // -- start --------------------------------------------------------------------------------------------------------
 
-  /** New data may be there: more runs, more looks. */
+  /** Reload the lists of runs and steps, which grow during training. */
   async function reload() {
     try {
       known.runs = await source.runs();

@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitf.attention import Attention, Linear, packed_mask, segment_starts
+from minitf import loss
+from minitf.attention import Attention, Linear, visible_keys
 from minitf.backends.cpu import bindings, blocks, compiler
+from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.cuda.triton_blocks import TritonKernels
 from minitf.errors import Unavailable
-from minitf.model import FeedForward
+from minitf.model import FeedForward, Transformer
+from minitf.optim import Optimizer
 from minitf.system import cpuinfo
 
 # Compiler flags of each set in C. Sets of EMULATED use avx512/immintrin.h in place of the compiler's own intrinsics.
@@ -61,14 +65,20 @@ class Kernels:
     def attend(self, attention: Attention, qkv: Tensor, rotary: Tensor, segments: Tensor | None = None) -> Tensor:
         visible = None
         if segments is not None:
-            visible = segment_starts(segments) if self.in_c else packed_mask(segments, segments, torch.bool)[:, None]
+            T = segments.shape[1]
+            mask = visible_keys(T, T, segments.device, segments)[:, None]
+            visible = blocks.segment_starts(segments) if self.in_c else mask
         return self.module.attend(attention, qkv, rotary, visible)  # type: ignore[no-any-return]
 
     def chunk_loss(self, logits: Tensor, targets: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         return self.module.chunk_loss(logits.clone(), targets, scales)  # type: ignore[no-any-return]
 
+    def install(self, model: Transformer, optimizer: Optimizer | None = None) -> None:
+        model.compute_dtype = self.dtype
+        (CpuKernels() if self.in_c else TritonKernels()).install(model, optimizer)
+
     def add_product(self, dy: Tensor, x: Tensor, to: Tensor) -> None:
-        self.module.add_product(dy, x, to)
+        (self.module if self.in_c else loss).add_product(dy, x, to)
 
 
 def compile_kernels(name: str, patch: pytest.MonkeyPatch) -> Kernels:

@@ -12,10 +12,12 @@ from helpers import random_tensor as random
 from helpers import relative_error as off
 from torch import Tensor
 
-from minitf.attention import Attention, Linear, attend, causal_mask, packed_mask, rotary_table, rotate, segment_starts
+from minitf.attention import Attention, AttentionContext, Linear, visible_keys
 from minitf.backends.cpu import bindings, build
+from minitf.backends.cpu.blocks import segment_starts
 from minitf.loss import IGNORED
 from minitf.model import FeedForward
+from minitf.rope import rotary_table, rotate
 
 
 @pytest.mark.parametrize("adding", [True, False])
@@ -136,10 +138,8 @@ def attend_plainly(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, se
     sizes = [layer.out_features for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
     q, k, v = (x.view(B, T, -1, K) for x in qkv_BTC.split(sizes, -1))
     q, k, v = (x.transpose(1, 2) for x in (attention.q_norm(q), attention.k_norm(k), v))
-    mask = causal_mask(T, T, qkv_BTC.device, dtype)
-    if segments_BT is not None:
-        mask = packed_mask(segments_BT, segments_BT, dtype)
-    mixed_BHTK = attend(*(rotate(x, rotary_2TK.to(dtype)) for x in (q, k)), v, mask)
+    context = AttentionContext(rotary_2TK, dtype, segments_BT)
+    mixed_BHTK = attention.attend(rotate(q, rotary_2TK), rotate(k, rotary_2TK), v, context)
     return mixed_BHTK.transpose(1, 2).reshape(B, T, -1)
 
 
@@ -183,7 +183,8 @@ def test_attention_is_exact_with_large_scores(kernels: Kernels) -> None:
     mixed = kernels.attend(attention, qkv, rotary_2TK)
     q, k, v = qkv.double().split(32, -1)
     q, k = (rotate(x, rotary_2TK).to(kernels.dtype).double() for x in (q, k))  # rounded where the kernels round
-    scores = q @ k.mT / 32**0.5 + causal_mask(T, T, q.device, torch.float64)
+    future = ~visible_keys(T, T, q.device)
+    scores = (q @ k.mT / 32**0.5).masked_fill(future, -torch.inf)
     assert off(mixed, torch.softmax(scores, -1) @ v) < kernels.tolerance(0.01)
 
 
@@ -221,7 +222,7 @@ def test_segment_starts_equal_the_mask() -> None:
     starts_BT = segment_starts(segments_BT)
     assert starts_BT.dtype == torch.int32
     by_start = (positions >= starts_BT[:, :, None]) & (positions <= positions[:, None])
-    assert torch.equal(packed_mask(segments_BT, segments_BT, torch.bool), by_start)
+    assert torch.equal(visible_keys(40, 40, segments_BT.device, segments_BT), by_start)
 
 
 # -- loss ------------------------------------------------------------------------------------------------------------

@@ -11,15 +11,19 @@ import torch
 from helpers import train_here
 from torch import Tensor
 
-from minitf.backends.cpu import blocks as kernels
+from minitf.backends import Backend, Reference
+from minitf.backends.cuda.triton_blocks import TritonKernels
 from minitf.data.batches import Batches
-from minitf.model import ModelConfig, TrainingFunctions, Transformer
+from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
 from minitf.system.hardware import choose_hardware
 from minitf.training.parallel import Parallel
 from minitf.training.step import TrainingStep
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+pytestmark = [
+    pytest.mark.hardware,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 SHAPES: list[dict[str, Any]] = [
     {"hidden_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32, "intermediate_size": 200},
@@ -40,8 +44,8 @@ def model_of(shape: dict[str, Any], dtype: torch.dtype) -> Transformer:
     return model
 
 
-def gradients(model: Transformer, functions: TrainingFunctions, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    model.functions = functions
+def gradients(model: Transformer, backend: Backend, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    backend.install(model)
     model.zero_grad()
     loss = model.loss(*batch)
     loss.backward()
@@ -62,13 +66,13 @@ def test_triton_kernels_compute_what_the_plain_functions_do(shape: dict[str, Any
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        exact = gradients(model, TrainingFunctions(), batch)
-        assert off(gradients(model, kernels.functions(model), batch), exact) < 1e-4
+        exact = gradients(model, Reference(), batch)
+        assert off(gradients(model, TritonKernels(), batch), exact) < 1e-4
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
     model.compute_dtype = torch.bfloat16
-    rounded = off(gradients(model, TrainingFunctions(), batch), exact)
-    assert off(gradients(model, kernels.functions(model), batch), exact) < 1.2 * rounded < 0.2
+    rounded = off(gradients(model, Reference(), batch), exact)
+    assert off(gradients(model, TritonKernels(), batch), exact) < 1.2 * rounded < 0.2
 
 
 def step_of(cuda_graph: str, shape: dict[str, Any]) -> TrainingStep:
@@ -85,9 +89,9 @@ def test_a_step_as_a_graph_is_the_same_step(shape: dict[str, Any]) -> None:
     found = []
     for cuda_graph in ("false", "true"):
         step = step_of(cuda_graph, shape)
-        _, choice, words = step.warm_up("native", lambda step_s: 1e9)
-        assert choice == "native"
-        assert ("as a CUDA graph, a step takes" in words) == (step.captured is not None) == (cuda_graph == "true")
+        selection = step.warm_up("native", lambda step_s: 1e9)
+        assert selection.backend == "triton"
+        assert ("as a CUDA graph, " in selection.reason) == (step.captured is not None) == (cuda_graph == "true")
         found.append(torch.stack([torch.stack(step.run(index, 1.0)) for index in range(20)]).cpu())
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
     assert found[0].std(0).min() > 1e-3  # each step has another loss and another gradient
@@ -119,8 +123,7 @@ def test_a_loss_that_cannot_be_recorded_is_computed_as_before(monkeypatch: pytes
         return value
 
     monkeypatch.setattr(step.parallel, "loss", asking)
-    *_, words = step.warm_up("false", lambda step_s: 1e9)
-    assert "not as a CUDA graph" in words
+    assert "not as a CUDA graph" in step.warm_up("false", lambda step_s: 1e9).reason
     assert step.captured is None
     first = copy.copy(step.run(0, 1.0)[0])
     assert torch.isfinite(first)

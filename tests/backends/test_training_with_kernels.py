@@ -10,13 +10,14 @@ from helpers import assert_one_line, interrupt_at, losses, train_here
 from helpers import relative_error as off
 from torch import Tensor
 
-from minitf.backends.cpu import bindings, blocks
-from minitf.backends.cpu.muon import UPDATE
+from minitf.attention import AttentionRecord
+from minitf.backends import Reference
+from minitf.backends.cpu import bindings
+from minitf.backends.cpu.blocks import CpuKernels
 from minitf.errors import Unavailable
 from minitf.loss import IGNORED
-from minitf.model import ModelConfig, TrainingFunctions, Transformer
-from minitf.optim import Muon, UpdateFunctions
-from minitf.training.step import TrainingStep
+from minitf.model import ModelConfig, Transformer
+from minitf.optim import OptimConfig, Optimizer
 
 BF16 = torch.bfloat16
 
@@ -32,10 +33,6 @@ def model_of(**settings: object) -> Transformer:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
-
-
-def use(kernels: Kernels, model: Transformer) -> None:
-    model.compute_dtype, model.functions = kernels.dtype, kernels.module.FUNCTIONS[kernels.dtype]
 
 
 def gradients_of(model: Transformer, packed: bool, length: int = 70) -> tuple[float, Tensor]:
@@ -72,8 +69,7 @@ def test_losses_and_gradients_are_those_of_plain_pytorch(
     loss, exact = gradients_of(model, packed, length)
     model.compute_dtype = kernels.dtype
     plain_loss, plain = gradients_of(model, packed, length)
-    use(kernels, model)
-    assert model.usable_functions is model.functions
+    kernels.install(model)
     found_loss, found = gradients_of(model, packed, length)
     assert found_loss == pytest.approx(loss, rel=kernels.tolerance(0.003))
     assert plain_loss == pytest.approx(loss, rel=kernels.tolerance(0.003))
@@ -86,7 +82,7 @@ def test_losses_and_gradients_are_those_of_plain_pytorch(
 
 @pytest.mark.backends
 def test_triton_kernels_in_bfloat16_differ_by_rounding_alone() -> None:
-    from minitf.backends.cuda import triton_blocks
+    from minitf.backends.cuda.triton_blocks import TritonKernels
 
     if not pytest.importorskip("triton").knobs.runtime.interpret:
         pytest.skip("on a CUDA device test_cuda.py tests the compiled kernels")
@@ -94,7 +90,7 @@ def test_triton_kernels_in_bfloat16_differ_by_rounding_alone() -> None:
     _, exact = gradients_of(model, False, 7)
     model.compute_dtype = BF16
     _, rounded = gradients_of(model, False, 7)
-    model.functions = triton_blocks.FUNCTIONS[BF16]
+    TritonKernels().install(model)
     _, found = gradients_of(model, False, 7)
     assert off(found, exact) < 1.5 * off(rounded, exact) < 0.15
 
@@ -104,7 +100,7 @@ def test_nan_in_a_weight_shows_in_the_loss(place: str, kernels: Kernels) -> None
     if place == "k_norm" and not kernels.in_c:
         pytest.skip("PyTorch's attention on a processor takes a query without any finite score for a masked one")
     model = model_of()
-    use(kernels, model)
+    kernels.install(model)
     with torch.no_grad():
         if place == "embedding":
             model.model.embed_tokens.weight[49] = float("nan")  # type: ignore[index, union-attr]
@@ -133,22 +129,24 @@ def test_a_model_in_another_precision_computes_without_them() -> None:
     model = model_of()
     ids_BT = torch.randint(50, (3, 70), generator=torch.Generator().manual_seed(5))
     expected = model.loss(ids_BT, ids_BT)
-    model.functions = blocks.FUNCTIONS[BF16]  # as after training, while the model writes samples in float32
+    with model.computing_in(BF16):
+        CpuKernels().install(model)  # as after training, while the model writes samples in float32
     assert torch.equal(model.loss(ids_BT, ids_BT), expected)
     assert torch.equal(model(ids_BT), model_of()(ids_BT))
 
 
 def test_evaluation_and_captured_weights_agree_with_training(dtype: torch.dtype) -> None:
     model = model_of(dropout=0.5)
-    model.compute_dtype, model.functions = dtype, blocks.FUNCTIONS[dtype]
+    model.compute_dtype = dtype
+    CpuKernels().install(model)
     ids_BT = torch.randint(50, (3, 70), generator=torch.Generator().manual_seed(5))
     model.eval()
     with torch.no_grad():
         trained = model.hidden(ids_BT)
-        weights: list[Tensor] = []
-        captured = model.hidden(ids_BT, weights=weights)
+        record: list[AttentionRecord] = []
+        captured = model.hidden(ids_BT, record=record)
     assert off(trained, captured) < (0.02 if dtype == BF16 else 1e-5)
-    assert len(weights) == 2
+    assert len(record) == 2
     model.train()
     assert off(model.hidden(ids_BT).detach(), captured) > 0.1  # dropout
 
@@ -173,14 +171,13 @@ def test_a_run_resumes_with_them(
         "trainer.save_every=3",
     ]
     assert not train_here(*short, "trainer.compile=native", "run_dir=native")
-    assert "native attention" in (printed := capsys.readouterr().err)
-    assert "compile    by our C kernels: a step takes" in printed
+    assert "backend    our C kernels, a step takes" in capsys.readouterr().err
     assert not train_here(*short, "trainer.compile=native", "run_dir=again")
     assert not train_here(*short, "trainer.compile=false", "run_dir=plain")
     assert losses("again") == losses("native")
     assert [row[2] for row in losses("plain")] == pytest.approx([row[2] for row in losses("native")], rel=0.01)
-    choices = json.loads(Path("native/choices.json").read_text(encoding="utf-8"))
-    assert choices["compile"] == "native"
+    decisions = json.loads(Path("native/decisions.json").read_text(encoding="utf-8"))
+    assert decisions["backend"] == "cpu"
 
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
@@ -194,25 +191,7 @@ def test_a_run_resumes_with_them(
 
     monkeypatch.setattr("minitf.backends.cpu.blocks.library", missing)
     assert not train_here("resume=moved", "trainer.compile=auto")  # on another machine it resumes without, and says so
-    assert "compile false instead of native" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("native_s", "taken"), [(0.5, True), (1.1, True), (2.0, False)])
-def test_a_run_takes_them_unless_they_are_slower(
-    native_s: float,
-    taken: bool,
-    workdir: Path,
-    tiny: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-) -> None:
-    used, finish = [], Muon._finish
-    monkeypatch.setattr(Muon, "_finish", lambda muon, *rest: (used.append(muon.functions), finish(muon, *rest)))
-    monkeypatch.setattr(TrainingStep, "measure", lambda step, most: native_s if step.model.functions.dtype else 1.0)
-    assert not train_here(*tiny, precision_of(dtype), "trainer.compile=auto", "trainer.max_steps=2")
-    assert ("compile    by our C kernels: a step takes" in capsys.readouterr().err) == taken
-    assert used[-1] == (UPDATE if taken and dtype == BF16 else UpdateFunctions())
+    assert "backend reference instead of cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -243,11 +222,21 @@ def test_requiring_them_where_they_are_unavailable_is_an_error(
 
 
 def test_models_they_cannot_train_have_a_reason(dtype: torch.dtype) -> None:
+    model, kernels = model_of(), CpuKernels()
+    model.compute_dtype = dtype
+    assert kernels.unsupported(model) is None
+    model.compute_dtype = torch.float64
+    assert "do not compute in float64" in str(kernels.unsupported(model))
+    assert "model.attention=sdpa" in str(kernels.unsupported(model_of(attention="sdpa")))
+    assert "trainer.device=cpu" in str(kernels.unsupported(model_of().to("meta")))
+
+
+def test_an_optimiser_computes_by_them_in_bfloat16_alone(dtype: torch.dtype) -> None:
     model = model_of()
     model.compute_dtype = dtype
-    assert blocks.unsupported(model) is None
-    assert isinstance(model.functions, TrainingFunctions)
-    model.compute_dtype = torch.float64
-    assert "do not compute in float64" in str(blocks.unsupported(model))
-    assert "model.attention=sdpa" in str(blocks.unsupported(model_of(attention="sdpa")))
-    assert "trainer.device=cpu" in str(blocks.unsupported(model_of().to("meta")))
+    optimizer = Optimizer(model, OptimConfig(), dtype)
+    CpuKernels().install(model, optimizer)
+    names = [type(part).__name__ for part in (optimizer, *optimizer.optimizers)]
+    assert names == (["CpuOptimizer", "CpuMuon", "AdamW"] if dtype == BF16 else ["Optimizer", "Muon", "AdamW"])
+    Reference().install(model, optimizer)
+    assert type(optimizer) is Optimizer

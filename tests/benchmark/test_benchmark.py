@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, what it skips, what it writes, and one small run of the real thing."""
+"""The benchmark: its arithmetic, its skips, its files, and small runs from end to end."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from minitf.benchmark import (
     shakespeare,
 )
 from minitf.benchmark.__main__ import BENCHMARKS, main
-from minitf.benchmark.comparison import Row, main_first
+from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.gpu import compare, gpu, learn
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
@@ -35,10 +35,9 @@ from minitf.benchmark.text import write_text
 from minitf.benchmark.training import TOY
 from minitf.errors import MinitfError, RequestError, run_command
 from minitf.model import Transformer
-from minitf.training.trainer import Trainer
 
 SPEEDS = Row("speed", "tokens/s", [30.0, 10.0, 60.0], "peer", [10.0, 10.0, 10.0])
-# What a checkout of nanoGPT would print, iteration 0 and every fourth with an evaluation in it.
+# Prints what nanoGPT prints: seven iterations, with an evaluation at 0 and 4.
 TRAIN_PY = """
 import sys
 assert any(a.startswith("--dataset=/") for a in sys.argv) and any(a.startswith("--out_dir=/") for a in sys.argv)
@@ -49,7 +48,7 @@ for i in range(7):
 """
 
 
-# A model whose every next character is as likely as any other.
+# A stand-in for model.py that finds every next character equally likely.
 MODEL_PY = """
 from dataclasses import dataclass
 import torch
@@ -91,40 +90,40 @@ def command(*arguments: str) -> int:
     return run_command(lambda: main(arguments))
 
 
-def test_a_ratio_is_the_median_of_the_rounds_own() -> None:
+def test_a_ratio_is_the_median_of_the_ratios_of_the_rounds() -> None:
     assert SPEEDS.ratios == [3.0, 1.0, 6.0]
     assert (SPEEDS.ratio, SPEEDS.spread, SPEEDS.median, SPEEDS.peer_median) == (3.0, (1.0, 6.0), 30.0, 10.0)
-    # A round in which the machine was slow for both says the same as the others.
+    # A round that is slow for both sides has the same ratio.
     assert Row("speed", "tokens/s", [20.0, 2.0], "peer", [10.0, 1.0]).spread == (2.0, 2.0)
 
 
-def test_above_one_is_better_for_times_too() -> None:
+def test_a_ratio_above_one_is_better_for_times_too() -> None:
     times = Row("time", "s", [1.0, 2.0, 4.0], "peer", [4.0, 4.0, 4.0], more_is_better=False)
     assert (times.ratio, times.spread) == (2.0, (1.0, 4.0))
 
 
-def test_a_row_without_a_peer_has_the_spread_of_its_samples() -> None:
+def test_a_row_without_a_peer_shows_the_spread_of_its_samples() -> None:
     alone = Row("speed", "GFLOP/s", [3.0, 1.0, 2.0])
     assert (alone.ratio, alone.median, alone.spread) == (None, 2.0, (1.0, 3.0))
 
 
-def test_samples_without_a_counterpart_are_no_comparison() -> None:
+def test_samples_without_a_counterpart_are_refused() -> None:
     with pytest.raises(ValueError, match="no pairs"):
         Row("speed", "tokens/s", [1.0, 2.0], "peer", [1.0])
     with pytest.raises(ValueError, match="nothing"):
         Row("speed", "tokens/s", [])
 
 
-def test_sides_take_turns_in_changing_order() -> None:
+def test_both_sides_alternate_in_changing_order() -> None:
     order: list[str] = []
 
     def side(name: str) -> Callable[[int], int]:
         return lambda round_: order.append(name) or round_  # type: ignore[func-returns-value]
 
-    assert main_first({"a": side("a"), "b": side("b")}, 3) == {"a": [0, 1, 2], "b": [0, 1, 2]}
+    assert alternate({"a": side("a"), "b": side("b")}, 3) == {"a": [0, 1, 2], "b": [0, 1, 2]}
     assert "".join(order) == "abbaab"
     with pytest.raises(RequestError, match="--repeats 0"):
-        main_first({"a": side("a")}, 0)
+        alternate({"a": side("a")}, 0)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +138,11 @@ def test_sides_take_turns_in_changing_order() -> None:
         (12345, "12,345"),
     ],
 )
-def test_numbers_have_three_digits_that_matter(value: float, text: str) -> None:
+def test_numbers_are_printed_with_three_significant_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_the_table_says_who_is_compared_and_what_is_left_out() -> None:
+def test_the_table_names_the_peer_and_what_was_skipped() -> None:
     report = Report("throughput")
     report.add(SPEEDS)
     report.skip("nanoGPT", "point to it")
@@ -153,7 +152,7 @@ def test_the_table_says_who_is_compared_and_what_is_left_out() -> None:
     assert skipped.strip() == "nanoGPT skipped: point to it"
 
 
-def test_peers_that_are_not_there_are_one_line(tmp_path: Path, checkout: Path) -> None:
+def test_an_absent_peer_is_explained_in_one_line(tmp_path: Path, checkout: Path) -> None:
     assert "--nanogpt DIR" in (nanogpt.unavailable(None) or "")
     assert "train.py" in (nanogpt.unavailable(tmp_path / "work") or "")
     assert nanogpt.unavailable(checkout) is None
@@ -163,7 +162,7 @@ def test_peers_that_are_not_there_are_one_line(tmp_path: Path, checkout: Path) -
     assert hugging_face.unavailable("json") is None
 
 
-def test_without_a_gpu_or_a_text_or_a_setting_a_line_says_so(
+def test_a_benchmark_without_its_requirements_is_skipped_with_a_reason(
     request_here: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -195,7 +194,7 @@ def test_the_list_names_every_benchmark_and_its_time(capsys: pytest.CaptureFixtu
     }
 
 
-def test_help_says_what_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
@@ -225,7 +224,7 @@ def test_a_wrong_request_is_one_line(
     assert not list(workdir.iterdir())
 
 
-def test_nanogpt_data_are_its_own_format(tmp_path: Path) -> None:
+def test_data_for_nanogpt_are_in_its_format(tmp_path: Path) -> None:
     text = make_text(50)
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     directory = nanogpt.write_dataset(tmp_path / "text.txt", tmp_path / "data")
@@ -237,7 +236,7 @@ def test_nanogpt_data_are_its_own_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nanogpt_is_held_to_all_of_its_held_out_text(checkout: Path, tmp_path: Path) -> None:
+def test_nanogpt_is_evaluated_on_all_of_its_held_out_text(checkout: Path, tmp_path: Path) -> None:
     (checkout / "model.py").write_text(MODEL_PY, encoding="utf-8")
     (tmp_path / "text.txt").write_text("abcdefgh" * 100, encoding="utf-8")
     nanogpt.write_dataset(tmp_path / "text.txt", tmp_path / "data")
@@ -250,15 +249,15 @@ def test_nanogpt_is_held_to_all_of_its_held_out_text(checkout: Path, tmp_path: P
     assert (found["num_tokens"], found["iteration"]) == (79, 5)
 
 
-def test_nanogpt_is_read_from_what_it_prints(checkout: Path, tmp_path: Path) -> None:
+def test_nanogpts_timings_are_read_from_its_output(checkout: Path, tmp_path: Path) -> None:
     run = nanogpt.train(checkout, tmp_path / "data", tmp_path / "out", ["--device=cpu"], config="")
     assert run.ms == [900, 11, 12, 13, 900, 15, 16]
     assert run.wall_s > 0
-    # Evaluations are no steps: those two count as the median of all, 15 ms.
+    # The two iterations with an evaluation count as the median of all, 15 ms.
     assert run.step_s(eval_interval=4) == pytest.approx((15 + 11 + 12 + 13 + 15 + 15 + 16) / 1000)
 
 
-def test_a_child_that_fails_says_why(checkout: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_child_process_is_reported(checkout: Path, tmp_path: Path) -> None:
     with pytest.raises(MinitfError, match=r"nowhere.*does not exist"):
         in_child("library:encode", {"checkpoint": str(tmp_path / "nowhere"), "text": "a", "num_tokens": 1})
     (checkout / "train.py").write_text("raise SystemExit('no luck')", encoding="utf-8")
@@ -266,18 +265,18 @@ def test_a_child_that_fails_says_why(checkout: Path, tmp_path: Path) -> None:
         nanogpt.train(checkout, tmp_path, tmp_path, [])
 
 
-def test_the_floors_are_the_operations_of_the_model(make_model: Callable[..., Transformer]) -> None:
+def test_the_lower_bounds_are_the_operations_of_the_model(make_model: Callable[..., Transformer]) -> None:
     model = make_model(num_kv_heads=4)
-    parts = library.floors(model, "adamw", batch_size=3, itemsize=2)
+    parts = library.lower_bounds(model, "adamw", batch_size=3, itemsize=2)
     flops = sum(parts[part]["flops"] for part in ("forward", "loss", "backward"))
     assert flops == pytest.approx(model.flops_per_token() * 3 * model.config.context_length)
     assert parts["optimizer"] == {"flops": 0.0, "bytes": 28.0 * model.num_parameters()}
-    muon = library.floors(model, "muon", 3, 2)["optimizer"]
+    muon = library.lower_bounds(model, "muon", 3, 2)["optimizer"]
     assert muon["flops"] > 0
     assert muon["bytes"] < parts["optimizer"]["bytes"]
 
 
-def test_made_up_text_has_the_size_asked_for(tmp_path: Path) -> None:
+def test_generated_text_has_the_requested_size(tmp_path: Path) -> None:
     sizes = (1_000, 1_300_000)
     texts = [write_text(tmp_path / "text.txt", size).read_text(encoding="ascii") for size in sizes]
     assert tuple(len(text) for text in texts) == sizes
@@ -288,7 +287,7 @@ def test_made_up_text_has_the_size_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("benchmark", "module"), [(curves.logging, curves), (saving.saving, saving)])
-def test_what_is_timed_are_methods_of_the_trainer(
+def test_timed_parts_of_training_exist(
     request_here: Request, monkeypatch: pytest.MonkeyPatch, benchmark: Callable[..., None], module: ModuleType
 ) -> None:
     asked: set[str] = set()
@@ -302,13 +301,13 @@ def test_what_is_timed_are_methods_of_the_trainer(
     report = Report("one")
     benchmark(request_here, report)
     assert asked > {"run"}
-    assert all(callable(getattr(Trainer, name)) for name in asked)
+    assert all(callable(getattr(*library.methods()[name])) for name in asked)
     assert report.rows[0].samples == [pytest.approx(20.0 if module is curves else 5.0)]
 
 
 @pytest.mark.slow
 def test_corpus_end_to_end(tmp_path: Path) -> None:
-    """A text is prepared, and trained on."""
+    """Prepares a text and trains on it."""
     assert command("corpus", "--quick", "--repeats", "1", "--corpus-mb", "1", "--out", str(tmp_path)) == 0
     (path,) = tmp_path.glob("*.json")
     rows = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]["corpus"]["rows"]
@@ -319,11 +318,13 @@ def test_corpus_end_to_end(tmp_path: Path) -> None:
     assert all(row["median"] > 0 for row in rows)
 
 
-def test_smoothing_is_the_mean_of_neighbours() -> None:
+def test_smoothing_averages_neighbours() -> None:
     assert curves.smoothed([1.0, 2.0, 3.0, 6.0], 2) == [1.5, 2.5, 4.5]
 
 
-def test_the_fewest_steps_to_a_loss_are_found(request_here: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_number_of_steps_to_a_loss_is_found(
+    request_here: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = []
 
     def race(request: Request, text: Path, num_steps: int, seed: int) -> dict[str, Any]:
@@ -336,7 +337,7 @@ def test_the_fewest_steps_to_a_loss_are_found(request_here: Request, monkeypatch
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_speeds_of_different_texts_are_not_compared(
+def test_speeds_are_compared_only_for_the_same_text(
     same: bool, request_here: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def child(function: str, arguments: dict[str, Any], environment: Any = None) -> dict[str, Any]:
@@ -371,9 +372,9 @@ def test_a_checkpoint_converted_for_llama_cpp_holds_the_same_weights(trained_run
         np.testing.assert_array_equal(converted[name].reshape(value.shape), value)
 
 
-def test_the_memory_of_a_loss_is_measured_by_itself() -> None:
-    """16 MB of logits: the naive loss holds several copies, ours none, whatever the process held before."""
-    ballast = torch.ones(100_000_000)  # a child must not inherit its parent's peak
+def test_the_memory_of_a_loss_is_measured_in_a_process_of_its_own() -> None:
+    """64 MB of logits: the naive loss holds several copies, ours none, whatever the parent process holds."""
+    ballast = torch.ones(100_000_000)  # a child must not inherit the peak of its parent
     shape = {"vocab_size": 16_000, "width": 16, "num_tokens": 1_024}
     naive, chunked = (in_child("library:loss_memory", {"kind": kind, **shape}) for kind in ("naive", "chunked"))
     assert naive["loss"] == pytest.approx(chunked["loss"], rel=1e-3)
@@ -381,7 +382,7 @@ def test_the_memory_of_a_loss_is_measured_by_itself() -> None:
     assert chunked["peak_mb"] < ballast.nbytes / 1e6 + 350
 
 
-def test_plots_are_small_and_read_on_any_background(tmp_path: Path) -> None:
+def test_plots_are_small_and_legible_on_any_background(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plots" / "speed.svg"
     points = [(64, 10_000.0), (128, 20_000.0), (256, 15_000.0)]
@@ -398,7 +399,7 @@ def test_plots_are_small_and_read_on_any_background(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == first
 
 
-def test_a_benchmark_that_fails_leaves_the_others(
+def test_a_failing_benchmark_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(request: Request, report: Report) -> None:
@@ -416,7 +417,7 @@ def test_a_benchmark_that_fails_leaves_the_others(
 
 @pytest.mark.slow
 def test_throughput_end_to_end(tmp_path: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real trainings in processes of their own, as tiny as they get, and a stand-in that prints what nanoGPT prints."""
+    """Tiny training runs in processes of their own, and the stand-in for nanoGPT."""
     out = tmp_path / "out"
     assert command("throughput", "--quick", "--repeats", "1", "--nanogpt", str(checkout), "--out", str(out)) == 0
     captured = capsys.readouterr()
@@ -443,12 +444,12 @@ def test_throughput_end_to_end(tmp_path: Path, checkout: Path, capsys: pytest.Ca
     assert compared["minitf", "nanoGPT"]["peer_median"] == pytest.approx(4 * 32 / 0.015)
     shares = [row for row in rows if row["unit"].startswith("share")]
     assert len(shares) == 2
-    assert all(0 < row["median"] < 1 for row in shares)
+    assert all(row["median"] > 0 for row in shares)
     assert shares[0]["raw"]["peaks"][0]["threads"] >= 1
 
 
 @pytest.mark.slow
-def test_what_a_gpu_would_be_asked_runs_on_a_cpu(request_here: Request, checkout: Path) -> None:
+def test_the_gpu_benchmark_runs_on_a_cpu(request_here: Request, checkout: Path) -> None:
     report = Report("gpu")
     request_here.nanogpt = checkout
     compare(request_here, report, TOY, vocab_size=65, batch_size=2, accumulation=3, num_steps=2, device="cpu")
@@ -461,7 +462,7 @@ def test_what_a_gpu_would_be_asked_runs_on_a_cpu(request_here: Request, checkout
 
 
 @pytest.mark.slow
-def test_a_gpu_would_learn_tiny_shakespeare_once_a_round(request_here: Request) -> None:
+def test_the_gpu_benchmark_learns_once_per_round(request_here: Request) -> None:
     report = Report("gpu")
     learn(request_here, report, ["trainer.device=cpu"])
     assert report.skipped == ["shakespeare_best skipped: give the text with --text FILE"]

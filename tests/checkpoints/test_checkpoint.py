@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back, a failure loses nothing, damage is noticed, and RUN finds what it names."""
+"""Checkpoints: round trip, failures, damage, and the names of runs."""
 
 import errno
 import math
@@ -17,7 +17,7 @@ from minitf.checkpoints import checkpoint as checkpoint_module
 from minitf.checkpoints.checkpoint import load_checkpoint, load_optimizer_state, save_checkpoint
 from minitf.checkpoints.locate import find_checkpoint, find_run, newest_run
 from minitf.checkpoints.train_state import TrainState
-from minitf.errors import MinitfError, RequestError
+from minitf.errors import DeviceError, MinitfError, RequestError
 from minitf.generate import Options, generate_text
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ Save = Callable[..., Path]
 
 @pytest.fixture
 def save(make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path) -> Save:
-    """Save a model whose weights are random by its step, under runs/NAME/DATE/checkpoints."""
+    """Save a model whose random weights are seeded by its step, under runs/NAME/DATE/checkpoints."""
 
     def save(step: int, is_best: bool = False, keep: int = 10, run: str = "runs/a/1") -> Path:
         (tmp_path / run).mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def weights_are_those_of(directory: Path, step: int, make_model: MakeModel) -> b
     "shape",
     [{}, {"tie_embeddings": False}, {"qk_norm": False}, {"dropout": 0.25, "rope_theta": 123.5, "head_dim": 10}],
 )
-def test_what_was_saved_is_loaded(
+def test_checkpoints_round_trip(
     make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, shape: dict[str, Any]
 ) -> None:
     model = make_model(tokenizer.vocab_size, **shape)
@@ -87,7 +87,7 @@ def test_what_was_saved_is_loaded(
         assert torch.equal(restored[name], value), name
 
 
-def test_the_train_state_comes_back_or_says_what_is_missing() -> None:
+def test_train_state_round_trips_or_names_the_missing_field() -> None:
     state = TrainState(step=3, num_steps=9, num_steps_final=True, tokens=5, best_loss=1.5, last_val={"loss": 1.0})
     assert TrainState.from_json({**vars(state), "data": {}}) == state
     with pytest.raises(MinitfError, match="num_steps"):
@@ -95,7 +95,7 @@ def test_the_train_state_comes_back_or_says_what_is_missing() -> None:
     assert math.isinf(TrainState().best_loss)
 
 
-def test_nothing_is_pickled(save: Save) -> None:
+def test_checkpoints_contain_no_pickle(save: Save) -> None:
     for file in save(1).iterdir():
         assert file.suffix in (".json", ".safetensors")
 
@@ -104,7 +104,7 @@ def test_nothing_is_pickled(save: Save) -> None:
 
 
 @pytest.mark.parametrize("again", ["the next step", "the same step"])
-def test_a_failure_at_any_write_loses_nothing(
+def test_a_failed_write_at_any_point_loses_nothing(
     save: Save, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
     first = save(1, is_best=True)
@@ -124,10 +124,10 @@ def test_a_failure_at_any_write_loses_nothing(
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("write_tensors", "_write_json", "_sha256", "flush"):
+        for name in ("write_tensors", "_write_json", "sha256", "flush"):
             patch.setattr(checkpoint_module, name, failing(getattr(checkpoint_module, name)))
         patch.setattr(Tokenizer, "save", failing(Tokenizer.save))
-        if again == "the next step":  # replacing a checkpoint of the same step is two operations of the file system
+        if again == "the next step":  # replacing a checkpoint of the same step takes two renames
             patch.setattr(os, "replace", failing(os.replace))
         num_failures = 0
         while True:
@@ -152,7 +152,7 @@ def test_a_failure_at_any_write_loses_nothing(
     assert (checkpoints / "latest").resolve().name == f"step_{step:08d}"
 
 
-def test_what_a_killed_run_left_behind_is_no_checkpoint(save: Save) -> None:
+def test_partial_directories_of_a_killed_run_are_ignored_and_removed(save: Save) -> None:
     first = save(1)
     partial = first.parent / ".step_00000002.partial"
     shutil.copytree(first, partial)
@@ -161,7 +161,7 @@ def test_what_a_killed_run_left_behind_is_no_checkpoint(save: Save) -> None:
     assert not partial.exists()
 
 
-def test_a_file_in_the_place_of_the_directory_is_an_error_of_the_system(save: Save, tmp_path: Path) -> None:
+def test_a_file_named_checkpoints_is_an_os_error(save: Save, tmp_path: Path) -> None:
     (tmp_path / "runs/a/1").mkdir(parents=True)
     (tmp_path / "runs/a/1/checkpoints").touch()
     with pytest.raises(OSError):
@@ -169,7 +169,7 @@ def test_a_file_in_the_place_of_the_directory_is_an_error_of_the_system(save: Sa
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_are_kept_and_latest_and_best_always(save: Save, keep: int) -> None:
+def test_pruning_keeps_the_newest_and_latest_and_best(save: Save, keep: int) -> None:
     for step in range(1, 8):
         directory = save(step, is_best=step == 2, keep=keep)
         steps = {int(path.name[5:]) for path in directory.parent.glob("step_*") if path.is_dir()}
@@ -177,11 +177,11 @@ def test_the_newest_are_kept_and_latest_and_best_always(save: Save, keep: int) -
         assert (directory.parent / "latest").resolve() == directory
         if step >= 2:
             assert (directory.parent / "best").resolve().name == "step_00000002"
-    assert load_checkpoint(directory.parent.parent).step == 2  # best is what is asked for
+    assert load_checkpoint(directory.parent.parent).step == 2  # `best` is the default
     assert load_checkpoint(directory.parent.parent, prefer="latest").step == 7
 
 
-def test_a_run_that_began_again_further_back_keeps_its_links(save: Save) -> None:
+def test_links_survive_resuming_from_an_earlier_step(save: Save) -> None:
     for step in (10, 20, 30):
         save(step, is_best=step == 10, keep=2)
     directory = save(15, keep=2)  # resumed from step 10
@@ -214,7 +214,7 @@ def damage(file: Path, how: str) -> None:
 def test_a_damaged_file_is_named(save: Save, name: str, how: str) -> None:
     directory = save(1)
     damage(directory / name, how)
-    if (name, how) == ("trainer_state.json", "missing"):  # then it is a Hugging Face model like any other
+    if (name, how) == ("trainer_state.json", "missing"):  # then it is like any Hugging Face model
         assert load_checkpoint(directory).step is None
         return
     with pytest.raises(MinitfError) as error:
@@ -224,7 +224,7 @@ def test_a_damaged_file_is_named(save: Save, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_single_flipped_bit_is_noticed(save: Save, name: str) -> None:
+def test_a_single_flipped_bit_is_detected(save: Save, name: str) -> None:
     directory = save(1)
     file = directory / name
     content = file.read_bytes()
@@ -243,6 +243,15 @@ def test_a_single_flipped_bit_is_noticed(save: Save, name: str) -> None:
             assert name in error, position
         else:  # white space, or the name of the digest itself
             assert {key: loaded.state.get(key) for key in expected} == expected, position
+
+
+def test_a_missing_device_is_not_reported_as_a_damaged_checkpoint(save: Save) -> None:
+    run = save(1).parent.parent
+    save(2)
+    reported: list[str] = []
+    with pytest.raises(DeviceError, match="device cuda:99"):
+        load_checkpoint(run, "cuda:99", log=reported.append)
+    assert reported == []
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "zeros", "binary"])
@@ -281,7 +290,7 @@ def test_a_foreign_model_without_trainer_state_generates(save: Save) -> None:
 # RUN
 
 
-def test_run_is_a_run_directory_a_checkpoint_or_latest(
+def test_run_names_a_run_directory_a_checkpoint_or_latest(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -310,7 +319,9 @@ def test_run_is_a_run_directory_a_checkpoint_or_latest(
     assert find_checkpoint("runs/a/1") == older[1]
 
 
-def test_what_is_no_run_is_said_so(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_no_run_are_refused_with_the_reason(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/begun").mkdir(parents=True)
     (tmp_path / "runs/begun/config.yaml").touch()
@@ -331,9 +342,7 @@ def test_what_is_no_run_is_said_so(save: Save, tmp_path: Path, monkeypatch: pyte
             find_run(name)
 
 
-def test_a_link_to_nowhere_does_not_hide_the_other_runs(
-    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dangling_link_does_not_hide_other_runs(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     expected = save(1)
     gone = save(2, run="runs/b/1")

@@ -1,4 +1,4 @@
-"""A model as GGUF: its fields, its weights, and a vocabulary llama.cpp splits text by as ours does."""
+"""Export as GGUF: fields, weights, and a vocabulary that gives the same ids in llama.cpp."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,15 +13,16 @@ from helpers import make_text
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from minitf.checkpoints.checkpoint import save_checkpoint
-from minitf.checkpoints.gguf import LLAMA3, QWEN2, TENSORS, Vocabulary, export_run, gguf_name, main, vocabulary
+from minitf.checkpoints.gguf import LLAMA3, QWEN2, TENSORS, Vocabulary, export_run, gguf_name, main, vocabulary_of
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import RequestError, run_command
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, chars_of_bytes, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig, chars_of_bytes
 
 gguf: Any = pytest.importorskip("gguf", reason="install the extra minitf[export]")
 
 
-def test_every_weight_has_a_name_in_llama_cpp(make_model: Callable[..., Transformer]) -> None:
+def test_every_parameter_has_a_llama_cpp_name(make_model: Callable[..., Transformer]) -> None:
     names = {gguf_name(name) for name, _ in make_model(tie_embeddings=False).named_parameters()}
     outside = {"token_embd.weight", "output_norm.weight", "output.weight"}
     assert names == outside | {f"blk.{i}.{part}.weight" for i in (0, 1) for part in TENSORS.values()}
@@ -44,7 +45,7 @@ def permuted(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_every_field_and_weight_of_the_file(
+def test_gguf_holds_every_field_and_weight(
     make_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path, qk_norm: bool
 ) -> None:
     shape = {"qk_norm": qk_norm, "tie_embeddings": qk_norm, "head_dim": 6, "rope_theta": 500.0, "rms_norm_eps": 1e-5}
@@ -87,10 +88,10 @@ def test_every_field_and_weight_of_the_file(
 
 
 @pytest.mark.parametrize(("kind", "file_type", "most"), [("f16", 1, 1e-3), ("q8_0", 7, 8e-3)])
-def test_fewer_bits_a_weight(
+def test_quantised_weights_are_within_their_rounding(
     make_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path, kind: str, file_type: int, most: float
 ) -> None:
-    model = make_model(tokenizer.vocab_size, intermediate_size=40)  # 40 is no multiple of a block of 32
+    model = make_model(tokenizer.vocab_size, intermediate_size=40)  # 40 is no multiple of the block size 32
     reader = export(model, tokenizer, tmp_path, kind)
     assert fields(reader)["general.file_type"] == file_type
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
@@ -103,7 +104,7 @@ def test_fewer_bits_a_weight(
         np.testing.assert_allclose(values, expected[tensor.name], rtol=0, atol=most * np.abs(values).max())
 
 
-def test_stretched_positions(make_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rope_scaling_is_exported(make_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path) -> None:
     scaling: dict[str, Any] = {"rope_type": "linear", "factor": 4.0}
     content = fields(export(make_model(300, rope_scaling=scaling), tokenizer, tmp_path, "f32"))
     assert (content["qwen3.rope.scaling.type"], content["qwen3.rope.scaling.factor"]) == ("linear", 4.0)
@@ -125,7 +126,7 @@ def test_stretched_positions(make_model: Callable[..., Transformer], tokenizer: 
 
 
 def as_llama_cpp(words: Vocabulary, text: str) -> list[int]:
-    """What llama.cpp makes of a text of one word: bytes, merged by rank, pieces that are no token byte by byte."""
+    """llama.cpp's tokens of a text of one word: bytes merged by rank; unknown pieces byte by byte."""
     stand_in = {byte: char for char, byte in chars_of_bytes().items()}
     parts = [stand_in[byte] for byte in text.encode()]
     ranks = {merge: rank for rank, merge in enumerate(words.merges)}
@@ -139,17 +140,17 @@ def as_llama_cpp(words: Vocabulary, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
-def test_the_vocabulary_of_every_kind_gives_our_ids(kind: str) -> None:
+def test_exported_vocabularies_give_the_same_ids(kind: str) -> None:
     text = "naïve–世界🙂"
     tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=280), [text, make_text(50), text])
-    words = vocabulary(tokenizer, tokenizer.vocab_size)
+    words = vocabulary_of(tokenizer, tokenizer.vocab_size)
     assert words.pre == "gpt-2"
     assert words.merges
     assert as_llama_cpp(words, text) == tokenizer.encode(text)
 
 
 def with_split(pattern: str | None, digits: bool = False, **model: Any) -> Tokenizer:
-    """A byte-level tokenizer that splits by `pattern` before, as pretrained ones do."""
+    """A byte-level tokenizer with the pre-tokenizer `pattern`, like those of pretrained models."""
     byte = train_tokenizer(TokenizerConfig(kind="byte"), [])
     backend = tokenizers.Tokenizer(models.BPE(vocab=byte.backend.get_vocab(), merges=[("t", "h")] * 0, **model))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
@@ -163,30 +164,30 @@ def with_split(pattern: str | None, digits: bool = False, **model: Any) -> Token
     return Tokenizer(backend)
 
 
-def test_the_splitting_of_pretrained_tokenizers_is_named() -> None:
-    assert vocabulary(with_split(None), 300).pre == "gpt-2"
-    assert vocabulary(with_split(None, digits=True), 300).pre == "smollm"
-    assert vocabulary(with_split(QWEN2), 300).pre == "qwen2"
-    assert vocabulary(with_split(LLAMA3, ignore_merges=True), 300).pre == "llama-bpe"
-    words = vocabulary(with_split(QWEN2), 300)
+def test_pre_tokenizers_of_pretrained_models_are_recognised() -> None:
+    assert vocabulary_of(with_split(None), 300).pre == "gpt-2"
+    assert vocabulary_of(with_split(None, digits=True), 300).pre == "smollm"
+    assert vocabulary_of(with_split(QWEN2), 300).pre == "qwen2"
+    assert vocabulary_of(with_split(LLAMA3, ignore_merges=True), 300).pre == "llama-bpe"
+    words = vocabulary_of(with_split(QWEN2), 300)
     assert [words.tokens[id_] for id_ in words.added] == ["<think>"]
     assert len(words.unused) == 300 - 258
     with pytest.raises(RequestError, match=r"would not split.*Split, ByteLevel"):
-        vocabulary(with_split(r"\w+"), 300)
+        vocabulary_of(with_split(r"\w+"), 300)
     with pytest.raises(RequestError, match="ignore_merges"):
-        vocabulary(with_split(QWEN2, ignore_merges=True), 300)
+        vocabulary_of(with_split(QWEN2, ignore_merges=True), 300)
 
 
 def test_a_sentencepiece_tokenizer_is_refused_by_name() -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocab={"▁a": 0, "</s>": 1}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     with pytest.raises(RequestError, match="Metaspace"):
-        vocabulary(Tokenizer(backend), 2)
+        vocabulary_of(Tokenizer(backend), 2)
     with pytest.raises(RequestError, match="Unigram"):
-        vocabulary(Tokenizer(tokenizers.Tokenizer(models.Unigram([("a", 0.0), ("</s>", 0.0)], None, False))), 2)
+        vocabulary_of(Tokenizer(tokenizers.Tokenizer(models.Unigram([("a", 0.0), ("</s>", 0.0)], None, False))), 2)
 
 
-def test_the_command(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_writes_a_file(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mine.gguf"
     assert main(["--run", str(trained_run), "--format", "gguf", "--type", "q8_0", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"

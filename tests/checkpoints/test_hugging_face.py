@@ -10,11 +10,12 @@ import torch
 from helpers import randomise
 
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import MinitfError
-from minitf.generate import generate
+from minitf.generate import GenerationRequest, generate
 from minitf.inference.sampling import Sampling
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 transformers: Any = pytest.importorskip("transformers", reason="install the extra minitf[test]")
 
@@ -39,7 +40,7 @@ def test_transformers_computes_the_same_logits(
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, output_loading_info=True
     )
-    assert not any(report.values()), report  # no weight missing, left over or of another shape
+    assert not any(report.values()), report  # no weight is missing, unexpected or of another shape
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM")
     assert json.loads((checkpoint / "config.json").read_text())["architectures"] == [type(theirs).__name__]
     assert theirs.config.tie_word_embeddings == model.config.tie_embeddings
@@ -52,14 +53,14 @@ def test_transformers_computes_the_same_logits(
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_transformers_writes_the_same_text(
+def test_transformers_generates_the_same_text(
     make_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path, qk_norm: bool
 ) -> None:
     model = make_model(tokenizer.vocab_size, context_length=128, qk_norm=qk_norm)
     checkpoint = save(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     prompt = tokenizer.encode("The cat sat on")
-    steps = generate(model, prompt, 1, Sampling(temperature=0))
+    steps = generate(model, GenerationRequest(prompt, Sampling(temperature=0)))
     ours = [int(next(steps).ids_B) for _ in range(100)]
     written = theirs.generate(torch.tensor([prompt]), max_new_tokens=100, min_new_tokens=100, do_sample=False)
     assert len(set(ours)) > 5
@@ -82,8 +83,8 @@ def test_transformers_reads_the_same_ids_and_text(
     assert theirs.eos_token_id == tokenizer.end_id
 
 
-def test_a_chat_is_what_the_model_was_trained_on(make_model: Callable[..., Transformer], tmp_path: Path) -> None:
-    """Of text, its messages joined, whatever they hold; of pairs, a source between its marks, as ids."""
+def test_chat_template_matches_the_training_format(make_model: Callable[..., Transformer], tmp_path: Path) -> None:
+    """For text the messages are joined verbatim; for pairs the source stands between its marks."""
     messages = [{"role": "user", "content": "The cat <|endoftext|>"}, {"role": "assistant", "content": " sat"}]
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=260), ["The cat sat. "])
     theirs = transformers.AutoTokenizer.from_pretrained(save(make_model(tokenizer.vocab_size), tokenizer, tmp_path))
@@ -95,7 +96,7 @@ def test_a_chat_is_what_the_model_was_trained_on(make_model: Callable[..., Trans
     assert asked_pair == pairs.encode_prompt("The cat")
 
 
-def test_the_chat_template_of_its_maker_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_chat_template_of_a_pretrained_tokenizer_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     template = "{% for message in messages %}<|{{ message['role'] }}|>{% endfor %}"
@@ -106,8 +107,8 @@ def test_the_chat_template_of_its_maker_is_kept(tokenizer: Tokenizer, tmp_path: 
     assert loaded.for_pairs().chat_template != template
 
 
-def test_a_model_saved_by_transformers_loads_here(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Its config.json is in today's format of transformers, its directory has no trainer_state."""
+def test_a_model_saved_by_transformers_loads(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Its config.json has the current format of transformers, its directory has no trainer_state."""
     shape = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}

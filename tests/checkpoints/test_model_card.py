@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint: the hub's tools read it, people can write in it, and it goes along when pushed."""
+"""The model card of a checkpoint: valid for the hub's tools, editable, and uploaded with the model."""
 
 import os
 import shutil
@@ -15,11 +15,11 @@ from hub_stand_in import HubStandIn
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.checkpoints.model_card import model_card, origin_of
 from minitf.checkpoints.train_state import TrainState
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
 from minitf.model import Transformer
 
 
-def test_the_card_says_what_the_run_was(trained_run: Path) -> None:
+def test_the_card_describes_the_run(trained_run: Path) -> None:
     checkpoint = load_checkpoint(trained_run)
     card = huggingface_hub.ModelCard.load(checkpoint.directory / "README.md")
     assert card.data.pipeline_tag == "text-generation"
@@ -34,10 +34,10 @@ def test_the_card_says_what_the_run_was(trained_run: Path) -> None:
         "  hidden_size: 32", "  batch_size: 4", "## Sample", "It continues text",
     ):  # fmt: skip
         assert words in card.text, words
-    assert str(trained_run.parent) not in card.content  # nothing of this machine
+    assert str(trained_run.parent) not in card.content  # no local paths
 
 
-def test_people_can_write_in_it(trained_run: Path, tmp_path: Path) -> None:
+def test_an_edited_card_does_not_damage_the_checkpoint(trained_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained_run, tmp_path / "run", symlinks=True)
     with (run / "checkpoints/latest/README.md").open("a") as file:
         file.write("\nMine.\n")
@@ -46,7 +46,7 @@ def test_people_can_write_in_it(trained_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a ``` b", "---", "x: [unclosed\n'\"{", "世界\n# no heading"])
-def test_awkward_text_stays_within_its_place(make_model: Any, text: str) -> None:
+def test_awkward_text_does_not_break_the_card(make_model: Any, text: str) -> None:
     model: Transformer = make_model(50)
     data = DataConfig(source="hub", hub_path="someone/some-text", hub_name=text)
     state = TrainState(step=3, last_val={"loss": 1.0, "bits_per_byte": 2.0, "perplexity": 2.7, "num_tokens": 10})
@@ -59,13 +59,13 @@ def test_awkward_text_stays_within_its_place(make_model: Any, text: str) -> None
     assert text in card.text
 
 
-def test_without_an_evaluation_there_are_no_results(make_model: Any) -> None:
+def test_a_card_without_an_evaluation_has_no_results(make_model: Any) -> None:
     card = huggingface_hub.ModelCard(model_card("new", make_model(50), DataConfig(), "text", TrainState(), {}))
     assert card.data.eval_results is None
 
 
-def test_where_a_model_began_is_handed_on(tiny: list[str], trained_run: Path, tmp_path: Path) -> None:
-    """The base and the licence of its first model stay in the cards of all that come of it, resumed too."""
+def test_base_model_and_license_are_passed_on(tiny: list[str], trained_run: Path, tmp_path: Path) -> None:
+    """Base model and licence of the first model stay in the cards of all its descendants, also resumed ones."""
     base = shutil.copytree(trained_run / "checkpoints/best", tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: some.one/their-model\ntags: [a]\n---\nx\n")
     assert origin_of("some/where@main", base) == {"license": "apache-2.0", "base_model": "some/where"}
@@ -93,7 +93,7 @@ AutoTokenizer.from_pretrained(sys.argv[1]).push_to_hub("me/other", token="hf_non
 
 CONTINUE = """
 import sys
-from minitf.generate import main
+from minitf.cli.generate import main
 for run in sys.argv[1:]:
     main(["The cat", "--max-tokens", "8", "--temperature", "0", "--run", run])
     print(end="\\0")

@@ -1,4 +1,4 @@
-"""Completion: what may follow, in a moment, and as bash hands it to the command line."""
+"""Shell completion: settings, presets, flags and runs, and the code that shells evaluate."""
 
 import shutil
 import subprocess
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from minitf.config.help import all_keys
+from minitf.config.presets import COMMANDS, all_keys
 from minitf.config.shell_completion import candidates, main, script
 from minitf.errors import RequestError
 
 
-def test_words_a_training_may_go_on_with(workdir: Path) -> None:
+def test_settings_presets_and_runs_are_completed(workdir: Path) -> None:
     assert candidates("python -m minitf.train trainer.prec") == ["trainer.precision="]
     assert candidates("python3 -m minitf.train model=nano trainer.precision=b") == ["trainer.precision=bf16"]
     assert candidates("minitf-train model=") == [f"model={size}" for size in ("auto", "gpt2", "mini", "nano", "small")]
@@ -20,28 +20,41 @@ def test_words_a_training_may_go_on_with(workdir: Path) -> None:
         "data.streaming=true", "data.streaming=false"
     ]  # fmt: skip
     every = {word.rstrip("=") for word in candidates("minitf-train ")}
-    assert every == {*all_keys(), "experiment"} - {"trainer", "attention"}
+    assert every == {*all_keys(), "experiment"} - {"attention"}
     (workdir / "runs/kjv/one/checkpoints/latest").mkdir(parents=True)
     assert candidates("minitf-train resume=") == ["resume=latest", "resume=runs/kjv/one"]
 
 
-def test_flags_of_the_other_commands(workdir: Path) -> None:
+def test_flags_and_their_values_are_completed(workdir: Path) -> None:
     assert candidates("python scripts/generate.py --max") == ["--max-tokens"]
     assert candidates("minitf-export --type ") == ["f32", "f16", "q8_0"]
     assert candidates("python -m minitf.evaluate --run ") == ["latest"]
+    assert candidates("minitf-train --cfg ") == ["job", "hydra", "all"]
+    assert candidates("minitf-train --conf") == ["--config-dir", "--config-name", "--config-path"]
+    assert candidates("minitf-train -m trainer.dry_run=t") == ["trainer.dry_run=true"]
+    for command in COMMANDS:
+        assert "--help" in candidates(f"minitf-{command} --"), command
+        assert len(candidates(f"minitf-{command} --")) > 2, command
     for line in ("python scripts/other.py --", "python -m http.server --", "python ", "minitf-generate The"):
         assert candidates(line) == []
 
 
+def test_presets_of_the_users_own_are_completed(workdir: Path) -> None:
+    (workdir / "my/experiment").mkdir(parents=True)
+    (workdir / "my/experiment/mine.yaml").write_text("# mine\n")
+    assert candidates("minitf-train -cd my experiment=m") == ["experiment=modern_english", "experiment=mine"]
+    assert candidates("minitf-train experiment=m") == ["experiment=modern_english"]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_understands_what_it_is_to_read(shell: str, tmp_path: Path) -> None:
+def test_the_code_is_valid_in_its_shell(shell: str, tmp_path: Path) -> None:
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
     (tmp_path / "file").write_text(script(shell))
     assert subprocess.run([shell, "-n", tmp_path / "file"], capture_output=True).stderr == b""
 
 
-def test_an_unknown_shell_is_said_and_hydras_way_leads_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_shell_is_named_and_hydras_flag_works(capsys: pytest.CaptureFixture[str]) -> None:
     from minitf.train import main as train
 
     with pytest.raises(RequestError, match="bash, zsh, fish"):
@@ -61,7 +74,7 @@ def test_an_unknown_shell_is_said_and_hydras_way_leads_here(capsys: pytest.Captu
     ],
 )
 def test_bash_completes(line: str, replies: str) -> None:
-    """Completion of `python` that was there before still answers for all that is not minitf's."""
+    """For commands that are not minitf's, the completion of `python` that was installed before still answers."""
     words = f'COMP_LINE="{line}" COMP_POINT=${{#COMP_LINE}} COMP_WORDBREAKS=$" \\t\\n=:"'
     before = "theirs() { COMPREPLY=(theirs); }; complete -F theirs python"
     code = f'{before}; eval "$({sys.executable} -m minitf.completion bash)"; {words}; _minitf; echo ${{COMPREPLY[@]}}'

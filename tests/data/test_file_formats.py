@@ -1,4 +1,4 @@
-"""Local files by their extension: what is inside is what is trained on."""
+"""Local files by their extension: every format gives the texts that were written to it."""
 
 import csv
 import gzip
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minitf.data.sources.text import DataConfig, fingerprint, open_corpus
+from minitf.data.config import DataConfig
+from minitf.data.fingerprint import fingerprint
+from minitf.data.sources.text import open_text
 from minitf.errors import RequestError
 
 TEXTS = ['The cat,\nand "the" mat.', "naïve 世界\r\n", "", "third", *(f"document {i}" for i in range(4, 20))]
@@ -42,17 +44,17 @@ def write(path: Path, column: str = "text") -> Path:
 
 
 def read(config: DataConfig) -> tuple[list[str], list[str]]:
-    corpus = open_corpus(config)
+    corpus = open_text(config)
     parts = []
     for rows in (corpus.train, corpus.val):
         found = list(rows)
-        assert all(row["end"] for row in found)
-        parts.append([row["text"] for row in found])
+        assert all(item.end for item in found)
+        parts.append([item.text for item in found])
     return parts[0], parts[1]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.zst", "A.JSONL"])
-def test_a_row_is_a_document(tmp_path: Path, name: str) -> None:
+def test_a_row_of_a_table_is_a_document(tmp_path: Path, name: str) -> None:
     config = DataConfig(source="files", files=[str(write(tmp_path / name.lower()).rename(tmp_path / name))])
     train, val = read(config)
     assert val == [KEPT[9]]
@@ -72,7 +74,7 @@ def test_folders_globs_and_files_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_text_is_text(tmp_path: Path, suffix: str) -> None:
+def test_compressed_text_is_decompressed(tmp_path: Path, suffix: str) -> None:
     text = "".join(f"line {i} – ü\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     packed = tmp_path / f"a.txt{suffix}"
@@ -84,30 +86,36 @@ def test_compressed_text_is_text(tmp_path: Path, suffix: str) -> None:
 
     def whole(path: Path) -> list[str]:
         config = DataConfig(source="files", files=[str(path)])
-        corpus = open_corpus(config)
-        return ["".join(row["text"] for row in rows) for rows in (corpus.train, corpus.val)]
+        corpus = open_text(config)
+        return ["".join(item.text for item in rows) for rows in (corpus.train, corpus.val)]
 
     assert whole(packed) == whole(tmp_path / "a.txt")
     packed.write_bytes(packed.read_bytes()[:100])
-    if suffix == ".gz":  # a zstd stream that ends early is not told from one that is whole
+    if suffix == ".gz":  # a zstd stream that ends early looks complete
         with pytest.raises(RequestError, match=r"a\.txt\.gz: damaged"):
             whole(packed)
 
 
-def test_another_column_is_another_text(tmp_path: Path) -> None:
+def test_the_text_column_can_be_chosen(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", column="body")
     named = DataConfig(source="files", files=[str(file)], text_column="body")
     assert read(named)[1] == [KEPT[9]]
     assert fingerprint(named) != fingerprint(DataConfig(source="files", files=[str(file)]))
-    with pytest.raises(RequestError, match=r"row 1 has no 'text'.*id, body"):
+    with pytest.raises(RequestError, match=r"row 1: no column 'text', only id, body; set data\.text_column"):
         read(DataConfig(source="files", files=[str(file)]))
     with pytest.raises(RequestError, match="id holds int"):
         read(DataConfig(source="files", files=[str(file)], text_column="id"))
-    with pytest.raises(RequestError, match=r"has no 'text'.*id, body"):
+    with pytest.raises(RequestError, match=r"no column 'text', only id, body"):
         read(DataConfig(source="files", files=[str(write(tmp_path / "a.parquet", column="body"))]))
 
 
-def test_parquet_that_holds_no_utf8_is_named(tmp_path: Path) -> None:
+def test_short_and_long_rows_of_a_table_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1\n2,"two ""quoted""\nlines",more\n\n3,three\n')
+    train, val = read(DataConfig(source="files", files=[str(tmp_path / "a.csv")]))
+    assert [*train, *val] == ['two "quoted"\nlines', "three"]
+
+
+def test_parquet_with_invalid_utf8_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet")
     import pyarrow
     import pyarrow.parquet
@@ -121,17 +129,18 @@ def test_parquet_that_holds_no_utf8_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("a.jsonl", b'"a"\n', "line 1 is no JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"row 2: not JSON \("),
+        ("a.jsonl", b'"a"\n', "row 1: not a JSON object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "row 2: text holds half a surrogate pair"),
         ("a.csv", b'text\n"a\n', "unexpected end"),
-        ("a.csv", b"text\n\xff\xfe\n", "not UTF-8"),
+        ("a.csv", b'"a\nb",c\n1,2\n', "row 3: no column 'text', only a b, c; set"),
+        ("a.csv", b"text\n\xff\xfe\n", "row 2: invalid UTF-8 at byte 0 of the line"),
         ("a.parquet", b"no", "cannot be read as parquet"),
         ("a.jsonl.gz", b"no", "damaged"),
         ("a.jsonl", b'{"text": "a"}\n', "1 documents with text are too few"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_an_unreadable_table_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RequestError, match=words):
         read(DataConfig(source="files", files=[str(tmp_path / name)]))

@@ -1,4 +1,4 @@
-"""Text nobody would train on, in small: it works, or one line says why not. At full size it was measured by hand."""
+"""Extreme inputs in small: they work, or one line says why not. Full sizes were measured by hand."""
 
 import json
 import random
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from minitf.data.batches import prepare
-from minitf.data.packing import prepare_pairs
-from minitf.data.sources import files as formats
-from minitf.data.sources.text import DataConfig, open_corpus
+from minitf.data.config import DataConfig
+from minitf.data.sources import tables
+from minitf.data.sources.text import open_text
+from minitf.data.tokenized_pairs import prepare_pairs
+from minitf.data.tokenized_text import prepare
 from minitf.errors import RequestError
 from minitf.tokenizer import TokenizerConfig
 
@@ -35,13 +36,13 @@ def write_empty(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "folder"])
-def test_nothing_but_empty_documents_is_said(tmp_path: Path, name: str) -> None:
+def test_a_corpus_of_empty_documents_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RequestError, match=r"^[^\n]*(0 documents with text are too few|the files are empty)[^\n]*$"):
-        open_corpus(config(write_empty(tmp_path / name)))
+        open_text(config(write_empty(tmp_path / name)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
-def test_a_few_documents_among_empty_ones_are_found(tmp_path: Path, name: str) -> None:
+def test_empty_documents_are_skipped(tmp_path: Path, name: str) -> None:
     path = write_empty(tmp_path / name)
     with path.open("a") as file:
         for number in range(20):
@@ -51,7 +52,7 @@ def test_a_few_documents_among_empty_ones_are_found(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("alphabet", ["a", "abcdefghij", "世"])
-def test_a_line_without_an_end_is_text(tmp_path: Path, alphabet: str) -> None:
+def test_text_without_newlines_is_encoded_exactly(tmp_path: Path, alphabet: str) -> None:
     text = "".join(random.Random(0).choices(alphabet, k=300_000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     data = config(tmp_path / "a.txt", cache_dir=str(tmp_path / "cache"))
@@ -67,23 +68,23 @@ def test_a_line_without_an_end_is_text(tmp_path: Path, alphabet: str) -> None:
         ("b.csv", 'text\n"' + "a\n" * 3000, "field larger than field limit"),
     ],
 )
-def test_a_row_without_an_end_does_not_fill_the_memory(
+def test_an_endless_row_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: str, words: str
 ) -> None:
-    monkeypatch.setattr(formats, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 5000)
     (tmp_path / name).write_text(begin + "a" * 4000 * (name != "b.csv") + "b" * 4000)
     with pytest.raises(RequestError, match=words):
-        open_corpus(config(tmp_path / name))
+        open_text(config(tmp_path / name))
 
 
-def test_random_bytes_are_no_text(tmp_path: Path) -> None:
+def test_random_bytes_are_refused(tmp_path: Path) -> None:
     for seed in range(5):
         (tmp_path / "a.txt").write_bytes(random.Random(seed).randbytes(100_000))
         with pytest.raises(RequestError, match=r"^[^\n]*(not a text file|invalid UTF-8 at byte)[^\n]*$"):
-            open_corpus(config(tmp_path / "a.txt"))
+            open_text(config(tmp_path / "a.txt"))
 
 
-def test_pairs_without_a_word_are_said(tmp_path: Path) -> None:
+def test_empty_pairs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "", "completion": ""}) + "\n" + "{}\n" * 1000)
     with pytest.raises(RequestError, match="prompt is empty"):
         prepare_pairs(

@@ -1,4 +1,4 @@
-"""Data sets of the hub with the real `datasets` client, against a stand-in on loopback: whole, exact, one line."""
+"""Data sets of the hub, read by the real `datasets` client from a stand-in on loopback."""
 
 import functools
 import io
@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from hub_stand_in import HubStandIn
 
-from minitf.data.resumable import Reader
-from minitf.data.sources import hub as hub_data
+from minitf.data.config import DataConfig
+from minitf.data.resumable import ResumableIterator
+from minitf.data.sources import hub as hub_module
 from minitf.data.sources.pairs import open_pairs
-from minitf.data.sources.text import DataConfig, open_corpus
+from minitf.data.sources.text import open_text
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"document {i} of a data set." for i in range(400)]
@@ -31,18 +32,18 @@ configs:
   data_files: two.parquet
 ---
 """
-# A process of its own, as the client reads its settings when it is imported: jobs come in by line, answers go out.
+# A process of its own, as the client reads its settings on import. It answers jobs, one line each.
 CLIENT = """
 import json, sys, time
 real_sleep = time.sleep
 time.sleep = lambda seconds: real_sleep(min(seconds, 0.01))  # the client waits 23 s before it gives up
-from minitf.data.batches import prepare
-from minitf.data.sources.text import DataConfig, open_corpus
+from minitf.data import tokenize
+from minitf.data.config import DataConfig
+from minitf.data.sources.text import open_text
+from minitf.data.tokenized_text import prepare
 from minitf.errors import MinitfError
-from minitf.data.tokenize import ENCODE_ROWS
-from minitf.data import tokenize as preparation
 from minitf.tokenizer import TokenizerConfig
-preparation.ENCODE_ROWS = 16
+tokenize.GROUP_ITEMS = 16
 for line in sys.stdin:
     job = json.loads(line)
     config = DataConfig(source="hub", **job["config"])
@@ -53,9 +54,9 @@ for line in sys.stdin:
             files = {f.name: f.read_bytes().hex() for f in found.directory.iterdir() if f.suffix == ".bin"}
             answer = {"files": files, "log": log}
         else:
-            corpus = open_corpus(config)
+            corpus = open_text(config)
             answer = {"description": corpus.description, "bytes": corpus.num_bytes, "documents": corpus.num_documents}
-            answer |= {part: [row["text"] for row in getattr(corpus, part)] for part in ("train", "val")}
+            answer |= {part: [item.text for item in getattr(corpus, part)] for part in ("train", "val")}
     except MinitfError as error:
         answer = {"error": str(error), "status": error.exit_status}
     print(json.dumps(answer), flush=True)
@@ -113,7 +114,7 @@ class Client:
     def __init__(self, hub: HubStandIn, home: Path, **changes: str) -> None:
         settings = {
             "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60",
             "NO_PROXY": "*", "USE_TORCH": "0",
         }  # fmt: skip
         self.process = subprocess.Popen(
@@ -131,7 +132,7 @@ class Client:
         return answer
 
     def read(self, path: str, **settings: Any) -> tuple[list[str], list[str]]:
-        """What there is to train on, and what is held out."""
+        """The texts to train on, and those held out."""
         answer = self.ask(path, **settings)
         assert "error" not in answer, answer["error"]
         return answer["train"], answer["val"]
@@ -185,7 +186,7 @@ def test_a_data_set_is_read_by_name(client: Client, streaming: bool) -> None:
         ("o/empty", {}, "doesn't contain any data files"),
     ],
 )
-def test_what_goes_wrong_is_one_line(client: Client, path: str, settings: dict[str, Any], words: str) -> None:
+def test_a_wrong_request_is_one_line(client: Client, path: str, settings: dict[str, Any], words: str) -> None:
     for streaming in (False, True):
         found = client.ask(path, streaming=streaming, **settings)
         assert found["status"] == 2
@@ -195,7 +196,7 @@ def test_what_goes_wrong_is_one_line(client: Client, path: str, settings: dict[s
         assert "hf auth login" in found["error"]
 
 
-def test_a_dropped_connection_is_taken_up_again(hub: HubStandIn, client: Client) -> None:
+def test_a_dropped_connection_is_retried(hub: HubStandIn, client: Client) -> None:
     hub.sends_before_it_drops, hub.drops = 50_000, 3
     try:
         for path, streaming in (("o/long", True), ("o/long_parquet", True), ("o/long", False)):
@@ -208,7 +209,7 @@ def test_a_dropped_connection_is_taken_up_again(hub: HubStandIn, client: Client)
 
 
 @pytest.mark.parametrize("path", ["o/long", "o/long_parquet"])
-def test_a_connection_that_stays_dead_is_said_and_the_preparation_goes_on_later(
+def test_a_lost_connection_is_reported_and_the_preparation_resumed(
     hub: HubStandIn, client: Client, tmp_path: Path, path: str
 ) -> None:
     sent = hub.num_sent
@@ -220,33 +221,41 @@ def test_a_connection_that_stays_dead_is_said_and_the_preparation_goes_on_later(
         hub.dies_after = None
     assert found["status"] == 1
     assert "cannot reach the Hugging Face hub" in found["error"]
-    assert "are prepared: the same command goes on from there" in found["error"]
+    assert "are prepared: the same command resumes from there" in found["error"]
     again = client.ask(path, prepare=True, streaming=True, cache_dir=str(tmp_path / "b"))
     assert again["files"] == whole["files"]
-    assert "going on with" in again["log"][0]
+    assert "resuming" in again["log"][0]
 
 
-def test_a_slow_hub_is_waited_for_and_a_silent_one_is_not(hub: HubStandIn, client: Client) -> None:
+def test_a_slow_hub_is_awaited(hub: HubStandIn, client: Client) -> None:
+    hub.delay_s = 0.05
     try:
-        hub.delay_s = 0.05
         assert len(client.ask("o/tagged")["train"]) == 360
-        hub.delay_s = 1.5
-        found = client.ask("o/never")
-        assert found["status"] == 1
-        assert "no answer from the hub" in found["error"]
-        assert "HF_HUB_ETAG_TIMEOUT" in found["error"]
     finally:
         hub.delay_s = 0.0
 
 
-def test_without_the_hub_the_cache_serves(hub: HubStandIn, client: Client, home: Path) -> None:
+def test_a_silent_hub_times_out(hub: HubStandIn, home: Path) -> None:
+    impatient = Client(hub, home, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    hub.delay_s = 3.0
+    try:
+        found = impatient.ask("o/never")
+    finally:
+        hub.delay_s = 0.0
+        impatient.close()
+    assert found["status"] == 1
+    assert "no answer from the hub" in found["error"]
+    assert "HF_HUB_ETAG_TIMEOUT" in found["error"]
+
+
+def test_an_unreachable_hub_falls_back_to_the_cache(hub: HubStandIn, client: Client, home: Path) -> None:
     known = client.ask("o/plain")
     hub.requests.clear()
     offline = Client(hub, home, HF_HUB_OFFLINE="1")
     try:
         assert offline.ask("o/plain") == known
         assert "HF_HUB_OFFLINE forbids" in offline.ask("o/script")["error"]
-        assert "cannot be told without the hub" in offline.ask("o/plain", hub_revision="v3")["error"]
+        assert "without the hub nothing says" in offline.ask("o/plain", hub_revision="v3")["error"]
         assert hub.requests == []
     finally:
         offline.close()
@@ -261,53 +270,49 @@ def test_without_the_hub_the_cache_serves(hub: HubStandIn, client: Client, home:
         hub.dies_after = None
 
 
-# Interrupted and gone on with
+# Interrupted and resumed
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("shuffle_buffer", [0, 25])
-def test_nothing_is_lost_and_nothing_comes_twice_wherever_it_is_interrupted(
-    tmp_path: Path, streaming: bool, shuffle_buffer: int
-) -> None:
+def test_reading_resumes_exactly_at_any_item(tmp_path: Path, streaming: bool, shuffle_buffer: int) -> None:
     for number in range(3):
         texts = DOCUMENTS[number * 70 : (number + 1) * 70]
         (tmp_path / f"{number}.parquet").write_bytes(parquet(texts, 30))
     config = DataConfig(
         source="hub", hub_path="parquet", files=[str(tmp_path)], streaming=streaming, shuffle_buffer=shuffle_buffer
     )
-    whole = [(row["text"], row["held_out"]) for row in Reader(open_corpus(config).source)]
+    whole = [(item.text, item.held_out) for item in ResumableIterator(open_text(config).read)]
     texts = [text for text, _ in whole]
     assert sorted(texts) == sorted(DOCUMENTS[:210])
     assert (texts == DOCUMENTS[:210]) == (shuffle_buffer == 0)
     for stops in ([1], [24, 1], [25], [64, 2, 63], [69, 1, 1], [70], [100, 100], [209], [210]):
-        seen, position = [], None
+        seen, state = [], None
         for count in [*stops, 1000]:
-            reader = Reader(open_corpus(config).source, position)
-            seen += [(row["text"], row["held_out"]) for _, row in zip(range(count), reader, strict=False)]
-            position = json.loads(json.dumps(reader.position))
+            reader = ResumableIterator(open_text(config).read, state)
+            seen += [(item.text, item.held_out) for _, item in zip(range(count), reader, strict=False)]
+            state = json.loads(json.dumps(reader.state))
         assert seen == whole, stops
 
 
-def test_the_drawn_order_is_that_of_its_seed(tmp_path: Path) -> None:
+def test_the_shuffled_order_depends_on_the_seed(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"{number}.parquet").write_bytes(parquet(DOCUMENTS[number * 50 : (number + 1) * 50]))
 
     def first(**settings: Any) -> list[str]:
         config = DataConfig(source="hub", hub_path="parquet", files=[str(tmp_path)], max_documents=60, **settings)
-        return [row["text"] for row in Reader(open_corpus(config).source)]
+        return [item.text for item in ResumableIterator(open_text(config).read)]
 
     drawn = first(streaming=True, shuffle_buffer=40)
     assert drawn == first(streaming=True, shuffle_buffer=40)
     assert drawn != first(streaming=True, shuffle_buffer=40, shuffle_seed=1)
     assert len(set(drawn)) == len(drawn) == 60
-    assert not set(drawn) <= set(DOCUMENTS[:100])  # files are in drawn order too
+    assert not set(drawn) <= set(DOCUMENTS[:100])  # files are shuffled too
     assert first(shuffle_buffer=40) != DOCUMENTS[:60]
 
 
-def test_pairs_of_the_hub_go_on_too_and_bad_rows_are_counted_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub_data, "BLOCK_ROWS", 7)
+def test_hub_pairs_resume_and_count_bad_rows_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "BLOCK_ROWS", 7)
     rows = [{"prompt": f"q{i}", "completion": "" if i % 5 == 0 else f"a{i}"} for i in range(50)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(
@@ -316,9 +321,9 @@ def test_pairs_of_the_hub_go_on_too_and_bad_rows_are_counted_once(
     whole = list(open_pairs(config))
     assert len(whole) == 40
     for count in (1, 6, 13, 30, 40):
-        reader = Reader(open_pairs(config).source)
+        reader = ResumableIterator(open_pairs(config).read)
         seen = [pair for _, pair in zip(range(count), reader, strict=False)]
         pairs = open_pairs(config)
-        seen += Reader(pairs.source, json.loads(json.dumps(reader.position)))
+        seen += ResumableIterator(pairs.read, json.loads(json.dumps(reader.state)))
         assert seen == whole
-        assert pairs.num_skipped == 10
+        assert pairs.bad_rows.num_skipped == 10

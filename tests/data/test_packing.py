@@ -1,4 +1,4 @@
-"""Packed pairs: none lost, none cut unsaid, and none sees another."""
+"""Packed pairs: none lost, none cut silently, none sees another."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minitf.data.batches import IGNORED, Batch
-from minitf.data.packing import PairBatches, TokenizedPairs, fit, held_out_pairs, pack, prepare_pairs
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
+from minitf.data.packing import PairBatches, fit, held_out_pairs, pack
+from minitf.data.tokenized_pairs import TokenizedPairs, prepare_pairs
 from minitf.errors import RequestError
 from minitf.loss import linear_cross_entropy
 from minitf.tokenizer import Tokenizer, TokenizerConfig
@@ -49,7 +50,7 @@ def pairs_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def test_ids_are_the_marked_pair(pairs: TokenizedPairs) -> None:
+def test_ids_are_the_pair_between_its_marks(pairs: TokenizedPairs) -> None:
     t = pairs.tokenizer
     source, target = pairs.train.texts(0, t)
     assert (source, target) == some_rows(200)[0]
@@ -60,7 +61,7 @@ def test_ids_are_the_marked_pair(pairs: TokenizedPairs) -> None:
     assert (len(pairs.train), len(pairs.val)) == (180, 20)
 
 
-def test_prepared_pairs_are_kept(tmp_path: Path) -> None:
+def test_prepared_pairs_are_cached_and_repaired(tmp_path: Path) -> None:
     lines: list[str] = []
     data = data_of(tmp_path, some_rows(40))
     first, second = prepare_pairs(data, BYTE, log=lines.append), prepare_pairs(data, BYTE, log=lines.append)
@@ -73,7 +74,7 @@ def test_prepared_pairs_are_kept(tmp_path: Path) -> None:
     assert "damaged" in lines[2]
 
 
-def test_an_epoch_holds_every_pair_once_and_counts_the_completion_only(pairs: TokenizedPairs) -> None:
+def test_an_epoch_takes_every_pair_once_with_targets_in_its_completion(pairs: TokenizedPairs) -> None:
     batches = PairBatches(pairs.train, DataConfig(kind="pairs", source="copy"), 64, 1, seed=1)
     seen = [one for index in range(batches.windows_per_epoch) for one in pairs_of(batches.batch(index))]
     expected = []
@@ -90,7 +91,7 @@ def test_an_epoch_holds_every_pair_once_and_counts_the_completion_only(pairs: To
     assert sorted(second) == sorted(seen)
 
 
-def test_the_packing_is_nearly_full() -> None:
+def test_packed_rows_are_nearly_full() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.normal(67, 28, size=20_000), 9, 227).astype(np.int32)
     patterns = pack(lengths, 256)
@@ -100,7 +101,7 @@ def test_the_packing_is_nearly_full() -> None:
     assert lengths.sum() / (256 * sum(times for _, times in patterns)) > 0.95
 
 
-def test_long_pairs_are_said_and_left_out_or_cut(tmp_path: Path) -> None:
+def test_long_pairs_are_reported_and_dropped_or_truncated(tmp_path: Path) -> None:
     rows = [("short", "one"), ("s" * 10, "c" * 60), ("p" * 80, "c")] * 10
     pairs = prepare_pairs(data_of(tmp_path, rows), BYTE, log=quiet).train
     lengths, report = fit(pairs, 32, "drop")
@@ -113,13 +114,13 @@ def test_long_pairs_are_said_and_left_out_or_cut(tmp_path: Path) -> None:
     batches = PairBatches(pairs, data, 32, 4, seed=0)
     cut = [targets for inputs, targets in pairs_of(batches.batch(0)) if len(inputs) == 32]
     assert cut
-    assert all(targets[-1] != 256 for targets in cut)  # an end that is not there is not learned
+    assert all(targets[-1] != 256 for targets in cut)  # a cut completion has no end to learn
     with pytest.raises(RequestError, match=r"none of 27 pairs fits into model\.context_length=4"):
         fit(pairs, 4, "drop")
 
 
 @pytest.mark.parametrize("attention", ["explicit", "sdpa"])
-def test_packed_is_unpacked_to_rounding(pairs: TokenizedPairs, make_model: Any, attention: str) -> None:
+def test_packed_pairs_do_not_see_each_other(pairs: TokenizedPairs, make_model: Any, attention: str) -> None:
     model = make_model(vocab_size=pairs.tokenizer.vocab_size, context_length=64, attention=attention)
     batch = PairBatches(pairs.train, DataConfig(kind="pairs", source="copy"), 64, 3, seed=0).batch(0)
     assert batch.segments_BT is not None
@@ -129,10 +130,10 @@ def test_packed_is_unpacked_to_rounding(pairs: TokenizedPairs, make_model: Any, 
             inside = segments == number
             alone = model.hidden(batch.inputs_BT[row][inside][None])
             torch.testing.assert_close(whole[row][inside], alone[0], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(model.hidden(batch.inputs_BT)[0, -1], whole[0, -1], atol=1e-3)  # the mask does something
+    assert not torch.allclose(model.hidden(batch.inputs_BT)[0, -1], whole[0, -1], atol=1e-3)  # the mask matters
 
 
-def test_the_prompt_counts_by_its_share(pairs: TokenizedPairs, make_model: Any) -> None:
+def test_prompt_loss_share_weighs_prompt_tokens(pairs: TokenizedPairs, make_model: Any) -> None:
     model = make_model(vocab_size=pairs.tokenizer.vocab_size, context_length=64)
     data = DataConfig(kind="pairs", source="copy", prompt_loss_share=0.25)
     batch = PairBatches(pairs.train, data, 64, 3, seed=0).batch(0)
@@ -149,7 +150,7 @@ def test_the_prompt_counts_by_its_share(pairs: TokenizedPairs, make_model: Any) 
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
-def test_leaving_out_what_does_not_count_changes_nothing(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipping_ignored_targets_keeps_loss_and_gradients(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     import minitf.loss
 
     monkeypatch.setattr(minitf.loss, "CHUNK_LOGITS", 40 * 8)  # chunks of eight rows
@@ -176,7 +177,7 @@ def test_held_out_pairs_come_once_in_order(pairs: TokenizedPairs) -> None:
     assert seen == [pairs.val.pair(index)[0][:-1].tolist() for index in range(len(pairs.val))]
 
 
-def test_an_earlier_tokenizer_is_taken_over(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_given_tokenizer_is_used_for_pairs(tmp_path: Path, tokenizer: Tokenizer) -> None:
     marked = tokenizer.for_pairs()
     assert marked.vocab_size == tokenizer.vocab_size + 2
     assert marked.encode("The cat") == tokenizer.encode("The cat")
@@ -185,7 +186,7 @@ def test_an_earlier_tokenizer_is_taken_over(tmp_path: Path, tokenizer: Tokenizer
     assert found.train.texts(1, found.tokenizer) == some_rows(40)[1]
 
 
-def test_marks_in_a_text_are_text(tmp_path: Path) -> None:
+def test_marks_in_a_text_are_plain_text(tmp_path: Path) -> None:
     rows = [("<|source|> a <|target|>", "b <|endoftext|>")] * 20
     found = prepare_pairs(data_of(tmp_path, rows), BYTE, log=quiet)
     assert found.train.texts(0, found.tokenizer)[0]

@@ -1,4 +1,4 @@
-"""Pairs from wherever they come: recognised, complete, and a bad row named by its number."""
+"""Pairs from all sources: recognised, complete, and a bad row reported by its number."""
 
 import csv
 import gzip
@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from minitf.data.config import DataConfig
+from minitf.data.fingerprint import fingerprint
 from minitf.data.sources.books import aligned_verses
-from minitf.data.sources.pairs import Pair, open_pairs
+from minitf.data.sources.corpus import Item
+from minitf.data.sources.pairs import open_pairs
 from minitf.data.sources.synthetic import EXERCISES, exercise_pairs
-from minitf.data.sources.text import DataConfig, fingerprint
 from minitf.errors import RequestError
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(25)]
@@ -26,11 +28,11 @@ def write_json(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def read(path: Path, **settings: Any) -> list[Pair]:
+def read(path: Path, **settings: Any) -> list[Item]:
     return list(open_pairs(config_of(path, **settings)))
 
 
-def test_the_formats_hold_the_same_pairs(tmp_path: Path) -> None:
+def test_all_formats_give_the_same_pairs(tmp_path: Path) -> None:
     from datasets import Dataset
 
     write_json(tmp_path / "a.jsonl", ROWS)
@@ -41,13 +43,13 @@ def test_the_formats_hold_the_same_pairs(tmp_path: Path) -> None:
             writer.writeheader()
             writer.writerows(ROWS)
     Dataset.from_list(ROWS).to_parquet(str(tmp_path / "e.parquet"))
-    expected = [Pair(row["prompt"], row["completion"], i % 10 == 9) for i, row in enumerate(ROWS)]
+    expected = [Item((row["prompt"], row["completion"]), i % 10 == 9) for i, row in enumerate(ROWS)]
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == expected, path.name
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files_hold_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+def test_compressed_files_give_the_same_pairs(tmp_path: Path, suffix: str) -> None:
     def pack(data: bytes) -> bytes:
         if suffix == ".gz":
             return gzip.compress(data)
@@ -62,7 +64,7 @@ def test_compressed_files_hold_the_same_pairs(tmp_path: Path, suffix: str) -> No
         "c.csv": table,
         "d.tsv": table.replace(",", "\t"),
     }
-    expected = [Pair(row["prompt"], row["completion"], i % 10 == 9) for i, row in enumerate(ROWS)]
+    expected = [Item((row["prompt"], row["completion"]), i % 10 == 9) for i, row in enumerate(ROWS)]
     for name, content in contents.items():
         path = tmp_path / (name + suffix)
         path.write_bytes(pack(content.encode()))
@@ -72,14 +74,14 @@ def test_compressed_files_hold_the_same_pairs(tmp_path: Path, suffix: str) -> No
             read(path)
 
 
-def test_quotes_newlines_and_tabs_survive(tmp_path: Path) -> None:
+def test_quotes_newlines_and_tabs_are_kept(tmp_path: Path) -> None:
     row = {"prompt": 'a "quoted", text\nof two lines', "completion": "ünï 世界 \t tab"}
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["prompt", "completion"])
         writer.writeheader()
         writer.writerows([row, row])
     for path in (tmp_path / "a.csv", write_json(tmp_path / "a.jsonl", [row, row])):
-        assert [tuple(pair[:2]) for pair in read(path)] == [(row["prompt"], row["completion"])] * 2
+        assert [pair.texts for pair in read(path)] == [(row["prompt"], row["completion"])] * 2
 
 
 @pytest.mark.parametrize(
@@ -110,17 +112,17 @@ def test_quotes_newlines_and_tabs_survive(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_usual_rows_are_recognised_and_said(
+def test_usual_columns_are_recognised(
     tmp_path: Path, row: dict[str, Any], prompt: str, completion: str, said: str
 ) -> None:
     corpus = open_pairs(config_of(write_json(tmp_path / "a.jsonl", [row, row])))
-    assert [tuple(pair[:2]) for pair in corpus] == [(prompt, completion)] * 2
+    assert [pair.texts for pair in corpus] == [(prompt, completion)] * 2
     assert f"({said})" in corpus.description
 
 
-def test_columns_can_be_named(tmp_path: Path) -> None:
+def test_the_columns_can_be_chosen(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.jsonl", [{"prompt": "no", "old": "thou", "new": "you", "completion": "no"}] * 2)
-    assert read(path, prompt_column="old", completion_column="new")[0][:2] == ("thou", "you")
+    assert read(path, prompt_column="old", completion_column="new")[0].texts == ("thou", "you")
     with pytest.raises(RequestError, match=r"has no column 'older' \(data\.prompt_column\); it has: prompt, old, new"):
         read(path, prompt_column="older")
 
@@ -132,7 +134,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         ('{"prompt": "x"}', "row 2: completion is missing"),
         ('{"prompt": "x", "completion": ["y"]}', "row 2: completion holds list, not text"),
         ('{"prompt": "x"', "row 2: not JSON"),
-        ("[1]", "row 2: no JSON object"),
+        ("[1]", "row 2: not a JSON object"),
         ('{"prompt": "x\\udc00", "completion": "y"}', "row 2: prompt holds half a surrogate pair"),
     ],
 )
@@ -144,12 +146,12 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, line: str, message: str)
         read(path)
     corpus = open_pairs(config_of(path, bad_rows="skip"))
     assert len(list(corpus)) == 2
-    assert corpus.num_skipped == 1
+    assert corpus.bad_rows.num_skipped == 1
     assert len(list(corpus)) == 2
-    assert corpus.num_skipped == 1
+    assert corpus.bad_rows.num_skipped == 1
 
 
-def test_a_wrong_encoding_is_named_by_its_row(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_with_its_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("prompt,completion\na,b\ncafé,d\n".encode("latin-1"))
     with pytest.raises(RequestError, match=r"row 3: invalid UTF-8 at byte 3 of the line"):
@@ -159,7 +161,15 @@ def test_a_wrong_encoding_is_named_by_its_row(tmp_path: Path) -> None:
         read(path)
 
 
-def test_what_is_no_file_of_pairs_is_refused(tmp_path: Path) -> None:
+def test_invalid_utf8_inside_a_quoted_field_makes_its_row_bad(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,completion\na,b\n"c\n\xff\nc",d\n' + b"e,f\n" * 20)
+    with pytest.raises(RequestError, match="row 5: invalid UTF-8 at byte 0 of the line"):
+        read(path)
+    assert [pair.texts for pair in read(path, bad_rows="skip")] == [("a", "b")] + [("e", "f")] * 20
+
+
+def test_files_without_pairs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(RequestError, match=r"not from .*a\.txt"):
         read(tmp_path / "a.txt")
@@ -180,11 +190,11 @@ def test_a_hub_data_set_of_pairs(tmp_path: Path) -> None:
     write_json(tmp_path / "a.jsonl", [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)])
     data = DataConfig(kind="pairs", source="hub", hub_path="json", files=[str(tmp_path / "a.jsonl")])
     pairs = list(open_pairs(data))
-    assert [pair.prompt for pair in pairs] == [f"q{i}" for i in range(20)]
-    assert [pair.prompt for pair in pairs if pair.held_out] == ["q9", "q19"]
+    assert [pair.texts[0] for pair in pairs] == [f"q{i}" for i in range(20)]
+    assert [pair.texts[0] for pair in pairs if pair.held_out] == ["q9", "q19"]
 
 
-def test_verses_are_aligned_by_their_numbers() -> None:
+def test_verses_are_aligned_by_number() -> None:
     chapters = aligned_verses()
     assert len(chapters) == 1189
     assert sum(map(len, chapters)) == 31_095
@@ -193,19 +203,19 @@ def test_verses_are_aligned_by_their_numbers() -> None:
         "In the beginning God created the heavens and the earth.",
     )
     pairs = list(open_pairs(DataConfig(kind="pairs", source="kjv_to_web")))
-    held_out = [pair.prompt for pair in pairs if pair.held_out]
+    held_out = [pair.texts[0] for pair in pairs if pair.held_out]
     assert len(held_out) == 3056
     assert "Thou shalt not bear false witness against thy neighbour." in held_out
-    assert not any(pair.completion.count('"') % 2 for pair in pairs)
+    assert not any(pair.texts[1].count('"') % 2 for pair in pairs)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_exercises_are_right_and_nothing_is_held_out_and_trained_on(name: str) -> None:
+def test_exercises_are_correct_and_held_out_pairs_are_not_trained_on(name: str) -> None:
     pairs = list(open_pairs(DataConfig(kind="pairs", source=name, num_pairs=2000)))
-    assert len({pair.prompt for pair in pairs}) == 2000
+    assert len({pair.texts[0] for pair in pairs}) == 2000
     assert sum(pair.held_out for pair in pairs) == 200
-    assert [tuple(pair[:2]) for pair in pairs] == list(exercise_pairs(name, 2000))
-    for prompt, completion, _ in pairs:
+    assert [pair.texts for pair in pairs] == list(exercise_pairs(name, 2000))
+    for (prompt, completion), *_ in pairs:
         if name == "addition":
             assert int(completion) == sum(map(int, prompt.split("+")))
         else:
@@ -213,7 +223,7 @@ def test_exercises_are_right_and_nothing_is_held_out_and_trained_on(name: str) -
             assert completion == wanted[name]
 
 
-def test_the_fingerprint_knows_the_pairs(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_pairs_and_columns(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.jsonl", ROWS)
     first = fingerprint(config_of(path))
     assert fingerprint(config_of(path)) == first

@@ -1,4 +1,4 @@
-"""Where text comes from: what is in it, what is held out, how it is cut, and what a user's mistake is answered with."""
+"""Text sources: their content, the held-out part, the pieces, and the errors for a user's mistakes."""
 
 import random
 import re
@@ -10,17 +10,20 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from minitf.data.sources import files as formats
-from minitf.data.sources import text as corpus
+from minitf.data.config import DataConfig
+from minitf.data.fingerprint import fingerprint
+from minitf.data.sources import files as files_module
+from minitf.data.sources import text as text_module
 from minitf.data.sources.books import book_chapters
-from minitf.data.sources.text import DataConfig, Row, fingerprint, is_held_out, open_corpus
+from minitf.data.sources.corpus import Item, is_held_out
+from minitf.data.sources.text import open_text
 from minitf.errors import RequestError
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def text_of(rows: Iterable[Row]) -> str:
-    return "".join(row["text"] for row in rows)
+def text_of(rows: Iterable[Item]) -> str:
+    return "".join(item.text for item in rows)
 
 
 def files_config(*files: Path | str, **settings: object) -> DataConfig:
@@ -28,7 +31,7 @@ def files_config(*files: Path | str, **settings: object) -> DataConfig:
 
 
 def split_of(config: DataConfig) -> tuple[str, str]:
-    found = open_corpus(config)
+    found = open_text(config)
     return text_of(found.train), text_of(found.val)
 
 
@@ -65,18 +68,18 @@ def test_books_are_plain_text(kjv: list[str], web: list[str]) -> None:
 
 def test_every_tenth_chapter_is_held_out_in_both_books(kjv: list[str], web: list[str]) -> None:
     for source, chapters in (("kjv", kjv), ("web", web)):
-        found = open_corpus(DataConfig(source=source))
-        train, val = ([row["text"] for row in rows] for rows in (found.train, found.val))
+        found = open_text(DataConfig(source=source))
+        train, val = ([item.text for item in rows] for rows in (found.train, found.val))
         assert val == chapters[9::10]
         assert train == [chapter for i, chapter in enumerate(chapters) if i % 10 != 9]
         assert not set(train) & set(val)
-        assert all(row["end"] for row in found.train)
+        assert all(item.end for item in found.train)
         assert "1,189 chapters, every tenth held out" in found.description
         assert found.separated
 
 
 @pytest.mark.parametrize(("fraction", "every"), [(0.1, 10), (0.05, 20), (0.2, 5), (0.25, 4), (0.5, 2), (0.01, 100)])
-def test_held_out_documents_are_evenly_spread(fraction: float, every: int) -> None:
+def test_held_out_documents_are_evenly_spaced(fraction: float, every: int) -> None:
     assert [i for i in range(5000) if is_held_out(i, fraction)] == list(range(every - 1, 5000, every))
 
 
@@ -91,36 +94,36 @@ def test_probes_of_the_books_are_in_their_text(kjv: list[str], web: list[str]) -
 # Local files
 
 
-def test_one_file_is_split_by_characters_as_nanogpt_does(tmp_path: Path) -> None:
+def test_one_file_is_split_by_characters(tmp_path: Path) -> None:
     data = "".join(random.Random(0).choices("añ 世🎉\n\r", k=100_003))
     (tmp_path / "a.txt").write_text(data, encoding="utf-8", newline="")
     train, val = split_of(files_config(tmp_path / "a.txt"))
     n = len(data)
     assert train == data[: int(n * 0.9)]
     assert val == data[int(n * 0.9) :]
-    assert not open_corpus(files_config(tmp_path / "a.txt")).separated
+    assert not open_text(files_config(tmp_path / "a.txt")).separated
 
 
 @pytest.mark.parametrize("alphabet", ["ab \n", "ab \r\n", "a", "日", "a \t", "🎉é "])
 def test_pieces_are_bounded_and_join_to_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alphabet: str
 ) -> None:
-    monkeypatch.setattr(corpus, "PIECE_CHARS", 64)
-    monkeypatch.setattr(formats, "READ_BYTES", 37)  # characters of several bytes are cut by reads
+    monkeypatch.setattr(text_module, "PIECE_CHARS", 64)
+    monkeypatch.setattr(files_module, "READ_BYTES", 37)  # characters of several bytes are cut by reads
     data = "".join(random.Random(1).choices(alphabet, k=3001))
     (tmp_path / "a.txt").write_text(data, encoding="utf-8", newline="")
-    found = open_corpus(files_config(tmp_path / "a.txt"))
+    found = open_text(files_config(tmp_path / "a.txt"))
     train, val = list(found.train), list(found.val)
     assert text_of(train) + text_of(val) == data
-    assert max(len(row["text"]) for row in train + val) <= 64
-    assert [row["end"] for row in train] == [False] * (len(train) - 1) + [True]
+    assert max(len(item.text) for item in train + val) <= 64
+    assert [item.end for item in train] == [False] * (len(train) - 1) + [True]
 
 
 def test_pieces_are_cut_at_lone_newlines_then_lone_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE_CHARS", 16)
+    monkeypatch.setattr(text_module, "PIECE_CHARS", 16)
 
     def first(text: str) -> str:
-        return next(corpus._rows([text]))["text"]
+        return next(text_module._pieces([text])).text
 
     assert first("one two\nthree four\nfive") == "one two\nthree"  # the newline is in the first half: too early
     assert first("one two three\nfour five") == "one two three\n"
@@ -163,7 +166,7 @@ def test_newlines_are_kept_and_a_byte_order_mark_is_dropped(tmp_path: Path) -> N
         (b"x", r"too few"),
     ],
 )
-def test_files_that_are_no_text_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(RequestError, match=message) as error:
         split_of(files_config(tmp_path / "a.txt"))
@@ -179,10 +182,10 @@ def test_one_bad_file_among_many_is_named(tmp_path: Path) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"nope\.txt does not exist"):
-        open_corpus(files_config("nope.txt"))
+        open_text(files_config("nope.txt"))
     (tmp_path / "x.log").touch()
     with pytest.raises(RequestError, match=r"no \.txt or \.md or .* file"):
-        open_corpus(files_config(tmp_path))
+        open_text(files_config(tmp_path))
 
 
 # The hub
@@ -192,22 +195,22 @@ def test_local_json_lines_through_the_hub_loader(tmp_path: Path) -> None:
     lines = "".join(f'{{"text": "line {i}", "label": {i}}}\n' for i in range(20))
     (tmp_path / "x.jsonl").write_text(lines + '{"text": "", "label": 0}\n')
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "x.jsonl")])
-    found = open_corpus(config)
-    assert [row["text"] for row in found.val] == ["line 9", "line 19"]
-    assert [(row["text"], row["end"]) for row in found.train][:2] == [("line 0", True), ("line 1", True)]
+    found = open_text(config)
+    assert [item.text for item in found.val] == ["line 9", "line 19"]
+    assert [(item.text, item.end) for item in found.train][:2] == [("line 0", True), ("line 1", True)]
     assert len(list(found.train)) == 18
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "x.jsonl")], rows_are_documents=False)
-    assert not any(row["end"] for row in open_corpus(config).train)
+    assert not any(item.end for item in open_text(config).train)
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "x.jsonl")], text_column="texts")
     with pytest.raises(RequestError, match=r"no column 'texts'.*text, label"):
-        open_corpus(config)
+        open_text(config)
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "x.jsonl")], text_column="label")
     with pytest.raises(RequestError, match=r"column label holds int; set data\.text_column"):
-        list(open_corpus(config).train)
+        list(open_text(config).train)
     (tmp_path / "y.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "y.jsonl")])
     with pytest.raises(RequestError, match=r"^cannot load json: [^\n]+$"):
-        open_corpus(config)
+        open_text(config)
 
 
 def test_a_streamed_dataset_gives_the_same_rows(tmp_path: Path) -> None:
@@ -225,14 +228,14 @@ def test_a_streamed_dataset_gives_the_same_rows(tmp_path: Path) -> None:
 
 def test_an_unreachable_hub_is_one_line() -> None:
     code = (
-        "from minitf.data.sources.text import *\nfrom minitf.errors import run_command\nimport sys\n"
-        "sys.exit(run_command(lambda: print(open_corpus(DataConfig(source='hub', hub_path='nobody/nothing')))))"
+        "import sys\nfrom minitf.data.sources.text import *\nfrom minitf.errors import run_command\n"
+        "sys.exit(run_command(lambda: print(open_text(DataConfig(source='hub', hub_path='nobody/nothing')))))"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": "", "HOME": "/nonexistent"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
     assert done.stderr == (
-        "minitf: nobody/nothing is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; "
+        "minitf: nobody/nothing is not in the cache, and HF_HUB_OFFLINE forbids downloading it; "
         "data=kjv and data=web work offline\n"
     )
     assert done.returncode == 1
@@ -271,7 +274,7 @@ def test_presets_fit_the_config() -> None:
             assert data.probes or data.kind == "pairs", path
 
 
-def test_the_fingerprint_follows_the_text_and_not_what_is_beside_it(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_only_on_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     before = fingerprint(files_config(tmp_path / "a.txt"))
     assert before == fingerprint(files_config(tmp_path, probes=["x"], cache_dir="elsewhere"))

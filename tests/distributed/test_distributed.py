@@ -1,4 +1,4 @@
-"""Several processes train what one process trains, on the CPU: losses, checkpoints, failures, restarts."""
+"""Training with several processes on the CPU equals training with one: losses, checkpoints, failures, restarts."""
 
 import json
 import os
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from minitf.backends.cpu import bindings as calls
 from minitf.checkpoints.checkpoint import load_checkpoint
-from minitf.distributed.process_group import SINGLE, ProcessGroup, connected
+from minitf.distributed.process_group import SINGLE, ProcessGroup, process_group
 from minitf.errors import RequestError, Unavailable
 from minitf.optim import OptimConfig, Optimizer, orthogonalise
 from minitf.system.hardware import PRECISIONS
 from minitf.training.parallel import choose_strategy
 
-# Sums of other parts, in another order: float32 rounds them differently, in the seventh digit.
+# Sums in another order: float32 rounds them differently in the seventh digit.
 TOLERANCE = 2e-5
 
 
 def torchrun(
     num: int, *arguments: str, options: tuple[str, ...] = (), program: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Train with `num` processes; `program` is Python that runs in each of them before, to break things."""
+    """Train with `num` processes; `program` is Python code that each of them runs first, to cause failures."""
     return subprocess.run(
-        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=60
+        command(num, *arguments, options=options, program=program), capture_output=True, text=True, timeout=600
     )
 
 
@@ -52,8 +52,8 @@ def command(num: int, *arguments: str, options: tuple[str, ...] = (), program: s
     return [*start, "program.py", *arguments]
 
 
-# What a process does in the step it is about to take: {do} at step {at} in the process of rank {rank}.
-BREAKING = """
+# Rank {rank} runs {do} before the step after {at}.
+FAULT = """
 step = Trainer.train_one_step
 def broken(self):
     if self.state.step == {at} and self.group.rank == {rank} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -79,7 +79,7 @@ def assert_same_losses(run: str, expected: str) -> None:
 
 
 def our_lines(stderr: str) -> list[str]:
-    """What minitf says of an error, without torchrun's own words."""
+    """minitf's own error messages, without those of torchrun."""
     return [line for line in stderr.splitlines() if line.startswith("minitf: ")]
 
 
@@ -91,18 +91,17 @@ def small(tiny: list[str]) -> list[str]:
 # The same training
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "num"),
     [
         ("auto", 2),
-        ("fsdp", 2),
+        pytest.param("fsdp", 2, marks=pytest.mark.machines),
         pytest.param("ddp", 4, marks=pytest.mark.machines),
         pytest.param("fsdp", 4, marks=pytest.mark.machines),
     ],
 )
-def test_several_processes_train_what_one_trains(workdir: Path, small: list[str], strategy: str, num: int) -> None:
-    """Losses, gradient norms and held-out losses, over accumulated batches, and the checkpoint they lead to."""
+def test_several_processes_train_like_one(workdir: Path, small: list[str], strategy: str, num: int) -> None:
+    """Losses, gradient norms and held-out losses with gradient accumulation, and the resulting checkpoint."""
     small += ["trainer.grad_accumulation=2", "trainer.attention_every=3", "trainer.sample_tokens=4"]
     assert train_here(*small, "run_dir=one") == 0
     done = torchrun(num, *small, "run_dir=several", f"trainer.strategy={strategy}", "trainer.micro_batch_size=3")
@@ -115,11 +114,11 @@ def test_several_processes_train_what_one_trains(workdir: Path, small: list[str]
     for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=2e-4), name
     assert load_checkpoint("several").model.config == load_checkpoint("one").model.config
-    # One process speaks, and what it says and leaves is what a process on its own leaves.
+    # Rank 0 alone prints and writes, the same as a single process.
     assert done.stderr.count("text       ") == done.stderr.count("held-out   ") == 1
     kind = "ddp" if strategy == "auto" else strategy
-    share, threads = 8 // num, max(1, (os.cpu_count() or 1) // num)
-    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, {threads} CPU thread" in done.stderr
+    share = 8 // num
+    assert f"{num} processes by {kind}, {share} of the batch's 8 sequences each, 1 CPU thread" in done.stderr
     assert "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
     left = {path.name.split(".")[0] for path in Path("several").iterdir()}
     assert left == {path.name.split(".")[0] for path in Path("one").iterdir()}
@@ -129,23 +128,23 @@ def test_several_processes_train_what_one_trains(workdir: Path, small: list[str]
 @pytest.mark.machines
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_compiled_blocks_and_recomputed_activations_give_the_same(
+def test_compilation_and_activation_checkpointing_give_the_same_losses(
     workdir: Path, small: list[str], strategy: str
 ) -> None:
     small = [*small, "trainer.activation_checkpointing=true", "trainer.max_steps=3"]
     assert train_here(*small, "run_dir=one") == 0
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}", "trainer.compile=true")
     assert done.returncode == 0, done.stderr
-    assert "compile    on" in done.stderr
+    assert "backend    on" in done.stderr
     assert_same_losses("two", "one")
 
 
-@pytest.mark.slow
+@pytest.mark.backends
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [("ddp", "bf16"), ("fsdp", "bf16"), pytest.param("ddp", "fp32", marks=pytest.mark.machines)],
 )
-def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], strategy: str, precision: str) -> None:
+def test_c_kernels_train_in_several_processes(workdir: Path, small: list[str], strategy: str, precision: str) -> None:
     try:
         calls.library(PRECISIONS[precision])
     except Unavailable as reason:
@@ -155,12 +154,12 @@ def test_the_c_kernels_serve_several_processes(workdir: Path, small: list[str], 
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")
     assert done.returncode == 0, done.stderr
     assert "C kernels" in done.stderr
-    # FSDP rounds the gradients to bf16, like the weights it hands over.
+    # FSDP rounds the gradients to bf16, like the weights it gathers.
     near = {"fp32": TOLERANCE, "bf16": 0.005 if strategy == "ddp" else 0.02}[precision]
     assert [row["loss"] for row in rows("two")] == pytest.approx([row["loss"] for row in rows("one")], abs=near)
 
 
-def test_a_process_on_its_own_is_single_whatever_the_strategy() -> None:
+def test_one_process_is_single_for_any_strategy() -> None:
     for name in ("auto", "single", "ddp", "fsdp"):
         assert choose_strategy(name, SINGLE) == "single"
     assert choose_strategy("auto", ProcessGroup(0, 2)) == "ddp"
@@ -173,11 +172,11 @@ def test_a_process_on_its_own_is_single_whatever_the_strategy() -> None:
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str]) -> None:
-    """Half a run by two processes, gone on with by one, by four, and by two that hold copies."""
+def test_shards_resume_with_any_number_of_processes(workdir: Path, small: list[str]) -> None:
+    """Half a run by two processes with fsdp, resumed by one, by four, and by two with ddp."""
     assert train_here(*small, "run_dir=whole", "trainer.max_steps=12") == 0
     halves = ["trainer.max_steps=12", "run_dir=half", "trainer.strategy=fsdp"]
-    stop = BREAKING.format(at=5, rank=1, do="self.interrupted = True")
+    stop = FAULT.format(at=5, rank=1, do="self.interrupted = True")
     done = torchrun(2, *small, *halves, program=stop)
     assert done.returncode == 0, done.stderr
     checkpoint = Path("half/checkpoints/latest")
@@ -186,7 +185,7 @@ def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str
         assert file.is_dir() or file.suffix in (".json", ".safetensors", ".md"), file
         assert file.is_dir() or file.read_bytes()[:2] != b"\x80\x02"
     assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == 6
-    for name, num, strategy in (("by_one", 1, "fsdp"), ("by_four", 4, "fsdp"), ("by_copies", 2, "ddp")):
+    for name, num, strategy in (("by_one", 1, "fsdp"), ("by_four", 4, "fsdp"), ("by_ddp", 2, "ddp")):
         subprocess.run(["cp", "-r", "half", name], check=True)
         arguments = [f"resume={name}", f"trainer.strategy={strategy}"]
         if num == 1:
@@ -202,7 +201,7 @@ def test_shards_resume_at_any_number_of_processes(workdir: Path, small: list[str
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_one_process_goes_on_with_copies_and_back(workdir: Path, small: list[str]) -> None:
+def test_runs_resume_between_one_process_ddp_and_fsdp(workdir: Path, small: list[str]) -> None:
     assert train_here(*small, "run_dir=whole", "trainer.max_steps=9", "optim.schedule=constant") == 0
     assert train_here(*small, "run_dir=parts", "trainer.max_steps=3", "optim.schedule=constant") == 0
     for strategy, steps in (("ddp", 6), ("fsdp", 9)):
@@ -218,13 +217,11 @@ def test_one_process_goes_on_with_copies_and_back(workdir: Path, small: list[str
 @pytest.mark.machines
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_killed_process_ends_all_and_a_restarted_job_loses_nothing(
-    workdir: Path, small: list[str], strategy: str
-) -> None:
-    """Killed with -9 two steps after a checkpoint: torchrun starts all anew, and they go on from it by themselves."""
+def test_a_restart_after_a_killed_process_loses_nothing(workdir: Path, small: list[str], strategy: str) -> None:
+    """Killed with -9 two steps after a checkpoint: torchrun restarts all processes, which resume from it."""
     small = [*small, "trainer.save_every=2", "trainer.max_steps=8", f"trainer.strategy={strategy}", "name=job"]
     assert torchrun(2, *small, "run_dir=undisturbed").returncode == 0
-    kill = BREAKING.format(at=5, rank=1, do="os.kill(os.getpid(), signal.SIGKILL)")
+    kill = FAULT.format(at=5, rank=1, do="os.kill(os.getpid(), signal.SIGKILL)")
     done = torchrun(2, *small, program=kill, options=("--max-restarts=1",))
     assert done.returncode == 0, done.stderr
     (run,) = Path("runs/job").iterdir()
@@ -234,8 +231,8 @@ def test_a_killed_process_ends_all_and_a_restarted_job_loses_nothing(
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_without_a_restart_a_killed_process_ends_all_with_one_line(workdir: Path, small: list[str]) -> None:
-    kill = BREAKING.format(at=3, rank=0, do="os.kill(os.getpid(), signal.SIGKILL)")
+def test_a_killed_process_ends_all_with_one_line(workdir: Path, small: list[str]) -> None:
+    kill = FAULT.format(at=3, rank=0, do="os.kill(os.getpid(), signal.SIGKILL)")
     done = torchrun(4, *small, "run_dir=run", program=kill)
     assert done.returncode == 1
     (line,) = our_lines(done.stderr)
@@ -246,17 +243,17 @@ def test_without_a_restart_a_killed_process_ends_all_with_one_line(workdir: Path
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all_and_is_said_once(workdir: Path, small: list[str]) -> None:
-    fail = BREAKING.format(at=2, rank=1, do="raise MinitfError('the disk of this machine is on fire')")
+def test_an_error_in_one_process_is_reported_once(workdir: Path, small: list[str]) -> None:
+    fail = FAULT.format(at=2, rank=1, do="raise MinitfError('the disk of this machine is on fire')")
     done = torchrun(2, *small, "run_dir=run", program=fail)
     assert done.returncode == 1
     assert our_lines(done.stderr) == ["minitf: the disk of this machine is on fire (process 1 of 2)"]
-    assert "minitf/training/trainer.py" not in done.stderr  # torchrun's own traceback is not ours to keep back
+    assert "minitf/training/trainer.py" not in done.stderr  # torchrun's own traceback cannot be suppressed
 
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_a_request_that_does_not_fit_is_refused_once(workdir: Path, small: list[str]) -> None:
+def test_an_invalid_request_is_refused_once(workdir: Path, small: list[str]) -> None:
     done = torchrun(2, *small, "run_dir=run", "trainer.batch_size=7")
     assert done.returncode == 1
     (line,) = our_lines(done.stderr)
@@ -267,9 +264,9 @@ def test_a_request_that_does_not_fit_is_refused_once(workdir: Path, small: list[
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_a_signal_ends_all_after_the_same_step_and_saves(workdir: Path, small: list[str]) -> None:
-    """torchrun hands its own SIGTERM on to all; here it comes to one process alone, which is harder."""
-    one = BREAKING.format(at=3, rank=1, do="os.kill(os.getpid(), signal.SIGTERM)")
+def test_a_signal_to_one_process_ends_all_after_the_same_step(workdir: Path, small: list[str]) -> None:
+    """torchrun forwards SIGTERM to all processes; a signal to a single one is the harder case."""
+    one = FAULT.format(at=3, rank=1, do="os.kill(os.getpid(), signal.SIGTERM)")
     done = torchrun(2, *small, "run_dir=run", program=one)
     assert done.returncode == 0, done.stderr
     assert "stopped after step 4" in done.stderr
@@ -281,8 +278,8 @@ def test_a_signal_ends_all_after_the_same_step_and_saves(workdir: Path, small: l
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_a_run_by_the_clock_takes_as_many_steps_in_all_processes(workdir: Path, small: list[str]) -> None:
-    """The number is corrected on the way; processes that disagreed on it would wait for each other for ever."""
+def test_a_timed_run_takes_the_same_steps_in_all_processes(workdir: Path, small: list[str]) -> None:
+    """The number of steps is corrected during the run; processes that disagreed on it would deadlock."""
     small = [word for word in small if not word.startswith("trainer.max_steps")]
     done = torchrun(2, *small, "run_dir=run", "trainer.max_minutes=0.03", "trainer.eval_every=0", "trainer.log_every=5")
     assert done.returncode == 0, done.stderr
@@ -293,7 +290,7 @@ def test_a_run_by_the_clock_takes_as_many_steps_in_all_processes(workdir: Path, 
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_torchrun_stopped_by_its_scheduler_leaves_a_checkpoint(workdir: Path, small: list[str]) -> None:
+def test_sigterm_to_torchrun_leaves_a_checkpoint(workdir: Path, small: list[str]) -> None:
     small = [*small, "trainer.max_steps=100000", "trainer.eval_every=100000", "run_dir=run"]
     process = subprocess.Popen(command(2, *small), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -301,18 +298,18 @@ def test_torchrun_stopped_by_its_scheduler_leaves_a_checkpoint(workdir: Path, sm
         assert line, "it ended by itself"
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate()
     assert load_checkpoint("run", prefer="latest").step
 
 
-# Sharing out
+# Collective operations
 
 
 def _in_group(rank: int, size: int, port: int, check: Callable[[ProcessGroup], None]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    with connected() as group:
+    with process_group() as group:
         check(group)
 
 
@@ -326,7 +323,7 @@ def together(size: int, check: Callable[[ProcessGroup], None]) -> None:
     mp.spawn(_in_group, (size, port, check), size)  # type: ignore[no-untyped-call]
 
 
-def _check_sharing(group: ProcessGroup) -> None:
+def _check_scattered_work(group: ProcessGroup) -> None:
     generator = torch.Generator().manual_seed(0)
     worked_on = 0
 
@@ -335,7 +332,7 @@ def _check_sharing(group: ProcessGroup) -> None:
         worked_on += len(matrices_NRC)
         return orthogonalise(matrices_NRC, torch.float32)
 
-    for shape in ((7, 10, 4), (2, 5, 8), (3, 3, 3), (1, 2, 6)):  # also fewer matrices, and fewer rows, than processes
+    for shape in ((7, 10, 4), (2, 5, 8), (3, 3, 3), (1, 2, 6)):  # also fewer matrices or rows than processes
         matrices_NRC = torch.randn(shape, generator=generator)
         expected_NRC, worked_on = orthogonalise(matrices_NRC, torch.float32), 0
         found_NRC = group.scatter_work(work, matrices_NRC, torch.float32)()
@@ -350,11 +347,11 @@ def _check_sharing(group: ProcessGroup) -> None:
 
 
 @pytest.mark.slow
-def test_every_matrix_is_orthogonalised_once_and_as_by_one_process() -> None:
-    together(3, _check_sharing)
+def test_scattered_orthogonalisation_equals_that_of_one_process() -> None:
+    together(3, _check_scattered_work)
 
 
-def _check_words(group: ProcessGroup) -> None:
+def _check_collectives(group: ProcessGroup) -> None:
     assert group.broadcast({"a": [group.rank, "é"]}) == {"a": [0, "é"]}
     assert group.any(group.rank == 1)
     assert not group.any(False)
@@ -364,19 +361,18 @@ def _check_words(group: ProcessGroup) -> None:
     assert group.rows_of(6) == slice(3 * group.rank, 3 * group.rank + 3)
 
 
-@pytest.mark.slow
-def test_what_processes_tell_each_other() -> None:
-    together(2, _check_words)
+def test_collective_operations() -> None:
+    together(2, _check_collectives)
     assert SINGLE.broadcast("x") == "x"
     assert SINGLE.any(True)
     assert SINGLE.sum([1.5]) == [1.5]
     assert SINGLE.rows_of(6) == slice(0, 6)
 
 
-def test_a_process_alone_does_not_meet_the_machinery(make_model: Callable[..., Any]) -> None:
+def test_one_process_does_not_import_fsdp(make_model: Callable[..., Any]) -> None:
     code = "import minitf.train, minitf.training.trainer, sys; assert 'torch.distributed.fsdp' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
     optimizer = Optimizer(make_model(), OptimConfig(), torch.float32)
-    with connected() as group:
+    with process_group() as group:
         assert group is SINGLE
         assert optimizer.optimizers[0].processes is group  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Generation: every filter as defined, every token from the right window, and text that ends where it should."""
+"""Generation: each sampling filter, the window each token is chosen from, where the text ends, and the command."""
 
 import io
 import math
@@ -10,21 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import recorded_weights
 from torch import Tensor
 
+from minitf.cli.generate import main
 from minitf.errors import RequestError, run_command
-from minitf.generate import Options, explain, generate, generate_text, main, stream_text
+from minitf.generate import GenerationRequest, Options, generate, generate_text, stream_text
 from minitf.inference.sampling import Sampling, draw, sample
+from minitf.interpretability.explain import explain
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
 MakeModel = Callable[..., Transformer]
 ROOT = Path(__file__).parents[2]
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module")
 def model(make_model: MakeModel, tokenizer: Tokenizer) -> Transformer:
-    """Random, over the tiny tokenizer; end of text is as unlikely as can be."""
+    """Random weights over the tiny tokenizer; end of text is as unlikely as possible."""
     model = make_model(tokenizer.vocab_size, tie_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight *= 0.7
@@ -32,15 +36,11 @@ def model(make_model: MakeModel, tokenizer: Tokenizer) -> Transformer:
     return model
 
 
-def never_ends(model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "end_id", -1)
-
-
 # Sampling
 
 
 def naive_probabilities(logits: list[float], seen: set[int], sampling: Sampling) -> list[float]:
-    """Probabilities after every filter, one number at a time."""
+    """Probabilities after all filters, one number at a time."""
     logits = [
         x if i not in seen else x / sampling.repetition_penalty if x > 0 else x * sampling.repetition_penalty
         for i, x in enumerate(logits)
@@ -78,7 +78,7 @@ def naive_probabilities(logits: list[float], seen: set[int], sampling: Sampling)
         {"temperature": 0.7, "top_k": 12, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.2},
     ],
 )
-def test_tokens_are_drawn_by_the_filtered_probabilities(
+def test_tokens_are_drawn_from_the_filtered_probabilities(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampling = Sampling(**{"temperature": 1.0, **settings})
@@ -103,7 +103,7 @@ def test_draws_follow_the_probabilities() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), rtol=0, atol=0.02)
 
 
-def test_temperature_0_takes_the_likeliest() -> None:
+def test_temperature_0_takes_the_likeliest_token() -> None:
     logits_BV = torch.randn(50, 30)
     for settings in ({}, {"top_k": 3}, {"top_p": 0.1}, {"min_p": 0.5}):
         ids_B = sample(logits_BV, None, Sampling(temperature=0, **settings), None)
@@ -117,7 +117,7 @@ def test_temperature_0_takes_the_likeliest() -> None:
         {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0},
     ],
 )  # fmt: skip
-def test_impossible_sampling_is_refused_by_name(settings: dict[str, Any]) -> None:
+def test_an_impossible_sampling_option_is_refused_by_name(settings: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="--" + next(iter(settings)).replace("_", "-")):
         Sampling(**settings)
 
@@ -127,9 +127,9 @@ def test_impossible_sampling_is_refused_by_name(settings: dict[str, Any]) -> Non
 
 @torch.no_grad()
 def naive_generate(model: Transformer, prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy, every token recomputed without a cache over the window that `generate` documents.
+    """Greedy, without a cache, over the window that `generate` documents.
 
-    Up to a full context all text; then the last half of a context, growing until the context is full again.
+    All text up to a full context; then its last half, which grows until the context is full again.
     """
     context = model.config.context_length
     ids, start = list(prompt), max(0, len(prompt) - context)
@@ -141,30 +141,30 @@ def naive_generate(model: Transformer, prompt: list[int], num_tokens: int) -> li
 
 
 @pytest.mark.parametrize("prompt_length", [1, 10, 31, 32, 33, 80])
-def test_every_token_past_the_context_is_that_of_a_fresh_reading(model: Transformer, prompt_length: int) -> None:
+def test_a_full_context_continues_from_its_last_half(model: Transformer, prompt_length: int) -> None:
     prompt = torch.randint(model.vocab_size, (prompt_length,)).tolist()
-    steps = generate(model, prompt, 1, Sampling(temperature=0))
+    steps = generate(model, GenerationRequest(prompt, GREEDY))
     assert [int(next(steps).ids_B) for _ in range(70)] == naive_generate(model, prompt, 70)
 
 
 @pytest.mark.parametrize("context_length", [1, 2, 3])
-def test_the_smallest_contexts_generate_too(make_model: MakeModel, context_length: int) -> None:
+def test_the_smallest_contexts_generate(make_model: MakeModel, context_length: int) -> None:
     model = make_model(context_length=context_length)
-    steps = generate(model, [1, 2, 3, 4], 1, Sampling(temperature=0))
+    steps = generate(model, GenerationRequest([1, 2, 3, 4], GREEDY))
     assert [int(next(steps).ids_B) for _ in range(10)] == naive_generate(model, [1, 2, 3, 4], 10)
 
 
-def test_greedy_rows_of_a_batch_are_the_single_continuation(model: Transformer) -> None:
-    steps = generate(model, [1, 2, 3], 4, Sampling(temperature=0))
+def test_greedy_rows_of_a_batch_equal_the_single_continuation(model: Transformer) -> None:
+    steps = generate(model, GenerationRequest([1, 2, 3], GREEDY, num_samples=4))
     rows = torch.stack([next(steps).ids_B for _ in range(50)], dim=1)
     assert all(torch.equal(row, rows[0]) for row in rows)
     assert rows[0].tolist() == naive_generate(model, [1, 2, 3], 50)
 
 
-def test_rows_of_a_batch_are_different_draws_each_continued_from_itself(model: Transformer) -> None:
-    """Each row is checked against the probabilities of its own text."""
+def test_sampled_rows_of_a_batch_differ_and_continue_themselves(model: Transformer) -> None:
+    """Each row is checked against the likeliest tokens of its own text."""
     sampling = Sampling(temperature=1.0, top_k=2)
-    steps = generate(model, [1, 2, 3], 5, sampling, seed=1)
+    steps = generate(model, GenerationRequest([1, 2, 3], sampling, num_samples=5, seed=1))
     rows = torch.stack([next(steps).ids_B for _ in range(25)], dim=1).tolist()
     assert len({tuple(row) for row in rows}) == 5
     for row in rows:
@@ -173,14 +173,14 @@ def test_rows_of_a_batch_are_different_draws_each_continued_from_itself(model: T
         assert all(token in likeliest_TK[2 + t] for t, token in enumerate(row))
 
 
-def test_the_repetition_penalty_sees_prompt_and_continuation_of_each_row(model: Transformer) -> None:
-    steps = generate(model, [1, 2, 3], 2, Sampling(temperature=0, repetition_penalty=1e9))
+def test_the_repetition_penalty_covers_prompt_and_continuation(model: Transformer) -> None:
+    steps = generate(model, GenerationRequest([1, 2, 3], Sampling(0, repetition_penalty=1e9), num_samples=2))
     row = [int(next(steps).ids_B[0]) for _ in range(40)]
     assert len(set(row)) == 40
     assert not {1, 2, 3} & set(row)
 
 
-def test_the_same_seed_gives_the_same_text_and_no_seed_another(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_a_seed_determines_the_text(model: Transformer, tokenizer: Tokenizer) -> None:
     def write(seed: int | None, num_samples: int = 1) -> list[str]:
         options = Options(30, seed, sampling=Sampling(temperature=1.0))
         return generate_text(model, tokenizer, "The cat", options, num_samples)
@@ -191,19 +191,18 @@ def test_the_same_seed_gives_the_same_text_and_no_seed_another(model: Transforme
     assert write(None) != write(None)
 
 
-def test_a_seed_leaves_the_random_numbers_of_others_alone(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_a_seed_leaves_the_global_random_state_unchanged(model: Transformer, tokenizer: Tokenizer) -> None:
     before = torch.get_rng_state()
     generate_text(model, tokenizer, "The cat", Options(10, seed=3))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_captured_weights_are_those_of_the_new_token(model: Transformer) -> None:
-    steps = generate(model, [1, 2, 3, 4], 1, Sampling(temperature=0), with_weights=True)
+def test_captured_weights_are_those_that_chose_the_token(model: Transformer) -> None:
+    steps = generate(model, GenerationRequest([1, 2, 3, 4], GREEDY, with_weights=True))
     ids = [1, 2, 3, 4]
     for _ in range(20):
         step = next(steps)
-        expected: list[Tensor] = []
-        model(torch.tensor([ids]), weights=expected)
+        expected = recorded_weights(model, torch.tensor([ids]))
         whole = torch.stack([w[:, :, -1] for w in expected])
         torch.testing.assert_close(step.weights_LBHS, whole, rtol=1e-4, atol=1e-5)
         ids.append(int(step.ids_B))
@@ -222,8 +221,8 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Optio
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_streamed_text_is_the_text(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
-    """A random model writes random bytes: half characters, and the end in the middle of one."""
+def test_streamed_text_equals_generated_text(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
+    """A random model writes random bytes: incomplete characters, also at the end."""
     options = Options(60, seed, sampling=Sampling(temperature=1.0))
     (whole,) = generate_text(model, tokenizer, "The cat", options)
     pieces = stream(model, tokenizer, "The cat", options)
@@ -236,7 +235,7 @@ def test_streamed_text_is_the_text(model: Transformer, tokenizer: Tokenizer, see
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_text_ends_before_the_first_stop_string_however_it_is_cut_into_tokens(
+def test_text_ends_before_the_first_stop_string_across_tokens(
     model: Transformer, tokenizer: Tokenizer, seed: int
 ) -> None:
     options = Options(60, seed, sampling=Sampling(temperature=1.0))
@@ -251,7 +250,7 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut_into_tokens(
             assert "".join(stream(model, tokenizer, "The cat", stopped)) == expected
 
 
-def test_streaming_holds_back_only_what_could_become_a_stop_string(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_streaming_holds_back_only_possible_stop_strings(model: Transformer, tokenizer: Tokenizer) -> None:
     options = Options(20, 0, ("\n\n",), Sampling(temperature=1.0))
     pieces = stream(model, tokenizer, "The cat", options)
     assert len(pieces) > 8
@@ -260,11 +259,11 @@ def test_streaming_holds_back_only_what_could_become_a_stop_string(model: Transf
     assert "".join(stream(model, tokenizer, "The cat", options)) == whole
 
 
-def test_the_end_of_the_text_ends_it(make_model: MakeModel, tokenizer: Tokenizer) -> None:
-    """A model that repeats its last token, over a prompt whose continuation is the end-of-text token."""
+def test_generation_ends_at_the_end_token(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+    """The 13th token that the model writes is made the end-of-text token."""
     model = make_model(tokenizer.vocab_size, tie_embeddings=False)
     options = Options(50, 0, sampling=Sampling(temperature=1.0))
-    steps = generate(model, tokenizer.encode("The cat"), 1, options.sampling, 0)
+    steps = generate(model, GenerationRequest(tokenizer.encode("The cat"), options.sampling, seed=0))
     ids = [int(next(steps).ids_B) for _ in range(20)]
     end_id = tokenizer.end_id
     try:
@@ -278,7 +277,7 @@ def test_the_end_of_the_text_ends_it(make_model: MakeModel, tokenizer: Tokenizer
         tokenizer.end_id = end_id
 
 
-def test_a_row_that_ended_stays_as_it_is(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+def test_a_row_that_ended_does_not_grow(make_model: MakeModel, tokenizer: Tokenizer) -> None:
     model = make_model(tokenizer.vocab_size, tie_embeddings=False)
     options = Options(40, 0, (" ", "e", "a", "t"), Sampling(temperature=1.0))
     texts = generate_text(model, tokenizer, "The cat", options, 8)
@@ -287,21 +286,21 @@ def test_a_row_that_ended_stays_as_it_is(make_model: MakeModel, tokenizer: Token
     assert not any(stop in text for text in texts for stop in options.stop)
 
 
-def test_an_empty_prompt_begins_a_document(model: Transformer, tokenizer: Tokenizer) -> None:
-    steps = generate(model, [tokenizer.end_id], 1, Sampling(temperature=0))
+def test_an_empty_prompt_starts_a_document(model: Transformer, tokenizer: Tokenizer) -> None:
+    steps = generate(model, GenerationRequest([tokenizer.end_id], GREEDY))
     expected = tokenizer.decode([int(next(steps).ids_B) for _ in range(10)])
     options = Options(10, sampling=Sampling(temperature=0))
     assert generate_text(model, tokenizer, "", options) == [expected]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 10, 70])
-def test_explain_shows_the_text_and_for_each_token_where_it_looked(
+def test_explain_shows_the_text_and_the_keys_with_most_weight(
     model: Transformer, tokenizer: Tokenizer, num_tokens: int
 ) -> None:
     options = Options(num_tokens, 0, sampling=Sampling(temperature=0))
     (continuation,) = generate_text(model, tokenizer, "The cat sat", options)
     prompt = tokenizer.encode("The cat sat")
-    steps = generate(model, prompt, 1, options.sampling)
+    steps = generate(model, GenerationRequest(prompt, options.sampling))
     ids = [int(next(steps).ids_B) for _ in range(num_tokens)]
     text, _, table = explain(model, tokenizer, "The cat sat", options).rpartition("\n\n")
     assert text == "The cat sat" + continuation
@@ -310,24 +309,20 @@ def test_explain_shows_the_text_and_for_each_token_where_it_looked(
         piece.strip() for piece in tokenizer.pieces(ids)
     ]
 
-    # The first row by hand: means over layers and heads, without the first token, the three largest.
-    weights: list[Tensor] = []
-    model(torch.tensor([prompt]), weights=weights)
+    # The first row by hand: the three largest means over layers and heads, the first token left out.
+    weights = recorded_weights(model, torch.tensor([prompt]))
     shares = torch.stack(weights)[:, 0, :, -1].mean((0, 1)).tolist()
     top = sorted(range(1, len(prompt)), key=lambda i: -shares[i])[:3]
     expected = "  ".join(f"{tokenizer.pieces([prompt[i]])[0].strip()} {shares[i]:.0%}" for i in top)
     assert rows[0].split("looked at  ")[1] == expected
 
 
-def test_explain_leaves_out_the_first_token_where_heads_park_their_weight(
-    make_model: MakeModel, tokenizer: Tokenizer
-) -> None:
+def test_explain_leaves_out_the_first_token(make_model: MakeModel, tokenizer: Tokenizer) -> None:
     text = "The bird slept on the roof, it was tired."
     ids = tokenizer.encode(text)
-    for seed in range(100):  # until a random model looks at the first token most
+    for seed in range(100):  # until a random model gives the first token most weight
         model = make_model(tokenizer.vocab_size, seed)
-        weights: list[Tensor] = []
-        model(torch.tensor([ids]), weights=weights)
+        weights = recorded_weights(model, torch.tensor([ids]))
         if torch.stack(weights)[:, 0, :, -1].mean((0, 1)).argmax() == 0:
             break
     else:
@@ -339,7 +334,7 @@ def test_explain_leaves_out_the_first_token_where_heads_park_their_weight(
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"stop": ("",)}])
-def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
+def test_an_impossible_option_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         Options(**options)
 
@@ -365,7 +360,9 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_any_prompt_is_continued_on_stdout(trained_run: Path, capsys: pytest.CaptureFixture[str], prompt: str) -> None:
+def test_a_prompt_of_any_characters_is_continued_on_stdout(
+    trained_run: Path, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
     assert command(prompt, "--run", str(trained_run), "--max-tokens", "5", "--temperature", "0") == 0
     out, err = capsys.readouterr()
     assert out.startswith(prompt)
@@ -374,7 +371,7 @@ def test_any_prompt_is_continued_on_stdout(trained_run: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("prompt", ["two\nlines, a=b", "世界\n\n", ""])
-def test_the_prompt_comes_from_standard_input_when_not_given(
+def test_the_prompt_defaults_to_standard_input(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prompt: str
 ) -> None:
     arguments = ("--run", str(trained_run), "--max-tokens", "5", "--seed", "1")
@@ -385,9 +382,7 @@ def test_the_prompt_comes_from_standard_input_when_not_given(
     assert capsys.readouterr().out == expected
 
 
-def test_samples_explanations_and_stops_on_the_command_line(
-    trained_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_num_samples_explain_and_stop_flags(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("The cat", "--run", str(trained_run), "--max-tokens", "8", "--seed", "1")
     assert command(*arguments, "--num-samples", "3") == 0
     out = capsys.readouterr().out
@@ -400,7 +395,7 @@ def test_samples_explanations_and_stops_on_the_command_line(
     assert capsys.readouterr().out == "The cat" + whole[7:].partition(whole[10:12])[0] + "\n"
 
 
-def test_interactive_answers_every_line(
+def test_interactive_replies_to_every_line(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("The cat\nA dog, a bird\n"))
@@ -447,7 +442,7 @@ def test_a_wrong_request_is_one_line_and_status_2(
         (["one", "two"], "a text of several words needs quotes"),
     ],
 )
-def test_arguments_argparse_refuses_are_one_line_and_status_2(
+def test_an_argument_argparse_refuses_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     with pytest.raises(SystemExit) as error:
@@ -459,7 +454,7 @@ def test_arguments_argparse_refuses_are_one_line_and_status_2(
     assert words in err
 
 
-def test_the_script_writes_text_to_stdout_and_the_rest_to_stderr(trained_run: Path) -> None:
+def test_the_script_writes_only_text_to_stdout(trained_run: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts/generate.py"), "--run", str(trained_run), "--max-tokens", "4"]
     done = subprocess.run([*script, "--seed", "1"], input="The cat\n", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0

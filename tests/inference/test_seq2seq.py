@@ -1,4 +1,4 @@
-"""Sources to answers: the same alone and in a batch, by every engine; beams against all there is; files to the line."""
+"""Answers to sources: alone and in batches, by every engine; beam search against exhaustive search; the commands."""
 
 import io
 import itertools
@@ -11,14 +11,14 @@ import torch
 from helpers import train_here
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from minitf.cli.evaluate import main as evaluate_main
+from minitf.cli.generate import main as generate_main
 from minitf.errors import RequestError
-from minitf.evaluate import main as evaluate_main
-from minitf.generate import main as generate_main
-from minitf.inference import seq2seq as answer_module
+from minitf.inference import seq2seq
 from minitf.inference.beam_search import beam_search
 from minitf.inference.decoder import Decoder
 from minitf.inference.sampling import Sampling
-from minitf.inference.seq2seq import AnswerOptions, answer, answer_file, answer_ids
+from minitf.inference.seq2seq import AnswerOptions, answer, answer_ids
 from minitf.model import Transformer
 
 Make = Callable[..., Transformer]
@@ -37,17 +37,17 @@ def greedy_alone(model: Transformer, prompt: list[int], end_id: int) -> list[int
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
 @pytest.mark.parametrize("attention", ["explicit", "sdpa"])
-def test_a_batch_of_any_lengths_answers_as_each_alone(
+def test_a_batch_of_unequal_lengths_answers_as_each_alone(
     make_model: Make, engine: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer_module, "BATCH_SIZE", 3)
+    monkeypatch.setattr(seq2seq, "BATCH_SIZE", 3)
     for seed in range(3):
         model = make_model(vocab_size=12, seed=seed, attention=attention)
         found = dict(answer_ids(model, 2, PROMPTS, AnswerOptions(engine=engine)))
         assert [found[index] for index in range(5)] == [greedy_alone(model, prompt, end_id=2) for prompt in PROMPTS]
 
 
-def test_sampling_with_a_seed_gives_the_same(make_model: Make) -> None:
+def test_a_seed_determines_the_answers(make_model: Make) -> None:
     model = make_model(vocab_size=12)
     options = AnswerOptions(seed=1, sampling=Sampling(temperature=1.0), max_tokens=8)
     first = dict(answer_ids(model, 2, PROMPTS, options))
@@ -57,13 +57,13 @@ def test_sampling_with_a_seed_gives_the_same(make_model: Make) -> None:
 
 
 @torch.no_grad()
-def test_a_wide_beam_finds_the_best_of_all_answers(make_model: Make) -> None:
-    """With 5 tokens and at most 3 of them there are few enough answers to try them all."""
+def test_a_wide_beam_finds_the_best_answer(make_model: Make) -> None:
+    """Answers of at most 3 of 5 tokens are few enough to score all."""
     prompts, end_id, penalty = [[1, 3], [4, 2, 2, 1]], 0, 0.7
     for seed in range(4):
         model = make_model(vocab_size=5, seed=seed)
         decoder = Decoder(model, 2 * 64, 16, "torch")
-        found = beam_search(decoder, decoder.read_texts(prompts, 64), end_id, 64, 3, penalty)
+        found = beam_search(decoder, decoder.prefill(prompts), end_id, 64, 3, penalty)
         for prompt, ids in zip(prompts, found, strict=True):
 
             def score(answer: tuple[int, ...], prompt: list[int] = prompt) -> float:
@@ -77,7 +77,7 @@ def test_a_wide_beam_finds_the_best_of_all_answers(make_model: Make) -> None:
             assert ids == [id_ for id_ in best if id_ != end_id]
 
 
-def test_a_beam_finds_no_worse_than_greedy(make_model: Make) -> None:
+def test_a_beam_is_no_worse_than_greedy(make_model: Make) -> None:
     def log_p(model: Transformer, prompt: list[int], ids: list[int]) -> float:
         with torch.no_grad():
             values = model(torch.tensor([[*prompt, *ids]]))[0].log_softmax(-1)
@@ -98,7 +98,7 @@ def test_a_beam_finds_no_worse_than_greedy(make_model: Make) -> None:
     assert better
 
 
-def test_what_cannot_be_asked_is_refused() -> None:
+def test_an_impossible_option_is_refused() -> None:
     with pytest.raises(RequestError, match="--beam 0 must be between 1 and 64"):
         AnswerOptions(beam=0)
     with pytest.raises(RequestError, match="does not go with --temperature"):
@@ -110,66 +110,21 @@ def checkpoint(copying_run: Path) -> Checkpoint:
     return load_checkpoint(copying_run)
 
 
-def test_it_learned_to_copy(checkpoint: Checkpoint) -> None:
+def test_a_model_trained_to_copy_copies(checkpoint: Checkpoint) -> None:
     sources = ["cab", "dadbca", "a", "bbdd"]
     assert answer(checkpoint.model, checkpoint.tokenizer, sources) == sources
     assert answer(checkpoint.model, checkpoint.tokenizer, sources, AnswerOptions(beam=3)) == sources
 
 
-def test_a_source_without_room_is_refused(checkpoint: Checkpoint) -> None:
+def test_a_source_that_fills_the_context_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(RequestError, match=r"the source is 402 tokens long, of a context of 32"):
         answer(checkpoint.model, checkpoint.tokenizer, ["a" * 400])
-
-
-def test_a_file_is_answered_line_by_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source, target = tmp_path / "in.txt", tmp_path / "out" / "out.txt"
-    lines = ["abc", "", "d" * 200, "ca", "dbdb"] * 30
-    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    said = answer_file(checkpoint, source, target, AnswerOptions())
-    assert "150 lines" in said
-    assert "30 are too long for the context and left empty (line 3, 8" in said
-    assert target.read_text().splitlines() == ["abc", "", "", "ca", "dbdb"] * 30
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_a_file_goes_on_where_it_stopped(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answer_module, "BATCH_SIZE", 4)
-    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
-    lines = [letter * count for letter in "abcd" for count in range(1, 8)]
-    source.write_text("\n".join(lines), encoding="utf-8")
-    asked: list[int] = []
-    real = answer_module.answer_ids
-
-    def stopping(model, end_id, prompts, options):  # type: ignore[no-untyped-def]
-        asked.append(len(prompts))
-        for number, item in enumerate(real(model, end_id, prompts, options)):
-            if number == 10 and len(asked) == 1:
-                raise KeyboardInterrupt
-            yield item
-
-    monkeypatch.setattr(answer_module, "answer_ids", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        answer_file(checkpoint, source, target, AnswerOptions())
-    assert not target.exists()
-    kept = tmp_path / ".out.txt.partial.jsonl"
-    with kept.open("a") as file:
-        file.write('[27, "cut o')  # as a kill leaves it
-    assert "10 of them before" in answer_file(checkpoint, source, target, AnswerOptions())
-    assert asked == [28, 18]
-    whole = target.read_text()
-    # Another source begins anew.
-    kept.write_text(json.dumps({"identity": "of something else"}) + '\n[0, "wrong"]\n')
-    answer_file(checkpoint, source, target, AnswerOptions())
-    assert asked[-1] == 28
-    assert target.read_text() == whole
 
 
 # The commands
 
 
-def test_generate_answers_and_stops(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_answers(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["--run", str(copying_run)]
     assert generate_main(["dab", *run]) == 0
     assert capsys.readouterr().out == "dab\n"
@@ -179,7 +134,7 @@ def test_generate_answers_and_stops(copying_run: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "dab\ndab\n"
 
 
-def test_generate_talks_and_takes_files(
+def test_generate_answers_lines_and_files(
     copying_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nxyz\ncc\n"))
@@ -203,14 +158,14 @@ def test_generate_talks_and_takes_files(
         (["--file", "not there", "--out", "b"], True, "--file not there: no such file"),
     ],
 )
-def test_generate_refuses_what_does_not_fit(
+def test_generate_refuses_flags_of_the_other_kind_of_model(
     copying_run: Path, trained_run: Path, arguments: list[str], pairs: bool, message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
         generate_main([*arguments, "--run", str(copying_run if pairs else trained_run)])
 
 
-def test_evaluate_scores_all_held_out_answers(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_scores_held_out_answers(copying_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate_main(["--run", str(copying_run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     held_out = len((copying_run.parents[2] / "copies.jsonl").read_text().splitlines()) // 10
@@ -224,7 +179,7 @@ def test_evaluate_scores_all_held_out_answers(copying_run: Path, capsys: pytest.
     assert "of 20 pairs" in printed
 
 
-def test_pairs_are_learned_from_a_run_on_text(trained_run: Path, workdir: Path) -> None:
+def test_a_run_on_pairs_starts_from_a_run_on_text(trained_run: Path, workdir: Path) -> None:
     (workdir / "pairs.jsonl").write_text('{"source": "The cat", "target": "sat"}\n' * 40, encoding="utf-8")
     arguments = ["data=pairs", "data.files=[pairs.jsonl]", f"init_from={trained_run}", "trainer.batch_size=2"]
     small = ["trainer.max_steps=3", "trainer.eval_answers=2", "trainer.compile=false", "run_dir=run"]
@@ -237,7 +192,7 @@ def test_pairs_are_learned_from_a_run_on_text(trained_run: Path, workdir: Path) 
     known = before.tokenizer.vocab_size
     old, new = (c.model.model.embed_tokens.weight.detach() for c in (before, after))  # type: ignore[union-attr]
     assert (old - new[:known]).abs().max() < 0.1
-    # It goes on, and from it another run begins.
+    # It resumes, and another run starts from it.
     assert train_here("resume=run", "trainer.max_steps=5") == 0
     assert train_here(*arguments[:2], "init_from=run", *small[:3], "run_dir=next") == 0
     assert load_checkpoint("next").tokenizer.vocab_size == after.tokenizer.vocab_size

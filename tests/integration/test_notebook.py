@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom as in a kernel: cell by cell, showing what a cell ends with."""
+"""The notebook runs from top to bottom as in a kernel: cell by cell, with the value of each cell."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ NOTEBOOK = Path(__file__).parents[2] / ".github/notebook.ipynb"
 
 
 def run_cell(source: str, names: dict[str, Any]) -> Any:
-    """Execute a cell; the value of its last line, if that is an expression."""
+    """Execute a cell; returns the value of its last line if that is an expression."""
     tree = ast.parse(source)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), names)
@@ -22,12 +22,12 @@ def test_the_notebook_runs_from_top_to_bottom(workdir: Path, tiny: list[str], ca
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)  # no run of ours in git
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)  # no outputs in git
     names: dict[str, Any] = {}
     shown = []
     for cell in cells:
         source = "".join(cell["source"])
-        if "experiment=quick" in source:  # as short as all trainings of the tests
+        if "experiment=quick" in source:  # as short as other trainings in the tests
             settings = [*tiny, "experiment=quick", "trainer.max_minutes=null", "model.context_length=128"]
             source = source.replace('["experiment=quick"]', repr(settings))
         shown.append(run_cell(source, names))

@@ -1,4 +1,4 @@
-"""Pretrained models come in: any Llama or Qwen3, from a folder or the hub, and go on here as our own do."""
+"""Pretrained models, any Llama or Qwen3, from a folder or the hub: loaded, trained further and saved like our own."""
 
 import json
 import subprocess
@@ -15,10 +15,11 @@ from hub_stand_in import HubStandIn
 
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from minitf.checkpoints.hugging_face import is_hub_name
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import MinitfError, RequestError
-from minitf.generate import Options, Sampling, encode_prompt, generate, generate_text
+from minitf.generate import GenerationRequest, Options, Sampling, encode_prompt, generate, generate_text
 from minitf.model import Transformer
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 transformers: Any = pytest.importorskip("transformers", reason="install the extra minitf[test]")
 
@@ -27,7 +28,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-# Small models in the shape of well-known ones: grouped heads, odd sizes, ties, epsilons, frequencies as theirs.
+# Small models shaped like well-known ones: grouped heads, odd sizes, tied embeddings, epsilons, frequencies.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2": ("Llama", {
         "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
@@ -72,8 +73,8 @@ def logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_logits_are_those_of_transformers(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
-    theirs = build(name, tokenizer.vocab_size + 7)  # as real models do, it has room for more tokens
+def test_logits_equal_those_of_transformers(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    theirs = build(name, tokenizer.vocab_size + 7)  # real models have unused rows, too
     theirs.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     ours = load_checkpoint(tmp_path).model
@@ -82,7 +83,7 @@ def test_the_logits_are_those_of_transformers(tokenizer: Tokenizer, tmp_path: Pa
     assert expected.std() > 0.3
     torch.testing.assert_close(logits(ours, ids_BT), expected, rtol=0, atol=1e-4)
 
-    # ... and back: what is saved here is that model, for them and for us.
+    # And back: transformers and minitf both read the saved model as the same one.
     again = save_checkpoint(tmp_path / "saved", ours, tokenizer, {}, {"step": 1}, is_best=True, keep=1)
     back = transformers.AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32)
     torch.testing.assert_close(logits(back, ids_BT), expected, rtol=0, atol=1e-4)
@@ -90,7 +91,7 @@ def test_the_logits_are_those_of_transformers(tokenizer: Tokenizer, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["SmolLM2", "Llama-3.2", "Qwen3 with yarn"])
-def test_every_engine_writes_what_transformers_writes(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+def test_every_engine_generates_what_transformers_generates(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
     theirs = build(name, tokenizer.vocab_size)
     theirs.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
@@ -100,11 +101,11 @@ def test_every_engine_writes_what_transformers_writes(tokenizer: Tokenizer, tmp_
         torch.tensor([prompt]), max_new_tokens=60, min_new_tokens=60, do_sample=False, eos_token_id=None
     )
     for engine in ("torch", "native"):
-        steps = generate(model, prompt, 1, Sampling(temperature=0), engine=engine)
+        steps = generate(model, GenerationRequest(prompt, Sampling(temperature=0), engine=engine))
         assert [int(next(steps).ids_B) for _ in range(60)] == expected[0, len(prompt) :].tolist(), engine
 
 
-def test_the_old_and_the_new_way_to_write_positions_are_read_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_old_and_new_spellings_of_rope_scaling_are_read_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
     theirs = build("Llama-3.2", tokenizer.vocab_size)
     theirs.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
@@ -119,7 +120,7 @@ def test_the_old_and_the_new_way_to_write_positions_are_read_alike(tokenizer: To
     assert old.rope_theta == 500000.0
 
 
-def test_what_a_config_leaves_out_is_what_transformers_takes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_missing_config_values_have_the_defaults_of_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     theirs = build("Qwen3-8B", tokenizer.vocab_size)
     theirs.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
@@ -134,7 +135,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tokenizer: Tokenize
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_in_shards(tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_weights_in_shards_are_loaded(tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype) -> None:
     theirs = build("TinyLlama", tokenizer.vocab_size).to(dtype)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     tokenizer.save(tmp_path)
@@ -158,7 +159,7 @@ def test_pickled_weights_are_never_opened(tokenizer: Tokenizer, tmp_path: Path) 
         load_checkpoint(tmp_path)
 
 
-def test_an_index_cannot_lead_outside_its_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_index_cannot_name_files_outside_its_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
     build("SmolLM2", tokenizer.vocab_size).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
@@ -176,7 +177,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer, tmp_
 
 
 def llama_tokenizer(directory: Path) -> Any:
-    """A tokenizer as Llama's is: <s> before every text, </s> at its end, and one that ends a turn of a chat."""
+    """A tokenizer like Llama's: <s> before every text, </s> after it, and a token that ends a turn of a chat."""
     import tokenizers
 
     backend = train_tokenizer(TokenizerConfig(kind="byte"), []).backend
@@ -188,10 +189,10 @@ def llama_tokenizer(directory: Path) -> Any:
     return theirs
 
 
-def test_a_models_own_start_and_end_are_kept(tmp_path: Path) -> None:
+def test_a_models_own_start_and_end_tokens_are_kept(tmp_path: Path) -> None:
     theirs = llama_tokenizer(tmp_path)
     ours = Tokenizer.load(tmp_path)
-    assert ours.end_token == "<|im_end|>"  # as its maker says, not the first that is known
+    assert ours.end_token == "<|im_end|>"  # its eos_token, not the first known end token
     assert ours.start_ids == [theirs.bos_token_id]
     assert ours.encode("a cat") == theirs("a cat", add_special_tokens=False)["input_ids"]
     assert encode_prompt(ours, "a cat") == theirs("a cat")["input_ids"]
@@ -209,11 +210,11 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -
     return folder
 
 
-def test_it_can_be_looked_at_evaluated_and_trained_further(
+def test_a_pretrained_model_generates_is_evaluated_inspected_and_trained_further(
     pretrained: Path, workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from minitf import evaluate
-    from minitf.generate import main as generate_main
+    from minitf.cli import evaluate
+    from minitf.cli.generate import main as generate_main
     from minitf.interpretability import page as attention_page
 
     (workdir / "mine.txt").write_text(make_text(100), encoding="utf-8")
@@ -225,7 +226,7 @@ def test_it_can_be_looked_at_evaluated_and_trained_further(
 
     own = [word for word in tiny if not word.startswith(("model.", "tokenizer"))]
     short = ["model.context_length=32", "optim=adamw", "trainer.max_steps=40", "run_dir=runs/on/one"]
-    assert train_here(*own, f"init_from={pretrained}", *short) == 0
+    assert train_here(*own, f"init_from='{pretrained}'", *short) == 0
     further = load_checkpoint("runs/on/one").model
     assert further.config.context_length == 32
     assert further.vocab_size == load_checkpoint(pretrained).model.vocab_size
@@ -234,14 +235,14 @@ def test_it_can_be_looked_at_evaluated_and_trained_further(
     assert train_here("resume=runs/on/one", "trainer.max_steps=42") == 0
 
 
-def test_without_a_word_the_context_is_the_models_own(pretrained: Path, workdir: Path, tiny: list[str]) -> None:
+def test_the_default_context_is_that_of_the_model(pretrained: Path, workdir: Path, tiny: list[str]) -> None:
     own = [word for word in tiny if not word.startswith(("model.", "tokenizer", "trainer.max_steps"))]
-    assert train_here(*own, f"init_from={pretrained}", "trainer.max_steps=1", "run_dir=runs/on/one") == 0
+    assert train_here(*own, f"init_from='{pretrained}'", "trainer.max_steps=1", "run_dir=runs/on/one") == 0
     assert load_checkpoint("runs/on/one").model.config.context_length == 128
-    assert train_here(*own, f"init_from={pretrained}", "model.num_layers=1") == 2
+    assert train_here(*own, f"init_from='{pretrained}'", "model.num_layers=1") == 2
 
 
-def test_no_more_room_is_made_than_tokens_are_asked_for(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_as_long_as_the_requested_text(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load_checkpoint(pretrained)
     made = []
     new_cache = Transformer.new_cache
@@ -257,7 +258,7 @@ def test_no_more_room_is_made_than_tokens_are_asked_for(pretrained: Path, monkey
 # The hub
 
 
-def test_only_what_can_be_nothing_else_is_a_hub_name(workdir: Path) -> None:
+def test_a_name_that_could_be_a_path_is_no_hub_name(workdir: Path) -> None:
     (workdir / "here").mkdir()
     assert is_hub_name("HuggingFaceTB/SmolLM2-135M")
     assert is_hub_name("Qwen/Qwen3-0.6B@main")
@@ -278,7 +279,7 @@ def hub(pretrained: Path) -> Iterator[HubStandIn]:
 GENERATE = """
 import sys
 from minitf.errors import run_command
-from minitf.generate import main
+from minitf.cli.generate import main
 for name in sys.argv[1:]:
     arguments = ["The cat", "--run", name, "--max-tokens", "4", "--temperature", "0"]
     print(run_command(lambda: main(arguments)), file=sys.stderr)
@@ -287,9 +288,9 @@ for name in sys.argv[1:]:
 
 @pytest.fixture
 def generate_from_hub(hub: HubStandIn, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Generate from these in a process of their own: the hub's client reads its settings when it is imported.
+    """Generate from each in one new process, since the hub's client reads its settings when it is imported.
 
-    The exit status of each is a line of stderr after what it said.
+    Each exit status is a line of stderr, after the messages.
     """
 
     def run(*names: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -298,14 +299,14 @@ def generate_from_hub(hub: HubStandIn, tmp_path: Path) -> Callable[..., subproce
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", **changes}
         return subprocess.run(
-            [sys.executable, "-c", GENERATE, *names], env=environment, capture_output=True, text=True, timeout=100,
+            [sys.executable, "-c", GENERATE, *names], env=environment, capture_output=True, text=True,
             cwd=tmp_path,
         )  # fmt: skip
 
     return run
 
 
-def test_a_hub_model_is_fetched_without_pickle_or_code_and_kept(
+def test_a_hub_model_is_fetched_once_without_pickle_or_code(
     hub: HubStandIn, generate_from_hub: Callable[..., subprocess.CompletedProcess[str]], pretrained: Path
 ) -> None:
     done = generate_from_hub("someone/small")
@@ -320,7 +321,7 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_kept(
     assert (again.stdout, hub.requests) == (done.stdout, [])
 
 
-def test_what_goes_wrong_at_the_hub_is_one_line(
+def test_an_error_of_the_hub_is_one_line(
     hub: HubStandIn, generate_from_hub: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     wrong = {
@@ -334,14 +335,14 @@ def test_what_goes_wrong_at_the_hub_is_one_line(
         (1, {"someone/small": "127.0.0.1:9"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}),
     ):
         done = generate_from_hub(*wanted, **changes)
-        said = [line for line in done.stderr.splitlines() if line and "Fetching" not in line]  # its progress bar
+        said = [line for line in done.stderr.splitlines() if line and "Fetching" not in line]  # a progress bar
         assert said[1::2] == [str(status)] * len(wanted), done.stderr
         for line, (name, words) in zip(said[::2], wanted.items(), strict=True):
             assert line.startswith(f"minitf: {name}")
             assert words in line
 
 
-def test_a_missing_folder_is_not_asked_for_at_the_hub(workdir: Path) -> None:
+def test_a_missing_folder_is_not_requested_from_the_hub(workdir: Path) -> None:
     with pytest.raises(RequestError, match="does not exist"):
         load_checkpoint("runs/none")
 

@@ -1,4 +1,4 @@
-"""Every command in the README and the pages beside it runs: tiny models and texts, but as it is written."""
+"""Every command in the README and in .github/*.md runs as written, on tiny models and texts."""
 
 import os
 import re
@@ -16,14 +16,14 @@ from helpers import make_text, train_here
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 OURS = re.compile(r"\bpython3? (-m minitf\.|scripts/)")
-# Commands of others that the README may name. They are not run here: they install, wait, or run these very tests.
+# Third-party commands that the README may name; they install, wait, or run these tests, and are not run.
 OTHERS = (
     "pip install ", "tensorboard --logdir ", "git clone ", "cd ", "python -m venv ", "python3 -m venv ", "source ",
     "torchrun ", "pytest", "hf upload ", "transformers serve ", "lm-eval ", "ruff ", "mypy", ".ci/run", "pre-commit ",
 )  # fmt: skip
-# What makes any training tiny; settings of these in the README are checked for being valid, and then left out.
+# Settings that the tiny run replaces; in documented commands they are validated and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
-ANSWERS = re.compile(r"--beam|generate.*--file|Thou shalt")  # commands of the README about a run on pairs
+ANSWERS = re.compile(r"--beam|generate.*--file|Thou shalt")  # commands about a run on pairs
 PLACEHOLDER = re.compile(r"\bRUN\b|\bHuggingFaceTB/[\w.-]+|\bruns/(?!tiny/)[\w.…*-]+/[\w.…-]+")
 
 
@@ -61,7 +61,7 @@ RUNNABLE = [command for command in COMMANDS if OURS.search(command)]
 
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
-    """A run of two steps whose context takes the README's sentences."""
+    """A run of two steps whose context fits the README's sentences."""
     run = tmp_path_factory.mktemp("readme") / "run"
     assert train_here(*tiny, "model.context_length=128", "trainer.max_steps=2", f"run_dir={run}") == 0
     return run
@@ -80,7 +80,7 @@ def pairs_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path
 
 @pytest.fixture
 def place(workdir: Path, pairs_run: Path, text_run: Path) -> Path:
-    """A checkout of sorts: the scripts, a run on pairs, and a newer one on text that `latest` means."""
+    """A working directory with the scripts, a run on pairs, and a newer run on text, which is `latest`."""
     shutil.copytree(pairs_run, workdir / "runs/tiny/pairs", symlinks=True)
     shutil.copytree(text_run, workdir / "runs/tiny/one", symlinks=True)
     (workdir / "scripts").symlink_to(ROOT / "scripts")
@@ -88,7 +88,7 @@ def place(workdir: Path, pairs_run: Path, text_run: Path) -> Path:
 
 
 def adapt(text: str, place: Path) -> str:
-    """The same with the tiny run for the README's, and with the text files it names in place."""
+    """The command with the tiny run in place of the README's, and with the text files it names created."""
     text = PLACEHOLDER.sub(lambda found: found[0] if found[0] == "runs" else "runs/tiny/one", text)
     text = text.replace("init_from=runs/reader", "init_from=runs/tiny/one")
     if ANSWERS.search(text):
@@ -101,7 +101,7 @@ def adapt(text: str, place: Path) -> str:
 
 
 def run(command: str, place: Path) -> None:
-    """The command from that place: in this process, which has the imports behind it, or what needs a shell in one."""
+    """Run a command in `place`: in this process, which has done the imports, unless it needs a shell."""
     words = shlex.split(command)
     if words[0] != "python" or {"|", "<", ">"} & set(words):
         in_a_shell(command, place)
@@ -130,15 +130,16 @@ def in_a_shell(command: str, place: Path) -> None:
 
 
 def train(arguments: list[str], tiny: list[str], place: Path) -> None:
-    """A documented training: first whether its settings are right as they are, then a tiny run with the rest."""
-    from minitf.config.schema import check_overrides, compose_config
+    """A documented training: its settings are validated as written, then a tiny run uses the others."""
+    from minitf.config.compose import compose_config
+    from minitf.config.overrides import check_overrides
 
     flags = [word for word in arguments if word.startswith("-")]
     if {"--help", "-h", "--cfg", "--hydra-help"} & set(flags):
         run(shlex.join(["python", "-m", "minitf.train", *arguments]), place)
         return
     settings = [word for word in arguments if word not in flags]
-    check_overrides(settings)
+    check_overrides(settings, sweep="-m" in flags)
     if any(word.startswith("resume=") for word in settings):
         kept = [word for word in settings if not word.startswith(("trainer.max_steps", "trainer.max_minutes"))]
         assert train_here(*kept, "trainer.max_steps=4") == 0
@@ -146,15 +147,15 @@ def train(arguments: list[str], tiny: list[str], place: Path) -> None:
     if "-m" not in flags:
         compose_config(settings)
     kept = [word for word in settings if not word.lstrip("+").startswith(REPLACED)]
-    if any(word.startswith("init_from=") for word in kept):  # it brings shape and tokenizer
+    if any(word.startswith("init_from=") for word in kept):  # the model brings its shape and tokenizer
         tiny = [word for word in tiny if not word.startswith(("model.", "tokenizer"))]
     defaults = [word for word in tiny if not any(word.split("=")[0] == other.split("=")[0] for other in kept)]
     changed = [*defaults, "trainer.max_steps=2", *kept]
-    if "-m" not in flags:  # else it is a sweep, which test_train runs
+    if "-m" not in flags:  # sweeps are run by test_sweep
         assert train_here(*changed) == 0
 
 
-def test_there_is_a_readme_with_the_commands_of_the_contract() -> None:
+def test_the_readme_has_the_main_commands() -> None:
     assert TEXT, "README.md is missing"
     for command in ("minitf.train", "scripts/generate.py", "tensorboard --logdir runs", "pip install"):
         assert command in "\n".join(COMMANDS)
@@ -191,15 +192,15 @@ def test_every_python_example_runs(number: int, place: Path) -> None:
     exec(compile(adapt(blocks(TEXT, "python")[number], place), f"README.md python example {number}", "exec"), {})
 
 
-def test_the_settings_the_readme_names_exist() -> None:
-    from minitf.config.help import SECTIONS, all_keys
+def test_settings_named_in_the_readme_exist() -> None:
+    from minitf.config.presets import SECTIONS, all_keys
 
     sections = "|".join(section for section in SECTIONS if section)
     named = set(re.findall(rf"`((?:{sections})\.(?!json\b|html\b|py\b)[a-z_]+)", TEXT))
     assert named <= set(all_keys()), f"the README names settings that do not exist: {named - set(all_keys())}"
 
 
-def test_the_reading_of_a_readme_finds_its_commands() -> None:
+def test_commands_are_extracted_from_markdown() -> None:
     text = """
 ```bash
 pip install -e . && python -m minitf.train

@@ -1,4 +1,4 @@
-"""Alignment: words and their tokens, heads chosen by what they do, and a model in which it emerges."""
+"""Alignment: words and their tokens, the choice of heads, and a model in which alignment emerges."""
 
 import json
 from difflib import SequenceMatcher
@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from minitf.checkpoints.checkpoint import load_checkpoint
-from minitf.data.packing import prepare_pairs
-from minitf.data.sources.text import DataConfig
+from minitf.data.config import DataConfig
+from minitf.data.tokenized_pairs import prepare_pairs
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.interpretability.alignment import Units, align_from, find_aligning_heads
 from minitf.interpretability.attention_maps import maps_of_checkpoint
 from minitf.interpretability.picture import alignment_picture
-from minitf.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 
 def members(units: Units) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in units.members_NT]
 
 
-def test_tokens_belong_to_the_word_they_are_of() -> None:
+def test_tokens_are_assigned_to_their_words() -> None:
     t = train_tokenizer(TokenizerConfig(kind="byte"), [], for_pairs=True)
     units = Units.of(t, "he’s ab, é")
     assert units.names == ["he’s", "ab", ",", "é"]
@@ -28,7 +29,7 @@ def test_tokens_belong_to_the_word_they_are_of() -> None:
     assert members(units) == [[0, 1, 2, 3, 4, 5], [7, 8], [9], [11, 12]]
 
 
-def test_a_space_before_a_word_is_the_words(tokenizer: Tokenizer) -> None:
+def test_a_leading_space_belongs_to_its_word(tokenizer: Tokenizer) -> None:
     text = "The cat sat on the mat."
     units = Units.of(tokenizer, text)
     assert units.names == ["The", "cat", "sat", "on", "the", "mat", "."]
@@ -37,13 +38,13 @@ def test_a_space_before_a_word_is_the_words(tokenizer: Tokenizer) -> None:
     assert joined == units.names
 
 
-def test_characters_are_their_own_units() -> None:
+def test_units_of_a_character_tokenizer_are_characters() -> None:
     t = train_tokenizer(TokenizerConfig(kind="char"), ["abc"], for_pairs=True)
     assert Units.of(t, "cab").names == ["c", "a", "b"]
 
 
-def test_the_row_of_a_target_word_is_where_it_was_chosen() -> None:
-    """A head that looks, where the next token is chosen, at that very token of the source copies it: the diagonal."""
+def test_a_target_word_is_aligned_at_the_position_that_predicts_it() -> None:
+    """A head that looks from the predicting position at the same token in the source gives the identity matrix."""
     t = train_tokenizer(TokenizerConfig(kind="char"), ["abc"], for_pairs=True)
     T = 2 + 3 + 3  # <|source|> a b c <|target|> a b c
     weights = torch.zeros(2, 1, T, T)
@@ -60,10 +61,10 @@ def test_alignment_emerges_and_its_heads_are_found(copying_run: Path) -> None:
     rows = [json.loads(line) for line in (copying_run / "metrics.jsonl").read_text().splitlines()]
     scores = [row["score"] for row in rows if row["split"] == "alignment"]
     assert scores[0] < 0.6
-    assert max(scores[-3:]) > 0.9  # of 59 letters: one look may miss a few
+    assert max(scores[-3:]) > 0.9  # of 59 letters; single steps may miss a few
     checkpoint = load_checkpoint(copying_run)
     assert checkpoint.aligning_heads
-    # Rounding differs between processors, and after 300 steps a head may yet miss a letter: of thirty, four.
+    # Rounding differs between processors, and after 300 steps a head may still miss a letter: four of thirty may.
     aligned = []
     for word in ("cabd", "dbac", "bacd", "cdab", "ddbca", "adcab", "bcad"):
         found = maps_of_checkpoint(checkpoint, word).alignment
@@ -77,13 +78,13 @@ def test_alignment_emerges_and_its_heads_are_found(copying_run: Path) -> None:
     assert maps.to_json()["alignment"] == maps.to_viewer()["alignment"]
     picture = alignment_picture(maps.alignment, 3)
     assert picture.startswith(b"\x89PNG")
-    # Of a given target the words need not be the answer's.
+    # A given target is aligned instead of the answer.
     other = maps_of_checkpoint(checkpoint, "cabd => dbac").alignment
     assert other is not None
     assert other.target == list("dbac")
 
 
-def test_heads_are_judged_on_other_pairs_than_they_were_chosen_by(copying_run: Path) -> None:
+def test_aligning_heads_are_scored_on_held_out_pairs(copying_run: Path) -> None:
     checkpoint = load_checkpoint(copying_run)
     data = DataConfig(**checkpoint.state["data"])
     pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer)
@@ -97,7 +98,7 @@ def test_heads_are_judged_on_other_pairs_than_they_were_chosen_by(copying_run: P
     assert nothing.score < 0.6
 
 
-def test_the_run_shows_pairs_in_tensorboard(copying_run: Path) -> None:
+def test_a_run_on_pairs_logs_to_tensorboard(copying_run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(copying_run), {"images": 0, "tensors": 0, "scalars": 0})
@@ -113,14 +114,14 @@ def test_the_run_shows_pairs_in_tensorboard(copying_run: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "cabd => "])
-def test_nothing_to_align_is_no_failure(copying_run: Path, text: str) -> None:
+def test_empty_sources_and_targets_are_no_error(copying_run: Path, text: str) -> None:
     maps = maps_of_checkpoint(load_checkpoint(copying_run), text)
     assert maps.weights_LHTS.isfinite().all()
 
 
-def test_an_answer_without_an_end_is_looked_at_as_far_as_the_context_goes(copying_run: Path) -> None:
+def test_an_endless_answer_is_cut_at_the_context(copying_run: Path) -> None:
     checkpoint = load_checkpoint(copying_run)
-    with torch.no_grad():  # a model that never ends: the end is the least likely of all
+    with torch.no_grad():  # a model for which the end token is the least likely
         checkpoint.model.vocabulary_VD[checkpoint.tokenizer.end_id] = -checkpoint.model.vocabulary_VD.mean(0)
         checkpoint.model.model.norm.weight.zero_()
         checkpoint.model.model.norm.weight[0] = 1e-3

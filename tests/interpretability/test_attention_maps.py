@@ -1,4 +1,4 @@
-"""Weights of every head, and the scores that say what a head does."""
+"""Attention maps of every head, and the scores of patterns."""
 
 import json
 import math
@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import WordTokenizer
+from helpers import WordTokenizer, recorded_weights
 from torch import Tensor, nn
 
+from minitf.attention import AttentionRecord
 from minitf.errors import MinitfError, RequestError
 from minitf.interpretability.attention_maps import AttentionMaps, attention_maps
 from minitf.interpretability.heads import describe_head, head_scores, pattern_scores
@@ -16,7 +17,7 @@ from minitf.model import ModelConfig, Transformer
 
 
 class PatternModel(nn.Module):
-    """One layer whose heads are a perfect previous-token, first-token, induction, uniform and self-looking head."""
+    """One layer with a perfect previous-token, first-token, induction, uniform and this-token head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class PatternModel(nn.Module):
         self.vocab_size = 1000
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, ids_BT: Tensor, weights: list[Tensor]) -> Tensor:
+    def forward(self, ids_BT: Tensor, record: list[AttentionRecord]) -> Tensor:
         B, T = ids_BT.shape
         weights_BHTS = torch.zeros(B, 5, T, T)
         for b in range(B):
@@ -35,7 +36,8 @@ class PatternModel(nn.Module):
                 weights_BHTS[b, 2, t, int(before[-1]) + 1 if len(before) else t] = 1
                 weights_BHTS[b, 3, t, : t + 1] = 1 / (t + 1)
                 weights_BHTS[b, 4, t, t] = 1
-        weights.append(weights_BHTS)
+        nothing = torch.zeros(B, 5, T, 1)
+        record.append(AttentionRecord(nothing, nothing, nothing, weights_BHTS, nothing))
         return torch.zeros(B, T, self.vocab_size)
 
 
@@ -57,9 +59,9 @@ def random_weights(*shape: int) -> Tensor:
 def test_maps_are_the_weights_and_predictions_of_the_model(model: Transformer) -> None:
     maps = attention_maps(model, WordTokenizer(), "the cat sat on the mat", step=7, top_k=3)
     assert model.training
-    weights: list[Tensor] = []
+    ids_BT = torch.tensor([[0, 1, 2, 3, 0, 4]])
     with torch.no_grad():
-        logits_BTV = model.eval()(torch.tensor([[0, 1, 2, 3, 0, 4]]), weights=weights)
+        weights, logits_BTV = recorded_weights(model.eval(), ids_BT), model(ids_BT)
     torch.testing.assert_close(maps.weights_LHTS, torch.stack([w[0] for w in weights]))
     assert maps.weights_LHTS.shape == (3, 2, 6, 6)
     torch.testing.assert_close(maps.weights_LHTS.sum(-1), torch.ones(3, 2, 6))
@@ -76,7 +78,7 @@ def test_maps_are_the_weights_and_predictions_of_the_model(model: Transformer) -
         assert [p for _, p in top] == pytest.approx(probabilities_TV[t, likeliest].tolist())
 
 
-def test_maps_of_an_empty_or_too_long_text_are_refused_with_numbers(model: Transformer) -> None:
+def test_empty_and_too_long_texts_are_refused(model: Transformer) -> None:
     with pytest.raises(RequestError, match="empty"):
         attention_maps(model, WordTokenizer(), "")
     with pytest.raises(RequestError, match=r"13 tokens.*12"):
@@ -84,7 +86,7 @@ def test_maps_of_an_empty_or_too_long_text_are_refused_with_numbers(model: Trans
     assert len(attention_maps(model, WordTokenizer(), " ".join(["cat"] * 12)).tokens) == 12
 
 
-def test_json_holds_the_weights_to_six_decimals(model: Transformer) -> None:
+def test_json_weights_have_six_decimals(model: Transformer) -> None:
     maps = attention_maps(model, WordTokenizer(), "the cat sat")
     parsed = json.loads(json.dumps(maps.to_json(), allow_nan=False))
     assert parsed["weights_shape"] == {"layers": 3, "heads": 2, "queries": 3, "keys": 3}
@@ -117,14 +119,14 @@ def test_pattern_scores_equal_naive_loops() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])
-def test_texts_too_short_for_a_pattern_score_zero(num_tokens: int) -> None:
+def test_short_texts_score_zero(num_tokens: int) -> None:
     scores = pattern_scores(random_weights(2, 1, num_tokens, num_tokens))
     assert scores["previous_token"].tolist() == scores["first_token"].tolist() == [0, 0]
     assert all(values.isfinite().all() for values in scores.values())
 
 
-def test_constructed_heads_get_the_score_of_their_pattern_and_no_other() -> None:
-    ids_BT = torch.arange(40).view(2, 20)  # nothing repeats, so the induction head looks at itself there
+def test_constructed_heads_score_high_for_their_pattern_only() -> None:
+    ids_BT = torch.arange(40).view(2, 20)  # without repetition the induction head looks at the query itself
     scores = head_scores(PatternModel(), ids_BT)
     assert {name: tuple(values.shape) for name, values in scores.items()} == dict.fromkeys(
         ("entropy", "previous_token", "first_token", "this_token", "nearby", "same_word", "induction"), (1, 5)
@@ -134,26 +136,25 @@ def test_constructed_heads_get_the_score_of_their_pattern_and_no_other() -> None
     for name, head in (("previous_token", previous), ("first_token", first), ("entropy", uniform)):
         assert table[name][head] == pytest.approx(1, abs=1e-6)
         assert max(value for other, value in enumerate(table[name]) if other != head) < 0.2
-    assert table["induction"][induction] > 0.95  # by chance a random token occurs twice in a half
+    assert table["induction"][induction] > 0.95  # a random token may occur twice in one half
     assert max(table["induction"][head] for head in (previous, first, uniform, itself)) < 0.1
     labels = [describe_head(scores, 0, head).rsplit(" ", 1)[0] for head in range(5)]
     assert labels == ["previous token", "first token", "induction", "broad", "this token"]
 
 
-def test_induction_looks_at_the_key_after_the_previous_occurrence(model: Transformer) -> None:
+def test_induction_score_is_the_weight_after_the_previous_occurrence(model: Transformer) -> None:
     scores = head_scores(model, torch.tensor([[0, 1, 2, 3]]), seed=3)
     generator = torch.Generator().manual_seed(3)
     ids_BT = torch.randint(8, (4, 6), generator=generator).repeat(1, 2)
-    weights: list[Tensor] = []
     with torch.no_grad():
-        model.eval()(ids_BT, weights=weights)
+        weights = recorded_weights(model.eval(), ids_BT)
     for layer in range(3):
         for head in range(2):
             values = [float(weights[layer][b, head, t, t - 5]) for b in range(4) for t in range(6, 12)]
             assert float(scores["induction"][layer, head]) == pytest.approx(sum(values) / len(values), abs=1e-5)
 
 
-def test_head_scores_repeat_and_leave_the_model_and_the_random_state_alone(model: Transformer) -> None:
+def test_head_scores_are_repeatable_and_without_side_effects(model: Transformer) -> None:
     ids_BT = torch.randint(8, (2, 12))
     state = torch.get_rng_state()
     once, again = head_scores(model, ids_BT), head_scores(model, ids_BT)
@@ -162,10 +163,9 @@ def test_head_scores_repeat_and_leave_the_model_and_the_random_state_alone(model
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_labels_come_from_the_text_itself_without_scores() -> None:
+def test_labels_without_scores_come_from_the_text() -> None:
     weights_LHTS = torch.zeros(1, 2, 5, 5)
     weights_LHTS[0, 0] = torch.eye(5).roll(-1, 1)
     weights_LHTS[0, 1, :, 0] = 1
-    assert AttentionMaps("", list("abcde"), [0] * 5, weights_LHTS, []).labels == [
-        ["previous token 1.00", "first token 1.00"]
-    ]
+    scores = AttentionMaps("", list("abcde"), [0] * 5, weights_LHTS, []).measured_scores
+    assert [describe_head(scores, 0, head) for head in range(2)] == ["previous token 1.00", "first token 1.00"]

@@ -1,9 +1,10 @@
-"""Switching heads off, and the head that copies: what a score finds is what the model needs."""
+"""Ablation of heads, and the induction head: the head that the score finds is the one the model needs."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,27 +13,27 @@ from helpers import make_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from minitf.attention import causal_mask, gather, match, weigh
+from minitf.attention import AttentionContext, AttentionRecord, gather, match, weigh
 from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.cli.evaluate import main as evaluate_command
 from minitf.errors import RequestError
-from minitf.evaluate import evaluate_checkpoint, evaluate_heads
-from minitf.evaluate import main as evaluate_command
+from minitf.evaluate import evaluate_checkpoint
+from minitf.evaluation.head_ablation import evaluate_heads
 from minitf.interpretability.attention_maps import attention_maps_of_ids
 from minitf.interpretability.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
 from minitf.model import ModelConfig, Transformer
 
 
 def without_heads(model: Transformer, ids_BT: Tensor, off: set[Head]) -> Tensor:
-    """Logits of a forward written out, in which the outputs of some heads are set to zero before `o_proj`."""
+    """Logits of a forward pass written out, in which the outputs of some heads are zero before `o_proj`."""
     T, config = ids_BT.shape[1], model.config
-    mask_TS = causal_mask(T, T, model.device, torch.float32)
     x_BTD = model.model.embed_tokens(ids_BT)
     for index, block in enumerate(model.model.layers):
-        weights: list[Tensor] = []
-        block(x_BTD, model.rotary[:, :T], mask_TS, weights=weights)
+        record: list[AttentionRecord] = []
+        block(x_BTD, AttentionContext(model.rotary[:, :T], torch.float32, record=record))
         attention, normed = block.self_attn, block.input_layernorm(x_BTD)
         v_BHSK = attention.v_proj(normed).view(*ids_BT.shape, -1, config.head_dim).transpose(1, 2)
-        mixed_BHTK = gather(weights[0], v_BHSK).clone()
+        mixed_BHTK = gather(record[0].weights_BHTS, v_BHSK).clone()
         for layer, head in off:
             if layer == index:
                 mixed_BHTK[:, head] = 0
@@ -43,7 +44,7 @@ def without_heads(model: Transformer, ids_BT: Tensor, off: set[Head]) -> Tensor:
 
 @pytest.mark.parametrize("off", [set(), {(0, 1)}, {(1, 3)}, {(0, 0), (0, 3), (1, 2)}])
 @torch.no_grad()
-def test_a_head_that_is_off_gathers_nothing(make_model: Callable[..., Transformer], off: set[Head]) -> None:
+def test_a_head_that_is_off_contributes_nothing(make_model: Callable[..., Transformer], off: set[Head]) -> None:
     model = make_model()
     ids_BT = torch.randint(50, (2, 9))
     with heads_off(model, off):
@@ -54,7 +55,7 @@ def test_a_head_that_is_off_gathers_nothing(make_model: Callable[..., Transforme
         assert not torch.allclose(changed, model(ids_BT), atol=1e-2)
 
 
-def test_the_model_is_as_it_was_afterwards_whatever_happens(make_model: Callable[..., Transformer]) -> None:
+def test_heads_off_restores_the_model_after_errors(make_model: Callable[..., Transformer]) -> None:
     model = make_model()
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
     with pytest.raises(ZeroDivisionError), heads_off(model, [(0, 0), (1, 1)]):
@@ -70,7 +71,7 @@ def test_the_model_is_as_it_was_afterwards_whatever_happens(make_model: Callable
 
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_the_vectors_are_those_the_model_matches_and_gathers_with(
+def test_vectors_reproduce_the_weights_and_outputs(
     make_model: Callable[..., Transformer], num_kv_heads: int, qk_norm: bool
 ) -> None:
     class Pieces:
@@ -87,17 +88,33 @@ def test_the_vectors_are_those_the_model_matches_and_gathers_with(
     for hook in hooks:
         hook.remove()
     assert maps.vectors is not None
-    mask_TS = causal_mask(11, 11, model.device, torch.float32)
+    q_LHTK, k_LGTK, v_LGTK, mixed_LHTK = vars(maps.vectors).values()
+    mask_TS = torch.full((11, 11), -torch.inf).triu(1)
     for layer in range(2):
-        q, k, v = (tensor[layer][None] for tensor in vars(maps.vectors).values())
-        weights = weigh(match(q, k, mask_TS))
+        weights = weigh(match(q_LHTK[layer][None], k_LGTK[layer][None], mask_TS))
         torch.testing.assert_close(weights[0], maps.weights_LHTS[layer])
-        mixed = gather(weights, v).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(mixed, gathered[layer])
-    assert not any(block._forward_pre_hooks for block in model.model.layers)
+        mixed_BHTK = gather(weights, v_LGTK[layer][None])
+        torch.testing.assert_close(mixed_BHTK[0], mixed_LHTK[layer])
+        torch.testing.assert_close(mixed_BHTK.transpose(1, 2).flatten(2), gathered[layer])
+    assert maps.to_viewer()["standard_formula"]
 
 
-def test_a_head_that_looks_nearby_or_everywhere_is_called_so() -> None:
+def test_an_edited_formula_is_not_shown_as_the_standard_one(
+    make_model: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = make_model(), SimpleNamespace(pieces=lambda ids: [str(id_) for id_ in ids])
+    for step, edited in {
+        "match": lambda q, k, mask: match(q * 0.5, k, mask),
+        "weigh": lambda scores: weigh(scores).square(),
+        "gather": lambda weights, v: gather(weights, v) * 2,
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"minitf.attention.{step}", edited)
+            maps = attention_maps_of_ids(model, tokenizer, list(range(11)), "")  # type: ignore[arg-type]
+        assert not maps.to_viewer()["standard_formula"], step
+
+
+def test_nearby_and_broad_heads_are_named() -> None:
     size = 40
     weights_LHBTS = torch.zeros(1, 3, 1, size, size)
     for t in range(size):
@@ -115,10 +132,10 @@ CONTEXT, VOCABULARY = 32, 64
 
 
 def repetitions(num_rows: int, generator: torch.Generator, shortest: int = 10) -> tuple[Tensor, Tensor]:
-    """Random tokens said again and again, with a period of `shortest` to 16: (ids_BT, targets_BT).
+    """Repeated sequences of random tokens, with a period of `shortest` to 16: (ids_BT, targets_BT).
 
-    The period differs from row to row, so that looking back by a fixed distance does not help. Only what was said
-    before can be foretold; the rest does not count.
+    The period differs from row to row, so that looking back by a fixed distance does not help. Only repeated
+    tokens can be predicted; the others are not targets.
     """
     ids_BT = torch.randint(VOCABULARY, (num_rows, CONTEXT), generator=generator)
     period_B1 = torch.randint(shortest, CONTEXT // 2 + 1, (num_rows, 1), generator=generator)
@@ -131,15 +148,15 @@ def repetitions(num_rows: int, generator: torch.Generator, shortest: int = 10) -
 
 @torch.no_grad()
 def copying(model: Transformer, generator: torch.Generator) -> float:
-    """The share of tokens of the second time that the model foretells."""
+    """The share of repeated tokens that the model predicts."""
     ids_BT, targets_BT = repetitions(256, generator)
     known_BT = targets_BT >= 0
     return float((model(ids_BT).argmax(-1) == targets_BT)[known_BT].float().mean())
 
 
 @pytest.mark.slow
-def test_an_induction_head_forms_is_found_and_copying_needs_it() -> None:
-    """Two layers learn to repeat what was said; the heads whose score says that they do it are those that do it."""
+def test_an_induction_head_forms_and_copying_depends_on_it() -> None:
+    """Two layers learn to repeat; ablating the heads with a high induction score destroys that, others do not."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
     shape = ModelConfig(
@@ -163,7 +180,7 @@ def test_an_induction_head_forms_is_found_and_copying_needs_it() -> None:
     found = [head for head in heads if describe_head(scores, *head).startswith("induction")]
     assert max(value.values()) > 0.6
     assert found
-    assert all(layer == 1 for layer, _ in found)  # it needs a head before it that knows the previous token
+    assert all(layer == 1 for layer, _ in found)  # it needs a previous-token head in an earlier layer
     assert copying(model, generator) > 0.95
     with heads_off(model, found):
         assert copying(model, generator) < 0.4
@@ -173,7 +190,7 @@ def test_an_induction_head_forms_is_found_and_copying_needs_it() -> None:
     assert copying(model, generator) > 0.95
 
 
-def test_what_a_head_is_worth_is_what_its_absence_costs(
+def test_importance_of_a_head_is_the_cost_of_its_ablation(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -197,7 +214,7 @@ def test_what_a_head_is_worth_is_what_its_absence_costs(
     values = [float(line.split()[2]) for line in table[1:]]
     assert values == sorted(values, reverse=True)
 
-    # For TensorBoard it lies in a directory of its own: a newer event file would hide what a training run adds.
+    # TensorBoard needs a directory of its own: a newer event file would hide later records of a training run.
     assert len(list(run.glob("events.out.*"))) == 1
     assert len(list((run / "heads").glob("events.out.*"))) == 1
     written = json.loads((run / f"heads/step_{checkpoint.step:08d}.json").read_text())

@@ -64,7 +64,7 @@ def test_the_page_needs_no_network_and_is_one_module() -> None:
     assert "{{" not in page.replace("${", "")
 
 
-def test_a_notebook_shows_the_page_in_a_sandbox() -> None:
+def test_notebooks_show_the_page_in_a_sandbox() -> None:
     shown = maps_of(NASTY)._repr_html_()
     frame = re.fullmatch(r'<iframe sandbox="allow-scripts" srcdoc="([^"]*)" [^<>]*></iframe>', shown, re.DOTALL)
     assert frame
@@ -113,7 +113,7 @@ def test_the_command_reads_standard_input(
         main(["--json"])
 
 
-def test_the_command_refuses_what_cannot_work(checkpoint: SimpleNamespace) -> None:
+def test_the_command_refuses_invalid_requests(checkpoint: SimpleNamespace) -> None:
     with pytest.raises(RequestError, match="no such directory"):
         main(["the cat", "--out", "missing/attention.html"])
     with pytest.raises(RequestError, match="empty"):

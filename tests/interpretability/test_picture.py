@@ -1,4 +1,4 @@
-"""The picture of all heads, and that its pixels are the weights."""
+"""The picture of all heads: its pixels are the weights."""
 
 import io
 from dataclasses import replace
@@ -25,17 +25,17 @@ def test_the_brightest_cells_are_where_the_weights_are_one() -> None:
     weights[0, 0, 4, 2] = weights[0, 1, 5, 0] = 1.0
     image = pixels(attention_picture(replace(maps, weights_LHTS=weights)))
     bright = (image == BRIGHTEST).all(-1)
-    bright[:70] = False  # the colour scale
+    bright[:70] = False  # the colour bar
     rows, columns = bright.nonzero()
     assert bright.sum() == 2 * MAX_CELL**2
     left, right = columns < columns.max() - MAX_CELL, columns >= columns.max() - MAX_CELL + 1
-    # Head 0 has it one row above and two columns to the right of where head 1 has it in its own panel.
+    # In its panel, head 0 has the cell one row above and two columns to the right of that of head 1.
     assert rows[right].min() - rows[left].min() == MAX_CELL
     panel_distance = max(6 * MAX_CELL, 112) + 14
     assert columns[left].min() - (columns[right].min() - panel_distance) == 2 * MAX_CELL
 
 
-def test_every_cell_has_the_colour_of_its_weight() -> None:
+def test_cells_have_the_colour_of_their_weight() -> None:
     maps = maps_of(["a", "b", "c", "d"], num_layers=1, num_heads=1)
     steps = torch.linspace(0, 1, len(RAMP)) ** 2  # weights whose square roots are the nodes of the ramp
     weights = torch.zeros(1, 1, 4, 4)
@@ -75,12 +75,12 @@ def test_any_text_becomes_a_picture_of_bounded_size(tokens: list[str]) -> None:
             assert max(image.size) <= MAX_SIDE + 100
 
 
-def test_weights_that_are_not_numbers_still_become_a_picture() -> None:
+def test_nan_weights_still_make_a_picture() -> None:
     maps = maps_of(["a", "b"])
     with np.errstate(invalid="raise"):
         assert attention_picture(replace(maps, weights_LHTS=torch.full_like(maps.weights_LHTS, float("nan"))))
 
 
-def test_more_heads_than_the_picture_is_wide_still_fit() -> None:
+def test_pictures_fit_any_number_of_heads() -> None:
     png = attention_picture(maps_of(["a", "b", "c"], num_layers=2, num_heads=64))
     assert Image.open(io.BytesIO(png)).size[1] < 400

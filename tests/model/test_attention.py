@@ -7,11 +7,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitf.attention import QUERY_BLOCK, Attention, attend, causal_mask, gather, match, rotary_table, rotate, weigh
+from minitf.attention import (
+    QUERY_BLOCK,
+    Attention,
+    AttentionContext,
+    AttentionRecord,
+    KeyValueCache,
+    gather,
+    match,
+    visible_keys,
+    weigh,
+)
+from minitf.backends import substitute
+from minitf.backends.sdpa import Sdpa, SdpaAttention
 from minitf.model import Transformer
+from minitf.rope import rotary_table, rotate
 
 CPU = torch.device("cpu")
 HEADS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
+
+
+def causal_mask(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
+    visible_TS = visible_keys(num_queries, num_keys, CPU)
+    return torch.zeros(visible_TS.shape, dtype=dtype).masked_fill_(~visible_TS, -math.inf)
 
 
 def random_qkv(num_heads: int, num_kv_heads: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +70,7 @@ def make_block(
 @HEADS
 def test_match_weigh_gather_are_the_formula(num_heads: int, num_kv_heads: int) -> None:
     q_BHTK, k_BHSK, v_BHSK = random_qkv(num_heads, num_kv_heads)
-    weights_BHTS = weigh(match(q_BHTK, k_BHSK, causal_mask(7, 7, CPU, torch.float64)))
+    weights_BHTS = weigh(match(q_BHTK, k_BHSK, causal_mask(7, 7, torch.float64)))
     expected_BHTS, mixed_BHTK = naive_attention(q_BHTK, k_BHSK, v_BHSK)
     torch.testing.assert_close(weights_BHTS, expected_BHTS, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gather(weights_BHTS, v_BHSK), mixed_BHTK, rtol=1e-12, atol=1e-12)
@@ -62,7 +80,7 @@ def test_match_weigh_gather_are_the_formula(num_heads: int, num_kv_heads: int) -
 def test_the_last_queries_of_a_longer_text_see_what_they_see_in_the_whole(num_heads: int, num_kv_heads: int) -> None:
     q_BHTK, k_BHSK, v_BHSK = random_qkv(num_heads, num_kv_heads)
     _, mixed_BHTK = naive_attention(q_BHTK, k_BHSK, v_BHSK)
-    scores = match(q_BHTK[:, :, 4:], k_BHSK, causal_mask(3, 7, CPU, torch.float64))
+    scores = match(q_BHTK[:, :, 4:], k_BHSK, causal_mask(3, 7, torch.float64))
     torch.testing.assert_close(gather(weigh(scores), v_BHSK), mixed_BHTK[:, :, 4:], rtol=1e-12, atol=1e-12)
 
 
@@ -73,9 +91,11 @@ def test_attention_in_blocks_of_queries_is_attention(num_heads: int, num_kv_head
     T, S = 2 * QUERY_BLOCK + 5, 2 * QUERY_BLOCK + 5 + num_before
     q_BHTK = torch.randn(2, num_heads, T, 8, dtype=torch.float64)
     k_BHSK, v_BHSK = torch.randn(2, 2, num_kv_heads, S, 8, dtype=torch.float64)
-    mask_TS = causal_mask(T, S, CPU, torch.float64)
-    expected_BHTK = gather(weigh(match(q_BHTK, k_BHSK, mask_TS)), v_BHSK)
-    torch.testing.assert_close(attend(q_BHTK, k_BHSK, v_BHSK, mask_TS), expected_BHTK, rtol=1e-12, atol=1e-12)
+    expected_BHTK = gather(weigh(match(q_BHTK, k_BHSK, causal_mask(T, S, torch.float64))), v_BHSK)
+    cache = KeyValueCache(k_BHSK[None], v_BHSK[None], num_before)
+    context = AttentionContext(rotary_table(8, S, 10000.0)[:, num_before:], torch.float64, cache=cache)
+    mixed_BHTK = Attention(24, num_heads, num_kv_heads, 8, qk_norm=True).attend(q_BHTK, k_BHSK, v_BHSK, context)
+    torch.testing.assert_close(mixed_BHTK, expected_BHTK, rtol=1e-12, atol=1e-12)
 
 
 @HEADS
@@ -84,8 +104,9 @@ def test_the_explicit_path_and_the_fused_kernel_agree(
     num_heads: int, num_kv_heads: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     block, x_BTD, rotary_2TK = make_block(num_heads, num_kv_heads, dtype)
-    explicit = block(x_BTD, rotary_2TK, causal_mask(9, 9, CPU, dtype))
-    fused = block(x_BTD, rotary_2TK, None)
+    explicit = block(x_BTD, AttentionContext(rotary_2TK, dtype))
+    substitute(block, SdpaAttention)
+    fused = block(x_BTD, AttentionContext(rotary_2TK, dtype))
     assert explicit.dtype == fused.dtype == dtype
     assert explicit.float().abs().mean() > 0.05
     torch.testing.assert_close(explicit, fused, rtol=tolerance, atol=tolerance)
@@ -94,19 +115,23 @@ def test_the_explicit_path_and_the_fused_kernel_agree(
 @HEADS
 def test_captured_weights_are_those_that_made_the_output(num_heads: int, num_kv_heads: int) -> None:
     block, x_BTD, rotary_2TK = make_block(num_heads, num_kv_heads)
-    captured: list[Tensor] = []
-    mask = causal_mask(9, 9, CPU, torch.float32)
-    output_BTD = block(x_BTD, rotary_2TK, mask, weights=captured)
-    (weights_BHTS,) = captured
+    record: list[AttentionRecord] = []
+    output_BTD = block(x_BTD, AttentionContext(rotary_2TK, torch.float32, record=record))
+    (layer,) = record
+    weights_BHTS = layer.weights_BHTS
 
     # The same tensor trains: without capture not a bit changes, and its gradient reaches the queries.
-    assert torch.equal(output_BTD, block(x_BTD, rotary_2TK, mask))
+    assert torch.equal(output_BTD, block(x_BTD, AttentionContext(rotary_2TK, torch.float32)))
     (gradient,) = torch.autograd.grad(weights_BHTS[..., 0].sum(), block.q_proj.weight, retain_graph=True)
     assert gradient.abs().sum() > 0
 
     values_BHSK = (x_BTD @ block.v_proj.weight.T).view(2, 9, num_kv_heads, 8).transpose(1, 2)
     again = gather(weights_BHTS, values_BHSK).transpose(1, 2).reshape(2, 9, -1) @ block.o_proj.weight.T
     torch.testing.assert_close(output_BTD, again, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.v_BHSK, values_BHSK)
+    torch.testing.assert_close(layer.mixed_BHTK, gather(weights_BHTS, values_BHSK))
+    scores_BHTS = match(layer.q_BHTK, layer.k_BHSK, causal_mask(9, 9, torch.float32))
+    torch.testing.assert_close(weigh(scores_BHTS), weights_BHTS)
 
     torch.testing.assert_close(weights_BHTS.sum(-1), torch.ones(2, num_heads, 9))
     assert weights_BHTS.min() >= 0
@@ -119,10 +144,12 @@ def test_a_model_computes_the_same_with_and_without_capture(
     make_model: Callable[..., Transformer], attention: str
 ) -> None:
     model = make_model(attention=attention)
+    if attention == "sdpa":
+        Sdpa().install(model)
     ids_BT = torch.randint(50, (2, 20))
-    weights: list[Tensor] = []
-    seen = model(ids_BT, weights=weights)
-    assert [tuple(w.shape) for w in weights] == [(2, 4, 20, 20)] * 2
+    record: list[AttentionRecord] = []
+    seen = model(ids_BT, record=record)
+    assert [tuple(layer.weights_BHTS.shape) for layer in record] == [(2, 4, 20, 20)] * 2
     if attention == "explicit":
         assert torch.equal(seen, model(ids_BT))
     torch.testing.assert_close(seen, model(ids_BT), rtol=1e-4, atol=1e-4)
@@ -158,13 +185,15 @@ def test_rotation_turns_each_pair_by_its_own_angle() -> None:
 
 
 @HEADS
-@pytest.mark.parametrize("explicit", [True, False])
-def test_future_tokens_change_nothing_before(num_heads: int, num_kv_heads: int, explicit: bool) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_causal(num_heads: int, num_kv_heads: int, fused: bool) -> None:
     block, x_BTD, rotary_2TK = make_block(num_heads, num_kv_heads)
-    mask = causal_mask(9, 9, CPU, torch.float32) if explicit else None
-    before = block(x_BTD, rotary_2TK, mask)
+    if fused:
+        substitute(block, SdpaAttention)
+    context = AttentionContext(rotary_2TK, torch.float32)
+    before = block(x_BTD, context)
     changed_BTD = x_BTD.clone()
     changed_BTD[:, 5:] = torch.randn(2, 4, 24) * 10
-    after = block(changed_BTD, rotary_2TK, mask)
+    after = block(changed_BTD, context)
     torch.testing.assert_close(after[:, :5], before[:, :5], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(after[:, 5], before[:, 5], atol=0.1)

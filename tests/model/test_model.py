@@ -6,12 +6,26 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from minitf.attention import AttentionRecord
+from minitf.backends.sdpa import EXPLICIT_MAX_LENGTH, Sdpa
 from minitf.errors import RequestError
-from minitf.model import EXPLICIT_MAX_LENGTH, ModelConfig, Transformer
+from minitf.model import ModelConfig, Transformer
 
 MakeModel = Callable[..., Transformer]
+
+
+@pytest.fixture(params=["reference", "sdpa"])
+def attention_model(request: pytest.FixtureRequest, make_model: MakeModel) -> MakeModel:
+    """Tiny models as written, and with PyTorch's fused attention."""
+
+    def make(**changes: object) -> Transformer:
+        model = make_model(**changes)
+        if request.param == "sdpa":
+            Sdpa().install(model)
+        return model
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -49,10 +63,9 @@ def test_zeros_in_the_config_are_derived() -> None:
     assert ModelConfig(hidden_size=100, num_heads=3, head_dim=10).head_dim == 10
 
 
-@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
 @pytest.mark.parametrize("pieces", [[1] * 20, [20], [7, 1, 1, 5, 6], [3, 16, 1]])
-def test_cached_decoding_is_uncached_decoding(make_model: MakeModel, attention: str, pieces: list[int]) -> None:
-    model = make_model(attention=attention)
+def test_cached_decoding_is_uncached_decoding(attention_model: MakeModel, pieces: list[int]) -> None:
+    model = attention_model()
     ids_BT = torch.randint(50, (3, 20))
     expected_BTV = model(ids_BT)
     cache = model.new_cache(3, 32)
@@ -64,14 +77,14 @@ def test_cached_decoding_is_uncached_decoding(make_model: MakeModel, attention: 
 def test_captured_weights_over_a_cache_are_the_rows_of_the_whole(make_model: MakeModel) -> None:
     model = make_model()
     ids_BT = torch.randint(50, (1, 12))
-    whole: list[Tensor] = []
-    model(ids_BT, weights=whole)
+    whole: list[AttentionRecord] = []
+    model(ids_BT, record=whole)
     cache = model.new_cache(1, 32)
     model(ids_BT[:, :11], cache)
-    last: list[Tensor] = []
+    last: list[AttentionRecord] = []
     model(ids_BT[:, 11:], cache, last)
     for all_rows, row in zip(whole, last, strict=True):
-        torch.testing.assert_close(row, all_rows[:, :, 11:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row.weights_BHTS, all_rows.weights_BHTS[:, :, 11:], rtol=1e-4, atol=1e-5)
 
 
 def test_more_positions_than_the_context_are_refused(make_model: MakeModel) -> None:
@@ -80,9 +93,8 @@ def test_more_positions_than_the_context_are_refused(make_model: MakeModel) -> N
         model(torch.zeros(1, 33, dtype=torch.long))
 
 
-@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
-def test_future_tokens_change_no_logit_before_them(make_model: MakeModel, attention: str) -> None:
-    model = make_model(attention=attention)
+def test_future_tokens_change_no_logit_before_them(attention_model: MakeModel) -> None:
+    model = attention_model()
     ids_BT = torch.randint(50, (2, 16))
     changed_BT = ids_BT.clone()
     changed_BT[:, 9:] = (changed_BT[:, 9:] + 1) % 50
@@ -165,7 +177,8 @@ def test_gradients_of_the_explicit_path_and_the_fused_kernel_agree(make_model: M
     gradients = {}
     for attention in ("explicit", "sdpa"):
         model = make_model(attention=attention, num_kv_heads=num_kv_heads, tie_embeddings=False)
-        assert model.explicit_attention == (attention == "explicit")
+        if attention == "sdpa":
+            Sdpa().install(model)
         model.loss(ids_BT, targets_BT).backward()
         gradients[attention] = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, gradient in gradients["explicit"].items():
@@ -235,6 +248,9 @@ def test_bfloat16_activations_give_about_the_same_logits_in_float32(make_model: 
     assert 0 < ((logits - expected).norm() / expected.norm()).item() < 0.05
 
 
-def test_auto_takes_the_explicit_path_for_short_contexts_only(make_model: MakeModel) -> None:
-    assert make_model(context_length=EXPLICIT_MAX_LENGTH).explicit_attention
-    assert not make_model(context_length=EXPLICIT_MAX_LENGTH + 1).explicit_attention
+def test_fused_attention_suits_long_contexts_or_those_who_ask(make_model: MakeModel) -> None:
+    assert "faster up to" in str(Sdpa().unsupported(make_model(context_length=EXPLICIT_MAX_LENGTH)))
+    assert Sdpa().unsupported(make_model(context_length=EXPLICIT_MAX_LENGTH + 1)) is None
+    assert Sdpa().unsupported(make_model(attention="sdpa")) is None
+    explicit = make_model(context_length=EXPLICIT_MAX_LENGTH + 1, attention="explicit")
+    assert "model.attention=explicit" in str(Sdpa().unsupported(explicit))

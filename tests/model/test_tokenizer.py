@@ -1,4 +1,4 @@
-"""Text <-> ids: exact round trips, the files of the Hugging Face world, and clear answers to bad input."""
+"""Text <-> ids: exact round trips, files shared with `transformers`, and clear errors."""
 
 import json
 import random
@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from minitf import tokenizer as tokenizer_module
+from minitf.data import tokenizer_training
 from minitf.data.sources import books
-from minitf.data.sources import text as corpus
+from minitf.data.sources import text as text_source
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import RequestError
-from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig, train_tokenizer
+from minitf.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -57,7 +58,7 @@ def bpe() -> Tokenizer:
     return train_tokenizer(TokenizerConfig(vocab_size=600), books.book_chapters("kjv")[:30])
 
 
-def test_every_text_comes_back_exactly(tokenizer: Tokenizer) -> None:
+def test_decoding_gives_back_the_text(tokenizer: Tokenizer) -> None:
     batch = tokenizer.encode_batch(ALL_TEXTS)
     for text, ids in zip(ALL_TEXTS, batch, strict=True):
         assert tokenizer.encode(text) == ids
@@ -81,7 +82,7 @@ def test_bpe_vocabulary(bpe: Tokenizer) -> None:
     assert bpe.decode([0, *bpe.encode("a"), 0]) == "a"
 
 
-def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer) -> None:
+def test_streamed_text_equals_decoded_text(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     texts_ids = tokenizer.encode_batch(ALL_TEXTS[:60])
     random_ids = [rng.choices(range(tokenizer.vocab_size), k=rng.randrange(1, 30)) for _ in range(300)]
@@ -91,7 +92,7 @@ def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer) -> None:
         assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
 
 
-def test_a_character_is_streamed_once_whole() -> None:
+def test_a_character_is_streamed_when_complete() -> None:
     byte = train_tokenizer(TokenizerConfig(kind="byte"), [])
     stream = byte.decode_stream()
     assert [stream.step(id_) for id_ in "é世".encode()] == [None, "é", None, None, "世"]
@@ -112,8 +113,8 @@ def test_pieces_are_readable(tokenizer: Tokenizer, bpe: Tokenizer) -> None:
         assert not set("".join(pieces)) & set(map(chr, range(32)))
 
 
-def test_pieces_of_text_cut_by_corpus_have_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE_CHARS", 200)
+def test_text_cut_into_pieces_has_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_source, "PIECE_CHARS", 200)
     rng = random.Random(0)
     text = "".join(books.book_chapters("kjv")[30:40])
     broken = re.sub("\n", lambda _: "\n" * rng.choice([1, 2, 3]), text)
@@ -122,12 +123,12 @@ def test_pieces_of_text_cut_by_corpus_have_the_ids_of_the_whole(monkeypatch: pyt
     wholes = [text, text.replace("\n", "\r\n"), broken, spaced, indented]
     bpe = train_tokenizer(TokenizerConfig(vocab_size=600), wholes)  # so that runs of whitespace are tokens
     for whole in wholes:
-        rows = list(corpus._rows([whole]))
+        rows = list(text_source._pieces([whole]))
         assert len(rows) > 100
-        assert [id_ for ids in bpe.encode_batch([row["text"] for row in rows]) for id_ in ids] == bpe.encode(whole)
+        assert [id_ for ids in bpe.encode_batch([item.text for item in rows]) for id_ in ids] == bpe.encode(whole)
 
 
-def test_the_saved_tokenizer_is_the_same_here_and_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_the_same_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path, max_length=128)
     loaded = Tokenizer.load(tmp_path)
@@ -170,13 +171,13 @@ def test_bad_settings_name_their_key(settings: dict[str, object], message: str) 
         TokenizerConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_a_vocabulary_larger_than_the_text_allows_tells_its_limit() -> None:
+def test_too_large_a_vocabulary_reports_the_limit() -> None:
     with pytest.raises(RequestError, match=r"tokenizer\.vocab_size=5000 .*ends at 261 tokens"):
         train_tokenizer(TokenizerConfig(vocab_size=5000), ["hello"] * 3 + ["hell"])
     assert train_tokenizer(TokenizerConfig(vocab_size=261), ["hello"] * 3 + ["hell"]).vocab_size == 261
 
 
-def test_text_without_whitespace_trains_in_linear_time() -> None:
+def test_text_without_whitespace_can_be_trained_on() -> None:
     text = "".join(random.Random(0).choices("acgt", k=300_000))
     trained = train_tokenizer(TokenizerConfig(vocab_size=300), [text])
     assert trained.decode(trained.encode(text)) == text
@@ -191,7 +192,7 @@ def damaged_files(good: str) -> Iterator[str]:
 
 def test_damaged_files_are_one_line(bpe: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
-    with pytest.raises(RequestError, match="no tokenizer here"):
+    with pytest.raises(RequestError, match="no such file"):
         Tokenizer.load(tmp_path)
     for content in damaged_files(bpe.to_json()):
         file.write_text(content)
@@ -227,14 +228,14 @@ def test_presets_fit_the_config() -> None:
     assert kinds == ["bpe", "byte", "char", "pretrained"]
 
 
-def test_text_without_breaks_trains_on_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module, "MOST_ENDLESS", 5000)
-    read = list(tokenizer_module._without_endless_words(["x" * 3000, "a b", "y" * 3000, "z" * 3000, "c d"]))
+def test_long_words_are_broken_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_training, "MAX_UNBROKEN_CHARS", 5000)
+    read = list(tokenizer_training._break_long_words(["x" * 3000, "a b", "y" * 3000, "z" * 3000, "c d"]))
     assert "".join(read) == "x" * 3000 + "a b" + "y" * 3000 + "c d"
-    assert max(map(len, read)) == tokenizer_module.LONGEST_WORD
+    assert max(map(len, read)) == tokenizer_training.MAX_WORD_CHARS
 
 
-def test_importing_is_cheap() -> None:
+def test_importing_loads_nothing_heavy() -> None:
     code = "import sys, minitf.data.sources.text, minitf.tokenizer\n"
     code += "print({'torch', 'datasets', 'pythonbible'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

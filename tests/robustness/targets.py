@@ -1,6 +1,6 @@
-"""What hostile input is thrown at: the loaders of checkpoints and data, the tokenizer, the configuration, generation.
+"""The targets of the fuzzer: loaders of checkpoints and data, the tokenizer, the configuration, generation.
 
-Each target takes the input's bytes, changes something good by them as a stranger would, and uses it.
+Each target takes bytes, damages a valid file or request with them as a stranger would, and uses the result.
 """
 
 import contextlib
@@ -17,15 +17,20 @@ INTERESTING: tuple[Any, ...] = (
     0, -1, 1, 2, 3, 7, 1 << 31, 1 << 62, 10**30, -(10**30), 1e308, float("inf"), float("nan"), True, None, "", "x", [],
     {}, [1], {"a": 1}, "${oc.env:HOME}", "../../etc/passwd", "\ud800", "\0", "999999999999",
 )  # fmt: skip
+IMPORTED = (
+    "minitf.checkpoints.checkpoint", "minitf.checkpoints.train_state", "minitf.config.schema", "minitf.data.config",
+    "minitf.generate", "minitf.inference.sampling", "minitf.model", "minitf.tokenizer", "minitf.training.task",
+)  # fmt: skip
 NAMES = ("checkpoint", "data", "tokenizer", "tokenizer_file", "config", "generation")
 
 
 class Targets:
-    """What is tormented; each method takes the input's bytes and works in a directory of its own."""
+    """One method for each target; all work in one directory."""
 
     def __init__(self, directory: Path) -> None:
+        from minitf.data.tokenizer_training import train_tokenizer
         from minitf.model import ModelConfig, Transformer
-        from minitf.tokenizer import TokenizerConfig, train_tokenizer
+        from minitf.tokenizer import TokenizerConfig
 
         self.directory = directory
         text = "The cat sat on the mat, and it was tired. 世界 \n" * 20
@@ -42,64 +47,64 @@ class Targets:
         from minitf.checkpoints.checkpoint import save_checkpoint
         from minitf.checkpoints.train_state import TrainState
 
-        place = self.directory / "good"
+        directory = self.directory / "good"
         tensors = {"random_state": self.model.rotary.flatten(), "pending": self.model.rotary[:, :0]}
         saved = save_checkpoint(
-            place, self.model, self.tokenizers[1], tensors, vars(TrainState()) | {"data": {}}, is_best=True, keep=1
+            directory, self.model, self.tokenizers[1], tensors, vars(TrainState()) | {"data": {}}, is_best=True, keep=1
         )
         return {path.name: path.read_bytes() for path in saved.iterdir()}
 
     def checkpoint(self, data: bytes) -> None:
-        """One file of a checkpoint changed, with digests that fit it, or none: as a stranger would send it."""
+        """A checkpoint with one damaged file, and with digests that match it or none, as a stranger could send it."""
         from minitf.checkpoints.checkpoint import load_checkpoint, load_optimizer_state
         from minitf.checkpoints.train_state import TrainState
 
-        chance = random.Random(data)
-        place = self.directory / "checkpoint"
-        place.mkdir(exist_ok=True)
+        rng = random.Random(data)
+        directory = self.directory / "checkpoint"
+        directory.mkdir(exist_ok=True)
         names = sorted(self.files)
         victim = names[data[0] % len(names)] if data else names[0]
         for name, content in self.files.items():
-            (place / name).write_bytes(_changed(content, data[1:], chance) if name == victim else content)
-        if chance.random() < 0.7 and victim != "trainer_state.json":
-            (place / "trainer_state.json").unlink()
+            (directory / name).write_bytes(_damaged(content, data[1:], rng) if name == victim else content)
+        if rng.random() < 0.7 and victim != "trainer_state.json":
+            (directory / "trainer_state.json").unlink()
         elif victim == "trainer_state.json":
-            _sign(place / "trainer_state.json")
-        loaded = load_checkpoint(place, device="cpu")
+            _sign(directory / "trainer_state.json")
+        loaded = load_checkpoint(directory, device="cpu")
         if loaded.state:
             TrainState.from_json(loaded.state)
-            load_optimizer_state(place)
+            load_optimizer_state(directory)
 
     def data(self, data: bytes) -> None:
-        """A file to train on, prepared as text and as pairs; of a kind of file that its content may not be."""
+        """A damaged file to train on, as text and as pairs, sometimes with another format's extension."""
         from minitf.data.config import DataConfig
         from minitf.tokenizer import TokenizerConfig
         from minitf.training.task import open_task
 
-        chance = random.Random(data)
-        name, content = chance.choice(self.tables)
-        changed = content if chance.random() < 0.05 else _changed(content, data, chance)
-        if chance.random() < 0.1:
-            name = chance.choice(self.tables)[0]
-        if chance.random() < 0.2:
-            changed, name = gzip.compress(changed, 1), f"{name}.gz"
-            changed = _changed(changed, data, chance) if chance.random() < 0.3 else changed
+        rng = random.Random(data)
+        name, content = rng.choice(self.tables)
+        damaged = content if rng.random() < 0.05 else _damaged(content, data, rng)
+        if rng.random() < 0.1:
+            name = rng.choice(self.tables)[0]
+        if rng.random() < 0.2:
+            damaged, name = gzip.compress(damaged, 1), f"{name}.gz"
+            damaged = _damaged(damaged, data, rng) if rng.random() < 0.3 else damaged
         path = self.directory / name
-        path.write_bytes(changed)
+        path.write_bytes(damaged)
         cache = self.directory / "cache"
         try:
             config = DataConfig(
-                kind=chance.choice(["text", "pairs"]), source="files", files=[str(path)], cache_dir=str(cache),
-                bad_rows=chance.choice(["skip", "error"]), long_pairs=chance.choice(["drop", "truncate"]),
+                kind=rng.choice(["text", "pairs"]), source="files", files=[str(path)], cache_dir=str(cache),
+                bad_rows=rng.choice(["skip", "error"]), long_pairs=rng.choice(["drop", "truncate"]),
             )  # fmt: skip
             with contextlib.redirect_stderr(io.StringIO()):
-                open_task(config, TokenizerConfig(kind=chance.choice(["byte", "byte", "char", "bpe"])), None)
+                open_task(config, TokenizerConfig(kind=rng.choice(["byte", "byte", "char", "bpe"])), None)
         finally:
             path.unlink(missing_ok=True)
             shutil.rmtree(cache, ignore_errors=True)
 
     def tokenizer(self, data: bytes) -> None:
-        """Text that is encoded comes back as it was."""
+        """Encoding and decoding returns the text unchanged."""
         text = data.decode("utf-8", "surrogatepass") if data[:1] < b"\x80" else data.decode("latin-1")
         for tokenizer in self.tokenizers:
             ids = tokenizer.encode(text)
@@ -113,19 +118,20 @@ class Targets:
                 raise AssertionError(f"{text!r}: pieces")
 
     def tokenizer_file(self, data: bytes) -> None:
-        """A changed tokenizer.json."""
+        """A damaged tokenizer.json."""
         from minitf.tokenizer import Tokenizer
 
         path = self.directory / "tokenizer.json"
-        path.write_bytes(_changed(self.files["tokenizer.json"], data, random.Random(data)))
+        path.write_bytes(_damaged(self.files["tokenizer.json"], data, random.Random(data)))
         tokenizer = Tokenizer.load(path)
         tokenizer.decode(tokenizer.encode("The cat"))
 
     def config(self, data: bytes) -> None:
-        """Arguments of a training."""
-        from minitf.config.schema import compose_config, load_config
+        """Arguments of a training run, or a damaged config.yaml."""
+        from minitf.config.compose import compose_config
+        from minitf.config.schema import load_config, save_config
 
-        chance = random.Random(data)
+        rng = random.Random(data)
         text = data.decode("utf-8", "replace")
         keys = [
             "model.num_layers",
@@ -137,43 +143,40 @@ class Targets:
             "seed",
             "attention.probes",
         ]
-        argument = f"{chance.choice(keys)}={text}" if chance.random() < 0.7 else text
-        if chance.random() < 0.5:
+        argument = f"{rng.choice(keys)}={text}" if rng.random() < 0.7 else text
+        if rng.random() < 0.5:
             compose_config([argument])
             return
-        path = self.directory / "config.yaml"
-        if not path.exists() or chance.random() < 0.01:
-            from minitf.config.schema import save_config
-
-            save_config(compose_config([]), self.directory / "good.yaml")
-        good = (self.directory / "good.yaml").read_bytes()
-        path.write_bytes(_changed(good, data, chance))
-        load_config(path)
+        good, damaged = self.directory / "good.yaml", self.directory / "config.yaml"
+        if not good.exists():
+            save_config(compose_config([]), good)
+        damaged.write_bytes(_damaged(good.read_bytes(), data, rng))
+        load_config(damaged)
 
     def generation(self, data: bytes) -> None:
-        """Arguments of a generation, and a prompt."""
+        """Options of generation, and a prompt."""
         from minitf.generate import Options, generate_text
         from minitf.inference.sampling import Sampling
 
-        chance = random.Random(data)
-        # Mostly what is allowed: one bad value refuses them all, and hides what the others do together.
+        rng = random.Random(data)
+        # Mostly valid values: one bad value refuses the request before the others have any effect.
         allowed: list[list[Any]] = [
             [1, 2, 5, 20], [None, 0, 1, -1, 1 << 31, (1 << 63) - 1],
             [0, 0.7, 1e-6, 1e6], [0, 1, 3, 1000], [1e-6, 0.5, 1], [0, 0.05, 1], [1e-9, 1.3, 1e9],
         ]  # fmt: skip
         bad = [value for value in INTERESTING if isinstance(value, int | float)] + [0.5, 1.5]
-        picked = [chance.choice(bad if chance.random() < 0.05 else values) for values in allowed]
-        most = picked[0] if picked[0] < 20 else 20  # longer ones are only longer
+        picked = [rng.choice(bad if rng.random() < 0.05 else values) for values in allowed]
+        max_tokens = picked[0] if picked[0] < 20 else 20  # longer texts take longer and show nothing new
         sampling = Sampling(*picked[2:])
-        stop = (data[:3].decode("latin-1"),) if chance.random() < 0.5 else ()
-        options = Options(most, picked[1], stop, sampling)
+        stop = (data[:3].decode("latin-1"),) if rng.random() < 0.5 else ()
+        options = Options(max_tokens, picked[1], stop, sampling)
         generate_text(
-            self.model, self.tokenizers[1], data.decode("utf-8", chance.choice(["replace", "surrogateescape"])), options
+            self.model, self.tokenizers[1], data.decode("utf-8", rng.choice(["replace", "surrogateescape"])), options
         )
 
 
 def _sign(path: Path) -> None:
-    """Have trainer_state.json say of itself that it is whole, as a stranger can."""
+    """Give trainer_state.json the digest of its present content, as a stranger could."""
     from minitf.checkpoints.checkpoint import own_sha256
 
     try:
@@ -184,21 +187,21 @@ def _sign(path: Path) -> None:
         pass
 
 
-def _changed(content: bytes, data: bytes, chance: random.Random) -> bytes:
-    """Bytes put in, cut out, flipped; of JSON also a value replaced by another; a header that claims much."""
-    way = chance.randrange(8)
+def _damaged(content: bytes, data: bytes, rng: random.Random) -> bytes:
+    """Bytes inserted, cut or flipped; in JSON also values replaced; in safetensors a header with a false length."""
+    way = rng.randrange(8)
     if way < 4 and content[:1] in (b"{", b"["):
         lines = content.splitlines(keepends=True)
         if len(lines) < 2 or not lines[0].rstrip().endswith(b"}"):
-            return _other_value(content, data, chance)
-        at = chance.randrange(len(lines))  # one JSON a line
-        return b"".join([*lines[:at], _other_value(lines[at], data, chance), b"\n", *lines[at + 1 :]])
+            return _other_value(content, data, rng)
+        at = rng.randrange(len(lines))  # JSON lines
+        return b"".join([*lines[:at], _other_value(lines[at], data, rng), b"\n", *lines[at + 1 :]])
     if way < 4 and content[8:9] == b"{":  # safetensors: a header after its length
         (length,) = struct.unpack_from("<Q", content)
-        header = _other_value(content[8 : 8 + length], data, chance)
-        claimed = chance.choice([len(header), len(header), len(header), len(header) + 1, 1 << 40, 0])
+        header = _other_value(content[8 : 8 + length], data, rng)
+        claimed = rng.choice([len(header), len(header), len(header), len(header) + 1, 1 << 40, 0])
         return struct.pack("<Q", claimed) + header + content[8 + length :]
-    at = chance.randrange(len(content) + 1)
+    at = rng.randrange(len(content) + 1)
     if way == 4:
         return content[:at]
     if way == 5:
@@ -207,32 +210,31 @@ def _changed(content: bytes, data: bytes, chance: random.Random) -> bytes:
         return data
     flipped = bytearray(content)
     for byte in data[:20]:
-        flipped[chance.randrange(len(flipped))] ^= byte or 1
+        flipped[rng.randrange(len(flipped))] ^= byte or 1
     return bytes(flipped)
 
 
-def _other_value(content: bytes, data: bytes, chance: random.Random) -> bytes:
+def _other_value(content: bytes, data: bytes, rng: random.Random) -> bytes:
     document = json.loads(content)
-    places: list[tuple[Any, Any]] = []
+    entries: list[tuple[Any, Any]] = []
     pending = [document]
     while pending:
         node = pending.pop()
-        entries = list(node.items()) if isinstance(node, dict) else list(enumerate(node))
-        for key, value in entries:
-            places.append((node, key))
+        for key, value in list(node.items()) if isinstance(node, dict) else list(enumerate(node)):
+            entries.append((node, key))
             if isinstance(value, dict | list):
                 pending.append(value)
-    for _ in range(chance.randint(1, 3)):
-        node, key = chance.choice(places)
+    for _ in range(rng.randint(1, 3)):
+        node, key = rng.choice(entries)
         text = data.decode("utf-8", "replace")
-        node[key] = chance.choice([*INTERESTING, text, [text] * 3, len(data), -len(data) / 3])
-    if chance.random() < 0.05:
+        node[key] = rng.choice([*INTERESTING, text, [text] * 3, len(data), -len(data) / 3])
+    if rng.random() < 0.05:
         return content.replace(b"{", b'{"x":' + b"[" * 100_000, 1)
     return json.dumps(document).encode("utf-8", "surrogatepass")
 
 
 def _tables() -> list[tuple[str, bytes]]:
-    """Small files of every kind, as (name, content)."""
+    """Small valid files of every format, as (name, content)."""
     import pyarrow
     import pyarrow.parquet
 

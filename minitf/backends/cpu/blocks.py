@@ -1,4 +1,4 @@
-"""The C kernels: norms, attention, SwiGLU, loss, Muon and the gradients of weights, as functions of PyTorch's tensors.
+"""The C kernels: norms, attention, SwiGLU, loss and the gradients of weights, as functions of PyTorch's tensors.
 
 They compute what attention.py, model.py, loss.py and optim.py compute, each with its gradient, and go over their data
 once or twice where PyTorch's operations go over them ten times. torch.compile comes close after half a minute of
@@ -10,8 +10,8 @@ gradients of weights are PyTorch's too. A CUDA device has kernels of its own (ke
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitf.attention import Attention, Linear, segment_starts
+from minitf.attention import Attention, AttentionContext, Linear, RMSNorm
+from minitf.backends import Reference, custom_module, substitute
 from minitf.backends.cpu.bindings import (
-    ARGUMENTS,
     AttentionArguments,
     as_rows,
     call,
@@ -29,43 +29,13 @@ from minitf.backends.cpu.bindings import (
     library,
     places_of,
 )
-from minitf.backends.cpu.muon import UPDATE
+from minitf.backends.cpu.muon import CpuMuon, CpuOptimizer
 from minitf.errors import Unavailable
-from minitf.loss import IGNORED
-from minitf.model import Block, FeedForward, TrainingFunctions, Transformer
-from minitf.optim import UpdateFunctions
+from minitf.loss import IGNORED, LinearCrossEntropy
+from minitf.model import Block, FeedForward, Transformer
+from minitf.optim import Muon, Optimizer
 
-MOST_WIDTH = 16384  # of a row that a program of Triton's holds at once
 PIECE_ROWS = 64  # whose part of the gradient of a norm's weight is summed up by itself
-
-
-def unsupported(model: Transformer) -> str | None:
-    """Why the kernels cannot train this model, or None."""
-    device, c = model.device.type, model.config
-    if device not in ("cpu", "cuda"):
-        return f"there are kernels for cpu and cuda, and the model is on {device}; set trainer.device=cpu"
-    if c.attention != "auto":
-        return f"model.attention={c.attention} is another way to compute attention; leave it at auto"
-    if device == "cuda":
-        if find_spec("triton") is None:
-            return "triton is not installed"
-        if c.head_dim & (c.head_dim - 1) or max(c.head_dim, c.hidden_size) > MOST_WIDTH:
-            return f"heads of {c.head_dim} channels in {c.hidden_size}: the Triton kernels take powers of 2"
-        return None
-    try:
-        library(model.compute_dtype)
-    except Unavailable as reason:
-        return str(reason)
-    return None
-
-
-def functions(model: Transformer) -> TrainingFunctions:
-    """The kernels that train this model, where they can."""
-    if model.device.type == "cuda":
-        from minitf.backends.cuda import triton_blocks as cuda
-
-        return cuda.FUNCTIONS[model.compute_dtype]
-    return FUNCTIONS[model.compute_dtype]
 
 
 class _Linear(torch.autograd.Function):
@@ -271,26 +241,6 @@ def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, visible: T
     return _Attend.apply(heads, eps, qkv_BTC, *weights, rotary_2TK, visible)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, visible: Tensor | None) -> Tensor:
-    """`Block.forward` on the training path."""
-    attention, mlp = block.self_attn, block.mlp
-    x_BTD, normed_BTD = rms_norm(block.input_layernorm, x_BTD)
-    qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
-    mixed_BTD = linear(attend(attention, qkv_BTC, rotary_2TK, visible), attention.o_proj)
-    x_BTD, normed_BTD = rms_norm(block.post_attention_layernorm, x_BTD, block.dropout(mixed_BTD))
-    if products_are_ours(x_BTD.dtype, mlp.down_proj.weight.shape):
-        drops = block.training and block.dropout.p > 0
-        y_BTD = feed_forward(mlp, normed_BTD, None if drops else x_BTD)
-        return x_BTD + block.dropout(y_BTD) if drops else y_BTD
-    hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
-    return x_BTD + block.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
-
-
-def final_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor) -> Tensor:
-    """The normalisation before the scores."""
-    return rms_norm(norm, x_BTD)[1]
-
-
 def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some rows in nats, summed with `scales_N`, and its gradient with respect to their logits."""
     N, V = logits_NV.shape
@@ -311,12 +261,99 @@ def add_product(dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
         call("weight_gradient", dy_NR.dtype, len(x_NC), *to_RC.shape, as_rows(dy_NR), as_rows(x_NC), 0, True, to_RC)
 
 
-FUNCTIONS = {
-    dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, visible=segment_starts, dtype=dtype)
-    for dtype in ARGUMENTS
-}
+def segment_starts(segments_BT: Tensor) -> Tensor:
+    """The first position of each position's segment, int32 of shape (B, T): what the kernels take for a mask.
+
+    The positions of a segment are adjacent.
+    """
+    positions_BT = torch.arange(segments_BT.shape[1], dtype=torch.int32, device=segments_BT.device).expand_as(
+        segments_BT
+    )
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return torch.where(begins_BT, positions_BT, 0).cummax(dim=1).values
 
 
-def update_functions(functions: TrainingFunctions) -> UpdateFunctions:
-    """The update of a step that computes with these functions."""
-    return UPDATE if functions is FUNCTIONS[torch.bfloat16] else UpdateFunctions()
+class CpuBlock(Block):
+    dtype: torch.dtype  # of the activations it is for; others take the reference
+
+    def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
+        if context.cache is not None or context.record is not None or x_BTD.dtype != self.dtype:
+            return super().forward(x_BTD, context, layer)
+        attention, mlp = self.self_attn, self.mlp
+        starts_BT = None if context.segments_BT is None else segment_starts(context.segments_BT)
+        x_BTD, normed_BTD = rms_norm(self.input_layernorm, x_BTD)
+        qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
+        mixed_BTD = linear(attend(attention, qkv_BTC, context.rotary_2TK, starts_BT), attention.o_proj)
+        x_BTD, normed_BTD = rms_norm(self.post_attention_layernorm, x_BTD, self.dropout(mixed_BTD))
+        if products_are_ours(x_BTD.dtype, mlp.down_proj.weight.shape):
+            drops = self.training and self.dropout.p > 0
+            y_BTD = feed_forward(mlp, normed_BTD, None if drops else x_BTD)
+            return x_BTD + self.dropout(y_BTD) if drops else y_BTD
+        hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
+        return x_BTD + self.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
+
+
+class CpuRMSNorm(RMSNorm):
+    dtype: torch.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(self, x)[1] if x.dtype == self.dtype else super().forward(x)
+
+
+class CpuCrossEntropy(LinearCrossEntropy):
+    dtype: torch.dtype
+
+    def chunk_loss(self, logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
+        if logits_NV.dtype != self.dtype:
+            return super().chunk_loss(logits_NV, targets_N, scales_N)
+        return chunk_loss(logits_NV, targets_N, scales_N)
+
+    def add_product(self, dy_NR: Tensor, x_NC: Tensor, to_RC: Tensor) -> None:
+        if dy_NR.dtype != self.dtype:
+            super().add_product(dy_NR, x_NC, to_RC)
+        else:
+            add_product(dy_NR, x_NC, to_RC)
+
+
+@functools.cache
+def _for_dtype(cls: type, dtype: torch.dtype) -> type:
+    return type(cls.__name__, (cls,), {"dtype": dtype})
+
+
+class CpuKernels:
+    """Training by C on a processor: float32 everywhere, bfloat16 with AVX-512 BF16; there the update too."""
+
+    name = "cpu"
+    description = "our C kernels"
+    replaces: tuple[str, ...] = (
+        *("model.Block", "attention.AttentionContext", "attention.RMSNorm", "loss.chunk_loss", "loss.add_product"),
+        *("loss.LinearCrossEntropy.chunk_loss", "loss.LinearCrossEntropy.add_product", "optim.Optimizer.total_norm"),
+        *("optim.Muon.average_gradients", "optim.Muon.orthogonalise", "optim.Muon.move_weights"),
+    )
+
+    def unsupported(self, model: Transformer) -> str | None:
+        if model.device.type != "cpu":
+            return f"they are for cpu, and the model is on {model.device.type}; set trainer.device=cpu"
+        if model.config.attention != "auto":
+            return f"model.attention={model.config.attention} is another way to compute attention; leave it at auto"
+        if custom := custom_module(model):
+            return f"they do not know {custom}"
+        try:
+            library(model.compute_dtype)
+        except Unavailable as reason:
+            return str(reason)
+        return None
+
+    def install(self, model: Transformer, optimizer: Optimizer | None = None) -> None:
+        Reference().install(model, optimizer)
+        dtype = model.compute_dtype
+        for block in model.model.layers:  # type: ignore[union-attr]
+            substitute(block, _for_dtype(CpuBlock, dtype))
+        substitute(model.model.norm, _for_dtype(CpuRMSNorm, dtype))
+        substitute(model.cross_entropy, _for_dtype(CpuCrossEntropy, dtype))
+        if optimizer is not None and dtype == torch.bfloat16:  # in float32 PyTorch's update is as fast
+            substitute(optimizer, CpuOptimizer)
+            for part in optimizer.optimizers:
+                if isinstance(part, Muon):
+                    substitute(part, CpuMuon)

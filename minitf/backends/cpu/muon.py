@@ -7,13 +7,13 @@ from torch import Tensor
 
 from minitf.backends.cpu.bindings import as_rows, call, places_of
 from minitf.distributed.sharding import is_sharded
-from minitf.optim import POLAR_EXPRESS, UpdateFunctions, orthogonalise, total_norm
+from minitf.optim import POLAR_EXPRESS, Muon, Optimizer, orthogonalise
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """`total_norm` of optim.py, by all threads at once; of gradients that are not whole here it is PyTorch's."""
+    """The norm of all gradients, by all threads at once; of sharded ones, or other dtypes, it is PyTorch's."""
     if any(gradient.dtype != torch.float32 or is_sharded(gradient) for gradient in gradients):
-        return total_norm(gradients)
+        return torch.nn.utils.get_total_norm(gradients)
     places, kept = places_of(gradients)
     sizes, norm = (ctypes.c_int64 * len(kept))(*[gradient.numel() for gradient in kept]), torch.empty(())
     call("gradient_norm", torch.bfloat16, len(kept), places, sizes, norm)
@@ -47,4 +47,17 @@ def muon_move(weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: fl
     call("muon_move", torch.bfloat16, len(kept), kept[0].numel(), places, as_rows(updates_NRC), decay, rate)
 
 
-UPDATE = UpdateFunctions(gradient_norm, muon_average, muon_orthogonalise, muon_move)
+class CpuMuon(Muon):
+    def average_gradients(self, gradients: list[Tensor], averages_NRC: Tensor, momentum: float) -> Tensor:
+        return muon_average(gradients, averages_NRC, momentum, self.dtype)
+
+    def orthogonalise(self, matrices_NRC: Tensor) -> Tensor:
+        return muon_orthogonalise(matrices_NRC, self.dtype)
+
+    def move_weights(self, weights: list[Tensor], updates_NRC: Tensor, decay: float, rate: float) -> None:
+        muon_move(weights, updates_NRC, decay, rate)
+
+
+class CpuOptimizer(Optimizer):
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        return gradient_norm(gradients)

@@ -1,4 +1,4 @@
-"""A decoding step on a CUDA device: the compiled model, captured once and replayed without the host.
+"""Decoding on a CUDA device: the compiled model, captured once as a CUDA graph and replayed without the host.
 
 At batch 1 a step reads every weight once, which takes an H200 50 microseconds for 124M parameters; launching its
 kernels one by one from Python takes many times that.
@@ -6,32 +6,42 @@ kernels one by one from Python takes many times that.
 
 import copy
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minitf.attention import KeyValueCache
-from minitf.backends.engine import Step
+from minitf.attention import AttentionRecord, KeyValueCache
+from minitf.backends.agreement import OUTPUT_TOLERANCE, relative_error
+from minitf.backends.engine import Step, TorchEngine
 from minitf.model import Transformer
 from minitf.system.hardware import compiled, compiler_missing
 
 
 @dataclass
-class FixedCache:
-    """A `KeyValueCache` of fixed shapes and addresses: the position is a tensor, what lies behind it is masked."""
+class FixedCache(KeyValueCache):
+    """A cache of fixed shapes and addresses: the position of the next token is a tensor, and all capacity is read."""
 
-    keys: Tensor
-    values: Tensor
-    position_1: Tensor
+    position_1: Tensor = field(kw_only=True)
 
     def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new key and value at the position, and return the whole capacity."""
         self.keys[layer].index_copy_(2, self.position_1, k_BHTK)
         self.values[layer].index_copy_(2, self.position_1, v_BHTK)
         return self.keys[layer], self.values[layer]
+
+    def advance(self, num_positions: int) -> None:
+        """The engine moves `position_1`, outside the graph."""
+
+    def rotary(self, rotary_2TK: Tensor, num_positions: int) -> Tensor:
+        return rotary_2TK.index_select(1, self.position_1)
+
+    def visible(self, num_positions: int) -> Tensor:
+        positions_S = torch.arange(self.capacity, device=self.keys.device)
+        assert self.starts_B is not None
+        return ((positions_S <= self.position_1) & (positions_S >= self.starts_B[:, None]))[:, None]
 
 
 def fixed_step(
@@ -39,18 +49,10 @@ def fixed_step(
 ) -> Tensor:
     """Logits_BV after ids_B at `position_1`, a tensor of one position; the cache's tensors are written in place.
 
-    `starts_B` is where the text of each row begins.
+    Row b's text begins at `starts_B[b]`.
     """
-    cache = FixedCache(keys, values, position_1)
-    positions_S = torch.arange(keys.shape[3], device=keys.device)
-    unseen_BS = (positions_S > position_1) | (positions_S < starts_B[:, None])
-    mask_BS = torch.zeros(unseen_BS.shape, device=keys.device, dtype=keys.dtype).masked_fill(unseen_BS, float("-inf"))
-    rotary_21K = model.rotary.index_select(1, position_1).to(keys.dtype)
-    x_B1D = model.model.embed_tokens(ids_B[:, None])  # type: ignore[operator]
-    for layer, block in enumerate(model.model.layers):  # type: ignore[arg-type]
-        x_B1D = block(x_B1D, rotary_21K, mask_BS[:, None], cache, layer)
-    x_B1D = model.model.norm(x_B1D)  # type: ignore[operator]
-    return F.linear(x_B1D[:, 0], model.vocabulary_VD).float()
+    cache = FixedCache(keys, values, starts_B=starts_B, position_1=position_1)
+    return model.logits(model.hidden(ids_B[:, None], cache)[:, 0])
 
 
 @functools.cache
@@ -59,15 +61,19 @@ def compiled_step() -> Callable[..., Tensor]:
     return compiled(fixed_step)
 
 
-class GraphStep(Step):
-    """Reads one token a row into `cache` and scores the next."""
+class GraphEngine(TorchEngine):
+    """Decodes by one CUDA graph of `fixed_step`; prefills by PyTorch."""
 
-    def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
-        self.cache = cache
+    name: ClassVar[str] = "graph"
+
+    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
+        super().__init__(model, batch_size, capacity)
         # The weights in the dtype of the activations, once: casting them at every step would double what is read.
-        self.model = copy.deepcopy(model).requires_grad_(False).to(model.compute_dtype)
-        cache.keys.zero_(), cache.values.zero_()  # weight 0 times what uninitialised memory may hold (nan) is nan
-        self.ids_B = torch.zeros(cache.keys.shape[1], dtype=torch.long, device=model.device)
+        self.cast_model = copy.deepcopy(model).requires_grad_(False).to(model.compute_dtype)
+        # Masked positions are read too, with weight 0, and 0 times nan, which uninitialised memory may hold, is nan.
+        self.cache.keys.zero_()
+        self.cache.values.zero_()
+        self.ids_B = torch.zeros(batch_size, dtype=torch.long, device=model.device)
         self.starts_B = torch.zeros_like(self.ids_B)
         self.position_1 = torch.zeros(1, dtype=torch.long, device=model.device)
         self.logits_BV: Tensor | None = None
@@ -78,12 +84,17 @@ class GraphStep(Step):
                 self.step = compiled_step()
             self._capture()
 
+    @staticmethod
+    def unsupported(model: Transformer) -> str | None:
+        return None if model.device.type == "cuda" else "CUDA graphs need a CUDA device"
+
     def _run(self) -> Tensor:
-        return self.step(self.model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1)
+        cache = self.cache
+        return self.step(self.cast_model, cache.keys, cache.values, self.ids_B, self.starts_B, self.position_1)
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Record the kernels of a step; the warm-up runs on a stream of its own, as recording asks for."""
+        """Record the kernels of a step; the warm-up runs on a stream of its own, as capturing requires."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -93,17 +104,45 @@ class GraphStep(Step):
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits_BV = self._run()
+        if self.step is not fixed_step and not self._agrees():
+            self.step = fixed_step
+            self._capture()
+
+    def _agrees(self) -> bool:
+        """Whether the compiled step computes what the model as written does."""
+        assert self.graph is not None
+        assert self.logits_BV is not None
+        self.graph.replay()
+        expected_BV = fixed_step(
+            self.cast_model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1
+        )
+        error = relative_error(self.logits_BV, expected_BV)
+        if error <= OUTPUT_TOLERANCE[self.model.compute_dtype]:
+            return True
+        print(f"minitf: decoding without torch.compile, whose logits differ by {error:.1%}", file=sys.stderr)
+        return False
 
     @torch.no_grad()
-    def __call__(self, ids_B1: Tensor) -> Tensor:
-        """Logits_BV after ids_B1 at the position `cache.length`, which the caller advances."""
-        self.ids_B.copy_(ids_B1[:, 0])
+    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
+        if record is not None:
+            return super().decode(ids_B, record)
+        self.ids_B.copy_(ids_B)
         self.position_1.fill_(self.cache.length)
         if self.cache.starts_B is not None:
             self.starts_B.copy_(self.cache.starts_B)
         else:
             self.starts_B.zero_()
+        self.cache.length += 1
         if self.graph is None or self.logits_BV is None:
             return self._run()
         self.graph.replay()
         return self.logits_BV.clone()
+
+    def run_ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The device computes the next step while the host reads the ids of this one: neither waits for the other."""
+        queued: list[Step] = []
+        for step in steps:
+            queued.append(step)
+            if len(queued) > 1:
+                yield queued.pop(0)
+        yield from queued

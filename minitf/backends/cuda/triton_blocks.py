@@ -3,6 +3,7 @@
 The same functions as those of the C kernels, without torch.compile's half a minute of compiling, and in fewer passes.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitf.attention import Attention, Linear, packed_mask
+from minitf.attention import Attention, AttentionContext, Linear, RMSNorm
+from minitf.backends import Reference, custom_module, substitute
 from minitf.backends.cuda.triton_qk import heads_backward, heads_forward
 from minitf.backends.cuda.triton_rows import (
     cross_entropy,
@@ -19,8 +21,11 @@ from minitf.backends.cuda.triton_rows import (
     swiglu_backward,
     swiglu_forward,
 )
-from minitf.loss import IGNORED, add_product
-from minitf.model import Block, TrainingFunctions
+from minitf.loss import IGNORED, LinearCrossEntropy
+from minitf.model import Block, Transformer
+from minitf.optim import Optimizer
+
+MAX_WIDTH = 16384  # of a row that one Triton program holds
 
 
 class _Linear(torch.autograd.Function):
@@ -144,34 +149,61 @@ def attend(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, mask: Tens
     return _Attend.apply(heads, eps, qkv_BTC, *norms, rotary_2TK, mask)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def train_block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, mask: Tensor | None) -> Tensor:
-    """`Block.forward` on the training path."""
-    attention, mlp = block.self_attn, block.mlp
-    x_BTD, normed_BTD = rms_norm(block.input_layernorm, x_BTD)
-    qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
-    mixed_BTD = linear(attend(attention, qkv_BTC, rotary_2TK, mask), attention.o_proj)
-    x_BTD, normed_BTD = rms_norm(block.post_attention_layernorm, x_BTD, block.dropout(mixed_BTD))
-    hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
-    return x_BTD + block.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
-
-
-def final_norm(norm: torch.nn.RMSNorm, x_BTD: Tensor) -> Tensor:
-    """The normalisation before the scores."""
-    return rms_norm(norm, x_BTD)[1]
-
-
 def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some rows in nats, summed with `scales_N`, and its gradient, which takes the place of the logits."""
     scales_N = torch.where(targets_N != IGNORED, scales_N, 0.0).float()
     return cross_entropy(logits_NV, targets_N, scales_N).sum(), logits_NV
 
 
-def visible(segments_BT: Tensor) -> Tensor:
-    """The mask of texts packed into rows, for all heads."""
-    return packed_mask(segments_BT, segments_BT, torch.bool).unsqueeze(1)
+class TritonBlock(Block):
+    def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
+        if context.cache is not None or context.record is not None:
+            return super().forward(x_BTD, context, layer)
+        attention, mlp = self.self_attn, self.mlp
+        mask = None if context.segments_BT is None else context.visible().unsqueeze(1)
+        x_BTD, normed_BTD = rms_norm(self.input_layernorm, x_BTD)
+        qkv_BTC = linear(normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
+        mixed_BTD = linear(attend(attention, qkv_BTC, context.rotary_2TK, mask), attention.o_proj)
+        x_BTD, normed_BTD = rms_norm(self.post_attention_layernorm, x_BTD, self.dropout(mixed_BTD))
+        hidden_BTF = swiglu(linear(normed_BTD, mlp.gate_proj, mlp.up_proj))
+        return x_BTD + self.dropout(linear(hidden_BTF, mlp.down_proj))  # type: ignore[no-any-return]
 
 
-FUNCTIONS = {
-    dtype: TrainingFunctions(train_block, final_norm, chunk_loss, add_product, visible, dtype)
-    for dtype in (torch.bfloat16, torch.float32)
-}
+class TritonRMSNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(self, x)[1]
+
+
+class TritonCrossEntropy(LinearCrossEntropy):
+    def chunk_loss(self, logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
+        return chunk_loss(logits_NV, targets_N, scales_N)
+
+
+class TritonKernels:
+    name = "triton"
+    description = "our Triton kernels"
+    replaces: tuple[str, ...] = (
+        *("model.Block", "attention.AttentionContext", "attention.RMSNorm", "loss.chunk_loss"),
+        "loss.LinearCrossEntropy.chunk_loss",
+    )
+
+    def unsupported(self, model: Transformer) -> str | None:
+        c = model.config
+        if model.device.type != "cuda":
+            return f"they are for cuda, and the model is on {model.device.type}"
+        if c.attention != "auto":
+            return f"model.attention={c.attention} is another way to compute attention; leave it at auto"
+        if custom := custom_module(model):
+            return f"they do not know {custom}"
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if c.head_dim & (c.head_dim - 1) or max(c.head_dim, c.hidden_size) > MAX_WIDTH:
+            return f"heads of {c.head_dim} channels in {c.hidden_size}: they take powers of 2 up to {MAX_WIDTH}"
+        return None
+
+    def install(self, model: Transformer, optimizer: Optimizer | None = None) -> None:
+        Reference().install(model, optimizer)
+        for block in model.model.layers:  # type: ignore[union-attr]
+            substitute(block, TritonBlock)
+        substitute(model.model.norm, TritonRMSNorm)
+        substitute(model.cross_entropy, TritonCrossEntropy)

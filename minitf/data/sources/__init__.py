@@ -1,1 +1,1 @@
-"""Where texts and pairs come from."""
+"""Sources of text and pairs: embedded books, generated exercises, local files, the Hugging Face hub."""

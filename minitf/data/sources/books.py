@@ -9,8 +9,7 @@ BOOKS = {"kjv": "King James Bible", "web": "World English Bible"}
 def book_verses(source: str) -> dict[int, str]:
     """The verses of the embedded book `source` in order, without numbers, headings or brackets.
 
-    The key of a verse is `book * 1_000_000 + chapter * 1_000 + verse`, the same in both books; an edition leaves out
-    the few verses it does not hold.
+    The key of a verse is `book * 1_000_000 + chapter * 1_000 + verse` in both books; each lacks a few of the verses.
     """
     bible = importlib.import_module(f"pythonbible_{source}.plain_text_readers_bible").bible
     verses = {}
@@ -31,9 +30,9 @@ def book_chapters(source: str) -> list[str]:
 
 
 def aligned_verses() -> list[list[tuple[str, str]]]:
-    """The chapters of both books as lists of (King James, World English) verses, each verse that both hold.
+    """The chapters of both books as lists of (King James, World English), of each verse that both have.
 
-    Speech often goes on over many verses: quotation marks whose partner stands in another one are left out.
+    Speech often spans verses: a quotation mark whose partner is in another verse is left out.
     """
     old, new = book_verses("kjv"), book_verses("web")
     chapters: dict[int, list[tuple[str, str]]] = {}
@@ -59,8 +58,8 @@ def _without_half_quotes(verse: str) -> str:
 
 def _clean_verse(verse: str, source: str, book: int) -> str:
     if source == "web":
-        # This edition keeps a heading at the end of the verse before it, so a psalm's title would stand in the
-        # chapter before; it writes both single quotes as a backtick, and marks absent verses with a dummy.
+        # This edition has a heading at the end of the verse before it, a psalm's title even in the chapter before. It
+        # writes both single quotes as a backtick, and marks absent verses with a dummy.
         verse = re.sub(r"\s+(BOOK [IVX]+\s+)?Psalm \d+\b.*|(dummy|empty) verses .*", "", verse.strip())
         if book == 19:
             verse = re.sub(r"\s{2,}[A-Z]{3,}( AND SHIN)?$", "", verse)

@@ -1,6 +1,6 @@
-/* The Attention tab: the viewer inside TensorBoard's frame, with the plugin's routes as its source of data.
+/* The Attention tab: the viewer in TensorBoard's frame, with the plugin's routes as its source of data.
  *
- * All addresses are relative to the plugin's own, so that TensorBoard's --path_prefix works.
+ * All URLs are relative to the plugin's own, so that TensorBoard's --path_prefix works.
  */
 
 import { mountViewer } from "./viewer.js";
@@ -25,7 +25,7 @@ async function tabSource() {
     why,
     runs: async () => (await fetchJson("./runs")).runs,
     run: (name) => fetchJson(`./run?${query({ run: name })}`),
-    // The time of writing is part of the address: what a resumed run writes anew is not taken from the browser's cache.
+    // The URL contains the time of writing, so that maps rewritten by a resumed run do not come from the browser's cache.
     map: (run, sentence, [step, time]) => fetchJson(`./map?${query({ run, tag: sentence.tag, step, time })}`),
     onReload(listener) {
       listenToTensorBoard("experimental.DataReloaded", listener);
@@ -37,7 +37,7 @@ async function tabSource() {
       const options = { method: "POST", body: JSON.stringify(request), headers: { "Content-Type": "application/json", "X-Minitf-Attention": "1" } };
       for (let attempt = 0; ; attempt++) {
         const reply = await fetch("./live", options);
-        if (reply.status === 503 && attempt < 20) { // one sentence at a time
+        if (reply.status === 503 && attempt < 20) { // busy: the server runs one sentence at a time
           await new Promise((resolve) => setTimeout(resolve, 100 + 50 * attempt));
           continue;
         }
@@ -50,7 +50,7 @@ async function tabSource() {
   return source;
 }
 
-/** TensorBoard talks to the frames of plugins over a channel that the frame opens. */
+/** TensorBoard sends messages to a plugin's frame over a channel that the frame opens. */
 function listenToTensorBoard(kind, listener) {
   const channel = new MessageChannel();
   channel.port1.onmessage = ({ data }) => {
@@ -62,7 +62,7 @@ function listenToTensorBoard(kind, listener) {
   window.parent.postMessage("experimental.bootstrap", "*", [channel.port2]);
 }
 
-/** TensorBoard says only by a class of its body whether it is dark. */
+/** TensorBoard's theme, known only from a class of its body element. */
 function tensorBoardTheme() {
   const body = window.parent.document.body;
   const now = () => (body.classList.contains("dark-mode") ? "dark" : "light");
@@ -74,7 +74,7 @@ function tensorBoardTheme() {
   };
 }
 
-/** TensorBoard calls this once the frame is there. */
+/** Called by TensorBoard once the frame exists. */
 export async function render() {
   const style = Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL("./viewer.css", import.meta.url).href });
   const main = document.createElement("main");

@@ -1,25 +1,24 @@
-/* Decoding on a processor: what comes after the next tokens of some texts, which go into the key/value cache.
+/* Decoding on a CPU: read the next tokens of some texts into the key/value cache and score the token after them.
 
-   It is the model of model.py for a few positions, read from its own float32 parameters. A small model in PyTorch spends
-   four fifths of such a step between the operations; here it is as fast as the weights can be read. Threads share out
-   the outputs of each product, so that each weight is read by one of them, and wait for each other five times a layer.
+   This is the model of model.py for a few positions, on its own float32 parameters. In PyTorch a small model spends
+   four fifths of such a step between the operations; this function runs at the speed at which the weights can be read.
+   Threads split the outputs of each product, so each weight is read by one thread; there are five barriers a layer.
 
-   Axes as everywhere: T tokens of each text, D hidden, H heads, G key/value heads, K head width, F feed-forward, V
-   vocabulary. A row is one token of one text. */
+   Axes, as everywhere: B texts, T tokens of each, D hidden, H heads, G key/value heads, K head width, F feed-forward,
+   V vocabulary. A row is one token of one text. */
 
-#include "likeliest.h"
 #include "model.h"
 #include "products.h"
 
-/* x += y weight^T, through `scratch` of the size of x. */
-static void add_linear(float *x, const float *y, const float *weight, int64_t rows, int64_t N, int64_t D, Share own,
+/* x += y weight^T for one share of the columns; `scratch` has the size of x. */
+static void add_linear(float *x, const float *y, const float *weight, int64_t rows, int64_t N, int64_t D, Share share,
                        float *scratch) {
-    linear(scratch, y, weight, rows, N, D, own);
+    linear(scratch, y, weight, rows, N, D, share);
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = r * N + own.from; i < r * N + own.to; i++) x[i] += scratch[i];
+        for (int64_t i = r * N + share.from; i < r * N + share.to; i++) x[i] += scratch[i];
 }
 
-/* y = x / rms(x) * weight, size values */
+/* y = x / rms(x) * weight over `size` values. */
 static void rms_norm(float *y, const float *x, const float *weight, int64_t size, float eps) {
     float squares = 0;
     for (int64_t i = 0; i < size; i++) squares += x[i] * x[i];
@@ -27,9 +26,9 @@ static void rms_norm(float *y, const float *x, const float *weight, int64_t size
     for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * weight[i];
 }
 
-/* Normalise one head's query or key, if the model does, and turn it by its position. */
-static void place(float *x, const float *weight, const float *cosines, const float *sines, int64_t K,
-                  float eps) {
+/* Normalise one head's query or key, if the model has a weight for it, and rotate it by its position. */
+static void norm_and_rotate(float *x, const float *weight, const float *cosines, const float *sines, int64_t K,
+                            float eps) {
     if (weight) rms_norm(x, x, weight, K, eps);
     for (int64_t i = 0; i < K / 2; i++) {
         float first = x[i], second = x[K / 2 + i];
@@ -38,17 +37,17 @@ static void place(float *x, const float *weight, const float *cosines, const flo
     }
 }
 
-/* e^x = 2^n e^r with r = x - n ln 2 and |r| <= ln(2)/2: Taylor's polynomial is then exact to a rounding or two. */
+/* e^x = 2^n e^r with r = x - n ln 2 and |r| <= ln(2)/2, where the Taylor polynomial errs by a rounding or two. */
 static float exponential(float x) {
     x = x < -87 ? -87 : x > 88 ? 88 : x;
     float n = (float)(int32_t)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in few bits */
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts; n times the first is exact */
     float polynomial = 1 + r * (1 + r * (0.5f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
     union { uint32_t bits; float value; } power = {(uint32_t)((int32_t)n + 127) << 23};
     return polynomial * power.value;
 }
 
-/* N vectors of the values' sum by their weights, kept in registers over all keys. */
+/* N vectors of the weighted sum of the values, kept in registers over all keys. */
 #define GATHER(N)                                                                                         \
     static void gather_##N(float *mixed, const float *weights, const float *values, int64_t length,       \
                            int64_t K, float scale) {                                                      \
@@ -82,116 +81,133 @@ static void attend(float *mixed, const float *q, const float *keys, const float 
     }
 }
 
-/* Floats of working memory that `decode` needs for so many texts, tokens of each and threads. */
+/* One thread's view of a step: its number, and where the intermediate results lie. */
+typedef struct {
+    int64_t thread, threads, rows;
+    float *x, *q, *k, *v, *mixed, *gate, *up; /* shared by all threads; each writes its share */
+    float *normed, *weights;                  /* the thread's own: (rows, D) and (capacity) */
+} Work;
+
+static int64_t shared_floats(const Model *m, int64_t rows) {
+    return rows * (m->hidden_size + 2 * (m->num_heads + m->num_kv_heads) * m->head_dim + 2 * m->intermediate_size);
+}
+
+/* Floats of scratch memory that `decode` needs. */
 int64_t decode_scratch(const Model *m, int64_t texts, int64_t length, int64_t threads) {
-    int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
-    int64_t found = 2 * threads * texts * (int64_t)(sizeof(Found) / sizeof(float));
-    int64_t together = texts * length * (D + 2 * H * K + 2 * G * K + 2 * F) + texts * m->vocab_size;
-    return found + together + threads * (texts * length * D + m->capacity + D);
+    int64_t rows = texts * length;
+    return shared_floats(m, rows) + threads * (rows * m->hidden_size + m->capacity);
 }
 
-/* As thread `thread` of `threads`. */
-static void decode_share(const Model *m, const Reading *reading, int64_t thread, int64_t threads) {
-    int64_t D = m->hidden_size, H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, F = m->intermediate_size;
-    int64_t T = reading->length, texts = reading->texts, rows = texts * T;
-    Found *found = (Found *)reading->scratch;
-    float *logits = reading->logits ? reading->logits : (float *)(found + 2 * threads * texts);
-    float *x = (float *)(found + 2 * threads * texts) + texts * m->vocab_size;
-    float *q = x + rows * D, *mixed = q + rows * H * K, *k = mixed + rows * H * K, *v = k + rows * G * K;
-    float *gate = v + rows * G * K, *up = gate + rows * F;
-    float *normed = up + rows * F + thread * (rows * D + m->capacity + D), *weights = normed + rows * D; /* its own */
-    int16_t *whole = (int16_t *)(weights + m->capacity);
-    Share columns = share_of(D, thread, threads), hidden = share_of(F, thread, threads);
+static Work work_of(const Model *m, const Step *step, int64_t thread, int64_t threads) {
+    int64_t rows = step->texts * step->length, K = m->head_dim, F = m->intermediate_size;
+    Work w = {.thread = thread, .threads = threads, .rows = rows, .x = step->scratch};
+    w.q = w.x + rows * m->hidden_size;
+    w.mixed = w.q + rows * m->num_heads * K;
+    w.k = w.mixed + rows * m->num_heads * K;
+    w.v = w.k + rows * m->num_kv_heads * K;
+    w.gate = w.v + rows * m->num_kv_heads * K;
+    w.up = w.gate + rows * F;
+    w.normed = step->scratch + shared_floats(m, rows) + thread * (rows * m->hidden_size + m->capacity);
+    w.weights = w.normed + rows * m->hidden_size;
+    return w;
+}
 
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = columns.from; i < columns.to; i++) x[r * D + i] = m->embedding[reading->ids[r] * D + i];
-    WAIT_FOR_ALL();
-    for (int64_t l = 0; l < m->num_layers; l++) {
-        const Layer *layer = &m->layers[l];
-        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->input_norm, D, m->norm_eps);
-        linear(q, normed, layer->q, rows, H * K, D, share_of(H * K, thread, threads));
-        linear(k, normed, layer->k, rows, G * K, D, share_of(G * K, thread, threads));
-        linear(v, normed, layer->v, rows, G * K, D, share_of(G * K, thread, threads));
-        WAIT_FOR_ALL();
-        /* Heads are dealt out one by one; of a single token each thread matches the very keys it has put in place. */
-        for (int64_t i = thread; i < texts * G; i += threads)
-            for (int64_t t = 0; t < T; t++) {
-                int64_t position = reading->position + t, from = ((i / G * T + t) * G + i % G) * K;
-                int64_t to = ((l * m->batch_size * G + i) * m->capacity + position) * K;
-                const float *cosines = m->rotary + position * K;
-                place(k + from, layer->k_norm, cosines, cosines + m->num_positions * K, K, m->norm_eps);
-                memcpy(m->keys + to, k + from, K * sizeof(float));
-                memcpy(m->values + to, v + from, K * sizeof(float));
-            }
-        if (T > 1) {
-            WAIT_FOR_ALL();
-        }
-        for (int64_t unit = thread; unit < texts * G * T; unit += threads) {
-            int64_t i = unit / T, t = unit % T, b = i / G, g = i % G, position = reading->position + t;
-            int64_t start = reading->starts ? reading->starts[b] : 0;
-            int64_t first = ((l * m->batch_size * G + i) * m->capacity + start) * K;
+static Share own_share(const Work *w, int64_t N) { return share_of(N, w->thread, w->threads); }
+
+static void norm_rows(const Model *m, const Work *w, const float *weight) {
+    int64_t D = m->hidden_size;
+    for (int64_t r = 0; r < w->rows; r++) rms_norm(w->normed + r * D, w->x + r * D, weight, D, m->norm_eps);
+}
+
+/* Put the new keys and values of a layer into the cache. Heads are dealt out one by one. */
+static void fill_cache(const Model *m, const Step *step, const Work *w, int64_t layer) {
+    int64_t G = m->num_kv_heads, K = m->head_dim, T = step->length;
+    for (int64_t i = w->thread; i < step->texts * G; i += w->threads)
+        for (int64_t t = 0; t < T; t++) {
+            int64_t position = step->position + t, from = ((i / G * T + t) * G + i % G) * K;
+            int64_t to = ((layer * m->batch_size * G + i) * m->capacity + position) * K;
             const float *cosines = m->rotary + position * K, *sines = cosines + m->num_positions * K;
-            for (int64_t h = g * (H / G); h < (g + 1) * (H / G); h++) {
-                int64_t own = ((b * T + t) * H + h) * K;
-                place(q + own, layer->q_norm, cosines, sines, K, m->norm_eps);
-                attend(mixed + own, q + own, m->keys + first, m->values + first, weights, position + 1 - start, K);
-            }
+            norm_and_rotate(w->k + from, m->layers[layer].k_norm, cosines, sines, K, m->norm_eps);
+            memcpy(m->keys + to, w->k + from, K * sizeof(float));
+            memcpy(m->values + to, w->v + from, K * sizeof(float));
         }
-        WAIT_FOR_ALL();
-        add_linear(x, mixed, layer->o, rows, D, H * K, columns, normed);
-        WAIT_FOR_ALL();
-        for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, layer->post_norm, D, m->norm_eps);
-        linear(gate, normed, layer->gate, rows, F, D, hidden);
-        linear(up, normed, layer->up, rows, F, D, hidden);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = r * F + hidden.from; i < r * F + hidden.to; i++)
-                gate[i] *= up[i] / (1 + exponential(-gate[i]));
-        WAIT_FOR_ALL();
-        add_linear(x, gate, layer->down, rows, D, F, columns, normed);
-        WAIT_FOR_ALL();
-    }
-    for (int64_t b = 0; b < texts; b++)
-        rms_norm(normed + b * D, x + (b * T + T - 1) * D, m->final_norm, D, m->norm_eps);
-    score(m, reading, normed, logits, whole, found, thread, threads);
 }
 
-static void decode_once(const Model *m, const Reading *reading, int64_t threads) {
+/* Every query of a layer over the keys up to its own position. For a single token, each thread reads the heads that it
+   has put into the cache itself. */
+static void attend_all(const Model *m, const Step *step, const Work *w, int64_t layer) {
+    int64_t H = m->num_heads, G = m->num_kv_heads, K = m->head_dim, T = step->length;
+    for (int64_t unit = w->thread; unit < step->texts * G * T; unit += w->threads) {
+        int64_t i = unit / T, t = unit % T, b = i / G, g = i % G, position = step->position + t;
+        int64_t start = step->starts ? step->starts[b] : 0;
+        int64_t first = ((layer * m->batch_size * G + i) * m->capacity + start) * K;
+        const float *cosines = m->rotary + position * K, *sines = cosines + m->num_positions * K;
+        for (int64_t h = g * (H / G); h < (g + 1) * (H / G); h++) {
+            int64_t at = ((b * T + t) * H + h) * K;
+            norm_and_rotate(w->q + at, m->layers[layer].q_norm, cosines, sines, K, m->norm_eps);
+            attend(w->mixed + at, w->q + at, m->keys + first, m->values + first, w->weights, position + 1 - start, K);
+        }
+    }
+}
+
+static void attention(const Model *m, const Step *step, const Work *w, int64_t layer) {
+    int64_t D = m->hidden_size, queries = m->num_heads * m->head_dim, keys = m->num_kv_heads * m->head_dim;
+    const Layer *weights = &m->layers[layer];
+    norm_rows(m, w, weights->input_norm);
+    linear(w->q, w->normed, weights->q, w->rows, queries, D, own_share(w, queries));
+    linear(w->k, w->normed, weights->k, w->rows, keys, D, own_share(w, keys));
+    linear(w->v, w->normed, weights->v, w->rows, keys, D, own_share(w, keys));
+    WAIT_FOR_ALL();
+    fill_cache(m, step, w, layer);
+    if (step->length > 1) {
+        WAIT_FOR_ALL();
+    }
+    attend_all(m, step, w, layer);
+    WAIT_FOR_ALL();
+    add_linear(w->x, w->mixed, weights->o, w->rows, D, queries, own_share(w, D), w->normed);
+    WAIT_FOR_ALL();
+}
+
+static void feed_forward(const Model *m, const Work *w, int64_t layer) {
+    int64_t D = m->hidden_size, F = m->intermediate_size;
+    const Layer *weights = &m->layers[layer];
+    Share share = own_share(w, F);
+    norm_rows(m, w, weights->post_norm);
+    linear(w->gate, w->normed, weights->gate, w->rows, F, D, share);
+    linear(w->up, w->normed, weights->up, w->rows, F, D, share);
+    for (int64_t r = 0; r < w->rows; r++)
+        for (int64_t i = r * F + share.from; i < r * F + share.to; i++)
+            w->gate[i] *= w->up[i] / (1 + exponential(-w->gate[i]));
+    WAIT_FOR_ALL();
+    add_linear(w->x, w->gate, weights->down, w->rows, D, F, own_share(w, D), w->normed);
+    WAIT_FOR_ALL();
+}
+
+/* What thread `thread` of `threads` does of a step. */
+static void decode_share(const Model *m, const Step *step, int64_t thread, int64_t threads) {
+    int64_t D = m->hidden_size, V = m->vocab_size, T = step->length;
+    Work work = work_of(m, step, thread, threads), *w = &work;
+    Share columns = own_share(w, D);
+    for (int64_t r = 0; r < w->rows; r++)
+        for (int64_t i = columns.from; i < columns.to; i++) w->x[r * D + i] = m->embedding[step->ids[r] * D + i];
+    WAIT_FOR_ALL();
+    for (int64_t layer = 0; layer < m->num_layers; layer++) {
+        attention(m, step, w, layer);
+        feed_forward(m, w, layer);
+    }
+    for (int64_t b = 0; b < step->texts; b++)
+        rms_norm(w->normed + b * D, w->x + (b * T + T - 1) * D, m->final_norm, D, m->norm_eps);
+    linear(step->logits, w->normed, m->vocabulary, step->texts, V, D, own_share(w, V));
+}
+
+/* Read the tokens and write the logits, by `threads` threads if the compiler supports OpenMP. */
+void decode(const Model *m, const Step *step, int64_t threads) {
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-        decode_share(m, reading, omp_get_thread_num(), omp_get_num_threads());
+        decode_share(m, step, omp_get_thread_num(), omp_get_num_threads());
         return;
     }
 #endif
-    decode_share(m, reading, 0, 1);
-}
-
-/* Read by so many threads, if the compiler knows of any. */
-void decode(const Model *m, const Reading *reading, int64_t threads) {
-    Reading next = *reading;
-    for (int64_t step = 0;; step++) {
-        decode_once(m, &next, threads);
-        if (step + 1 >= reading->steps) return;
-        for (int64_t b = 0; b < next.texts; b++) {
-            if (next.likeliest[b] >= 0) continue;
-            for (int64_t rest = b; rest < (reading->steps - step) * next.texts; rest++) next.likeliest[rest] = -1;
-            return;
-        }
-        next.position += next.length;
-        next.length = 1;
-        next.ids = next.likeliest;
-        next.likeliest += next.texts;
-    }
-}
-
-/* Fill `coarse`, `steps` and `errors` from the vocabulary as it is now. */
-void prepare_likeliest(const Model *m, int64_t threads) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        make_coarse(m, share_of(m->vocab_size, omp_get_thread_num(), omp_get_num_threads()));
-        return;
-    }
-#endif
-    make_coarse(m, (Share){0, m->vocab_size});
+    decode_share(m, step, 0, 1);
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-/* The model, its cache and what is read of it, as native.py hands them over. Axes are those of decode.c. */
+/* The model, its cache and one call's input and output, as decode_bindings.py passes them. Axes: see decode.c. */
 
 #include <stdint.h>
 
@@ -15,18 +15,14 @@ typedef struct {
     const float *embedding, *final_norm, *vocabulary, *rotary; /* rotary: (2, num_positions, K) */
     float *keys, *values;                                      /* (layers, B, G, capacity, K) */
     const Layer *layers;
-    int8_t *coarse; /* (V, D) the vocabulary in whole `steps` (V), each row off by `errors` (V) at most; or null */
-    float *steps, *errors;
 } Model;
 
-/* What is read by one call, and what is asked for: logits, likeliest or both. */
+/* One call: T tokens of each text in, the scores of the next token out. */
 typedef struct {
-    int64_t texts, length;           /* T tokens of each text */
-    const int64_t *ids;              /* (texts, T) */
-    const int64_t *starts;           /* where each row of the cache begins, or null: all at 0 */
-    int64_t position;                /* where the first of the T tokens goes in the cache */
-    float *logits;                   /* (texts, V) for what comes next, or null */
-    int64_t *likeliest;              /* (steps, texts) ids of the largest logits, -1 where any is not finite; or null */
-    int64_t steps;                   /* each but the first reads the likeliest of the one before */
-    float *scratch;
-} Reading;
+    int64_t texts, length; /* B texts of T tokens each: the first B rows of the cache */
+    int64_t position;      /* position of the first token in the cache */
+    const int64_t *ids;    /* (B, T) */
+    const int64_t *starts; /* (B) first position of each row's text, or null: all start at 0 */
+    float *logits;         /* (B, V) */
+    float *scratch;        /* decode_scratch() floats */
+} Step;

@@ -1,6 +1,6 @@
 #pragma once
 
-/* Products of a few vectors with rows of weights, shared out among threads that wait for each other. */
+/* Products of a few vectors with the rows of a matrix, each thread computing its share of the outputs. */
 
 #include <math.h>
 #include <stdint.h>
@@ -12,7 +12,7 @@
 #define WAIT_FOR_ALL()
 #endif
 
-#define WIDTH 16 /* floats the compiler handles as one value; it splits them for narrower processors */
+#define WIDTH 16 /* floats in one vector; the compiler splits it for narrower processors */
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
 typedef float Half __attribute__((vector_size(2 * WIDTH)));
@@ -31,7 +31,7 @@ static inline Quarter quarter_sum(Vector v) {
     return b.halves[0] + b.halves[1];
 }
 
-/* The sums of four vectors, in halves and side by side: lane by lane would take longer than the products. */
+/* The sums of four vectors' lanes, by halving; adding lane by lane would take longer than the products. */
 static inline Quarter sums_of(Vector a, Vector b, Vector c, Vector d) {
     Quarter qa = quarter_sum(a), qb = quarter_sum(b), qc = quarter_sum(c), qd = quarter_sum(d);
     Quarter ab = SHUFFLE(qa, qb, 0, 1, 4, 5) + SHUFFLE(qa, qb, 2, 3, 6, 7);
@@ -44,7 +44,7 @@ static inline float sum(Vector v) {
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-/* y[r][n] = sum_d x[r][d] weight[n][d] for R rows and N outputs at once: each loaded value is used R or N times. */
+/* y[r][n] = sum_d x[r][d] weight[n][d] for R rows and N outputs at once, so each loaded value is used R or N times. */
 #define TILE(R, N)                                                                                        \
     static void tile_##R##_##N(float *y, int64_t y_stride, const float *x, const float *w, int64_t D) {   \
         Vector sums[R][N];                                                                                \
@@ -73,18 +73,19 @@ TILE(1, 8)
 TILE(4, 1)
 TILE(4, 4)
 
-/* What is one thread's of N things, in whole eights: [from, to). */
+/* One thread's share of N outputs, [from, to), in multiples of eight. */
 typedef struct { int64_t from, to; } Share;
 static Share share_of(int64_t N, int64_t thread, int64_t threads) {
     int64_t eights = (N + 7) / 8, to = (thread + 1) * eights / threads * 8;
     return (Share){thread * eights / threads * 8, to < N ? to : N};
 }
 
-/* y = x weight^T for a share of the outputs: x (rows, D), weight (N, D), y (rows, N). Each weight is read once. */
-static void linear(float *y, const float *x, const float *weight, int64_t rows, int64_t N, int64_t D, Share own) {
+/* y = x weight^T for a share of the outputs: x (rows, D), weight (N, D), y (rows, N). Each weight is read
+   once. */
+static void linear(float *y, const float *x, const float *weight, int64_t rows, int64_t N, int64_t D, Share share) {
     int64_t many = rows >= 4 ? 4 : 8;
-    for (int64_t n = own.from; n < own.to; n += many) {
-        if (n + many > own.to) many = 1;
+    for (int64_t n = share.from; n < share.to; n += many) {
+        if (n + many > share.to) many = 1;
         const float *w = weight + n * D;
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4) (many == 4 ? tile_4_4 : tile_4_1)(y + r * N + n, N, x + r * D, w, D);

@@ -1,4 +1,4 @@
-"""What processes that train together spend on each other: bytes through the network's counter, and milliseconds."""
+"""The cost of communication between training processes: bytes by the system's network counters, and milliseconds."""
 
 import json
 import statistics
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from minitf.training.step import TrainingStep
 
 NUM_PROCESSES, VOCABULARY = 2, 4096
-COUNTER = Path("/proc/net/dev")  # Linux counts what goes through each interface; processes here talk through `lo`
+COUNTER = Path("/proc/net/dev")  # bytes per network interface (Linux); local processes communicate through `lo`
 
 
 def distributed(request: Request, report: Report) -> None:
-    """The benchmark of that name: two processes on this machine, by ddp and by fsdp, against each on its own."""
+    """The benchmark of this name: two processes on this machine, by ddp and fsdp, against single ones."""
     if not COUNTER.exists():
         report.skip("distributed", f"no {COUNTER} to read the bytes from")
         return
@@ -30,12 +30,12 @@ def distributed(request: Request, report: Report) -> None:
     for strategy in ("ddp", "fsdp"):
         results = []
         for round_ in range(request.repeats):
-            answer = request.work / f"exchange-{strategy}-{round_}.json"
+            answer = request.work / f"distributed-{strategy}-{round_}.json"
             arguments = {"strategy": strategy, "shape": shape, "num_steps": num_steps, "answer": str(answer)}
             start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
-            run_command_line([*start, "-m", "minitf.benchmark.exchange", json.dumps(arguments)], {}, request.work)
+            run_command_line([*start, "-m", "minitf.benchmark.distributed", json.dumps(arguments)], {}, request.work)
             results.append(json.loads(answer.read_text(encoding="utf-8")))
-            report.say(f"{strategy}, round {round_ + 1}")
+            report.progress(f"{strategy}, round {round_ + 1}")
         name, first = f"{strategy}, {NUM_PROCESSES} processes", results[0]
         expected = f"counted from the shapes: {first['expected_mb']:.2f} MB; {first['million_weights']:.2f}M weights"
         sent = [r["sent_mb"] for r in results]
@@ -52,7 +52,7 @@ def _step_of(group: "ProcessGroup", strategy: str, shape: dict[str, int]) -> "Tr
 
     from minitf.data.batches import Batches
     from minitf.model import ModelConfig, Transformer
-    from minitf.optim import OptimConfig, Optimizer
+    from minitf.optim import OptimConfig
     from minitf.system.hardware import Hardware
     from minitf.training.parallel import Parallel
     from minitf.training.step import TrainingStep
@@ -62,10 +62,10 @@ def _step_of(group: "ProcessGroup", strategy: str, shape: dict[str, int]) -> "Tr
     hardware = Hardware(torch.device("cpu"), torch.float32, 0.0, "")
     parallel = Parallel(Transformer(config, VOCABULARY), group, strategy)
     tokens = np.random.default_rng(0).integers(VOCABULARY, size=50 * config.context_length * BATCH_SIZE)
-    # As many rows for a process on its own as are its part of the batch of all.
+    # A single process trains on as many rows as one of several.
     batch_size = BATCH_SIZE * group.size // NUM_PROCESSES
     batches = Batches(tokens.astype(np.uint16), config.context_length, batch_size, 0)
-    optimizer = Optimizer(parallel.model, OptimConfig(), hardware.dtype, group)
+    optimizer = parallel.new_optimizer(OptimConfig(), hardware.dtype)
     return TrainingStep(parallel, optimizer, batches, hardware, 1)
 
 
@@ -85,11 +85,11 @@ def _sent_bytes() -> int:
 
 
 def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, width: int = 4) -> float:
-    """Bytes one of `size` processes sends in a step, of weights in float32 and matrix updates of `width` bytes.
+    """Bytes that one of P = `size` processes sends per step, for float32 weights and matrix updates of `width` bytes.
 
-    ddp: the gradients' all-reduce, 2 (P-1)/P of them, and an all-gather of the updates, (P-1)/P. fsdp: matrices
-    gathered for the forward and for the backward pass, the rest once, 2 and 1 times (P-1)/P, gradients scattered, and
-    Muon's rows there and back, 2/P of (P-1)/P. gloo scatters by an all-reduce, 2 (P-1)/P; nccl needs half of that.
+    ddp: an all-reduce of the gradients, 2 (P-1)/P of their bytes, and an all-gather of the updates, (P-1)/P. fsdp:
+    matrices gathered for forward and backward, other weights once, (P-1)/P each; gradients reduce-scattered; Muon's
+    rows sent both ways, 2/P of (P-1)/P. gloo reduce-scatters by an all-reduce, 2 (P-1)/P; nccl needs half of that.
     """
     part = (size - 1) / size
     if strategy == "ddp":
@@ -98,11 +98,11 @@ def expected_bytes(strategy: str, num_matrix: int, num_other: int, size: int, wi
 
 
 def measure(strategy: str, shape: dict[str, int], num_steps: int, answer: str) -> None:
-    """In a process started by torchrun: measure, and let the first write `answer`."""
-    from minitf.distributed.process_group import SINGLE, connected
-    from minitf.system.hardware import set_threads
+    """Measure in a process started by torchrun; rank 0 writes `answer`."""
+    from minitf.distributed.process_group import SINGLE, process_group
+    from minitf.system.threads import set_threads
 
-    with connected() as group:
+    with process_group() as group:
         if group.size != NUM_PROCESSES:
             raise MinitfError(f"{group.size} processes were started instead of {NUM_PROCESSES}")
         set_threads(group=group)

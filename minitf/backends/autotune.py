@@ -1,0 +1,127 @@
+"""Which backend computes a run: candidates that agree with the reference, installed and timed in turn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minitf.backends import Backend, Reference
+from minitf.backends.compile import Compile
+from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.sdpa import Sdpa
+from minitf.errors import RequestError, out_of_memory
+from minitf.model import Transformer
+from minitf.optim import Optimizer
+
+# Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
+# this much training on.
+COMPILE_PAYS_FROM_S = 45.0
+# Our kernels take half of the reference's time and are used unless clearly slower: a toy's step is too short to tell.
+KERNELS_WITHIN = 1.2
+KERNELS = ("cpu", "triton")
+# The values of trainer.compile, and the backends they stand for besides the one that needs no compiler.
+WANTED = {"auto": (*KERNELS, "compile"), "native": KERNELS, "true": ("compile",), "false": ()}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The backend that computes a run, the seconds of a step by it, and why it was chosen."""
+
+    backend: str
+    step_s: float
+    reason: str
+    as_set: bool = False  # nothing was tried, because trainer.compile left nothing to try
+
+
+def backends(model: Transformer) -> dict[str, Backend]:
+    """All backends for the device of `model`, by name."""
+    found: list[Backend] = [Reference(), Sdpa(), Compile(), CpuKernels()]
+    if model.device.type == "cuda":  # elsewhere Triton need not even be importable
+        from minitf.backends.cuda.triton_blocks import TritonKernels
+
+        found.append(TritonKernels())
+    return {backend.name: backend for backend in found}
+
+
+def wanted_backends(wanted: str, model: Transformer) -> list[Backend]:
+    """The backends to try for a value of `trainer.compile`, or for the name of the one a run was trained with."""
+    known = backends(model)
+    return [
+        known[name] for name in WANTED.get(wanted, (wanted,)) if name in known and name not in ("reference", "sdpa")
+    ]
+
+
+def require_kernels(model: Transformer) -> None:
+    """RequestError where `trainer.compile=native` cannot be met."""
+    reasons = [backend.unsupported(model) for backend in wanted_backends("native", model)]
+    if all(reasons):
+        raise RequestError(f"trainer.compile=native: {reasons[-1]}")
+
+
+def select(
+    wanted: str,
+    model: Transformer,
+    optimizer: Optimizer,
+    agrees: Callable[[Backend], str | None],
+    measure: Callable[[], float],
+    seconds_left: Callable[[float], float],
+) -> Selection:
+    """Install the fastest backend that agrees with the reference.
+
+    `wanted` is a value of `trainer.compile` or the name of a backend; one that is not to be had here is done without.
+    `agrees(backend)` is why it does not agree, or None; `measure()` the seconds of a step as installed;
+    `seconds_left(step_s)` the training time left at that speed.
+    """
+    notes: list[str] = []
+    base = _base(model, agrees, notes)
+    base.install(model, optimizer)
+    candidates = [backend for backend in wanted_backends(wanted, model) if not _missing(backend, model, wanted, notes)]
+    base_s = measure()
+    for backend in candidates:
+        if backend.name == "compile" and wanted == "auto" and seconds_left(base_s) < COMPILE_PAYS_FROM_S:
+            notes.append(f"torch.compile does not pay in {seconds_left(base_s):.0f} s of training")
+            continue
+        try:
+            if reason := agrees(backend):
+                notes.append(f"not by {backend.description}: {reason}")
+                continue
+            backend.install(model, optimizer)
+            step_s = measure()
+        except Exception as error:  # a broken compiler or driver surfaces as any of many classes: train without it
+            if out_of_memory(error):
+                raise
+            notes.append(f"not by {backend.description}, which failed: {_first_line(error)}")
+            model.zero_grad()
+        else:
+            limit = KERNELS_WITHIN * base_s if backend.name in KERNELS else base_s
+            if wanted != "auto" or step_s < limit:
+                return Selection(backend.name, step_s, _reason(backend, step_s, base_s, notes))
+            notes.append(f"by {backend.description} a step takes {step_s * 1000:.0f} ms")
+        base.install(model, optimizer)
+    reason = "; ".join([f"{base.description}, {base_s * 1000:.0f} ms a step", *notes])
+    return Selection(base.name, base_s, reason, as_set=wanted in ("false", "reference", "sdpa"))
+
+
+def _base(model: Transformer, agrees: Callable[[Backend], str | None], notes: list[str]) -> Backend:
+    """The fastest backend that needs no compiler: PyTorch's fused attention where it suits and agrees."""
+    sdpa = Sdpa()
+    if sdpa.unsupported(model):
+        return Reference()
+    if reason := agrees(sdpa):
+        notes.append(f"not by {sdpa.description}: {reason}")
+        return Reference()
+    return sdpa
+
+
+def _missing(backend: Backend, model: Transformer, wanted: str, notes: list[str]) -> bool:
+    reason = backend.unsupported(model)
+    if reason and (wanted != "auto" or backend.name == "compile"):
+        notes.append(f"not by {backend.description}: {reason}")
+    return reason is not None
+
+
+def _reason(backend: Backend, step_s: float, base_s: float, notes: list[str]) -> str:
+    speed = f"{backend.description}, a step takes {step_s * 1000:.0f} ms instead of {base_s * 1000:.0f} ms"
+    return "; ".join([speed, *notes])
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"

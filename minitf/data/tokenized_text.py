@@ -1,0 +1,84 @@
+"""Text as ids on disk: train and held-out ids, each one long array, memory-mapped; tokenized once, then cached."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
+from minitf.data.config import DataConfig
+from minitf.data.sources.corpus import Item
+from minitf.data.sources.text import open_text
+from minitf.data.tokenize import Arrays, Counts, Preparation, ids_dtype, to_stderr, tokenize
+from minitf.data.tokenizer_training import load_pretrained
+from minitf.errors import RequestError
+from minitf.tokenizer import Tokenizer, TokenizerConfig
+
+FILES = ("train.bin", "val.bin")
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Train and held-out ids, read-only and memory-mapped, with the tokenizer that made them."""
+
+    tokenizer: Tokenizer
+    train: Tokens  # 1-D, uint16 where the vocabulary allows, else uint32
+    val: Tokens
+    train_bytes: int  # UTF-8 bytes of the text that became `train`
+    val_bytes: int
+    description: str  # of the text, one line for people
+    directory: Path
+
+
+def prepare(
+    data: DataConfig, config: TokenizerConfig, tokenizer_from: Tokenizer | None = None, log: Log = to_stderr
+) -> TokenizedText:
+    """The text of `data` as ids, from the cache or tokenized now.
+
+    `tokenizer_from`: use this tokenizer, of an earlier run, instead of the one `config` describes. `log` gets lines for
+    people. Several processes may prepare the same text at once; an interrupted preparation is resumed by the next.
+    Raises RequestError or MinitfError, one line each.
+    """
+    job = Preparation(data, config, tokenizer_from or load_pretrained(config), log)
+    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), _load), log)
+
+
+def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
+    corpus = open_text(job.data)
+    encode = functools.partial(encode_text, separated=corpus.separated)
+    tokenizer, counts = tokenize(job, corpus, encode, partial)
+    for part, name in (("train", "text to train on"), ("val", "held-out text")):
+        if not counts.get(f"{part}_bytes"):
+            raise RequestError(f"{corpus.description}: no {name}; use more text, or another data.val_fraction")
+    meta = {
+        "train_bytes": counts["train_bytes"],
+        "val_bytes": counts["val_bytes"],
+        "dtype": ids_dtype(tokenizer).name,
+        "description": corpus.description,
+    }
+    return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out"
+
+
+def _load(directory: Path, meta: Meta) -> TokenizedText:
+    train, val = (np.memmap(directory / name, dtype=meta["dtype"], mode="r") for name in FILES)
+    sizes = meta["train_bytes"], meta["val_bytes"]
+    return TokenizedText(Tokenizer.load(directory), train, val, *sizes, meta["description"], directory)
+
+
+def encode_text(items: list[Item], tokenizer: Tokenizer, separated: bool) -> tuple[Arrays, Counts]:
+    """The ids of `items` for each file, if `separated` with an end-of-text token after each document; and counts."""
+    parts: dict[str, list[int]] = {"train": [], "val": []}
+    num_bytes = {"train": 0, "val": 0}
+    for ids, item in zip(tokenizer.encode_batch([item.text for item in items]), items, strict=True):
+        part = "val" if item.held_out else "train"
+        parts[part] += ids
+        if separated and item.end:
+            parts[part].append(tokenizer.end_id)
+        num_bytes[part] += item.num_bytes
+    counts = {f"{part}_tokens": len(ids) for part, ids in parts.items()}
+    counts |= {f"{part}_bytes": size for part, size in num_bytes.items()}
+    return {f"{part}.bin": np.asarray(ids, ids_dtype(tokenizer)) for part, ids in parts.items()}, counts

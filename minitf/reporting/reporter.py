@@ -1,0 +1,143 @@
+"""Where a run reports its progress: one call for each event, written to the console and to files."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from minitf.interpretability.alignment import AligningHeads
+from minitf.reporting.console import TrainingConsole
+from minitf.reporting.metrics import JsonRows, loss_curves
+from minitf.reporting.tensorboard import TensorBoardWriter
+from minitf.system.files import write_whole
+from minitf.viewer import viewer_page
+
+
+class Reporter:
+    """The events of a run. This class reports nothing: it is for the ranks other than 0."""
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+
+    def start(self, step: int, num_steps: int) -> None:
+        """The training loop begins at `step`."""
+
+    def stop(self) -> None:
+        """The training loop has ended."""
+
+    def train_row(self, row: Mapping[str, Any], num_steps: int) -> None:
+        """Training numbers: the columns of metrics.jsonl in the README."""
+
+    def val_row(self, row: Mapping[str, Any]) -> None:
+        """Held-out numbers of one evaluation."""
+
+    def sample(self, prompt: str, text: str, step: int) -> None:
+        """A text that the model wrote after `prompt`."""
+
+    def answers(self, rows: Sequence[tuple[str, str, str]], step: int) -> None:
+        """(source, answer, reference) of some pairs."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers for TensorBoard alone."""
+
+    def alignment(self, aligning: AligningHeads, step: int) -> None:
+        """The heads that align source and target, and their score."""
+
+    def picture(self, tag: str, png: bytes, step: int) -> None:
+        """An image already encoded as PNG."""
+
+    def attention(self, maps: Mapping[str, Any], png: bytes, step: int) -> None:
+        """The attention maps of one probe, and a picture of them."""
+
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+        """The run's settings with its final metrics."""
+
+    def write_attention_page(self, title: str) -> None:
+        """Write attention.html: all maps so far, and the loss curves."""
+
+    def flush(self) -> None:
+        """Have all rows and events on disk: a checkpoint must not be newer than they are."""
+
+
+class RunReporter(Reporter):
+    """Reports to the console, metrics.jsonl, attention.jsonl and TensorBoard."""
+
+    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
+        """Open the run's files and cut off what they hold after `start_step`. Raises OSError."""
+        self.run_dir = run_dir
+        self.console = TrainingConsole()
+        self.metrics = JsonRows(run_dir / "metrics.jsonl", start_step)
+        self.maps = JsonRows(run_dir / "attention.jsonl", start_step)
+        self.tensorboard = TensorBoardWriter(run_dir, start_step)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        self.stop()
+        try:
+            with ExitStack() as stack:  # closes all of them, whatever fails
+                for output in (self.tensorboard, self.maps, self.metrics):
+                    stack.callback(output.close)
+        except OSError:
+            if error is None:  # the first error is the one to report
+                raise
+
+    def say(self, line: str) -> None:
+        self.console.say(line)
+
+    def start(self, step: int, num_steps: int) -> None:
+        self.console.start(step, num_steps)
+
+    def stop(self) -> None:
+        self.console.stop()
+
+    def train_row(self, row: Mapping[str, Any], num_steps: int) -> None:
+        self._record("train", row)
+        self.console.train_row(row, num_steps)
+
+    def val_row(self, row: Mapping[str, Any]) -> None:
+        self.console.val_row(row)
+        self._record("val", row)
+
+    def sample(self, prompt: str, text: str, step: int) -> None:
+        self.tensorboard.sample(prompt, text, step)
+        self.console.sample(prompt, text, step)
+
+    def answers(self, rows: Sequence[tuple[str, str, str]], step: int) -> None:
+        self.tensorboard.answers(rows, step)
+        self.console.answer(rows[0][0], rows[0][1], step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.tensorboard.scalars(values, step)
+
+    def alignment(self, aligning: AligningHeads, step: int) -> None:
+        heads = [list(head) for head in aligning.heads]
+        row = {"score": round(aligning.score, 4), "chance": round(aligning.chance, 4), "heads": heads}
+        self._record("alignment", {"step": step, **row})
+
+    def picture(self, tag: str, png: bytes, step: int) -> None:
+        self.tensorboard.picture(tag, png, step)
+
+    def attention(self, maps: Mapping[str, Any], png: bytes, step: int) -> None:
+        self.maps.append(maps)
+        self.tensorboard.attention(maps, png, step)
+
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+        self.tensorboard.hyperparameters(settings, metrics, step)
+
+    def write_attention_page(self, title: str) -> None:
+        page = viewer_page(list(self.maps), title, loss_curves(self.metrics))
+        write_whole(self.run_dir / "attention.html", page)
+
+    def flush(self) -> None:
+        self.tensorboard.flush()
+        self.metrics.sync()
+        self.maps.sync()
+
+    def _record(self, split: str, row: Mapping[str, Any]) -> None:
+        self.metrics.append({"step": row["step"], "split": split, **row})
+        self.tensorboard.row(split, row)

@@ -1,0 +1,63 @@
+"""Everything a training run is made of, known before its first step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitf.checkpoints.train_state import TrainState
+from minitf.data.batches import BatchSource
+from minitf.distributed.process_group import ProcessGroup
+from minitf.model import Transformer
+from minitf.system.hardware import Hardware
+from minitf.training.decisions import RunDecisions
+from minitf.training.parallel import Parallel
+from minitf.training.task import Task
+from minitf.training.trainer_config import FORWARD_SPEEDUP, Schedule
+
+# At run time the schema would load Hydra, which only the command needs.
+if TYPE_CHECKING:
+    from minitf.config.schema import Config
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Built once, by `minitf.runs.prepare`, and read by the trainer and its actions."""
+
+    config: "Config"  # resolved: model and tokenizer are those in use
+    run_dir: Path
+    task: Task
+    batches: BatchSource
+    parallel: Parallel  # the model, in its group of processes
+    hardware: Hardware
+    decisions: RunDecisions  # of the run so far
+    checkpoint: Path | None  # the directory of the checkpoint to resume from
+    saved_state: Mapping[str, Any] | None  # its trainer_state.json
+    origin: Mapping[str, str]  # base model and licence, for the model card
+    size_reason: str  # why the model has its size, if the run chose it
+
+    @property
+    def model(self) -> Transformer:
+        return self.parallel.model
+
+    @property
+    def group(self) -> ProcessGroup:
+        return self.parallel.group
+
+    @property
+    def tokens_per_step(self) -> int:
+        trainer = self.config.trainer
+        return trainer.batch_size * trainer.grad_accumulation * self.config.model.context_length
+
+    @property
+    def steps_per_evaluation(self) -> float:
+        """The time of one evaluation, in steps, about."""
+        return self.task.evaluated_tokens(self.config.trainer.eval_tokens) / self.tokens_per_step / FORWARD_SPEEDUP
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """When each action of a run of `num_steps` is due."""
+        return Schedule.of(self.config.trainer, num_steps, self.steps_per_evaluation)
+
+    def initial_state(self) -> TrainState:
+        """The state to train from. Raises MinitfError if the checkpoint's is incomplete."""
+        return TrainState() if self.saved_state is None else TrainState.from_json(self.saved_state)
