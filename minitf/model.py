@@ -175,7 +175,7 @@ class Transformer(nn.Module):
         (PaLM, Chowdhery et al., 2022, appendix B, with the causal half counted as half).
         """
         c = self.config
-        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.dim() == 2)  # type: ignore[union-attr]
+        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.dim() == 2)  # type: ignore
         attention = 6 * c.num_layers * c.num_heads * c.head_dim * (c.context_length + 1)
         return 6.0 * (matrices + self.vocabulary_VD.numel()) + attention
 

@@ -40,8 +40,8 @@ def _heads_forward(
 
 @triton.jit
 def _heads_backward(
-    qkv, q_weight, k_weight, cosines, sines, dq, dk, dv, dqkv, parts, num_rows, num_positions, eps,
-    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, HAS_NORM: tl.constexpr,
+    qkv, q_weight, k_weight, cosines, sines, dq, dk, dv, dqkv, parts, num_rows, num_positions, eps, H: tl.constexpr,
+    G: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     program, h, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, HALF)
     is_query, is_key, is_value = h[:, None] < H, (h[:, None] >= H) & (h[:, None] < H + G), h[:, None] >= H + G
