@@ -24,7 +24,7 @@ from minitf.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded checkpoint and what can be done with it."""
+    """A loaded checkpoint: generation, answers, evaluation and attention."""
 
     checkpoint: Checkpoint
 
@@ -58,25 +58,25 @@ class LanguageModel:
         min_p: float = 0.05,
         repetition_penalty: float = 1.0,
     ) -> str | list[str]:
-        """The continuation of `prompt`, without the prompt; a list of them if `num_samples` is above 1."""
+        """The continuation of `prompt`, without the prompt; a list of continuations if `num_samples` is above 1."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         options = Options(max_tokens, seed, stop, sampling)
         texts = generate_text(self.model, self.tokenizer, prompt, options, num_samples)
         return texts[0] if num_samples == 1 else texts
 
     def answer(self, source: str | Sequence[str], *, beam: int = 1, length_penalty: float = 1.0) -> str | list[str]:
-        """What a model trained on pairs turns `source` into; a list for a list."""
+        """The answer of a model trained on pairs to `source`; a list of answers to a list of sources."""
         sources = [source] if isinstance(source, str) else list(source)
         options = AnswerOptions(beam=beam, length_penalty=length_penalty)
         answers = answer(self.model, self.tokenizer, sources, options)
         return answers[0] if isinstance(source, str) else answers
 
     def stream(self, prompt: str, options: Options | None = None) -> Iterator[str]:
-        """Pieces of the continuation as they are decided."""
+        """Pieces of the continuation as soon as they are certain."""
         return stream_text(self.model, self.tokenizer, prompt, options or Options())
 
     def evaluate(self, text: str | None = None, max_tokens: int | None = None) -> HeldOut:
-        """Loss, bits per byte and perplexity on `text`, or else on the held-out part of the text of its own run."""
+        """Loss, bits per byte and perplexity on `text`, or by default on the held-out part of the run's own text."""
         if text is None:
             tokens, num_bytes = held_out_part(self.checkpoint)
         else:
@@ -84,9 +84,9 @@ class LanguageModel:
         return evaluate_checkpoint(self.checkpoint, tokens, num_bytes, max_tokens)
 
     def attention(self, text: str) -> AttentionMaps:
-        """What every head looks at in `text`; scores of previous token, first token and entropy are of this text.
+        """The attention of every head in `text`; the head scores are those of this text.
 
-        Of a model trained on pairs: in `text` and its answer, or in "SOURCE => TARGET".
+        A model trained on pairs answers `text` first, unless it is "SOURCE => TARGET".
         """
         return maps_of_checkpoint(self.checkpoint, text)
 

@@ -8,10 +8,11 @@ A backend is used only if it agrees with these files as they are: see agreement.
 """
 
 import functools
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from minitf.model import Transformer
-from minitf.optim import Optimizer
+if TYPE_CHECKING:  # the C sources are compiled while torch is imported, so this package must not import it
+    from minitf.model import Transformer
+    from minitf.optim import Optimizer
 
 
 class Backend(Protocol):
@@ -21,10 +22,10 @@ class Backend(Protocol):
     description: str  # for a sentence: "our C kernels"
     replaces: tuple[str, ...]  # definitions of the core it implements anew, for example "model.Block"
 
-    def unsupported(self, model: Transformer) -> str | None:
+    def unsupported(self, model: "Transformer") -> str | None:
         """Why it cannot compute this model on this machine, or None."""
 
-    def install(self, model: Transformer, optimizer: Optimizer | None = None) -> None:
+    def install(self, model: "Transformer", optimizer: "Optimizer | None" = None) -> None:
         """Compute `model`, and the updates of `optimizer`, by this backend from now on."""
 
 
@@ -35,16 +36,16 @@ class Reference:
     description = "attention.py as written"
     replaces: tuple[str, ...] = ()
 
-    def unsupported(self, model: Transformer) -> str | None:
+    def unsupported(self, model: "Transformer") -> str | None:
         return None
 
-    def install(self, model: Transformer, optimizer: Optimizer | None = None) -> None:
+    def install(self, model: "Transformer", optimizer: "Optimizer | None" = None) -> None:
         for part in [*model.modules(), *([optimizer, *optimizer.optimizers] if optimizer else [])]:
             if "_reference_class" in part.__dict__:
                 part.__class__ = part.__dict__["_reference_class"]
 
 
-def custom_module(model: Transformer) -> str | None:
+def custom_module(model: "Transformer") -> str | None:
     """The class of a module that is not the core's own (a variant of attention, for example), or None."""
     for part in model.modules():
         cls = part.__dict__.get("_reference_class", type(part))

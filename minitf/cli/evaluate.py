@@ -29,9 +29,13 @@ def parser() -> argparse.ArgumentParser:
     p = CommandParser(description="Held-out loss, perplexity and bits per byte of a run, and what each head does.")
     p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
     p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
-    p.add_argument("--max-tokens", type=int, help="evaluate on about N tokens, evenly spread (default: all)")
-    p.add_argument("--max-pairs", type=int, help="answer N held-out pairs, evenly spread (default: all)")
-    p.add_argument("--beam", type=int, default=1, help="answer pairs by a beam search of this width (default: greedy)")
+    p.add_argument(
+        "--max-tokens", metavar="N", type=int, help="evaluate on about N tokens, evenly spread (default: all)"
+    )
+    p.add_argument("--max-pairs", metavar="N", type=int, help="answer N held-out pairs, evenly spread (default: all)")
+    p.add_argument(
+        "--beam", metavar="N", type=int, default=1, help="answer pairs by a beam search of width N (default: greedy)"
+    )
     p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the fastest available")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument(

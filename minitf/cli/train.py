@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from minitf.distributed.process_group import ProcessGroup
 
+SEARCH = ("config_dir", "config_path", "config_name")  # flags that say where presets are
+ACTION = ("multirun", "cfg", "package", "resolve", "info", "hydra_help")  # flags for anything but a single run
+
 
 def parser() -> CommandParser:
     """Hydra's flags, as far as they have an effect; config/help.py describes them."""
@@ -26,7 +29,8 @@ def parser() -> CommandParser:
     p.add_argument("-sc", "--shell-completion", action="store_true")
     p.add_argument("-cd", "--config-dir")
     p.add_argument("-cn", "--config-name")
-    p.add_argument("-cp", "--config-path")
+    # Hydra would take a relative path from the folder of this file.
+    p.add_argument("-cp", "--config-path", type=os.path.abspath)
     action = p.add_mutually_exclusive_group()
     action.add_argument("-r", "--run", action="store_true")
     action.add_argument("-m", "--multirun", action="store_true")
@@ -57,21 +61,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def search_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that say where presets are. Hydra would take a relative -cp from this file's folder, not the user's."""
-    named = {name: getattr(args, name) for name in ("config_dir", "config_path", "config_name")}
-    if args.config_path:
-        named["config_path"] = str(Path(args.config_path).absolute())
-    return [word for name, value in named.items() if value for word in (f"--{name.replace('_', '-')}", value)]
-
-
-def action_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that say what Hydra does, if not a single run."""
-    named = [
-        word for name in ("cfg", "package", "info") if (value := getattr(args, name)) for word in (f"--{name}", value)
-    ]
-    switches = [f"--{name.replace('_', '-')}" for name in ("multirun", "resolve", "hydra_help") if getattr(args, name)]
-    return [*named, *switches]
+def as_words(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """The flags of `names` that are set, as Hydra takes them."""
+    given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    return [word for flag, value in given.items() if value for word in ([flag] if value is True else [flag, value])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_page(words))
         return 0
     args = parse(words)
-    search, action = search_flags(args), action_flags(args)
+    search = as_words(args, SEARCH)
+    action = as_words(args, ACTION)
     if args.version:
         from importlib.metadata import version
 

@@ -142,7 +142,6 @@ def check_sweep(overrides: Sequence[str], flags: Sequence[str] = ()) -> list[str
 
 def decided_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> list[str]:
     """What follows from `overrides` without a machine, as further overrides: `--cfg` then prints what will run."""
-    check_overrides(overrides, flags)
     found: list[str] = []
 
     def compare(composed: DictConfig) -> None:

@@ -25,7 +25,7 @@ class RunDecisions:
     backend: str = ""  # cpu, triton, compile, sdpa or reference
     num_processes: int = 0  # gradients are summed over these,
     num_threads: int = 0  # in each of them over its CPU threads,
-    micro_batch_size: int = 0  # and over micro-batches of so many sequences
+    micro_batch_size: int = 0  # and over micro-batches of this many sequences
     torch_version: str = ""
     decided_at: int = 0  # the step from which on this holds: 0, or where a resumed run was given another end
     num_steps: int = 0  # of the whole run, estimated from the speed of the warm-up

@@ -93,7 +93,7 @@ class Task(ABC):
         """The texts whose attention is logged: `wanted`, or the data's own if that is None."""
 
     @abstractmethod
-    def look(
+    def probe_maps(
         self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
     ) -> AttentionMaps:
         """The attention on one probe. Raises RequestError if it does not fit the tokenizer or the context."""
@@ -149,7 +149,7 @@ class TextTask(Task):
     def probes(self, wanted: list[str] | None) -> list[str]:
         return [GENERAL_PROBE, *(self.data.probes or [self._beginning()])] if wanted is None else wanted
 
-    def look(
+    def probe_maps(
         self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
     ) -> AttentionMaps:
         return attention_maps(model, self.tokenizer, probe, step=step, scores=scores)
@@ -226,7 +226,7 @@ class PairsTask(Task):
         own = self.data.probes or [ARROW.join(self.texts(index)) for index in self.chosen(NUM_PROBES)]
         return own if wanted is None else wanted
 
-    def look(
+    def probe_maps(
         self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
     ) -> AttentionMaps:
         source, arrow, target = probe.partition(ARROW)

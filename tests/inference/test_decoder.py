@@ -9,7 +9,7 @@ import torch
 from helpers import recorded_weights
 from torch import Tensor
 
-from minitf.attention import AttentionRecord
+from minitf.attention import Attention, AttentionRecord
 from minitf.backends.cpu import decode_bindings
 from minitf.backends.cpu.decoding import MAX_PREFILL, CpuEngine, ThreadChoice
 from minitf.backends.cuda.decoding import GraphEngine
@@ -255,6 +255,17 @@ def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest
     decode_bindings.library.cache_clear()
     decode_bindings.unavailable.cache_clear()
     assert choose_engine(random_model()) is CpuEngine
+
+
+def test_a_variant_of_attention_is_decoded_by_the_model() -> None:
+    class Variant(Attention):
+        pass
+
+    model = random_model()
+    model.model.layers[1].self_attn.__class__ = Variant  # type: ignore[index,union-attr]
+    assert choose_engine(model) is TorchEngine
+    with pytest.raises(RequestError, match="--engine native: it does not know Variant"):
+        choose_engine(model, "native")
 
 
 def test_an_engine_that_cannot_decode_states_why() -> None:

@@ -49,9 +49,9 @@ def test_checkpoints_between_evaluations_hold_only_finite_models(
 
 
 def test_failed_run_can_be_started_again_in_its_directory(workdir: Path, tiny: list[str]) -> None:
-    looks = [*tiny, "trainer.attention_every=3", "trainer.max_steps=3", "trainer.eval_every=1000"]
-    for name, settings in (("run", ["optim.learning_rate=1e30"]), ("run", []), ("expected", [])):
-        assert train_here(*looks, *settings, f"run_dir={name}") == (1 if settings else 0)
+    settings = [*tiny, "trainer.attention_every=3", "trainer.max_steps=3", "trainer.eval_every=1000"]
+    for name, rates in (("run", ["optim.learning_rate=1e30"]), ("run", []), ("expected", [])):
+        assert train_here(*settings, *rates, f"run_dir={name}") == (1 if rates else 0)
     assert losses("run") == losses("expected")
     counts = {name: len(Path(name, "attention.jsonl").read_text().splitlines()) for name in ("run", "expected")}
     assert counts["run"] == counts["expected"] > 0

@@ -11,9 +11,8 @@ import torch
 from helpers import make_text, rows, train_here
 
 import minitf
-from minitf import evaluate
 from minitf.checkpoints.locate import find_checkpoint
-from minitf.errors import run_command
+from minitf.cli import evaluate
 from minitf.generate import Options
 from minitf.inference.sampling import Sampling
 from minitf.optim import OptimConfig, schedule_factor
@@ -80,12 +79,12 @@ def test_tensorboard_gets_every_documented_tag(trained_run: Path) -> None:
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
         [row["loss"] for row in rows(trained_run, "train")], rel=1e-6
     )
-    looks = [0, *range(3, 40, 3), 40]
-    assert [event.step for event in events.Scalars("heads/entropy/layer0_head0")] == looks
+    logged = [0, *range(3, 40, 3), 40]
+    assert [event.step for event in events.Scalars("heads/entropy/layer0_head0")] == logged
     for probe in ("The cat sat on the mat.", "Sir, go = on"):
         assert f"attention/{probe}" in tags["images"]
         images = events.Images(f"attention/{probe}")
-        assert [image.step for image in images] == looks
+        assert [image.step for image in images] == logged
         assert images[0].encoded_image_string.startswith(b"\x89PNG")
     samples = next(tag for tag in tags["tensors"] if tag.split("/")[0] == "samples")
     assert [event.step for event in events.Tensors(samples)] == [20, 40]
@@ -125,7 +124,7 @@ def test_load_generates_and_returns_attention(trained_run: Path, monkeypatch: py
 def test_evaluate_command_reproduces_the_logged_metrics(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (20, 40):
         checkpoint = trained_run / f"checkpoints/step_{step:08d}"
-        assert run_command(lambda c=checkpoint: evaluate.main(["--run", str(c), "--json"])) == 0  # type: ignore[misc]
+        assert evaluate.main(["--run", str(checkpoint), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         (row,) = (row for row in rows(trained_run, "val") if row["step"] == step)
         assert found["step"] == step
@@ -141,7 +140,7 @@ def test_evaluate_command_reads_another_file(
     for name, text in (("like.txt", make_text(50, seed=9)), ("unlike.txt", "zq#7" * 500)):
         (tmp_path / name).write_text(text)
         arguments = ["--run", str(trained_run), "--json", "--file", str(tmp_path / name)]
-        assert run_command(lambda a=arguments: evaluate.main(a)) == 0  # type: ignore[misc]
+        assert evaluate.main(arguments) == 0
         results[name] = json.loads(capsys.readouterr().out)
         assert results[name]["num_tokens"] == len(text) - 1
     assert results["like.txt"]["loss"] < results["unlike.txt"]["loss"] - 1

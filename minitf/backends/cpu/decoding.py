@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitf.attention import AttentionRecord
+from minitf.backends import custom_module
 from minitf.backends.cpu.decode_bindings import DecodeFunction, unavailable
 from minitf.backends.engine import TorchEngine
 from minitf.model import Transformer
@@ -70,6 +71,8 @@ class CpuEngine(TorchEngine):
             return f"it computes in float32, and the model in {str(model.compute_dtype).removeprefix('torch.')}"
         if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
             return "it reads float32 weights"
+        if custom := custom_module(model):
+            return f"it does not know {custom}"
         return unavailable()
 
     def prefill(self, texts: Sequence[Sequence[int]], record: list[AttentionRecord] | None = None) -> Tensor:

@@ -43,7 +43,7 @@ class LogAttention:
     ) -> None:
         step, reporter = trainer.state.step, trainer.reporter
         try:
-            maps = trainer.context.task.look(model, probe, step, scores, aligning)
+            maps = trainer.context.task.probe_maps(model, probe, step, scores, aligning)
         except RequestError as error:  # this tokenizer or context cannot take it
             if probe not in self.skipped:
                 self.skipped.add(probe)

@@ -131,10 +131,10 @@ void cross_entropy(int64_t N, int64_t V, const scalar *logits, const int64_t *ta
         vec highest = all(-INFINITY), sums = all(0);
         for (int64_t v = 0; v < V; v += LANES) /* in this order NaN does not become the maximum, but shows in the sum */
             highest = maximum(within(load(row + v, first(V - v)), 0, V - v, -INFINITY), highest);
-        float most = max_of(highest);
+        float most = max_of(highest), shift = most * LOG2_E;
         for (int64_t v = 0; v < V; v += LANES) {
             lanes some = first(V - v);
-            vec e = exp2_of((load(row + v, some) - most) * LOG2_E);
+            vec e = exp2_of(load(row + v, some) * LOG2_E - shift);
             sums += within(e, 0, V - v, 0);
             store_floats(exps + v, some, e);
         }
