@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends.kernel_sets import Kernels
+from helpers import not_applicable
 from helpers import random_tensor as random
 from helpers import relative_error as off
 from torch import Tensor
@@ -148,7 +149,7 @@ def test_attention(
     B: int, T: int, H: int, G: int, K: int, normalised: bool, packed: bool, kernels: Kernels
 ) -> None:  # fmt: skip
     if not kernels.in_c and T > 20:
-        pytest.skip("Triton's interpreter is slow")
+        not_applicable("Triton's interpreter is slow")
     attention = Attention(8, H, G, K, normalised)
     if normalised:
         with torch.no_grad():
@@ -208,7 +209,7 @@ def test_attention_is_causal_and_respects_segments(packed: bool, kernels: Kernel
 def test_nan_in_a_key_reaches_all_later_queries(key: int, kernels: Kernels) -> None:
     T = 300 if kernels.in_c else key + 8
     if T > 300 or (not kernels.in_c and key > 3):
-        pytest.skip("Triton's interpreter is slow")
+        not_applicable("Triton's interpreter is slow")
     qkv = random(1, T, 96).to(kernels.dtype)
     qkv[0, key, 40] = float("nan")
     mixed = kernels.attend(Attention(8, 1, 1, 32, True), qkv, rotary_table(32, T, 1e4))
@@ -254,7 +255,7 @@ def test_products_are_added_to_a_gradient(N: int, R: int, C: int, kernels: Kerne
 
 def test_a_target_outside_the_vocabulary_gives_nan(kernels: Kernels) -> None:
     if not kernels.in_c:
-        pytest.skip("Triton's kernel does not check targets")
+        not_applicable("Triton's kernel does not check targets")
     logits, scales = random(2, 5).to(kernels.dtype), torch.ones(2)
     for target in (-1, 5, 1_000_000):
         loss, gradient = kernels.chunk_loss(logits, torch.tensor([2, target]), scales)
@@ -291,7 +292,7 @@ def test_second_derivatives_are_refused(kernels: Kernels) -> None:
 @pytest.mark.usefixtures("with_threads")
 def test_results_are_the_same_bits_with_any_number_of_threads(kernels: Kernels) -> None:
     if not kernels.in_c:
-        pytest.skip("Triton has no threads on a processor")
+        not_applicable("Triton has no threads on a processor")
     attention, norm = Attention(8, 4, 4, 32, True), torch.nn.RMSNorm(8, eps=1e-6)
     outcomes = []
     for num_threads in (1, 2, 3, 1):

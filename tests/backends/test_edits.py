@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, make_text
+from helpers import SHAPE, make_text, not_applicable
 
 from minitf.backends.cpu.blocks import CpuKernels
 from minitf.model import ModelConfig, Transformer
@@ -157,6 +157,6 @@ def test_every_edit_trains_shows_and_generates(
     edit: str, precision: str, context: int, text: Path, tmp_path: Path
 ) -> None:
     if precision not in kernel_precisions():
-        pytest.skip(f"this processor has no C kernels in {precision}")
+        not_applicable(f"this processor has no C kernels in {precision}")
     # Compiling takes the better part of a minute: in one precision, at one length.
     check(edit, context, precision, (precision, context) == ("fp32", 64), text, tmp_path)

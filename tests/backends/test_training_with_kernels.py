@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends.kernel_sets import Kernels
-from helpers import assert_one_line, interrupt_at, losses, train_here
+from helpers import assert_one_line, interrupt_at, losses, not_applicable, train_here
 from helpers import relative_error as off
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def test_losses_and_gradients_are_those_of_plain_pytorch(
     settings: dict[str, object], packed: bool, kernels: Kernels
 ) -> None:
     if not kernels.in_c and packed == (settings is SETTINGS[1]):
-        pytest.skip("Triton's interpreter is slow")
+        not_applicable("Triton's interpreter is slow")
     length, num_layers = (70, 2) if kernels.in_c else (6, 1)
     model = model_of(**settings, num_layers=num_layers)
     loss, exact = gradients_of(model, packed, length)
@@ -85,7 +85,7 @@ def test_triton_kernels_in_bfloat16_differ_by_rounding_alone() -> None:
     from minitf.backends.cuda.triton_blocks import TritonKernels
 
     if not pytest.importorskip("triton").knobs.runtime.interpret:
-        pytest.skip("on a CUDA device test_cuda.py tests the compiled kernels")
+        not_applicable("on a CUDA device test_cuda.py tests the compiled kernels")
     model = model_of()
     _, exact = gradients_of(model, False, 7)
     model.compute_dtype = BF16
@@ -98,7 +98,7 @@ def test_triton_kernels_in_bfloat16_differ_by_rounding_alone() -> None:
 @pytest.mark.parametrize("place", ["embedding", "k_norm"])
 def test_nan_in_a_weight_shows_in_the_loss(place: str, kernels: Kernels) -> None:
     if place == "k_norm" and not kernels.in_c:
-        pytest.skip("PyTorch's attention on a processor takes a query without any finite score for a masked one")
+        not_applicable("PyTorch's attention on a processor takes a query without any finite score for a masked one")
     model = model_of()
     kernels.install(model)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     try:
         bindings.library(dtype)
     except Unavailable as reason:
-        pytest.skip(str(reason))
+        not_applicable(str(reason))
     return dtype
 
 

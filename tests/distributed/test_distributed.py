@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import train_here
+from helpers import not_applicable, train_here
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -148,7 +148,7 @@ def test_c_kernels_train_in_several_processes(workdir: Path, small: list[str], s
     try:
         calls.library(PRECISIONS[precision])
     except Unavailable as reason:
-        pytest.skip(str(reason))
+        not_applicable(str(reason))
     small = [*small, f"trainer.precision={precision}", "trainer.compile=native", "trainer.max_steps=3"]
     assert train_here(*small, "run_dir=one") == 0
     done = torchrun(2, *small, "run_dir=two", f"trainer.strategy={strategy}")
