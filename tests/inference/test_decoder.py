@@ -221,12 +221,10 @@ def test_a_cuda_step_is_queued_before_the_one_before_it_is_read() -> None:
 
 @pytest.fixture
 def uncached_library() -> Iterator[None]:
-    """decode.c is looked for anew inside, and again after."""
-    for cached in (decode_bindings.library, decode_bindings.unavailable):
-        cached.cache_clear()
+    """decode.c is loaded again inside, and again afterwards."""
+    decode_bindings.library.cache_clear()
     yield
-    for cached in (decode_bindings.library, decode_bindings.unavailable):
-        cached.cache_clear()
+    decode_bindings.library.cache_clear()
 
 
 @pytest.mark.usefixtures("uncached_library")
@@ -253,7 +251,6 @@ def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest
     built.unlink()  # not overwritten: it is loaded
     built.write_bytes(b"damaged")
     decode_bindings.library.cache_clear()
-    decode_bindings.unavailable.cache_clear()
     assert choose_engine(random_model()) is CpuEngine
 
 
