@@ -139,7 +139,7 @@ def train(arguments: list[str], tiny: list[str], place: Path) -> None:
         run(shlex.join(["python", "-m", "minitf.train", *arguments]), place)
         return
     settings = [word for word in arguments if word not in flags]
-    check_overrides(settings)
+    check_overrides(settings, sweep="-m" in flags)
     if any(word.startswith("resume=") for word in settings):
         kept = [word for word in settings if not word.startswith(("trainer.max_steps", "trainer.max_minutes"))]
         assert train_here(*kept, "trainer.max_steps=4") == 0

@@ -146,7 +146,7 @@ class Targets:
         if not path.exists() or chance.random() < 0.01:
             from minitf.config.schema import save_config
 
-            save_config(compose_config([]), self.directory / "good.yaml")
+            save_config(compose_config(["model=mini"]), self.directory / "good.yaml")
         good = (self.directory / "good.yaml").read_bytes()
         path.write_bytes(_changed(good, data, chance))
         load_config(path)
