@@ -38,6 +38,8 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str] = (), sweep: 
         key = override.key_or_group.split("@")[0]
         if re.match(r"hydra\b", key):
             _check_hydra_key(key, sweep)
+            if "/" in key:
+                _check_group(override, flags)
         elif key in GROUPS or any((folder / key).is_dir() for folder in folders(flags)):
             _check_group(override, flags)
         elif key not in keys:
@@ -48,10 +50,14 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str] = (), sweep: 
 
 
 def _check_group(override: Override, flags: Sequence[str]) -> None:
-    """Hydra finds options that do not exist, if they are names."""
-    if override.is_sweep_override() or override.is_delete() or isinstance(override.value(), str | list):
+    """RequestError unless options are names, as Hydra takes for granted; it says which names do not exist."""
+    group, equals, choice = (override.input_line or "").partition("=")
+    if override.is_sweep_override() or not equals:  # ~group
         return
-    group, _, choice = (override.input_line or "").partition("=")
+    value = override.value()
+    several = value if isinstance(value, list) and not override.is_delete() else [value]
+    if all(isinstance(name, str) for name in several):
+        return
     raise RequestError(_no_option(group, choice, list(options(group, flags))))
 
 
@@ -99,7 +105,7 @@ def _explain_missing(path: str, found: Sequence[str] | None) -> str:
 
 
 def _no_option(group: str, choice: str, found: Sequence[str]) -> str:
-    hint = f"; there are {', '.join(found)}"
+    hint = f"; there are {', '.join(found)}" if found else ""
     if difflib.get_close_matches(choice, found):
         hint = nearest(choice, found)
     elif group == "data" and re.search(r"[./]", choice):

@@ -149,7 +149,7 @@ class Targets:
             return
         good, damaged = self.directory / "good.yaml", self.directory / "config.yaml"
         if not good.exists():
-            save_config(compose_config([]), good)
+            save_config(compose_config(["model=mini"]), good)
         damaged.write_bytes(_damaged(good.read_bytes(), data, rng))
         load_config(damaged)
 

@@ -27,7 +27,7 @@ def test_dry_run_predicts_the_run(tiny: list[str], workdir: Path, capsys: pytest
     rows = [json.loads(line) for line in Path("runs/real/one/metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["split"] == "train"][-1]
     assert printed["training"] == f"{last['step']} steps, {last['tokens']} tokens"
-    assert re.fullmatch(r"[\d,]+ ms for 128 tokens, on cpu in float32, not compiled", printed["step"])
+    assert re.fullmatch(r"[\d,]+ ms for 128 tokens, on cpu in float32, by reference", printed["step"])
     assert re.fullmatch(r"[\d,]+ tokens/s", printed["speed"])
 
     from minitf.checkpoints.checkpoint import load_checkpoint
@@ -43,12 +43,12 @@ def test_dry_run_predicts_the_run(tiny: list[str], workdir: Path, capsys: pytest
 
 def test_dry_run_computes_like_the_run(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for precision, dtype in PRECISIONS.items():
-        native = "by our kernels"
+        native = "by cpu"
         try:
             calls.library(dtype)
         except Unavailable:
-            native = "not compiled"
-        for compilation, words in (("auto", native), ("true", "not compiled")):
+            native = "by reference"
+        for compilation, words in (("auto", native), ("true", "by reference")):
             settings = [f"trainer.precision={precision}", f"trainer.compile={compilation}", "trainer.dry_run=true"]
             assert train_here(*tiny, *settings) == 0
             assert report(capsys)["step"].endswith(f"on cpu in {str(dtype).removeprefix('torch.')}, {words}")
