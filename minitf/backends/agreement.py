@@ -126,7 +126,8 @@ def _outputs_and_gradients(model: Transformer, batch: _Batch) -> dict[str, list[
         y_BTD = module(x_BTD, *others)
         found[f"the output of {part}"] = [y_BTD]
         inputs = [x_BTD, *module.parameters()]
-        found[f"the gradient of {part}"] = list(torch.autograd.grad(y_BTD, inputs, batch.dy_BTD))
+        # Of a sum, since PyTorch imports half a second of symbolic algebra for a gradient that starts with a tensor.
+        found[f"the gradient of {part}"] = list(torch.autograd.grad((y_BTD * batch.dy_BTD).sum(), inputs))
     loss = model.cross_entropy(x_BTD, model.vocabulary_VD, batch.targets_BT)
     found["the loss"] = [loss]
     found["the gradient of the loss"] = list(torch.autograd.grad(loss, [x_BTD, model.vocabulary_VD]))

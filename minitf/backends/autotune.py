@@ -61,20 +61,21 @@ def select(
     model: Transformer,
     optimizer: Optimizer,
     agrees: Callable[[Backend], str | None],
-    measure: Callable[[], float],
+    measure: Callable[[bool], float],
     seconds_left: Callable[[float], float],
 ) -> Selection:
     """Install the fastest backend that agrees with the reference.
 
     `wanted` is a value of `trainer.compile` or the name of a backend; one that is not to be had here is done without.
-    `agrees(backend)` is why it does not agree, or None; `measure()` the seconds of a step as installed;
+    `agrees(backend)` is why it does not agree, or None; `measure(warm)` the seconds of a step as installed,
+    with steps before that are not counted unless `warm`;
     `seconds_left(step_s)` the training time left at that speed.
     """
     notes: list[str] = []
     base = _base(model, agrees, notes)
     base.install(model, optimizer)
     candidates = [backend for backend in wanted_backends(wanted, model) if not _missing(backend, model, wanted, notes)]
-    base_s = measure()
+    base_s = measure(base.name == "reference")
     for backend in candidates:
         if backend.name == "compile" and wanted == "auto" and seconds_left(base_s) < COMPILE_PAYS_FROM_S:
             notes.append(f"torch.compile does not pay in {seconds_left(base_s):.0f} s of training")
@@ -84,7 +85,7 @@ def select(
                 notes.append(f"not by {backend.description}: {reason}")
                 continue
             backend.install(model, optimizer)
-            step_s = measure()
+            step_s = measure(False)
         except Exception as error:  # a broken compiler or driver surfaces as any of many classes: train without it
             if out_of_memory(error):
                 raise

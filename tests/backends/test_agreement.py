@@ -165,7 +165,7 @@ class Clock:
         self.model = Transformer(ModelConfig(**SHAPE), 50)
         self.optimizer = Optimizer(self.model, OptimConfig(), torch.float32)
 
-    def measure(self) -> float:
+    def measure(self, warm: bool) -> float:
         names = {type(part).__name__ for part in self.model.modules()}
         self.tried.append("cpu" if "CpuBlock" in names else "compile" if "CompiledBlock" in names else "reference")
         return self.seconds[self.tried[-1]]
