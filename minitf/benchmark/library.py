@@ -123,7 +123,7 @@ def step_parts(
     from minitf.optim import OptimConfig, Optimizer
     from minitf.system.hardware import choose_hardware
     from minitf.training.parallel import Parallel
-    from minitf.training.step import TrainingStep
+    from minitf.training.tuned_step import TunedStep
 
     hardware = choose_hardware(device, "auto")
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def step_parts(
     tokens = np.random.default_rng(0).integers(vocab_size, size=200 * config.context_length * batch_size)
     batches = Batches(tokens.astype(np.uint32), config.context_length, batch_size, 0)
     optimizer = Optimizer(model, OptimConfig(kind=optim), hardware.dtype)
-    step = TrainingStep(Parallel(model), optimizer, batches, hardware, accumulation)
+    step = TunedStep(Parallel(model), optimizer, batches, hardware, accumulation)
     choice = step.warm_up(compilation, lambda step_s: 1e9).reason
     hardware.synchronize()
     started = time.perf_counter()

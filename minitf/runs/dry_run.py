@@ -14,8 +14,8 @@ from minitf.optim import Optimizer
 from minitf.runs.summary import advice_on_size, clock, line
 from minitf.training.budget import estimate_num_steps
 from minitf.training.context import RunContext
-from minitf.training.step import TrainingStep
 from minitf.training.task import PairsTask, Task, TextTask
+from minitf.training.tuned_step import TunedStep
 
 NUM_TIMED_STEPS = 3
 
@@ -31,7 +31,7 @@ def dry_run(context: RunContext) -> None:
 def _time_step(context: RunContext, optimizer: Optimizer) -> tuple[float, str]:
     """Seconds of a step, and the backend that computed it."""
     config = context.config.trainer
-    step = TrainingStep(
+    step = TunedStep(
         context.parallel,
         optimizer,
         context.batches,

@@ -76,7 +76,7 @@ class Parallel:
             shard(model, group)
 
     def describe(self, batch_size: int) -> str:
-        """Who does what, in words; nothing for a process on its own."""
+        """A description of who does what; empty for a single process."""
         if self.group.size == 1:
             return ""
         device, threads = self.model.device.type, torch.get_num_threads()

@@ -1,33 +1,16 @@
-"""One optimiser step: forward, backward, update; how long it takes, and how much of it fits into memory."""
+"""One optimiser step: forward, backward, update, and how long it takes."""
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from minitf.backends import Backend, autotune
-from minitf.backends.agreement import Case, disagreement
-from minitf.backends.autotune import Selection
 from minitf.backends.cuda.graph import CapturedGradients
 from minitf.data.batches import BatchSource
-from minitf.errors import MinitfError, out_of_memory
 from minitf.optim import Optimizer
 from minitf.system.hardware import Hardware
-from minitf.system.memory import free_memory, growth_of
-from minitf.training import rng
 from minitf.training.parallel import Parallel
-
-# Above this step time every core stays busy; below it, synchronisation can dominate.
-THREADS_MATTER_BELOW_S = 0.5
-MAX_ACTIVATION_BYTES = 300  # per token, layer and channel: about 100 measured in bf16, 200 in fp32
-STATE_BYTES = 12  # per parameter: gradient and averages in float32
-MEMORY_SHARE = 0.7  # of free memory; the rest is for other programs, evaluation and attention maps
-MIN_THREADS_TO_HALVE = 4
-FEWER_THREADS_WITHIN = 0.95  # clearly faster: a measurement of eight steps is off by a few per cent
-CAPTURED_WITHIN = 0.9  # of the time of a step: a graph keeps the memory of its activations, and has to pay for it
 
 
 class TrainingStep:
@@ -97,137 +80,3 @@ class TrainingStep:
     def describe_micro_batch(self) -> str:
         """How much of a batch is computed at a time, for a person."""
         return f"{self.micro_batch_size:,} sequence{'s' * (self.micro_batch_size > 1)} at a time"
-
-    # -- warm-up -------------------------------------------------------------------------------------------------------
-
-    def warm_up(self, wanted: str, seconds_left: Callable[[float], float], by_time: bool = True) -> Selection:
-        """Choose the backend and measure a step, leaving weights, optimiser and random state as they were.
-
-        `wanted` is a value of `trainer.compile`, or the backend the run was trained with; `seconds_left(step_s)` is the
-        training time left at that speed; `by_time` is whether the run ends by the clock.
-        """
-        before = rng.capture()
-        self.first_step()
-        selection = self.choose_backend(wanted, seconds_left)
-        graph = self.capture()
-        open_threads = self.hardware.device.type == "cpu" and not self.hardware.threads_set
-        open_threads = open_threads and torch.get_num_threads() >= MIN_THREADS_TO_HALVE
-        step_s = self.measure(8 if by_time or open_threads else 1)  # the number of steps or threads depends on it
-        if open_threads:
-            step_s = self._choose_threads(step_s)
-        self.optimizer.reset()
-        rng.restore(before)
-        return replace(selection, step_s=step_s, reason=selection.reason + graph)
-
-    def choose_backend(self, wanted: str, seconds_left: Callable[[float], float] = lambda step_s: 0.0) -> Selection:
-        """Install the fastest backend that agrees with the reference in all processes."""
-        case = Case(
-            self.model.config, self.optimizer.config, self.model.vocab_size, self.model.compute_dtype,
-            self.hardware.device, self.micro_batch_size, self.batches.batch(0).segments_BT is not None,
-        )  # fmt: skip
-
-        def agrees(backend: Backend) -> str | None:
-            reason = disagreement(backend, case)
-            return (reason or "it differs in another process") if self.group.any(reason is not None) else None
-
-        def measure(warm: bool) -> float:
-            """Once if the first step was one by this backend; else the faster of two, as noise must not decide."""
-            if warm:
-                return self.measure(1)
-            self.run(0, 0.0)
-            return min(self.measure(1), self.measure(1))
-
-        return autotune.select(wanted, self.model, self.optimizer, agrees, measure, seconds_left)
-
-    def _choose_threads(self, step_s: float) -> float:
-        """Halve the number of threads as long as that makes a step faster; returns its seconds."""
-        most = num_threads = torch.get_num_threads()
-        while num_threads >= MIN_THREADS_TO_HALVE and step_s < THREADS_MATTER_BELOW_S:
-            torch.set_num_threads(num_threads // 2)
-            fewer_s = self.measure(8)
-            if fewer_s > FEWER_THREADS_WITHIN * step_s:
-                break
-            num_threads, step_s = num_threads // 2, fewer_s
-        torch.set_num_threads(num_threads)
-        if num_threads < most:
-            self.threads = f"{num_threads} of {most} threads, which is faster"
-        return step_s
-
-    def _can_capture(self) -> bool:
-        """Whether a step is one batch on one CUDA device, always computed alike."""
-        whole = self.grad_accumulation == 1 and self.micro_batch_size >= len(self.batches.batch(0).inputs_BT)
-        alone = self.group.size == 1 and self.model.config.dropout == 0
-        return self.cuda_graph != "false" and self.hardware.device.type == "cuda" and whole and alone
-
-    def capture(self) -> str:
-        """Record forward and backward as a CUDA graph, and keep it if faster or asked for; returns what to report."""
-        if not self._can_capture():
-            return ""
-        before_s = self.measure(4)
-        try:
-            batch = self.batches.batch(0).to(self.hardware.device)
-            self.captured = CapturedGradients(self.parallel.loss, self.optimizer.parameters, batch)
-            captured_s = self.measure(4)
-        except RuntimeError as error:  # many things cannot be recorded, memory is one of them
-            self.captured = None
-            self.model.zero_grad()
-            torch.cuda.empty_cache()
-            return f"; not as a CUDA graph: {str(error).strip().splitlines()[0][:120]}"
-        if self.cuda_graph == "auto" and captured_s > CAPTURED_WITHIN * before_s:
-            self.captured = None
-            return ""
-        return f"; as a CUDA graph, {captured_s * 1000:.1f} ms instead of {before_s * 1000:.1f} ms"
-
-    # -- memory --------------------------------------------------------------------------------------------------------
-
-    def first_step(self) -> None:
-        """The one that sets up libraries and memory, and is not representative.
-
-        If it does not fit into memory, fewer sequences are computed at a time. MinitfError if one is too many.
-        """
-        if self.hardware.device.type == "cpu" and self.group.size == 1 and not self.micro_batch_is_set:
-            self._fit_into_memory()
-        while self.group.any(not self._fits()):
-            if self.micro_batch_size == 1:
-                raise MinitfError(
-                    f"out of memory on {self.hardware.device} with one sequence of "
-                    f"{self.model.config.context_length:,} tokens at a time: set "
-                    "trainer.activation_checkpointing=true, a shorter model.context_length or a smaller model"
-                )
-            self.micro_batch_size = -(-self.micro_batch_size // 2)
-        if self.group.size > 1:
-            self.run(0, 0.0)
-
-    def _fit_into_memory(self) -> None:
-        """CPUs overcommit memory and the OOM killer strikes late, so estimate from a small micro-batch."""
-        num_rows, c, free = self.micro_batch_size, self.model.config, free_memory()
-        most_bytes = MAX_ACTIVATION_BYTES * num_rows * c.context_length * c.num_layers * c.hidden_size
-        if free is None or most_bytes < free / 4:
-            return
-        self.micro_batch_size = few = -(-num_rows // 8)
-        growth, state_bytes = growth_of(self._fits), STATE_BYTES * self.model.num_parameters()
-        self.micro_batch_size = num_rows
-        if growth is not None:
-            row_bytes = max(1.0, (growth - state_bytes) / few)
-            self.micro_batch_size = max(1, min(num_rows, int((MEMORY_SHARE * free - state_bytes) / row_bytes)))
-
-    def _fits(self) -> bool:
-        """Whether there is memory for a step."""
-        try:
-            if self.group.size == 1:
-                self.run(0, 0.0)
-            elif self.parallel.strategy == "ddp":
-                # Each process by itself: when one fails within a step, the others wait for its gradients.
-                batch, _ = self.parallel.part(self.batches.batch(0))
-                micro_batch, _ = next(batch.micro_batches(self.micro_batch_size))
-                with self.parallel.synchronised(last=False):
-                    self.parallel.loss(*micro_batch.to(self.hardware.device)).backward()  # type: ignore[no-untyped-call]
-                self.model.zero_grad()
-            return True
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        self.model.zero_grad()
-        if self.hardware.device.type == "cuda":
-            torch.cuda.empty_cache()  # fragments of pieces that are too small for the next try
-        return False

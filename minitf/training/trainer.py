@@ -19,7 +19,7 @@ from minitf.training.budget import estimate_num_steps
 from minitf.training.clock import TrainingClock
 from minitf.training.context import RunContext
 from minitf.training.signals import ending_on_signals
-from minitf.training.step import TrainingStep
+from minitf.training.tuned_step import TunedStep
 
 CORRECTED_AFTER = 0.1  # of the time limit: when the number of steps is corrected
 
@@ -48,7 +48,7 @@ class Trainer:
         self.state = context.initial_state()
         self.decisions = context.decisions
         self.optimizer = context.parallel.new_optimizer(config.optim, context.hardware.dtype)
-        self.training_step = TrainingStep(
+        self.training_step = TunedStep(
             context.parallel,
             self.optimizer,
             context.batches,

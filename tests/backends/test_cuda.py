@@ -18,7 +18,7 @@ from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
 from minitf.system.hardware import choose_hardware
 from minitf.training.parallel import Parallel
-from minitf.training.step import TrainingStep
+from minitf.training.tuned_step import TunedStep
 
 pytestmark = [
     pytest.mark.hardware,
@@ -75,13 +75,13 @@ def test_triton_kernels_compute_what_the_plain_functions_do(shape: dict[str, Any
     assert off(gradients(model, TritonKernels(), batch), exact) < 1.2 * rounded < 0.2
 
 
-def step_of(cuda_graph: str, shape: dict[str, Any]) -> TrainingStep:
+def step_of(cuda_graph: str, shape: dict[str, Any]) -> TunedStep:
     torch.manual_seed(0)
     model, hardware = model_of(shape, torch.bfloat16), choose_hardware("cuda", "bf16")
     tokens = np.random.default_rng(0).integers(331, size=20_000).astype(np.uint16)
     optimizer = Optimizer(model, OptimConfig(), hardware.dtype)
     batches = Batches(tokens, 72, 4, 0)
-    return TrainingStep(Parallel(model), optimizer, batches, hardware, cuda_graph=cuda_graph)
+    return TunedStep(Parallel(model), optimizer, batches, hardware, cuda_graph=cuda_graph)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same_run, losses, rows, tensors, train_here
 
 from minitf.backends.autotune import Selection
-from minitf.training.step import TrainingStep
+from minitf.training.tuned_step import TunedStep
 
 
 def test_loss_falls(trained_run: Path) -> None:
@@ -54,7 +54,7 @@ def test_accumulating_two_batches_equals_one_of_twice_the_size(workdir: Path, ti
 def test_warm_up_changes_nothing(workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert train_here(*tiny, "run_dir=a", "model.dropout=0.1") == 0
     unmeasured = Selection("reference", 0.001, "as set")
-    monkeypatch.setattr(TrainingStep, "warm_up", lambda *_, **__: unmeasured)
+    monkeypatch.setattr(TunedStep, "warm_up", lambda *_, **__: unmeasured)
     assert train_here(*tiny, "run_dir=b", "model.dropout=0.1") == 0
     assert_same_run("b", "a")
 

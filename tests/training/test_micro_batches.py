@@ -130,8 +130,10 @@ def test_micro_batch_size_follows_from_the_memory_of_a_few_sequences(
         grown.append(2_500_000)  # two sequences of 1 MB, and 0.5 MB for 42,656 weights
         return grown[-1]
 
-    monkeypatch.setattr("minitf.training.step.free_memory", lambda: None if free_mb is None else int(free_mb * 1e6))
-    monkeypatch.setattr("minitf.training.step.growth_of", growth_of)
+    monkeypatch.setattr(
+        "minitf.training.tuned_step.free_memory", lambda: None if free_mb is None else int(free_mb * 1e6)
+    )
+    monkeypatch.setattr("minitf.training.tuned_step.growth_of", growth_of)
     assert train_here(*tiny, "trainer.batch_size=16", *settings, "run_dir=run") == 0
     assert json.loads(Path("run/decisions.json").read_text(encoding="utf-8"))["micro_batch_size"] == at_once
     assert len(grown) == (at_once < 16)

@@ -15,6 +15,7 @@ from minitf.optim import OptimConfig, Optimizer
 from minitf.system.hardware import Hardware
 from minitf.training.parallel import Parallel
 from minitf.training.step import TrainingStep
+from minitf.training.tuned_step import TunedStep
 
 
 def batch_of(num_rows: int) -> Batch:
@@ -25,9 +26,9 @@ def batch_of(num_rows: int) -> Batch:
 
 
 @pytest.fixture
-def step(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainingStep:
+def step(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> TunedStep:
     """A step without a model, on a machine with sixteen threads."""
-    found = TrainingStep.__new__(TrainingStep)
+    found = TunedStep.__new__(TunedStep)
     found.hardware = Hardware(torch.device("cpu"), torch.float32, 1e9, "")
     found.threads = "16 threads"
     num_threads = [16]
@@ -46,7 +47,7 @@ def step(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainingStep:
     ],
 )
 def test_threads_are_halved_while_that_is_faster(
-    step: TrainingStep, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], chosen: int
+    step: TunedStep, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], chosen: int
 ) -> None:
     monkeypatch.setattr(step, "measure", lambda most: seconds[torch.get_num_threads()])
     assert step._choose_threads(seconds[16]) == seconds[chosen]

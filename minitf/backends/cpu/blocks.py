@@ -70,7 +70,7 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def parts_of(dweight: Tensor, kinds: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-    """The gradients of `joined` weights of so many rows and such dtypes."""
+    """The gradients of `joined` weights, given their numbers of rows and dtypes."""
     parts = torch.split(dweight, [rows for rows, _ in kinds]) if len(kinds) > 1 else [dweight]
     return [part.to(dtype) for part, (_, dtype) in zip(parts, kinds, strict=True)]
 
@@ -156,7 +156,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of gates and ups that lie behind each other in every row of x."""
+    """`silu(gate) * up`; each row of x holds the gates, then the ups."""
     return _SwiGLU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 

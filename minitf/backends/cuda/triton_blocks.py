@@ -98,7 +98,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of gates and ups that lie behind each other in every row of x."""
+    """`silu(gate) * up`; each row of x holds the gates, then the ups."""
     return _SwiGLU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -140,7 +140,7 @@ def _warps(width: int) -> int:
 
 
 def swiglu_forward(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of gates and ups that lie behind each other in every row of x."""
+    """`silu(gate) * up`; each row of x holds the gates, then the ups."""
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
     block = min(1024, block_of(width))
