@@ -43,6 +43,7 @@ NAMED = {"norm": "attention.RMSNorm", "rotate": "rope.rotate", "SwiGLU": "model.
          "loss": "loss.chunk_loss", "Muon": "optim.orthogonalise"}  # fmt: skip
 IN_THE_FORMULA = ("match", "weigh", "gather", "a new setting")
 NOT_IN_THE_FORWARD_PASS = ("loss", "Muon")
+UNEDITED: dict[tuple[int, str], dict[str, Any]] = {}  # what runs without an edit give, by context and precision
 
 
 def settings(text: Path, context: int, precision: str, *more: str) -> list[str]:
@@ -107,10 +108,11 @@ def check(edit: str, context: int, precision: str, compiled: bool, text: Path, t
     if compiled:
         runs["compiled"] = settings(text, context, precision, *ways["compiled"])
     package = edited_package(tmp_path / "edited", EDITS[edit])
-    before, after = tmp_path / "before", tmp_path / "after"
-    before.mkdir()
+    after = tmp_path / "after"
     after.mkdir()
-    plain = run(ROOT, before, {"train": plain_runs})
+    if (context, precision) not in UNEDITED:
+        UNEDITED[context, precision] = run(ROOT, tmp_path, {"train": plain_runs})
+    plain = UNEDITED[context, precision]
     assert "is edited" not in plain["kernels"]["backend"]
     assert plain["kernels"]["backend"].startswith("backend    our C kernels")
     found = run(package, after, {"train": runs, "inspect": ["as written"]})
@@ -119,10 +121,14 @@ def check(edit: str, context: int, precision: str, compiled: bool, text: Path, t
     expected = found["as written"]["losses"]
     name = NAMED.get(edit, "attention.")
     assert f"not by our C kernels: {name}" in found["kernels"]["backend"], found["kernels"]["backend"]
-    assert found["kernels"]["losses"] == expected  # the reference trained: not a bit differs
+    others = [*runs][2:]
+    if "attention.py as written" in found["kernels"]["backend"]:
+        assert found["kernels"]["losses"] == expected  # the reference trained: not a bit differs
+    else:  # in a long context an edit elsewhere leaves PyTorch's fused attention
+        others.append("kernels")
     if edit != "weigh a little":
         assert plain["as written"]["losses"] != expected
-    for way in [*runs][2:]:
+    for way in others:
         tolerance = 1e-3 if precision == "fp32" else 0.03
         for (split, loss), (also, other) in zip(found[way]["losses"], expected, strict=True):
             assert split == also
