@@ -44,8 +44,8 @@ MakeModel = Callable[..., Transformer]
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the crash test forks")
 def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    code = "from robustness.crash import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", code, "--kills", "3", "--directory", str(tmp_path)]
+    script = Path(__file__).parents[2] / "scripts/crash_test.py"
+    command = [sys.executable, str(script), "--kills", "3", "--directory", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\n3 kills (" in done.stdout
