@@ -74,18 +74,28 @@ OWNERS: dict[str, type] = {
 def _with_auto(section: str) -> type:
     """A section's dataclass for OmegaConf, in which the keys of AUTO also take the word `auto`."""
     words = [f.name for f in fields(OWNERS[section]) if f"{section}.{f.name}" in AUTO]
-    return make_dataclass(section, [(word, Any, field(default="auto")) for word in words], bases=(OWNERS[section],))
+    either = [(word, Any, field(default="auto")) for word in words]
+    return _importable(make_dataclass(f"{section.title()}Schema", either, bases=(OWNERS[section],)))
+
+
+def _importable(cls: type) -> type:
+    """`cls` as an attribute of this module: a launcher's other processes receive it by name, not by value."""
+    cls.__module__ = __name__
+    globals()[cls.__name__] = cls
+    return cls
 
 
 # The schema against which Hydra checks conf/ and the command line.
-Schema = make_dataclass(
-    "Schema",
-    [
-        (f.name, _with_auto(f.name), field(default=MISSING))
-        if f.name in OWNERS
-        else (f.name, f.type, field(default=f.default))
-        for f in fields(Config)
-    ],
+Schema = _importable(
+    make_dataclass(
+        "Schema",
+        [
+            (f.name, _with_auto(f.name), field(default=MISSING))
+            if f.name in OWNERS
+            else (f.name, f.type, field(default=f.default))
+            for f in fields(Config)
+        ],
+    )
 )
 
 
