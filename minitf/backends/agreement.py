@@ -9,6 +9,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -149,6 +150,17 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    """The C kernels give whole matrices to each thread, and leave fewer matrices than threads to PyTorch."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def _updates(model: Transformer, backend: Backend, case: Case) -> Iterator[Difference]:
     """The update of each shape of matrix, from the same gradients and weights."""
     named = {name: parameter for name, parameter in model.named_parameters() if "layers" in name}
@@ -156,8 +168,6 @@ def _updates(model: Transformer, backend: Backend, case: Case) -> Iterator[Diffe
     gradients = {name: torch.randn(parameter.shape).to(case.device) for name, parameter in named.items()}
     moved: dict[str, dict[str, Tensor]] = {}
     norms = {}
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # kernels give each thread whole matrices, and leave fewer than threads to PyTorch
     for one in (Reference(), backend):
         optimizer = Optimizer(model, case.optim, case.dtype)
         one.install(model, optimizer)
@@ -165,9 +175,9 @@ def _updates(model: Transformer, backend: Backend, case: Case) -> Iterator[Diffe
             for name, parameter in named.items():
                 parameter.copy_(before[name])
                 parameter.grad = gradients[name].clone()
-        norms[one.name] = optimizer.step()
+        with _single_thread():
+            norms[one.name] = optimizer.step()
         moved[one.name] = {name: parameter.detach() - before[name] for name, parameter in named.items()}
-    torch.set_num_threads(num_threads)
     yield Difference(
         "the gradient's norm", relative_error(norms[backend.name], norms["reference"]), OUTPUT_TOLERANCE[case.dtype]
     )

@@ -28,7 +28,6 @@ class Selection:
     backend: str
     step_s: float
     reason: str
-    as_set: bool = False  # nothing was tried, because trainer.compile left nothing to try
 
 
 def backends(model: Transformer) -> dict[str, Backend]:
@@ -60,30 +59,37 @@ def select(
     wanted: str,
     model: Transformer,
     optimizer: Optimizer,
-    agrees: Callable[[Backend], str | None],
+    unsupported: Callable[[Backend], str | None],
+    disagrees: Callable[[Backend], str | None],
     measure: Callable[[bool], float],
     seconds_left: Callable[[float], float],
 ) -> Selection:
     """Install the fastest backend that agrees with the reference.
 
-    `wanted` is a value of `trainer.compile` or the name of a backend; one that is not to be had here is done without.
-    `agrees(backend)` is why it does not agree, or None; `measure(warm)` the seconds of a step as installed,
-    with steps before that are not counted unless `warm`;
-    `seconds_left(step_s)` the training time left at that speed.
+    `wanted` is a value of `trainer.compile` or the name of a backend; one that is unavailable is skipped.
+    `unsupported(backend)` and `disagrees(backend)` return the reason against it, or None. `measure(warm)` returns the
+    seconds of a step as installed, after a warm-up unless `warm`; `seconds_left(step_s)` the training time left at
+    that speed. All of them must give the same results in all processes.
     """
     notes: list[str] = []
-    base = _base(model, agrees, notes)
+    base = _base(unsupported, disagrees, notes)
     base.install(model, optimizer)
-    candidates = [backend for backend in wanted_backends(wanted, model) if not _missing(backend, model, wanted, notes)]
+    candidates = []
+    for backend in wanted_backends(wanted, model):
+        reason = unsupported(backend)
+        if reason is None:
+            candidates.append(backend)
+        elif wanted != "auto" or backend.name == "compile":
+            notes.append(f"not by {backend.description}: {reason}")
     base_s = measure(base.name == "reference")
     for backend in candidates:
         if backend.name == "compile" and wanted == "auto" and seconds_left(base_s) < COMPILE_PAYS_FROM_S:
             notes.append(f"torch.compile does not pay in {seconds_left(base_s):.0f} s of training")
             continue
+        if reason := disagrees(backend):
+            notes.append(f"not by {backend.description}: {reason}")
+            continue
         try:
-            if reason := agrees(backend):
-                notes.append(f"not by {backend.description}: {reason}")
-                continue
             backend.install(model, optimizer)
             step_s = measure(False)
         except Exception as error:  # a broken compiler or driver surfaces as any of many classes: train without it
@@ -97,26 +103,20 @@ def select(
                 return Selection(backend.name, step_s, _reason(backend, step_s, base_s, notes))
             notes.append(f"by {backend.description} a step takes {step_s * 1000:.0f} ms")
         base.install(model, optimizer)
-    reason = "; ".join([f"{base.description}, {base_s * 1000:.0f} ms a step", *notes])
-    return Selection(base.name, base_s, reason, as_set=wanted in ("false", "reference", "sdpa"))
+    return Selection(base.name, base_s, "; ".join([f"{base.description}, {base_s * 1000:.0f} ms a step", *notes]))
 
 
-def _base(model: Transformer, agrees: Callable[[Backend], str | None], notes: list[str]) -> Backend:
+def _base(
+    unsupported: Callable[[Backend], str | None], disagrees: Callable[[Backend], str | None], notes: list[str]
+) -> Backend:
     """The fastest backend that needs no compiler: PyTorch's fused attention where it suits and agrees."""
     sdpa = Sdpa()
-    if sdpa.unsupported(model):
+    if unsupported(sdpa):
         return Reference()
-    if reason := agrees(sdpa):
+    if reason := disagrees(sdpa):
         notes.append(f"not by {sdpa.description}: {reason}")
         return Reference()
     return sdpa
-
-
-def _missing(backend: Backend, model: Transformer, wanted: str, notes: list[str]) -> bool:
-    reason = backend.unsupported(model)
-    if reason and (wanted != "auto" or backend.name == "compile"):
-        notes.append(f"not by {backend.description}: {reason}")
-    return reason is not None
 
 
 def _reason(backend: Backend, step_s: float, base_s: float, notes: list[str]) -> str:

@@ -9,7 +9,7 @@ from minitf.backends import Backend, autotune
 from minitf.backends.agreement import Case, disagreement
 from minitf.backends.autotune import Selection
 from minitf.backends.cuda.graph import CapturedGradients
-from minitf.errors import MinitfError, out_of_memory
+from minitf.errors import MinitfError, one_line, out_of_memory
 from minitf.system.memory import free_memory, growth_of
 from minitf.training import rng
 from minitf.training.step import TrainingStep
@@ -53,9 +53,18 @@ class TunedStep(TrainingStep):
             self.hardware.device, self.micro_batch_size, self.batches.batch(0).segments_BT is not None,
         )  # fmt: skip
 
-        def agrees(backend: Backend) -> str | None:
-            reason = disagreement(backend, case)
-            return (reason or "it differs in another process") if self.group.any(reason is not None) else None
+        def shared(reason: str | None) -> str | None:
+            """A reason against a backend in one process counts in all: their steps wait for each other."""
+            return (reason or "another process cannot use it") if self.group.any(reason is not None) else None
+
+        def unsupported(backend: Backend) -> str | None:
+            return shared(backend.unsupported(self.model))
+
+        def disagrees(backend: Backend) -> str | None:
+            try:
+                return shared(disagreement(backend, case))
+            except Exception as error:  # a broken compiler or driver surfaces as any of many classes
+                return shared(f"it failed: {one_line(error, 120)}")
 
         def measure(warm: bool) -> float:
             """Once if the first step was one by this backend; else the faster of two, as noise must not decide."""
@@ -64,7 +73,7 @@ class TunedStep(TrainingStep):
             self.run(0, 0.0)
             return min(self.measure(1), self.measure(1))
 
-        return autotune.select(wanted, self.model, self.optimizer, agrees, measure, seconds_left)
+        return autotune.select(wanted, self.model, self.optimizer, unsupported, disagrees, measure, seconds_left)
 
     def _choose_threads(self, step_s: float) -> float:
         """Halve the number of threads as long as that makes a step faster; returns its seconds."""

@@ -9,8 +9,9 @@ import torch
 from helpers import assert_one_line, train_here
 
 from minitf.data.batches import Batch
+from minitf.distributed.process_group import ProcessGroup
 from minitf.loss import IGNORED
-from minitf.model import ModelConfig, Transformer
+from minitf.model import Block, ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
 from minitf.system.hardware import Hardware
 from minitf.training.parallel import Parallel
@@ -115,3 +116,20 @@ def test_step_never_synchronises_the_device(packed: bool, optim: str) -> None:
         assert (loss.device, norm.device) == (meta, meta)
     with pytest.raises(RuntimeError, match="meta"):
         loss.item()
+
+
+def test_a_backend_that_another_process_lacks_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the processes would take different numbers of timed steps, and wait for each other forever."""
+
+    class Source:
+        def batch(self, index: int) -> Batch:
+            return Batch(*batch_of(4)[:2])
+
+    model = Transformer(ModelConfig(num_layers=1, hidden_size=32, num_heads=2, context_length=6), 9)
+    hardware = Hardware(torch.device("cpu"), torch.float32, 1e9, "")
+    step = TunedStep(Parallel(model), Optimizer(model, OptimConfig(), torch.float32), Source(), hardware)  # type: ignore[arg-type]
+    monkeypatch.setattr(ProcessGroup, "any", lambda group, flag: True)
+    selection = step.choose_backend("native")
+    assert selection.backend == "reference"
+    assert "not by our C kernels: " in selection.reason
+    assert type(model.model.layers[0]) is Block  # type: ignore[index, union-attr]
