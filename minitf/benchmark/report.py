@@ -40,7 +40,7 @@ class Report:
         self.rows.append(row)
 
     def skip(self, what: str, why: str) -> None:
-        """Record what is not measured and why."""
+        """Record a skipped measurement and the reason."""
         self.skipped.append(f"{what} skipped: {why}")
 
     def progress(self, line: str) -> None:

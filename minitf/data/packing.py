@@ -41,7 +41,7 @@ def pack(lengths: Lengths, capacity: int) -> list[tuple[list[int], int]]:
 class PairBatches(BatchSource):
     """Batches of packed pairs; each epoch draws anew which pairs share a row.
 
-    What is left of a row after its last pair is a segment of its own, without targets.
+    The rest of a row after its last pair is padding: a separate segment without targets.
     """
 
     def __init__(self, pairs: PairIds, data: DataConfig, context_length: int, batch_size: int, seed: int) -> None:

@@ -32,7 +32,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def text_of(row: Row, column: str, hint: str = "") -> str | None:
-    """The text in a column, None where it is null. BadRowError, which may end with a hint, where it is no text."""
+    """The text in a column, or None if it is null. Raises BadRowError, perhaps with a hint, for any other type."""
     if column not in row:
         raise BadRowError(f"no column {column!r}, only {listed(row)}{hint}")
     text = row[column]
