@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minitf.attention import AttentionRecord
+from minitf.attention import AttentionRecord, Edits
+from minitf.edits import editing
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
@@ -207,14 +208,15 @@ def attention_maps_of_ids(
     step: int | None = None,
     top_k: int = 5,
     scores: HeadScores | None = None,
+    edits: Edits | None = None,
 ) -> AttentionMaps:
-    """The maps of `ids`, the tokens of `text`: at least one, at most the model's context."""
+    """The maps of `ids`, the tokens of `text`: at least one, at most the model's context; under `edits`, if any."""
     record: list[AttentionRecord] = []
     # float32 gives the same numbers as a checkpoint, and is faster for a sentence: casting all weights to bfloat16
     # takes longer than its products save (25 ms a sentence against 8).
-    with evaluating(model), model.computing_in(torch.float32):
+    with evaluating(model), model.computing_in(torch.float32), editing(model, edits):
         ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
-        logits_BTV = model(ids_BT, record=record)
+        logits_BTV = model(ids_BT, record=record, edits=edits)
     vectors = HeadVectors.of(record)
     probabilities_TV = logits_BTV[0].float().softmax(-1)
     top = probabilities_TV.topk(min(top_k, logits_BTV.shape[-1]))

@@ -53,7 +53,7 @@ class Patching:
             "changed": self.changed_tokens,
             "answers": [self.clean_answer, self.changed_answer],
             "difference": round(self.difference, 6),
-            **{name: values.double().round(decimals=4).tolist() for name, values in shares.items()},
+            **{name: _rounded(values, 4).tolist() for name, values in shares.items()},
         }
 
     def table(self) -> str:
@@ -63,7 +63,8 @@ class Patching:
         header = "".join(f"{'layer ' + str(layer):>14}" for layer in range(len(self.restores_LT)))
         lines.append(f"{'':{2 * width}}{header}")
         for t, (clean, changed) in enumerate(zip(self.clean_tokens, self.changed_tokens, strict=True)):
-            pairs = zip(self.restores_LT[:, t].tolist(), self.breaks_LT[:, t].tolist(), strict=True)
+            restored_L, broken_L = (_rounded(shares_LT[:, t], 2) for shares_LT in (self.restores_LT, self.breaks_LT))
+            pairs = zip(restored_L.tolist(), broken_L.tolist(), strict=True)
             shares = "".join(f"{restored:7.2f} ({broken:4.2f})" for restored, broken in pairs)
             lines.append(f"{clean:{width}}{'' if clean == changed else changed:{width}}{shares}")
         top = self.head_restores_LHT.flatten().argsort(descending=True)[:5].tolist()
@@ -73,6 +74,11 @@ class Patching:
             one, other = self.head_restores_LHT[layer, head, t], self.head_breaks_LHT[layer, head, t]
             lines.append(f"layer {layer} head {head} at {self.clean_tokens[t]!r}: {one:.2f} ({other:.2f})")
         return "\n".join(lines)
+
+
+def _rounded(values: Tensor, decimals: int) -> Tensor:
+    """Rounded values, none of which is -0."""
+    return values.double().round(decimals=decimals) + 0.0
 
 
 @torch.no_grad()
