@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     edits.add_argument("--heads", metavar="L0H2,L1H0", help="the heads that --block and --move change (default: all)")
     edits.add_argument("--mean", action="store_true", help="--ablate by the mean over the text instead of zero")
-    where = parser.add_argument_group("where the prediction is made").add_mutually_exclusive_group()
+    group = parser.add_argument_group("where the prediction is made")
+    where = group.add_mutually_exclusive_group()
     where.add_argument("--lens", action="store_true", help="the next token, if the model stopped after each half-layer")
     where.add_argument(
         "--contributions",
@@ -43,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--patch", metavar="CHANGED", help="the places that carry the difference to the text CHANGED, of as many tokens"
+    )
+    group.add_argument(
+        "--answers",
+        nargs=2,
+        metavar=("A", "B"),
+        help="--patch: the tokens to compare (default: the likeliest of each text)",
     )
 
 
@@ -62,6 +69,8 @@ def wanted(arguments: argparse.Namespace) -> bool:
         raise RequestError("edits and --lens, --contributions, --patch are experiments of their own: choose one")
     if arguments.heads and not (arguments.block or arguments.move):
         raise RequestError("--heads says where --block and --move apply: add one of them")
+    if arguments.answers and arguments.patch is None:
+        raise RequestError("--answers names the tokens that --patch compares: add --patch TEXT")
     if arguments.mean and not arguments.ablate:
         raise RequestError("--mean says how --ablate replaces: add --ablate L0H2")
     return edits or where
@@ -96,7 +105,7 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint, text: str) -> Fin
         parts = contributions(reader, text, arguments.contributions or None)
         return Finding({"contributions": parts.to_json()}, parts.table())
     if arguments.patch is not None:
-        patching = patch(reader, text, arguments.patch)
+        patching = patch(reader, text, arguments.patch, *(arguments.answers or (None, None)))
         return Finding({"patching": patching.to_json()}, patching.table())
     return before_and_after(reader, text, edits_of(arguments))
 

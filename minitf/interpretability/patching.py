@@ -102,7 +102,7 @@ def patch(
     wanted = [one_token(reader, word) if word else side.likeliest for word, side in named]
     if wanted[0] == wanted[1]:
         label = reader.tokenizer.pieces(wanted[:1])[0]
-        raise RequestError(f"the model continues both texts with {label!r}: name two answers")
+        raise RequestError(f"the model continues both texts with {label!r}: name two answers (--answers A B)")
     differences = [float(side.logits_V[wanted[0]] - side.logits_V[wanted[1]]) for side in sides]
     whole = differences[0] - differences[1]
     if abs(whole) < SMALLEST_DIFFERENCE:

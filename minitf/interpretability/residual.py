@@ -169,9 +169,12 @@ def contributions(reader: Reader, text: str, token: str | None = None) -> Contri
 
 
 def one_token(reader: Reader, token: str) -> int:
-    """The id of `token`, which may lack its space: " cat" or "cat". RequestError if it is several tokens or none."""
-    for written in (token, f" {token}"):
-        ids = reader.tokenizer.encode(written)
+    """The id of `token`, which may lack its space: "cat" is " cat" if that is a token. RequestError if it is none."""
+    for written in (f" {token}", token):
+        try:
+            ids = reader.tokenizer.encode(written)
+        except RequestError:  # a tokenizer of characters may have no space
+            continue
         if len(ids) == 1:
             return ids[0]
     raise RequestError(f"{token!r} is not one token of this model: name a word that the attention view shows as one")
