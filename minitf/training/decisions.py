@@ -1,6 +1,7 @@
 """What a run measured and decided, in `decisions.json`: a resumed run computes with the same arithmetic."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from minitf.errors import MinitfError
 from minitf.model import ModelConfig
 from minitf.system.files import write_whole
 from minitf.system.safe_io import read_json
+from minitf.training.budget import Plans
 
 FILE_NAME = "decisions.json"
 OLD_FILE_NAME = "choices.json"  # of versions before 2026-12
@@ -28,9 +30,7 @@ class RunDecisions:
     micro_batch_size: int = 0  # and over micro-batches of this many sequences
     torch_version: str = ""
     decided_at: int = 0  # the step from which on this holds: 0, or where a resumed run was given another end
-    num_steps: int = 0  # of the whole run, estimated from the speed of the warm-up
-    corrected_at: int = 0  # the step at which a run with a time limit corrected num_steps; 0: not yet
-    corrected_num_steps: int = 0
+    plans: Plans = ()  # of its number of steps; the first is that of step 0
     finished: bool = False  # whether everything after the last step was written
 
     @classmethod
@@ -49,6 +49,7 @@ class RunDecisions:
     @classmethod
     def _from_json(cls, path: Path, content: dict[str, Any]) -> "RunDecisions":
         known = {item.name: content[item.name] for item in fields(cls) if item.name in content}
+        known |= {"plans": _plans(content)}
         for item in fields(cls):
             value = known.get(item.name, item.default)
             if type(value) is not type(item.default) or (isinstance(value, int) and not 0 <= value < MAX_NUMBER):
@@ -57,9 +58,15 @@ class RunDecisions:
                 )
         return cls(**known)
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "RunDecisions":
+        """The decisions whose `asdict` went through JSON."""
+        return cls(**{**content, "plans": tuple((step, num_steps) for step, num_steps in content["plans"])})
+
     def save(self, run_dir: Path) -> None:
         """Write `decisions.json`; raises OSError."""
-        write_whole(run_dir / FILE_NAME, json.dumps(asdict(self), indent=2) + "\n")
+        lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
+        write_whole(run_dir / FILE_NAME, "{\n" + ",\n".join(lines) + "\n}\n")
 
     def changes(self, before: "RunDecisions") -> list[str]:
         """Descriptions of what differs from an earlier start and lets sums be rounded differently."""
@@ -74,6 +81,21 @@ class RunDecisions:
         }
         pairs = ((name, getattr(before, field), getattr(self, field)) for field, name in names.items())
         return [f"{name} {now} instead of {earlier}" for name, earlier, now in pairs if earlier and earlier != now]
+
+
+def _plans(content: Mapping[str, Any]) -> Plans | None:
+    """The plans of a file, also of one before 2026-12, which held two numbers of steps; None if it is damaged."""
+    old = content.get("corrected_num_steps" if content.get("corrected_at") else "num_steps")
+    plans = content.get("plans", [[0, old]] if old else [])
+    before = -1
+    for plan in plans if isinstance(plans, list) else [None]:
+        if not (isinstance(plan, list) and [type(number) for number in plan] == [int, int]):
+            return None
+        step, num_steps = plan
+        if not before < step <= num_steps < MAX_NUMBER or num_steps < 1 or (before < 0 < step):
+            return None
+        before = step
+    return tuple((step, num_steps) for step, num_steps in plans)
 
 
 def _renamed(content: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

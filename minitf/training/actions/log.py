@@ -17,12 +17,11 @@ class LogRow:
         self.row_train_s = start.train_s
 
     def due(self, trainer: Trainer) -> bool:
-        return trainer.advanced and (trainer.state.step % trainer.schedule.log == 0 or trainer.last)
+        return trainer.advanced and (trainer.schedule.log.includes(trainer.state.step) or trainer.last)
 
     def __call__(self, trainer: Trainer) -> None:
         state = trainer.state
         trainer.saver.check()
-        state.train_s = trainer.group.broadcast(state.train_s)  # the number of steps may depend on it
         pending = trainer.take_pending()
         losses = torch.stack([loss for loss, _ in pending]).tolist()
         trainer.check_finite(sum(losses))
@@ -39,7 +38,7 @@ class LogRow:
             "warmup_s": round(state.warmup_s, 3),
             "elapsed_s": round(state.elapsed_s, 3),
         }
-        trainer.reporter.train_row(row, state.num_steps)
+        trainer.budget.read(state.step, state.train_s)
+        trainer.reporter.train_row(row, state.num_steps, trainer.budget.left_s)
         self.row_tokens = state.tokens
         self.row_train_s = state.train_s
-        trainer.correct_num_steps()
