@@ -68,7 +68,7 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
         _check_can_continue(run_dir, config, checkpoint, decisions, extended=bool(limits))
     if limits:  # the end is decided anew, and the backend with it: what pays depends on the time that is left
         decided_at = decisions.decided_at if checkpoint is None else checkpoint.step or 0
-        decisions = replace(decisions, backend="", plans=(), decided_at=decided_at)
+        decisions = replace(decisions, backend="", plans=(), switches=(), decided_at=decided_at)
     return prepare(config, run_dir, group, decisions, checkpoint)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from minitf.training.budget import Plans
 FILE_NAME = "decisions.json"
 OLD_FILE_NAME = "choices.json"  # of versions before 2026-12
 MAX_NUMBER = 1 << 53
+
+Switches = tuple[tuple[int, str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class RunDecisions:
     torch_version: str = ""
     decided_at: int = 0  # the step from which on this holds: 0, or where a resumed run was given another end
     plans: Plans = ()  # of its number of steps; the first is that of step 0
+    switches: Switches = ()  # (step, backend, threads): measured again, others are used from there on
     finished: bool = False  # whether everything after the last step was written
 
     @classmethod
@@ -49,7 +53,7 @@ class RunDecisions:
     @classmethod
     def _from_json(cls, path: Path, content: dict[str, Any]) -> "RunDecisions":
         known = {item.name: content[item.name] for item in fields(cls) if item.name in content}
-        known |= {"plans": _plans(content)}
+        known |= {"plans": _plans(content), "switches": _switches(content)}
         for item in fields(cls):
             value = known.get(item.name, item.default)
             if type(value) is not type(item.default) or (isinstance(value, int) and not 0 <= value < MAX_NUMBER):
@@ -61,7 +65,8 @@ class RunDecisions:
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "RunDecisions":
         """The decisions whose `asdict` went through JSON."""
-        return cls(**{**content, "plans": tuple((step, num_steps) for step, num_steps in content["plans"])})
+        rows = {name: tuple(tuple(row) for row in content[name]) for name in ("plans", "switches")}
+        return cls(**{**content, **rows})
 
     def save(self, run_dir: Path) -> None:
         """Write `decisions.json`; raises OSError."""
@@ -87,15 +92,27 @@ def _plans(content: Mapping[str, Any]) -> Plans | None:
     """The plans of a file, also of one before 2026-12, which held two numbers of steps; None if it is damaged."""
     old = content.get("corrected_num_steps" if content.get("corrected_at") else "num_steps")
     plans = content.get("plans", [[0, old]] if old else [])
-    before = -1
-    for plan in plans if isinstance(plans, list) else [None]:
-        if not (isinstance(plan, list) and [type(number) for number in plan] == [int, int]):
-            return None
-        step, num_steps = plan
-        if not before < step <= num_steps < MAX_NUMBER or num_steps < 1 or (before < 0 < step):
-            return None
-        before = step
+    if not _are_rows(plans, int, int) or not all(step <= num_steps for step, num_steps in plans):
+        return None
+    if plans and (plans[0][0] or not plans[0][1]):
+        return None
     return tuple((step, num_steps) for step, num_steps in plans)
+
+
+def _switches(content: Mapping[str, Any]) -> Switches | None:
+    """The switches of a file; None if it is damaged."""
+    switches = content.get("switches", [])
+    return tuple((row[0], row[1], row[2]) for row in switches) if _are_rows(switches, int, str, int) else None
+
+
+def _are_rows(rows: Any, *kinds: type) -> bool:
+    """Whether `rows` is a list of lists of these kinds, each with a larger step than the one before as its first."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return False
+    if any([type(value) for value in row] != list(kinds) for row in rows):
+        return False
+    numbers = [value for row in rows for value in row if type(value) is int]
+    return all(0 <= number < MAX_NUMBER for number in numbers) and all(a[0] < b[0] for a, b in pairwise(rows))
 
 
 def _renamed(content: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from minitf.training.plan import Schedule
 from minitf.training.signals import ending_on_signals
 from minitf.training.tuned_step import TunedStep
 
+LOOK_AGAIN_S = 5.0  # seconds of training after which a choice by a thin margin is measured again
+
 
 class Action(Protocol):
     """What the loop does between steps: log, evaluate, save, ... All ranks call it together."""
@@ -35,7 +37,10 @@ class Action(Protocol):
 class Trainer:
     """One training run, from its state to its last step."""
 
-    budget: StepBudget  # known after the warm-up
+    # Known after the warm-up:
+    budget: StepBudget
+    backend: str
+    doubtful: tuple[str, ...]  # two backends of which one was chosen by a thin margin
 
     def __init__(self, context: RunContext, actions: Sequence[Action], reporter: Reporter) -> None:
         """The order of `actions` is the order in which they are done after a step."""
@@ -47,6 +52,7 @@ class Trainer:
         self.group = context.group
         self.state = context.initial_state()
         self.decisions = context.decisions
+        self.switches = list(context.decisions.switches)  # of an earlier process, to repeat
         self.optimizer = context.parallel.new_optimizer(config.optim, context.hardware.dtype)
         self.training_step = TunedStep(
             context.parallel,
@@ -92,6 +98,8 @@ class Trainer:
             torch_version=torch.__version__,
             plans=self.budget.plans,
         )
+        self.backend, self.doubtful = selection.backend, selection.doubtful
+        self._repeat_switches()
         if self.context.checkpoint is not None:
             self.pending = resume_state.restore(self.context.checkpoint, self.group, self.optimizer, hardware.device)
         return selection
@@ -150,12 +158,17 @@ class Trainer:
 
     def _run_actions(self) -> None:
         # A signal may come at any moment, to any rank, and rank 0's clock counts: all ask once, together.
-        due = self.group.is_main and self.budget.due(self.state.step, self.clock.train_s)
-        num_stopping, num_due = self.group.sum([float(self.interrupted), float(due)])
+        train_s = self.clock.train_s
+        due = self.group.is_main and self.budget.due(self.state.step, train_s)
+        looking = self.group.is_main and self._is_doubtful and self._is_time_to_look(train_s)
+        num_stopping, num_due, num_looking = self.group.sum([float(self.interrupted), float(due), float(looking)])
         self.stopping = num_stopping > 0
         self.budget.replay(self.state.step, self.clock.train_s)
+        self._repeat_switches()
         if num_due:
             self._plan_anew()
+        if num_looking:
+            self._look_again()
         self.state.num_steps = self.budget.num_steps
         for action in self.actions:
             if action.due(self):
@@ -171,6 +184,37 @@ class Trainer:
             if self.group.is_main:
                 self.decisions.save(self.context.run_dir)
             self.budget.adopt(step, num_steps)
+
+    @property
+    def _is_doubtful(self) -> bool:
+        """Whether backend or threads were chosen by a thin margin, on a processor that others may have kept busy."""
+        thin = bool(self.doubtful or self.training_step.doubtful_threads)
+        return thin and self.context.hardware.device.type == "cpu"
+
+    def _is_time_to_look(self, train_s: float) -> bool:
+        return train_s >= LOOK_AGAIN_S
+
+    def _look_again(self) -> None:
+        """Measure again what was chosen by a thin margin. What is used instead is saved before it is."""
+        step, before = self.state.step, (self.backend, torch.get_num_threads())
+        with self.clock.paused():
+            found = self.training_step.look_again(self.doubtful)
+            self.doubtful = self.training_step.doubtful_threads = ()
+            backend, num_threads = found[0] or self.backend, found[1]
+            if (backend, num_threads) == before:
+                return
+            self.decisions = replace(self.decisions, switches=((step, backend, num_threads),))
+            if self.group.is_main:
+                self.decisions.save(self.context.run_dir)
+            self.backend = backend
+            threads = f"{num_threads} thread{'s' * (num_threads > 1)}"
+            self.reporter.say(f"measured again: by {backend} on {threads} from step {step + 1:,} on")
+
+    def _repeat_switches(self) -> None:
+        """Use the backend and the threads that an earlier process took at this step or before."""
+        while self.switches and self.switches[0][0] <= self.state.step:
+            _, self.backend, num_threads = self.switches.pop(0)
+            self.training_step.follow(self.backend, num_threads)
 
     def _stop_soon(self, signal_name: str) -> None:
         self.interrupted = True

@@ -2,6 +2,7 @@
 
 import torch
 
+from minitf.system.hardware import Peak, measure_matmul
 from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
 
@@ -12,7 +13,9 @@ class LogRow:
     def __init__(self, context: RunContext) -> None:
         start = context.initial_state()
         self.flops_per_token = context.model.flops_per_token()
-        self.peak_flops = context.hardware.peak_flops * context.group.size
+        hardware = context.hardware
+        self.peak = Peak(hardware.peak_flops, lambda: measure_matmul(hardware.device, hardware.dtype))
+        self.group_size = context.group.size
         self.row_tokens = start.tokens  # at the last row
         self.row_train_s = start.train_s
 
@@ -33,7 +36,7 @@ class LogRow:
             "grad_norm": float(pending[-1][1]),
             "tokens": state.tokens,
             "tokens_per_s": round(tokens_per_s, 1),
-            "mfu": round(tokens_per_s * self.flops_per_token / self.peak_flops, 4),
+            "mfu": round(self.peak.share(tokens_per_s * self.flops_per_token / self.group_size), 4),
             "train_s": round(state.train_s, 3),
             "warmup_s": round(state.warmup_s, 3),
             "elapsed_s": round(state.elapsed_s, 3),
