@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from minitf.edits import Edit
 from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.generate import Options, generate_text, stream_text
 from minitf.inference.sampling import Sampling
 from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
+from minitf.interpretability.interventions import Reader
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
@@ -82,6 +84,14 @@ class LanguageModel:
         else:
             tokens, num_bytes = np.array(self.tokenizer.encode(text), dtype=np.uint32), len(text.encode())
         return evaluate_checkpoint(self.checkpoint, tokens, num_bytes, max_tokens)
+
+    def predict(self, text: str, edits: Sequence[Edit] = (), top_k: int = 5) -> list[tuple[str, float]]:
+        """The `top_k` likeliest next tokens of `text` with their probabilities, under `edits` of its attention.
+
+        For example `lm.predict("The cat followed the queen. It", [minitf.edits.block("It", "cat")])`. A model trained
+        on pairs reads "SOURCE => TARGET", of which the target may be incomplete.
+        """
+        return Reader(self.model, self.tokenizer, self.checkpoint.answers).predict(text, edits, top_k)
 
     def attention(self, text: str) -> AttentionMaps:
         """The attention of every head in `text`; the head scores are those of this text.

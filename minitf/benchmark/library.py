@@ -122,6 +122,7 @@ def step_parts(
     from minitf.model import ModelConfig, Transformer
     from minitf.optim import OptimConfig, Optimizer
     from minitf.system.hardware import choose_hardware
+    from minitf.training.flops import flops_per_token as training_flops
     from minitf.training.parallel import Parallel
     from minitf.training.tuned_step import TunedStep
 
@@ -146,7 +147,7 @@ def step_parts(
     return {
         "ms": parts | {"whole": whole_ms},
         "lower_bounds": lower_bounds(model, optim, batch_size, hardware.dtype.itemsize),
-        "flops_per_token": model.flops_per_token(),
+        "flops_per_token": training_flops(model),
         "num_parameters": model.num_parameters(),
         "compile": choice,
         "peak_flops": hardware.peak_flops,
@@ -238,9 +239,10 @@ def fastest() -> dict[str, Any]:
 def flops_per_token(shape: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Operations per training token of a model of this shape."""
     from minitf.model import ModelConfig, Transformer
+    from minitf.training.flops import flops_per_token as training_flops
 
     model = Transformer(ModelConfig(**shape), vocab_size)
-    return {"flops_per_token": model.flops_per_token(), "num_parameters": model.num_parameters()}
+    return {"flops_per_token": training_flops(model), "num_parameters": model.num_parameters()}
 
 
 def encode(checkpoint: str, text: str, num_tokens: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ MAX_EXACT_VECTOR_BYTES = 16_000_000
 @dataclass
 class AttentionConfig:
     probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and one of the data
+    watch: list[str] | None = None  # relations to watch: "TEXT | it>cat"; null: those of the data
     heads: bool = True  # score every head for known patterns (previous token, first token, induction, ...)
 
 

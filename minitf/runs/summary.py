@@ -93,6 +93,7 @@ def conclusion(trainer: Trainer) -> list[str]:
     lines = [
         "",
         *_results(context, state),
+        *_findings(trainer),
         line("trained", f"{state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {times}"),
         *_decay(trainer),
         line("saved in", f"{run_dir}/checkpoints/latest (a Hugging Face model) and best"),
@@ -109,6 +110,11 @@ def conclusion(trainer: Trainer) -> list[str]:
         line("", f"tensorboard --logdir {logdir}"),
         line("", f"python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}"),
     ]
+
+
+def _findings(trainer: Trainer) -> list[str]:
+    """What actions found, each under its topic."""
+    return [line("" if i else topic, text) for topic, lines in trainer.findings.items() for i, text in enumerate(lines)]
 
 
 def _results(context: RunContext, state: TrainState) -> list[str]:

@@ -70,6 +70,7 @@ class Trainer:
         self.first_step = self.state.step
         self.interrupted = False  # whether this process was asked to stop
         self.stopping = False  # whether any was
+        self.findings: dict[str, list[str]] = {}  # lines for the end of the run, by topic
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
@@ -235,6 +236,10 @@ class Trainer:
     def rows_at_once(self) -> int:
         """Sequences that fit into the memory of all ranks in one forward pass."""
         return self.training_step.micro_batch_size * self.group.size
+
+    def add_finding(self, topic: str, lines: Sequence[str]) -> None:
+        """Lines to print at the end of the run."""
+        self.findings[topic] = list(lines)
 
     def take_pending(self) -> resume_state.Pending:
         """Losses and gradient norms of the steps since the last call."""

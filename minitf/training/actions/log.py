@@ -4,6 +4,7 @@ import torch
 
 from minitf.system.hardware import Peak, measure_matmul
 from minitf.training.context import RunContext
+from minitf.training.flops import flops_per_token
 from minitf.training.trainer import Trainer
 
 
@@ -12,7 +13,7 @@ class LogRow:
 
     def __init__(self, context: RunContext) -> None:
         start = context.initial_state()
-        self.flops_per_token = context.model.flops_per_token()
+        self.flops_per_token = flops_per_token(context.model)
         hardware = context.hardware
         self.peak = Peak(hardware.peak_flops, lambda: measure_matmul(hardware.device, hardware.dtype))
         self.group_size = context.group.size
