@@ -123,9 +123,10 @@ def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:
             f"{checkpoint.directory} has no record of the text it was trained on: give one with --file"
         ) from None
     if data.kind == "pairs":  # as one stream, which shows what a head is worth as well
-        pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer).val
+        pairs = held_out_pairs_of(checkpoint).val
         return pairs.ids, int(pairs.completion_bytes.sum())
-    text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer)
+    recorded = checkpoint.state.get("text_fingerprint", "")
+    text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer, recorded=recorded)
     return text.val, text.val_bytes
 
 

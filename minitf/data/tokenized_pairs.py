@@ -60,33 +60,36 @@ class TokenizedPairs:
 
 
 def prepare_pairs(
-    data: DataConfig, config: TokenizerConfig, tokenizer_from: Tokenizer | None = None, log: Log = to_stderr
+    data: DataConfig,
+    config: TokenizerConfig,
+    tokenizer_from: Tokenizer | None = None,
+    log: Log = to_stderr,
+    recorded: str = "",
 ) -> TokenizedPairs:
     """The pairs of `data` as ids, as `prepare` does with text; `tokenizer_from` must be one made for pairs."""
-    job = Preparation(data, config, tokenizer_from or load_pretrained(config, for_pairs=True), log)
-    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), _load), log)
+    job = Preparation(data, config, tokenizer_from or load_pretrained(config, for_pairs=True), log, recorded)
+    load = functools.partial(_load, tokenizer=job.tokenizer)
+    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), load), log)
 
 
 def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
-    corpus = open_pairs(job.data)
+    corpus = job.open(open_pairs)
     tokenizer, counts = tokenize(job, corpus, encode_pairs, partial)
     for part, name in (("train", "to train on"), ("val", "held out")):
         if not counts.get(f"{part}_pairs"):
-            raise RequestError(f"no pairs {name}; use more pairs, or another data.val_fraction")
-    num_skipped = corpus.bad_rows.num_skipped
-    skipped = f", {num_skipped:,} bad rows left out" if num_skipped else ""
+            raise RequestError(f"{corpus.summary}: no pairs {name}; use more pairs, or another data.val_fraction")
     meta = {
         "train_pairs": counts["train_pairs"],
         "val_pairs": counts["val_pairs"],
-        "description": corpus.description + skipped,
+        "description": corpus.summary,
         "dtype": ids_dtype(tokenizer).name,
     }
-    return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out{skipped}"
+    return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out"
 
 
-def _load(directory: Path, meta: Meta) -> TokenizedPairs:
+def _load(directory: Path, meta: Meta, tokenizer: Tokenizer | None = None) -> TokenizedPairs:
     train, val = (_load_part(directory, part, meta["dtype"]) for part in ("train", "val"))
-    return TokenizedPairs(Tokenizer.load(directory), train, val, meta["description"], directory)
+    return TokenizedPairs(tokenizer or Tokenizer.load(directory), train, val, meta["description"], directory)
 
 
 def _load_part(directory: Path, part: str, ids_dtype: str) -> PairIds:

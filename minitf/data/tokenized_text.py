@@ -35,38 +35,46 @@ class TokenizedText:
 
 
 def prepare(
-    data: DataConfig, config: TokenizerConfig, tokenizer_from: Tokenizer | None = None, log: Log = to_stderr
+    data: DataConfig,
+    config: TokenizerConfig,
+    tokenizer_from: Tokenizer | None = None,
+    log: Log = to_stderr,
+    recorded: str = "",
 ) -> TokenizedText:
     """The text of `data` as ids, from the cache or tokenized now.
 
-    `tokenizer_from`: use this tokenizer, of an earlier run, instead of the one `config` describes. `log` gets lines for
-    people. Several processes may prepare the same text at once; an interrupted preparation is resumed by the next.
+    `tokenizer_from`: use this tokenizer, of an earlier run, instead of the one `config` describes. `recorded`: the
+    fingerprint of that run's text, which is taken from the cache even if its files are gone; RequestError if it is not
+    there and `data` is another text. `log` gets lines for people. Several processes may prepare the
+    same text at once; an interrupted preparation is resumed by the next.
     Raises RequestError or MinitfError, one line each.
     """
-    job = Preparation(data, config, tokenizer_from or load_pretrained(config), log)
-    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), _load), log)
+    job = Preparation(data, config, tokenizer_from or load_pretrained(config), log, recorded)
+    load = functools.partial(_load, tokenizer=job.tokenizer)
+    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), load), log)
 
 
 def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
-    corpus = open_text(job.data)
+    corpus = job.open(open_text)
     encode = functools.partial(encode_text, separated=corpus.separated)
     tokenizer, counts = tokenize(job, corpus, encode, partial)
     for part, name in (("train", "text to train on"), ("val", "held-out text")):
         if not counts.get(f"{part}_bytes"):
-            raise RequestError(f"{corpus.description}: no {name}; use more text, or another data.val_fraction")
+            raise RequestError(f"{corpus.summary}: no {name}; use more text, or another data.val_fraction")
     meta = {
         "train_bytes": counts["train_bytes"],
         "val_bytes": counts["val_bytes"],
         "dtype": ids_dtype(tokenizer).name,
-        "description": corpus.description,
+        "description": corpus.summary,
     }
     return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out"
 
 
-def _load(directory: Path, meta: Meta) -> TokenizedText:
+def _load(directory: Path, meta: Meta, tokenizer: Tokenizer | None = None) -> TokenizedText:
+    """A complete entry. A given tokenizer is kept: it has what the entry's key leaves out, such as a chat template."""
     train, val = (np.memmap(directory / name, dtype=meta["dtype"], mode="r") for name in FILES)
     sizes = meta["train_bytes"], meta["val_bytes"]
-    return TokenizedText(Tokenizer.load(directory), train, val, *sizes, meta["description"], directory)
+    return TokenizedText(tokenizer or Tokenizer.load(directory), train, val, *sizes, meta["description"], directory)
 
 
 def encode_text(items: list[Item], tokenizer: Tokenizer, separated: bool) -> tuple[Arrays, Counts]:
