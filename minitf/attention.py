@@ -13,6 +13,7 @@ Change a line and train: what is written here is what trains, what the maps show
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,12 +138,15 @@ class AttentionRecord(NamedTuple):
     mixed_BHTK: Tensor
 
 
+Edits = Callable[[str, int, Tensor], Tensor]  # "match", "weigh" or "gather", the layer, its result -> the result to use
+
+
 @dataclass
 class AttentionContext:
     """What one forward pass gives to all its blocks.
 
     `rotary_2TK` is the rotary table of the positions read, `segments_BT` numbers the texts packed into a row (None: one
-    text), `dtype` is that of the activations. A `record` list gets one `AttentionRecord` a layer.
+    text), `dtype` is that of the activations. A `record` list gets one `AttentionRecord` a layer; `edits` change it.
     """
 
     rotary_2TK: Tensor
@@ -150,7 +154,13 @@ class AttentionContext:
     segments_BT: Tensor | None = None
     cache: KeyValueCache | None = None
     record: list[AttentionRecord] | None = None
+    edits: Edits | None = None
     _mask: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether only the output is wanted: no cache, no record, no edits."""
+        return self.cache is None and self.record is None and self.edits is None
 
     def visible(self) -> Tensor:
         """Whether a query may look at a key, bool (T, S) or (B, T, S)."""
@@ -207,16 +217,19 @@ class Attention(nn.Module):
         q_BHTK, k_BHSK = rotate(q_BHTK, context.rotary_2TK), rotate(k_BHSK, context.rotary_2TK)
         if context.cache is not None:
             k_BHSK, v_BHSK = context.cache.append(layer, k_BHSK, v_BHSK)
-        mixed_BHTK = self.attend(q_BHTK, k_BHSK, v_BHSK, context)
+        mixed_BHTK = self.attend(q_BHTK, k_BHSK, v_BHSK, context, layer)
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
-    def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, context: AttentionContext) -> Tensor:
+    def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, context: AttentionContext, layer: int) -> Tensor:
         """Match, weigh and gather; returns mixed_BHTK. The queries are the last of the keys."""
         mask = context.mask()
-        if context.record is not None:
-            weights_BHTS = self.weigh(self.match(q_BHTK, k_BHSK, mask))
-            mixed_BHTK = self.gather(weights_BHTS, v_BHSK)
-            context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
+        if context.record is not None or context.edits is not None:
+            edited = context.edits or (lambda step, layer, result: result)
+            scores_BHTS = edited("match", layer, self.match(q_BHTK, k_BHSK, mask))
+            weights_BHTS = edited("weigh", layer, self.weigh(scores_BHTS))
+            mixed_BHTK = edited("gather", layer, self.gather(weights_BHTS, v_BHSK))
+            if context.record is not None:
+                context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
             return mixed_BHTK
         T, S = mask.shape[-2:]
         blocks = []

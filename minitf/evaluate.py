@@ -15,7 +15,7 @@ from minitf.checkpoints.checkpoint import Checkpoint
 from minitf.data.batches import Batch, evaluation_batch_size, evenly_spaced, held_out_batches
 from minitf.data.config import DataConfig
 from minitf.data.packing import fit, held_out_pairs
-from minitf.data.tokenized_pairs import PairIds, prepare_pairs
+from minitf.data.tokenized_pairs import PairIds, TokenizedPairs, prepare_pairs
 from minitf.data.tokenized_text import Tokens, prepare
 from minitf.errors import MinitfError
 from minitf.loss import IGNORED
@@ -45,14 +45,16 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     max_tokens: int | None = None,
+    document_end: int | None = None,
 ) -> HeldOut:
     """Mean loss over the windows of `tokens`, the ids of a text of `num_bytes` bytes.
 
     `loss_of` takes the first three fields of a `Batch`. Every batch has `batch_size` rows (the last is filled up with
     rows that do not count), so a compiled `loss_of` need not be compiled again. `max_tokens` takes about that many
-    targets, evenly spread, instead of all. Bits per byte: the loss of all tokens, `nats / ln 2 / bytes`.
+    targets, evenly spread, instead of all. With a `document_end` token attention stays inside documents. Bits per byte:
+    the loss of all tokens, `nats / ln 2 / bytes`.
     """
-    batches = held_out_batches(tokens, context_length, batch_size, max_tokens)
+    batches = held_out_batches(tokens, context_length, batch_size, max_tokens, document_end)
     loss_nats, num_tokens = _mean_loss(loss_of, batches, batch_size, device)
     bits_per_byte = loss_nats / math.log(2) * len(tokens) / max(num_bytes, 1)
     return HeldOut(loss_nats, bits_per_byte, math.exp(min(loss_nats, 700)), num_tokens)
@@ -104,26 +106,38 @@ def _mean_loss(
 def evaluate_checkpoint(
     checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int | None = None
 ) -> HeldOut:
-    """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes."""
+    """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes, read as in training."""
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
     batch_size = evaluation_batch_size(context)
-    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens)
+    document_end = checkpoint.tokenizer.end_id if checkpoint.document_mask else None
+    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens, document_end)
 
 
-def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:
-    """The ids of the held-out part of the text the checkpoint was trained on, and its bytes.
-
-    Raises MinitfError if the checkpoint has no record of its text.
-    """
+def data_of(checkpoint: Checkpoint) -> DataConfig:
+    """The data that a checkpoint was trained on. MinitfError if it has no record of them."""
     try:
-        data = DataConfig(**checkpoint.state["data"])
+        return DataConfig(**checkpoint.state["data"])
     except (KeyError, TypeError):
         raise MinitfError(
             f"{checkpoint.directory} has no record of the text it was trained on: give one with --file"
         ) from None
+
+
+def pairs_of(checkpoint: Checkpoint) -> TokenizedPairs:
+    """The pairs that a checkpoint was trained on; RequestError if they are neither in the cache nor in their files."""
+    recorded = checkpoint.state.get("text_fingerprint", "")
+    return prepare_pairs(data_of(checkpoint), TokenizerConfig(), checkpoint.tokenizer, recorded=recorded)
+
+
+def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:
+    """The ids of the held-out part of the text that a checkpoint was trained on, and its bytes.
+
+    Raises MinitfError without a record of the text; RequestError if it is neither in the cache nor in its files.
+    """
+    data = data_of(checkpoint)
     if data.kind == "pairs":  # as one stream, which shows what a head is worth as well
-        pairs = held_out_pairs_of(checkpoint).val
+        pairs = pairs_of(checkpoint).val
         return pairs.ids, int(pairs.completion_bytes.sum())
     recorded = checkpoint.state.get("text_fingerprint", "")
     text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer, recorded=recorded)

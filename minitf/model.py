@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitf.attention import Attention, AttentionContext, AttentionRecord, KeyValueCache, Linear, RMSNorm, joint_linear
+from minitf.attention import (
+    Attention,
+    AttentionContext,
+    AttentionRecord,
+    Edits,
+    KeyValueCache,
+    Linear,
+    RMSNorm,
+    joint_linear,
+)
 from minitf.errors import RequestError
 from minitf.loss import LinearCrossEntropy
 from minitf.rope import check_scaling, rotary_table
@@ -43,42 +52,34 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "context_length"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"model.{name}={getattr(self, name)} must be at least 1")
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("num_kv_heads", "head_dim", "intermediate_size"):
-            if getattr(self, name) < 0:
-                raise RequestError(f"model.{name}={getattr(self, name)} must be positive, or 0 to derive it")
+            self._check(name, getattr(self, name) >= 0, "must be positive, or 0 to derive it")
+        divides = bool(self.head_dim) or self.hidden_size % self.num_heads == 0
+        heads = f"does not divide into model.num_heads={self.num_heads} heads: change one, or set model.head_dim"
+        self._check("hidden_size", divides, heads)
         self.num_kv_heads = self.num_kv_heads or self.num_heads
-        if self.head_dim == 0 and self.hidden_size % self.num_heads:
-            raise RequestError(
-                f"model.hidden_size={self.hidden_size} does not divide into model.num_heads={self.num_heads} heads: "
-                "change one of them, or set model.head_dim"
-            )
         self.head_dim = self.head_dim or self.hidden_size // self.num_heads
-        if self.head_dim % 2:
-            raise RequestError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs of channels")
-        if self.num_heads % self.num_kv_heads:
-            raise RequestError(
-                f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
-            )
         self.intermediate_size = self.intermediate_size or -(-8 * self.hidden_size // (3 * 64)) * 64
-        if not 0 <= self.dropout < 1:
-            raise RequestError(f"model.dropout={self.dropout} must be at least 0 and below 1")
-        if self.attention not in ("auto", "explicit", "sdpa"):
-            raise RequestError(f"model.attention={self.attention} must be one of auto, explicit, sdpa")
-        if not 0 < self.rope_theta < float("inf"):
-            raise RequestError(f"model.rope_theta={self.rope_theta} must be positive")
-        if not 0 < self.rms_norm_eps < 1:
-            raise RequestError(f"model.rms_norm_eps={self.rms_norm_eps} must be between 0 and 1")
+        self._check("head_dim", self.head_dim % 2 == 0, "must be even: rotary positions turn pairs of channels")
+        grouped = self.num_heads % self.num_kv_heads == 0
+        self._check("num_heads", grouped, f"must be a multiple of model.num_kv_heads={self.num_kv_heads}")
+        self._check("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
+        self._check("attention", self.attention in ("auto", "explicit", "sdpa"), "must be one of auto, explicit, sdpa")
+        self._check("rope_theta", 0 < self.rope_theta < float("inf"), "must be positive")
+        self._check("rms_norm_eps", 0 < self.rms_norm_eps < 1, "must be between 0 and 1")
         check_scaling(self.rope_scaling)
+
+    def _check(self, key: str, valid: bool, rule: str) -> None:
+        if not valid:
+            raise RequestError(f"model.{key}={getattr(self, key)} {rule}")
 
 
 class Embedding(nn.Embedding):
     """A row of weights for each token."""
 
     def reset_parameters(self) -> None:
-        # On the meta device, where shapes are looked up, there is nothing to draw, and to find that out PyTorch imports
-        # most of itself: 1 to 3 s of every start.
+        # On the meta device nothing is drawn, and PyTorch would import most of itself to find that out: 1 to 3 s.
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -168,17 +169,6 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self) -> float:
-        """Floating point operations of one training token, forward and backward.
-
-        Six per weight of every matrix product, and six per head channel and visible key for each of match and gather
-        (PaLM, Chowdhery et al., 2022, appendix B, with the causal half counted as half).
-        """
-        c = self.config
-        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.dim() == 2)  # type: ignore
-        attention = 6 * c.num_layers * c.num_heads * c.head_dim * (c.context_length + 1)
-        return 6.0 * (matrices + self.vocabulary_VD.numel()) + attention
-
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
         c = self.config
         shape = (c.num_layers, batch_size, c.num_kv_heads, capacity, c.head_dim)
@@ -200,18 +190,19 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         record: list[AttentionRecord] | None = None,
         segments_BT: Tensor | None = None,
+        edits: Edits | None = None,
     ) -> Tensor:
         """Last layer's normalised output x_BTD for token ids of shape (B, T).
 
         With a `cache` the ids continue its texts and are added to it. A `record` list gets one `AttentionRecord` a
-        layer. Past plus new positions are at most `context_length` (else ValueError). `segments_BT` numbers the texts
-        packed into a row, which do not see each other; it cannot be combined with a cache.
+        layer, `edits` change its three steps. Past plus new positions are at most `context_length` (else ValueError).
+        `segments_BT` numbers the texts packed into a row, which do not see each other; it excludes a cache.
         """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.context_length}")
         rotary_2TK = cache.rotary(self.rotary, T) if cache else self.rotary[:, :T]
-        context = AttentionContext(rotary_2TK, self.compute_dtype, segments_BT, cache, record)
+        context = AttentionContext(rotary_2TK, self.compute_dtype, segments_BT, cache, record, edits)
         x_BTD = self.model.embed_tokens(ids_BT).to(self.compute_dtype)  # type: ignore[operator]
         for layer, block in enumerate(self.model.layers):  # type: ignore[arg-type]
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -226,11 +217,9 @@ class Transformer(nn.Module):
         """Next-token logits_BTV in float32, from what `hidden` returns."""
         return F.linear(x_BTD, self.vocabulary_VD.to(x_BTD.dtype)).float()
 
-    def forward(
-        self, ids_BT: Tensor, cache: KeyValueCache | None = None, record: list[AttentionRecord] | None = None
-    ) -> Tensor:
-        """Next-token logits_BTV in float32; `cache` and `record` as in `hidden`."""
-        return self.logits(self.hidden(ids_BT, cache, record))
+    def forward(self, ids_BT: Tensor, *reading: Any, **named: Any) -> Tensor:
+        """Next-token logits_BTV in float32; the arguments are those of `hidden`."""
+        return self.logits(self.hidden(ids_BT, *reading, **named))
 
     def loss(
         self,

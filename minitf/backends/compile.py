@@ -49,7 +49,7 @@ def _as_in_training(function: Callable[..., Any], module: nn.Module, x_BTD: Tens
 class CompiledBlock(Block):
     def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
         same_network = self.training or self.dropout.p == 0
-        if context.cache is not None or context.record is not None or not same_network:
+        if not context.plain or not same_network:
             return super().forward(x_BTD, context, layer)
         fused = isinstance(self.self_attn, SdpaAttention)
         mask, segments_BT = (None, context.segments_BT) if fused else (context.mask(), None)

@@ -14,9 +14,9 @@ EXPLICIT_MAX_LENGTH = 768
 
 
 class SdpaAttention(Attention):
-    def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, context: AttentionContext) -> Tensor:
-        if context.cache is not None or context.record is not None:
-            return super().attend(q_BHTK, k_BHSK, v_BHSK, context)
+    def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        if not context.plain:
+            return super().attend(q_BHTK, k_BHSK, v_BHSK, context, layer)
         causal, grouped = context.segments_BT is None, k_BHSK.shape[1] != q_BHTK.shape[1]
         visible = None if causal else context.visible().unsqueeze(-3)
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, visible, is_causal=causal, enable_gqa=grouped)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitf.benchmark.process import memory_mb
+from minitf.training.flops import flops_per_token as training_flops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +147,7 @@ def step_parts(
     return {
         "ms": parts | {"whole": whole_ms},
         "lower_bounds": lower_bounds(model, optim, batch_size, hardware.dtype.itemsize),
-        "flops_per_token": model.flops_per_token(),
+        "flops_per_token": training_flops(model),
         "num_parameters": model.num_parameters(),
         "compile": choice,
         "peak_flops": hardware.peak_flops,
@@ -240,7 +241,7 @@ def flops_per_token(shape: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
     from minitf.model import ModelConfig, Transformer
 
     model = Transformer(ModelConfig(**shape), vocab_size)
-    return {"flops_per_token": model.flops_per_token(), "num_parameters": model.num_parameters()}
+    return {"flops_per_token": training_flops(model), "num_parameters": model.num_parameters()}
 
 
 def encode(checkpoint: str, text: str, num_tokens: int) -> dict[str, Any]:

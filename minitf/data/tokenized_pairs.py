@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
 from minitf.data.config import DataConfig
+from minitf.data.sources.columns import PairReader
 from minitf.data.sources.corpus import Item, num_bytes_of
-from minitf.data.sources.pairs import open_pairs
+from minitf.data.sources.pairs import open_pairs, pairs_of_file
+from minitf.data.sources.tables import LeftOut
 from minitf.data.tokenize import Arrays, Counts, Preparation, ids_dtype, to_stderr, tokenize
 from minitf.data.tokenized_text import Tokens
 from minitf.data.tokenizer_training import load_pretrained
@@ -87,6 +89,15 @@ def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
     return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out"
 
 
+def read_all_pairs(path: Path, data: DataConfig, tokenizer: Tokenizer) -> PairIds:
+    """All pairs in a table as ids, found in its columns as `data` says."""
+    items = [Item(texts, held_out=True) for texts in pairs_of_file(path, PairReader(data), LeftOut())]
+    if not items:
+        raise RequestError(f"{path}: no rows with a pair")
+    arrays, _ = encode_pairs(items, tokenizer)
+    return _pair_ids(arrays["val_ids.bin"], *(arrays[f"val_{name}.bin"] for name in COLUMNS))
+
+
 def _load(directory: Path, meta: Meta, tokenizer: Tokenizer | None = None) -> TokenizedPairs:
     train, val = (_load_part(directory, part, meta["dtype"]) for part in ("train", "val"))
     return TokenizedPairs(tokenizer or Tokenizer.load(directory), train, val, meta["description"], directory)
@@ -95,7 +106,10 @@ def _load(directory: Path, meta: Meta, tokenizer: Tokenizer | None = None) -> To
 def _load_part(directory: Path, part: str, ids_dtype: str) -> PairIds:
     ids = np.memmap(directory / f"{part}_ids.bin", dtype=ids_dtype, mode="r")
     columns = (np.memmap(directory / f"{part}_{name}.bin", dtype=np.int32, mode="r") for name in COLUMNS)
-    lengths, prompts, num_bytes = columns
+    return _pair_ids(ids, *columns)
+
+
+def _pair_ids(ids: Tokens, lengths: Lengths, prompts: Lengths, num_bytes: Lengths) -> PairIds:
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return PairIds(ids, starts, prompts, num_bytes)
 

@@ -11,7 +11,9 @@ import numpy.typing as npt
 from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
 from minitf.data.config import DataConfig
 from minitf.data.sources.corpus import Item
-from minitf.data.sources.text import open_text
+from minitf.data.sources.files import kind_of
+from minitf.data.sources.tables import TABLES
+from minitf.data.sources.text import items_of_file, open_text
 from minitf.data.tokenize import Arrays, Counts, Preparation, ids_dtype, to_stderr, tokenize
 from minitf.data.tokenizer_training import load_pretrained
 from minitf.errors import RequestError
@@ -68,6 +70,13 @@ def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
         "description": corpus.summary,
     }
     return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out"
+
+
+def read_whole(path: Path, column: str, tokenizer: Tokenizer) -> tuple[Tokens, int]:
+    """All text of a file (of a table: in `column`) as ids, as training reads it, and its bytes."""
+    items = list(items_of_file(path, column))
+    arrays, counts = encode_text(items, tokenizer, separated=kind_of(path) in TABLES)
+    return arrays["val.bin"], counts["val_bytes"]
 
 
 def _load(directory: Path, meta: Meta, tokenizer: Tokenizer | None = None) -> TokenizedText:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minitf.model import ModelConfig, Transformer
+from minitf.training.flops import flops_per_token
 from minitf.training.trainer_config import TrainerConfig
 
 # A model pays for its size if it sees as many tokens as it has parameters, even if a short text is repeated for that:
@@ -24,7 +25,7 @@ class Budget:
         """How many tokens this model sees in training, about."""
         config = self.config
         assert config.minutes is not None
-        tokens = SHARE_OF_PEAK * self.flops * 60 * config.minutes / model.flops_per_token()
+        tokens = SHARE_OF_PEAK * self.flops * 60 * config.minutes / flops_per_token(model)
         if config.max_steps is not None:
             tokens_per_step = config.batch_size * config.grad_accumulation * model.config.context_length
             tokens = min(tokens, config.max_steps * tokens_per_step)

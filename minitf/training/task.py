@@ -109,9 +109,10 @@ class TextTask(Task):
     def __init__(self, data: DataConfig, text: TokenizedText, recorded: str = "") -> None:
         super().__init__(data, recorded)
         self.text, self.tokenizer, self.description = text, text.tokenizer, text.description
+        self.document_end = self.tokenizer.end_id if data.document_mask else None
 
     def batches(self, context_length: int, batch_size: int, seed: int) -> BatchSource:
-        return Batches(self.text.train, context_length, batch_size, seed)
+        return Batches(self.text.train, context_length, batch_size, seed, self.document_end)
 
     def notes(self) -> list[str]:
         return []
@@ -124,8 +125,8 @@ class TextTask(Task):
         device: torch.device,
         max_tokens: int | None,
     ) -> HeldOut:
-        text = self.text
-        return evaluate(loss_of, text.val, text.val_bytes, context_length, batch_size, device, max_tokens)
+        val, size = self.text.val, self.text.val_bytes
+        return evaluate(loss_of, val, size, context_length, batch_size, device, max_tokens, self.document_end)
 
     def evaluated_tokens(self, max_tokens: int) -> int:
         return min(max_tokens, len(self.text.val))

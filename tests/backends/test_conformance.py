@@ -140,7 +140,7 @@ def attend_plainly(attention: Attention, qkv_BTC: Tensor, rotary_2TK: Tensor, se
     q, k, v = (x.view(B, T, -1, K) for x in qkv_BTC.split(sizes, -1))
     q, k, v = (x.transpose(1, 2) for x in (attention.q_norm(q), attention.k_norm(k), v))
     context = AttentionContext(rotary_2TK, dtype, segments_BT)
-    mixed_BHTK = attention.attend(rotate(q, rotary_2TK), rotate(k, rotary_2TK), v, context)
+    mixed_BHTK = attention.attend(rotate(q, rotary_2TK), rotate(k, rotary_2TK), v, context, 0)
     return mixed_BHTK.transpose(1, 2).reshape(B, T, -1)
 
 

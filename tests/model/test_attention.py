@@ -94,7 +94,7 @@ def test_attention_in_blocks_of_queries_is_attention(num_heads: int, num_kv_head
     expected_BHTK = gather(weigh(match(q_BHTK, k_BHSK, causal_mask(T, S, torch.float64))), v_BHSK)
     cache = KeyValueCache(k_BHSK[None], v_BHSK[None], num_before)
     context = AttentionContext(rotary_table(8, S, 10000.0)[:, num_before:], torch.float64, cache=cache)
-    mixed_BHTK = Attention(24, num_heads, num_kv_heads, 8, qk_norm=True).attend(q_BHTK, k_BHSK, v_BHSK, context)
+    mixed_BHTK = Attention(24, num_heads, num_kv_heads, 8, qk_norm=True).attend(q_BHTK, k_BHSK, v_BHSK, context, 0)
     torch.testing.assert_close(mixed_BHTK, expected_BHTK, rtol=1e-12, atol=1e-12)
 
 

@@ -11,6 +11,7 @@ from minitf.attention import AttentionRecord
 from minitf.backends.sdpa import EXPLICIT_MAX_LENGTH, Sdpa
 from minitf.errors import RequestError
 from minitf.model import ModelConfig, Transformer
+from minitf.training.flops import flops_per_token
 
 MakeModel = Callable[..., Transformer]
 
@@ -115,7 +116,7 @@ def test_parameters_and_flops_are_those_counted_by_hand(make_model: MakeModel) -
 
     # Forward: 2 a weight, and 2 K for each of match and gather with the (T + 1) / 2 keys a query sees; backward: twice.
     forward = 2 * (matrices + V * D) + L * H * 2 * 2 * K * (T + 1) / 2
-    assert tied.flops_per_token() == untied.flops_per_token() == 3 * forward
+    assert flops_per_token(tied) == flops_per_token(untied) == 3 * forward
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])

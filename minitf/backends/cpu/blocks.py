@@ -278,7 +278,7 @@ class CpuBlock(Block):
     dtype: torch.dtype  # of the activations it is for; others take the reference
 
     def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        if context.cache is not None or context.record is not None or x_BTD.dtype != self.dtype:
+        if not context.plain or x_BTD.dtype != self.dtype:
             return super().forward(x_BTD, context, layer)
         attention, mlp = self.self_attn, self.mlp
         starts_BT = None if context.segments_BT is None else segment_starts(context.segments_BT)

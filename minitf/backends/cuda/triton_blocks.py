@@ -157,7 +157,7 @@ def chunk_loss(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[
 
 class TritonBlock(Block):
     def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        if context.cache is not None or context.record is not None:
+        if not context.plain:
             return super().forward(x_BTD, context, layer)
         attention, mlp = self.self_attn, self.mlp
         mask = None if context.segments_BT is None else context.visible().unsqueeze(1)

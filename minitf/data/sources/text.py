@@ -19,6 +19,7 @@ from minitf.data.sources.books import BOOKS, book_chapters
 from minitf.data.sources.corpus import Corpus, Item, Split, num_bytes_of
 from minitf.data.sources.files import PLAIN, find_files, kind_of, read_text
 from minitf.data.sources.hub import HubData
+from minitf.data.sources.references import LANGUAGES, REFERENCES, pronoun_sentences
 from minitf.data.sources.tables import TABLES, BadRowError, LeftOut, documents, text_of
 from minitf.errors import RequestError
 
@@ -30,6 +31,8 @@ def open_text(config: DataConfig) -> Corpus:
     """The text that `config` describes. Raises RequestError or MinitfError, one line each, also while it is read."""
     if config.source in BOOKS:
         return _open_book(config)
+    if config.source == "pronouns":
+        return _open_pronouns(config)
     return _open_files(config) if config.source == "files" else _open_hub(config)
 
 
@@ -53,6 +56,20 @@ def _open_book(config: DataConfig) -> Corpus:
     split = Split(([chapter] for chapter in chapters), config.val_fraction)
     description = f"{BOOKS[config.source]}, {len(chapters):,} chapters"
     return _documents_corpus(lambda: ([chapter] for chapter in chapters), split, description)
+
+
+def _open_pronouns(config: DataConfig) -> Corpus:
+    sentences = list(pronoun_sentences(config.language, config.val_fraction))[: config.max_documents]
+
+    def read_items(_: Any) -> Iterator[Item]:
+        return (Item((sentence,), held_out) for sentence, held_out in sentences)
+
+    description = (
+        f"pronouns: {REFERENCES['pronouns']}; {len(sentences):,} sentences in {LANGUAGES[config.language]}, "
+        f"{config.val_fraction:.0%} of the noun pairs held out"
+    )
+    num_bytes = sum(num_bytes_of(sentence) for sentence, _ in sentences)
+    return Corpus(read_items, description, num_bytes, num_documents=len(sentences), separated=True)
 
 
 def _open_files(config: DataConfig) -> Corpus:
@@ -83,6 +100,12 @@ def _open_files(config: DataConfig) -> Corpus:
     else:
         description = f"{split.num_documents:,} files"
     return replace(_documents_corpus(read, split, description), left_out=left_out)
+
+
+def items_of_file(path: Path, column: str) -> Iterator[Item]:
+    """All text of a file, to be scored: one document, or the rows of a table."""
+    for chunks in _documents(path, column, LeftOut()):
+        yield from _pieces(chunks, held_out=True)
 
 
 def _documents(path: Path, column: str, left_out: LeftOut) -> Iterable[Iterable[str]]:

@@ -3,6 +3,7 @@
 import torch
 
 from minitf.training.context import RunContext
+from minitf.training.flops import flops_per_token
 from minitf.training.trainer import Trainer
 
 
@@ -11,7 +12,7 @@ class LogRow:
 
     def __init__(self, context: RunContext) -> None:
         start = context.initial_state()
-        self.flops_per_token = context.model.flops_per_token()
+        self.flops_per_token = flops_per_token(context.model)
         self.peak_flops = context.hardware.peak_flops * context.group.size
         self.row_tokens = start.tokens  # at the last row
         self.row_train_s = start.train_s
