@@ -7,19 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.data.config import DataConfig
-from minitf.data.sources.files import read_text
-from minitf.data.tokenized_pairs import prepare_pairs
-from minitf.data.tokenized_text import Tokens
+from minitf.data.sources.files import kind_of
+from minitf.data.sources.tables import TABLES
+from minitf.data.tokenized_pairs import read_all_pairs
+from minitf.data.tokenized_text import read_whole
 from minitf.errors import CommandParser, RequestError
-from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
+from minitf.evaluate import HeldOut, data_of, evaluate_checkpoint, held_out_part, pairs_of
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
 from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, record_heads
 from minitf.system.threads import set_threads
-from minitf.tokenizer import TokenizerConfig
 
 # The difference a head makes on the same tokens settles long before the loss itself does.
 HEADS_TOKENS = 20_000
@@ -28,14 +25,14 @@ HEADS_TOKENS = 20_000
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(description="Held-out loss, perplexity and bits per byte of a run, and what each head does.")
     p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
-    p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
+    p.add_argument(
+        "--file", type=Path, help="evaluate on this text, or table, instead of the held-out part of the run's own"
+    )
     p.add_argument(
         "--max-tokens", metavar="N", type=int, help="evaluate on about N tokens, evenly spread (default: all)"
     )
     p.add_argument("--max-pairs", metavar="N", type=int, help="answer N held-out pairs, evenly spread (default: all)")
-    p.add_argument(
-        "--beam", metavar="N", type=int, default=1, help="answer pairs by a beam search of width N (default: greedy)"
-    )
+    p.add_argument("--beam", metavar="N", type=int, help="answer pairs by a beam search of width N (default: greedy)")
     p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the fastest available")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument(
@@ -54,18 +51,26 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.file and not args.file.is_file():
+        raise RequestError(f"--file {args.file}: no such file")
     set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
-    answering = checkpoint.answers and not args.file and not args.heads
-    if not answering:
-        tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else held_out_part(checkpoint)
+    # Pairs are answered; other text, and what --heads asks, is a stream of tokens.
+    answering = checkpoint.answers and not args.heads and (not args.file or kind_of(args.file) in TABLES)
+    _check_flags(args, answering)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
     if answering:
-        data = DataConfig(**checkpoint.state["data"])
-        pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer)
-        report = evaluate_answers(checkpoint, pairs, data.long_pairs, args.beam, args.max_pairs)
+        data = data_of(checkpoint)
+        val = read_all_pairs(args.file, data, checkpoint.tokenizer) if args.file else pairs_of(checkpoint).val
+        report = evaluate_answers(checkpoint, val, data.long_pairs, args.beam or 1, args.max_pairs)
         _print(args, checkpoint, report.to_json(), _answers_text(report))
-    elif args.heads:
+        return 0
+    if args.file:
+        column = checkpoint.state.get("data", {}).get("text_column", "text")
+        tokens, num_bytes = read_whole(args.file, column, checkpoint.tokenizer)
+    else:
+        tokens, num_bytes = held_out_part(checkpoint)
+    if args.heads:
         heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
         _record(heads, checkpoint)
         _print(args, checkpoint, heads.to_json(), heads.table())
@@ -75,17 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _read_file(checkpoint: Checkpoint, name: str) -> tuple[Tokens, int]:
-    """The ids of a text file, and its bytes."""
-    path = Path(name)
-    if not path.is_file():
-        raise RequestError(f"--file {name}: no such file")
-    ids: list[int] = []
-    num_bytes = 0
-    for piece in read_text(path):
-        ids += checkpoint.tokenizer.encode(piece)
-        num_bytes += len(piece.encode())
-    return np.array(ids, dtype=np.uint32), num_bytes
+def _check_flags(args: argparse.Namespace, answering: bool) -> None:
+    """Refuse flags that have no effect on what is evaluated."""
+    without_effect = ("max_tokens",) if answering else ("max_pairs", "beam")
+    for name in without_effect:
+        if getattr(args, name) is not None:
+            what = "answers to pairs" if answering else "the loss of a text"
+            raise RequestError(f"--{name.replace('_', '-')} has no effect on {what}; leave it out")
 
 
 def _record(report: HeadReport, checkpoint: Checkpoint) -> None:

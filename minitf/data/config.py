@@ -1,11 +1,14 @@
 """Which text or pairs to train on, and which part of them is held out: the settings of `data.`."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 
 from minitf.data.sources.books import BOOKS
+from minitf.data.sources.files import absolute_entry
 from minitf.data.sources.references import LANGUAGES, REFERENCES
 from minitf.data.sources.synthetic import EXERCISES, MAX_PAIRS
 from minitf.errors import RequestError
+from minitf.system.files import expand_user
 
 
 @dataclass
@@ -77,6 +80,16 @@ class DataConfig:
     def reference(self) -> str | None:
         """The exercise in reference that this is, if it is one."""
         return self.source if self.source in REFERENCES else None
+
+    def located(self) -> "DataConfig":
+        """The same data, with paths that are found from any directory."""
+        hub_path, cache_dir = self.hub_path, self.cache_dir
+        if hub_path and not self.files and os.path.isdir(hub_path):
+            hub_path = os.path.abspath(hub_path)
+        if cache_dir:
+            cache_dir = os.path.abspath(expand_user(cache_dir))
+        files = [absolute_entry(entry) for entry in self.files]
+        return replace(self, files=files, hub_path=hub_path, cache_dir=cache_dir)
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:

@@ -79,11 +79,16 @@ def is_text_of(config: DataConfig, recorded: str) -> bool:
 
 def check_reading(config: DataConfig, recorded: str) -> None:
     """RequestError unless reading `config` gives the text whose fingerprint is `recorded`."""
-    if recorded == fingerprint(config):
-        return
-    if recorded != fingerprint(config, by_name=True):
+    try:
+        if recorded == fingerprint(config):
+            return
+        same_files = recorded == fingerprint(config, by_name=True)
+    except RequestError as error:  # not where it was
+        raise RequestError(f"{error}; if it has moved, resume the run with data.files=[FILE]") from None
+    if not same_files:
         raise RequestError(
-            "the text that this run was trained on is no longer in the cache, and what its config names now is another"
+            "the text that this run was trained on is not in the cache any more, and its config names another one: if "
+            "it has moved, resume the run with data.files=[FILE]"
         )
     if config.source == "files" and any(kind_of(path) in TABLES for path in _named_files(config)):
         raise RequestError(

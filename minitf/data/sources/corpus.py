@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minitf.data.resumable import Position, ResumableIterator
 from minitf.data.sources.tables import LeftOut
 
@@ -72,8 +74,6 @@ class Split:
 
     def __init__(self, documents: Iterable[Iterable[str]], val_fraction: float) -> None:
         """Read `documents`, each in chunks, once; at least one of several is held out. 8 bytes of memory for each."""
-        import numpy as np  # here, since the benchmark's process must stay small
-
         digests = array.array("q")
         self.num_bytes = 0
         for chunks in documents:

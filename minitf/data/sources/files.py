@@ -115,9 +115,9 @@ def _files_of(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -
 def absolute_entry(entry: str) -> str:
     """An entry of `data.files` that names the same files from any directory."""
     path = expand_user(entry)
-    if path.is_absolute():
-        return str(path)
-    return os.path.abspath(path) if path.exists() else os.path.join(glob.escape(os.getcwd()), path)
+    if path.exists() or not glob.has_magic(entry):
+        return os.path.abspath(path)
+    return str(path if path.is_absolute() else Path(glob.escape(os.getcwd()), path))
 
 
 def read_text(path: Path) -> Iterator[str]:
