@@ -103,6 +103,8 @@ def cache_key(text: str, config: TokenizerConfig, tokenizer: Tokenizer | None) -
         identity["tokenizer"] = tokenizer.to_json()
         if tokenizer.end_token != END_OF_TEXT:  # tokenizer.json does not say which it is
             identity["end"] = tokenizer.end_token
+        if not tokenizer.is_exact:
+            identity["bytes"] = "kept"  # earlier versions counted what the tokenizer loses, too
     else:
         identity["tokenizer"] = [config.kind]
         if config.kind == "bpe":

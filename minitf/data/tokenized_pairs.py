@@ -5,6 +5,7 @@ A pair is `<|source|> prompt <|target|> completion <|endoftext|>`.
 
 import functools
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
 from minitf.data.config import DataConfig
+from minitf.data.losses import describe_losses, losses
 from minitf.data.sources.columns import PairReader
 from minitf.data.sources.corpus import Item, num_bytes_of
 from minitf.data.sources.pairs import open_pairs, pairs_of_file
@@ -80,13 +82,14 @@ def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
     for part, name in (("train", "to train on"), ("val", "held out")):
         if not counts.get(f"{part}_pairs"):
             raise RequestError(f"{corpus.summary}: no pairs {name}; use more pairs, or another data.val_fraction")
+    lost = describe_losses(counts)
     meta = {
         "train_pairs": counts["train_pairs"],
         "val_pairs": counts["val_pairs"],
-        "description": corpus.summary,
+        "description": corpus.summary + lost,
         "dtype": ids_dtype(tokenizer).name,
     }
-    return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out"
+    return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out{lost}"
 
 
 def read_all_pairs(path: Path, data: DataConfig, tokenizer: Tokenizer) -> PairIds:
@@ -118,8 +121,15 @@ def encode_pairs(items: list[Item], tokenizer: Tokenizer) -> tuple[Arrays, Count
     """The ids and lengths of pairs for each file, and counts."""
     prompts = tokenizer.encode_batch([item.texts[0] for item in items])
     completions = tokenizer.encode_batch([item.texts[1] for item in items])
+    kept = [
+        tuple(tokenizer.kept(text, ids) for text, ids in zip(item.texts, pair, strict=True))
+        for item, *pair in zip(items, prompts, completions, strict=True)
+    ]
     arrays: Arrays = {}
-    counts = {}
+    counts: Counter[str] = Counter()
+    for item, texts in zip(items, kept, strict=True):
+        for text, kept_text in zip(item.texts, texts, strict=True):
+            counts.update(losses(text, kept_text))
     for part in ("train", "val"):
         rows = [row for row, item in enumerate(items) if item.held_out == (part == "val")]
         marked = [[tokenizer.source_id, *prompts[row], tokenizer.target_id] for row in rows]
@@ -129,7 +139,7 @@ def encode_pairs(items: list[Item], tokenizer: Tokenizer) -> tuple[Arrays, Count
         columns = {
             "lengths": list(map(len, ids)),
             "prompts": list(map(len, marked)),
-            "bytes": [num_bytes_of(items[row].texts[1]) for row in rows],
+            "bytes": [num_bytes_of(kept[row][1]) for row in rows],
         }
         arrays |= {f"{part}_{name}.bin": np.asarray(values, np.int32) for name, values in columns.items()}
         counts[f"{part}_pairs"] = len(rows)

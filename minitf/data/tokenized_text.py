@@ -1,6 +1,7 @@
 """Text as ids on disk: train and held-out ids, each one long array, memory-mapped; tokenized once, then cached."""
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy.typing as npt
 
 from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
 from minitf.data.config import DataConfig
-from minitf.data.sources.corpus import Item
+from minitf.data.losses import describe_losses, losses
+from minitf.data.sources.corpus import Item, num_bytes_of
 from minitf.data.sources.files import kind_of
 from minitf.data.sources.tables import TABLES
 from minitf.data.sources.text import items_of_file, open_text
@@ -63,13 +65,14 @@ def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
     for part, name in (("train", "text to train on"), ("val", "held-out text")):
         if not counts.get(f"{part}_bytes"):
             raise RequestError(f"{corpus.summary}: no {name}; use more text, or another data.val_fraction")
+    lost = describe_losses(counts)
     meta = {
         "train_bytes": counts["train_bytes"],
         "val_bytes": counts["val_bytes"],
         "dtype": ids_dtype(tokenizer).name,
-        "description": corpus.summary,
+        "description": corpus.summary + lost,
     }
-    return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out"
+    return meta, f"{counts['train_tokens']:,} tokens to train on, {counts['val_tokens']:,} held out{lost}"
 
 
 def read_whole(path: Path, column: str, tokenizer: Tokenizer) -> tuple[Tokens, int]:
@@ -87,15 +90,23 @@ def _load(directory: Path, meta: Meta, tokenizer: Tokenizer | None = None) -> To
 
 
 def encode_text(items: list[Item], tokenizer: Tokenizer, separated: bool) -> tuple[Arrays, Counts]:
-    """The ids of `items` for each file, if `separated` with an end-of-text token after each document; and counts."""
+    """The ids of `items` for each file, if `separated` with an end-of-text token after each document; and counts.
+
+    Bytes are those of the text that the ids can write: a tokenizer that loses some predicts none of it.
+    """
     parts: dict[str, list[int]] = {"train": [], "val": []}
     num_bytes = {"train": 0, "val": 0}
+    lost: Counter[str] = Counter()
     for ids, item in zip(tokenizer.encode_batch([item.text for item in items]), items, strict=True):
         part = "val" if item.held_out else "train"
         parts[part] += ids
         if separated and item.end:
             parts[part].append(tokenizer.end_id)
-        num_bytes[part] += item.num_bytes
+        kept = tokenizer.kept(item.text, ids)
+        num_bytes[part] += num_bytes_of(kept)
+        lost.update(losses(item.text, kept))
     counts = {f"{part}_tokens": len(ids) for part, ids in parts.items()}
     counts |= {f"{part}_bytes": size for part, size in num_bytes.items()}
-    return {f"{part}.bin": np.asarray(ids, ids_dtype(tokenizer)) for part, ids in parts.items()}, counts
+    counts |= lost
+    arrays = {f"{part}.bin": np.array(ids, dtype=ids_dtype(tokenizer)) for part, ids in parts.items()}
+    return arrays, counts

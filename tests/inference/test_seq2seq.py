@@ -137,7 +137,7 @@ def test_generate_answers(copying_run: Path, capsys: pytest.CaptureFixture[str])
 def test_generate_answers_lines_and_files(
     copying_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nxyz\ncc\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\nxyz\ncc\n")))
     assert generate_main(["--interactive", "--run", str(copying_run)]) == 0
     captured = capsys.readouterr()
     assert captured.out == "ab\ncc\n"
