@@ -109,7 +109,7 @@ def test_a_damaged_config_file_is_named(tmp_path: Path, content: str) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("line", ["name: ${oc.env:HOME}", "name: !!python/object:os.system x", "a: &a 1", "b: *a"])
+@pytest.mark.parametrize("line", ["seed: ${oc.env:HOME}", "name: !!python/object:os.system x", "a: &a 1", "b: *a"])
 def test_a_config_file_holds_plain_values_only(tmp_path: Path, line: str) -> None:
     (tmp_path / "config.yaml").write_text(f"{OLD}{line}\n")
     with pytest.raises(MinitfError, match=r"config\.yaml"):

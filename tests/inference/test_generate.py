@@ -398,7 +398,7 @@ def test_num_samples_explain_and_stop_flags(trained_run: Path, capsys: pytest.Ca
 def test_interactive_replies_to_every_line(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The cat\nA dog, a bird\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The cat\nA dog\xff\r\nA dog, a bird\r\n")))
     assert command("--run", str(trained_run), "--max-tokens", "3", "--interactive", "--temperature", "0") == 0
     out = capsys.readouterr().out
     assert out.startswith("The cat")

@@ -137,7 +137,7 @@ def test_generate_answers(copying_run: Path, capsys: pytest.CaptureFixture[str])
 def test_generate_answers_lines_and_files(
     copying_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nxyz\ncc\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\nxyz\ncc\n")))
     assert generate_main(["--interactive", "--run", str(copying_run)]) == 0
     captured = capsys.readouterr()
     assert captured.out == "ab\ncc\n"
@@ -180,7 +180,9 @@ def test_evaluate_scores_held_out_answers(copying_run: Path, capsys: pytest.Capt
 
 
 def test_a_run_on_pairs_starts_from_a_run_on_text(trained_run: Path, workdir: Path) -> None:
-    (workdir / "pairs.jsonl").write_text('{"source": "The cat", "target": "sat"}\n' * 40, encoding="utf-8")
+    (workdir / "pairs.jsonl").write_text(
+        "".join(f'{{"source": "The cat {i}", "target": "sat"}}\n' for i in range(40)), encoding="utf-8"
+    )
     arguments = ["data=pairs", "data.files=[pairs.jsonl]", f"init_from={trained_run}", "trainer.batch_size=2"]
     small = ["trainer.max_steps=3", "trainer.eval_answers=2", "trainer.compile=false", "run_dir=run"]
     assert train_here(*arguments, *small) == 0
