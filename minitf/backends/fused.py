@@ -120,11 +120,8 @@ class FusedKernels(ABC):
         """The gradient of x."""
 
     @abstractmethod
-    def attention(
-        self, heads: Heads, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rotary: Tensor,
-        visible: Tensor | None,
-    ) -> tuple[Tensor, Sequence[Tensor | None], Backward]:  # fmt: skip
-        """`attend` as a `Run`."""
+    def attention(self, heads: Heads, qkv: Tensor, *others: Any) -> tuple[Tensor, Sequence[Tensor | None], Backward]:
+        """`attend` as a `Run`; `others` are both norms' weights or None, the rotary table and `visible`."""
 
     @abstractmethod
     def visible(self, context: AttentionContext) -> Tensor | None:

@@ -159,8 +159,7 @@ def test_any_number_of_threads_gives_the_same_bits(batch_size: int) -> None:
     for num_threads in (1, 2, 3, 7):
         engine = CpuEngine(model, batch_size, CONTEXT)
         engine.threads = ThreadChoice(num_threads)
-        engine.threads.TRIALS = 0
-        engine.threads.fastest_s[num_threads] = 0.0
+        engine.threads.trials = [num_threads] * CONTEXT
         found.append(logits_token_by_token(engine, ids_BT, 4))
     for logits in found[1:]:
         torch.testing.assert_close(logits, found[0], rtol=0, atol=0)

@@ -112,14 +112,10 @@ class CpuKernels(FusedKernels):
         weights = [layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
         return fused(_feed_forward, z, x, *weights)  # type: ignore[no-any-return]
 
-    def attention(
-        self, heads: Heads, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rotary: Tensor,
-        visible: Tensor | None,
-    ) -> tuple[Tensor, Sequence[Tensor | None], Backward]:  # fmt: skip
-        """`visible` is what `segment_starts` makes of segments, or None."""
+    def attention(self, heads: Heads, qkv: Tensor, *others: Any) -> tuple[Tensor, Sequence[Tensor | None], Backward]:
         (B, T), (H, G, K, _) = qkv.shape[:2], heads
         mixed, log_sums = qkv.new_empty(B, T, H * K), torch.empty(B, H, T)
-        kept = qkv, q_norm, k_norm, rotary, visible, mixed, log_sums
+        kept = qkv, *others, mixed, log_sums
         call("attention_forward", qkv.dtype, _description(heads, kept))
 
         def gradients(kept: Any, dmixed: Tensor) -> tuple[Tensor | None, ...]:

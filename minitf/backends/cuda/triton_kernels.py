@@ -73,11 +73,9 @@ class TritonKernels(FusedKernels):
             return (dy_NR.mT @ x_NC).float()
         return torch.mm(dy_NR.mT, x_NC, out_dtype=torch.float32)
 
-    def attention(
-        self, heads: Heads, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rotary: Tensor,
-        visible: Tensor | None,
-    ) -> tuple[Tensor, Sequence[Tensor | None], Backward]:  # fmt: skip
+    def attention(self, heads: Heads, qkv: Tensor, *others: Any) -> tuple[Tensor, Sequence[Tensor | None], Backward]:
         (B, T), (H, G, K, _) = qkv.shape[:2], heads
+        q_norm, k_norm, rotary, visible = others
         v = qkv[..., (H + G) * K :].view(B, T, G, K)
         parts = (*heads_forward(heads, qkv, q_norm, k_norm, rotary), v)
         # PyTorch's own gradient of its attention, whichever library it takes that from.
