@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitf.attention import AttentionContext
 from minitf.backends import Backend, Reference, source
-from minitf.backends.engine import DecodingEngine, TorchEngine
+from minitf.backends.engine import TorchEngine
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
 from minitf.system.threads import single_thread
@@ -162,17 +162,17 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def engine_disagreement(engine: type[DecodingEngine], model: Transformer) -> str | None:
+def engine_disagreement(engine: type[TorchEngine], model: Transformer) -> str | None:
     """Why an engine that implements decoding anew does not compute what the core says, or None."""
     if not engine.replaces:
         return None
     if names := source.edited(engine.replaces):
         return f"{names[0]} is edited"
-    return _engine_difference(engine, json.dumps(asdict(model.config)), min(model.vocab_size, MAX_WORDS))
+    return _engine_difference(engine, json.dumps(asdict(model.config)), min(model.vocab_size, MAX_WORDS))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _engine_difference(engine: type[DecodingEngine], config: str, vocab_size: int) -> str | None:
+def _engine_difference(engine: type[TorchEngine], config: str, vocab_size: int) -> str | None:
     """The first thing that `engine` computes differently for models of a shape (ModelConfig as JSON), or None."""
     with torch.random.fork_rng(devices=[]):
         model = _seeded(ModelConfig(**json.loads(config)), vocab_size)

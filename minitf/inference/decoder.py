@@ -12,17 +12,17 @@ from minitf.attention import AttentionRecord
 from minitf.backends.agreement import engine_disagreement
 from minitf.backends.cpu.decoding import CpuEngine
 from minitf.backends.cuda.decoding import GraphEngine
-from minitf.backends.engine import DecodingEngine, TokenFuture, TorchEngine
+from minitf.backends.engine import TokenFuture, TorchEngine
 from minitf.errors import RequestError
 from minitf.inference.sampling import Sampling, sample
 from minitf.model import Transformer
 from minitf.system.threads import single_thread
 
-CANDIDATES: tuple[type[DecodingEngine], ...] = (GraphEngine, CpuEngine, TorchEngine)  # the fastest first
+CANDIDATES: tuple[type[TorchEngine], ...] = (GraphEngine, CpuEngine, TorchEngine)  # the fastest first
 ENGINES = ("auto", "native", "graph", "torch")
 
 
-def choose_engine(model: Transformer, name: str = "auto") -> type[DecodingEngine]:
+def choose_engine(model: Transformer, name: str = "auto") -> type[TorchEngine]:
     """The engine called `name`, or for `auto` the first candidate that supports the model and agrees with it.
 
     Raises RequestError where the engine called `name` does not, with the reason.
@@ -54,7 +54,7 @@ class Decoder:
         """`engine` is one of ENGINES. Raises RequestError if it does not support the model."""
         self.batch_size = batch_size
         self.capacity = capacity
-        self.engine: DecodingEngine = choose_engine(model, engine)(model, batch_size, capacity)
+        self.engine: TorchEngine = choose_engine(model, engine)(model, batch_size, capacity)
 
     @property
     def length(self) -> int:
