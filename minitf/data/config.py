@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from minitf.data.sources.books import BOOKS
-from minitf.data.sources.references import LANGUAGES, REFERENCES
+from minitf.data.sources.references import EXAMPLES, LANGUAGES, REFERENCES, Example
 from minitf.data.sources.synthetic import EXERCISES, MAX_PAIRS
 from minitf.errors import RequestError
 
@@ -38,6 +38,7 @@ class DataConfig:
     shuffle_seed: int = 0  # hub: seed of the shuffled order
     max_documents: int | None = None  # use only the first N documents; null: all
     probes: list[str] = field(default_factory=list)  # sentences whose attention is logged, in addition to general ones
+    watch: list[str] = field(default_factory=list)  # relations to watch, "TEXT | it>cat", unless attention.watch is set
     cache_dir: str | None = None  # directory of prepared data; null: $MINITF_CACHE, else ~/.cache/minitf
 
     def __post_init__(self) -> None:
@@ -77,6 +78,16 @@ class DataConfig:
     def reference(self) -> str | None:
         """The exercise in reference that this is, if it is one."""
         return self.source if self.source in REFERENCES else None
+
+    @property
+    def example(self) -> Example | None:
+        """The sentence to look at in an exercise in reference."""
+        return EXAMPLES[self.source, self.language] if self.reference else None
+
+    @property
+    def relations(self) -> list[str]:
+        """The relations to watch, if `attention.watch` does not name others."""
+        return self.watch or (self.example.relations if self.example else [])
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:
