@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitf.attention import Attention, AttentionContext, Linear, visible_keys
 from minitf.backends.cpu import bindings
-from minitf.backends.cpu.kernels import segment_starts
+from minitf.backends.cpu.kernels import CpuKernels, segment_starts
 from minitf.loss import IGNORED
 from minitf.model import FeedForward
 from minitf.rope import rotary_table, rotate
@@ -223,6 +223,17 @@ def test_segment_starts_equal_the_mask() -> None:
     assert starts_BT.dtype == torch.int32
     by_start = (positions >= starts_BT[:, :, None]) & (positions <= positions[:, None])
     assert torch.equal(visible_keys(40, 40, segments_BT.device, segments_BT), by_start)
+
+
+def test_segment_starts_are_those_of_the_pass_they_are_for() -> None:
+    kernels, rotary_2TK = CpuKernels(), rotary_table(8, 40, 1e4)
+    for segments_BT in (segments(3, 40), segments(3, 40).flip(0)):
+        context = AttentionContext(rotary_2TK, torch.float32, segments_BT)
+        starts_BT = kernels.visible(context)
+        assert starts_BT is not None
+        assert torch.equal(starts_BT, segment_starts(segments_BT))
+        assert kernels.visible(context) is starts_BT
+    assert kernels.visible(AttentionContext(rotary_2TK, torch.float32)) is None
 
 
 # -- loss ------------------------------------------------------------------------------------------------------------

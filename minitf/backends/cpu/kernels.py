@@ -8,7 +8,8 @@ gradients of weights are PyTorch's too.
 """
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ class CpuKernels(FusedKernels):
         *("optim.Muon.average_gradients", "optim.Muon.orthogonalise", "optim.Muon.move_weights"),
     )
     device = "cpu"
+
+    def __init__(self) -> None:
+        self._starts: tuple[Callable[[], AttentionContext | None], Tensor | None] = (lambda: None), None
 
     def unsupported(self, model: Transformer) -> str | None:
         if reason := super().unsupported(model):
@@ -126,7 +130,13 @@ class CpuKernels(FusedKernels):
         return mixed, kept, gradients
 
     def visible(self, context: AttentionContext) -> Tensor | None:
-        return None if context.segments_BT is None else segment_starts(context.segments_BT)
+        if context.segments_BT is None:
+            return None
+        last, starts_BT = self._starts
+        if last() is not context:  # made once for all blocks of a pass
+            starts_BT = segment_starts(context.segments_BT)
+            self._starts = weakref.ref(context), starts_BT
+        return starts_BT
 
     def chunk_loss(self, logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
         N, V = logits_NV.shape

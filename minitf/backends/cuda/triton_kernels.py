@@ -96,7 +96,7 @@ class TritonKernels(FusedKernels):
         return mixed_BTHK.reshape(B, T, H * K), (qkv, q_norm, k_norm, rotary), gradients
 
     def visible(self, context: AttentionContext) -> Tensor | None:
-        return None if context.segments_BT is None else context.visible().unsqueeze(1)
+        return None if context.segments_BT is None else context.mask().unsqueeze(1)
 
     def chunk_loss(self, logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient takes the place of the logits."""
