@@ -13,7 +13,7 @@ from minitf.errors import Unavailable
 from minitf.model import Block, Transformer
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
-# The fields of `Layer` in model.h, and the parameters of a block they point to.
+# The fields of `Layer` in decode.c, and the parameters of a block they point to.
 _WEIGHTS = {
     "input_norm": "input_layernorm",
     "q": "self_attn.q_proj",
