@@ -15,11 +15,13 @@ from minitf.data.tokenized_text import read_whole
 from minitf.errors import CommandParser, RequestError
 from minitf.evaluate import HeldOut, data_of, evaluate_checkpoint, held_out_part, pairs_of
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
-from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, record_heads
+from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, order_heads, record_heads
+from minitf.evaluation.reference import compare_seeds, evaluate_reference, own_exercise, seeds_table
 from minitf.system.threads import set_threads
 
 # The difference a head makes on the same tokens settles long before the loss itself does.
 HEADS_TOKENS = 20_000
+ORDER_TOKENS = 4_000  # of some hundred evaluations
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +43,21 @@ def parser() -> argparse.ArgumentParser:
         help="switch off each head in turn and print what it does and how much it matters; also written to the run's "
         f"heads/, for TensorBoard (on about {HEADS_TOKENS:,} tokens unless --max-tokens is given)",
     )
+    p.add_argument(
+        "--keep-heads",
+        action="store_true",
+        help="remove the least important head again and again: how few heads the model needs (on about "
+        f"{ORDER_TOKENS:,} tokens unless --max-tokens is given)",
+    )
+    p.add_argument(
+        "--reference",
+        metavar="EXERCISE",
+        help='measure whether the model knows who "it" is: pronouns, pronouns:zh, winograd or winograd:zh (a run that '
+        "trained on one of them is measured anyway)",
+    )
+    p.add_argument(
+        "--seeds", metavar="FOLDER", help="compare the scores in reference of all runs in FOLDER, such as a sweep's"
+    )
     return p
 
 
@@ -51,33 +68,40 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    _check_combination(args)
     if args.file and not args.file.is_file():
         raise RequestError(f"--file {args.file}: no such file")
+    if args.seeds:
+        rows = compare_seeds(Path(args.seeds))
+        print(json.dumps({"seeds": rows}) if args.json else seeds_table(rows))
+        return 0
     set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
-    # Pairs are answered; other text, and what --heads asks, is a stream of tokens.
-    answering = checkpoint.answers and not args.heads and (not args.file or kind_of(args.file) in TABLES)
+    # Pairs are answered; other text, and what --heads and --keep-heads ask, is a stream of tokens.
+    of_heads = args.heads or args.keep_heads
+    answering = checkpoint.answers and not of_heads and (not args.file or kind_of(args.file) in TABLES)
     _check_flags(args, answering)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
-    if answering:
-        data = data_of(checkpoint)
-        val = read_all_pairs(args.file, data, checkpoint.tokenizer) if args.file else pairs_of(checkpoint).val
-        report = evaluate_answers(checkpoint, val, data.long_pairs, args.beam or 1, args.max_pairs)
-        _print(args, checkpoint, report.to_json(), _answers_text(report))
-        return 0
-    if args.file:
-        column = checkpoint.state.get("data", {}).get("text_column", "text")
-        tokens, num_bytes = read_whole(args.file, column, checkpoint.tokenizer)
+    exercise = args.reference or (None if args.file or of_heads else own_exercise(checkpoint))
+    content, text = _reference(checkpoint, exercise) if exercise else ({}, "")
+    if args.reference:
+        _print(args, checkpoint, content, text.strip())
+    elif answering:
+        report = _answers(args, checkpoint)
+        _print(args, checkpoint, report.to_json() | content, _answers_text(report) + text)
     else:
-        tokens, num_bytes = held_out_part(checkpoint)
-    if args.heads:
-        heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
-        _record(heads, checkpoint)
-        _print(args, checkpoint, heads.to_json(), heads.table())
-    else:
-        result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
-        _print(args, checkpoint, asdict(result), _held_out_text(result))
+        _evaluate_stream(args, checkpoint, content, text)
     return 0
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    """Refuse flags of which one would be ignored."""
+    asked = [name for name in ("heads", "keep_heads", "reference", "seeds") if getattr(args, name)]
+    limits = [name for name in ("file", "max_tokens", "max_pairs", "beam") if getattr(args, name) is not None]
+    clash = asked[:2] if len(asked) > 1 else [*asked, *limits] if asked and asked[0] in ("reference", "seeds") else []
+    if len(clash) > 1:
+        first, second, *_ = (f"--{name.replace('_', '-')}" for name in clash)
+        raise RequestError(f"{first} and {second} do not go together; leave one out")
 
 
 def _check_flags(args: argparse.Namespace, answering: bool) -> None:
@@ -87,6 +111,38 @@ def _check_flags(args: argparse.Namespace, answering: bool) -> None:
         if getattr(args, name) is not None:
             what = "answers to pairs" if answering else "the loss of a text"
             raise RequestError(f"--{name.replace('_', '-')} has no effect on {what}; leave it out")
+
+
+def _answers(args: argparse.Namespace, checkpoint: Checkpoint) -> AnswerReport:
+    """Answers to the pairs of a file, or to the held-out ones of the run."""
+    data = data_of(checkpoint)
+    val = read_all_pairs(args.file, data, checkpoint.tokenizer) if args.file else pairs_of(checkpoint).val
+    return evaluate_answers(checkpoint, val, data.long_pairs, 1 if args.beam is None else args.beam, args.max_pairs)
+
+
+def _evaluate_stream(args: argparse.Namespace, checkpoint: Checkpoint, content: dict[str, Any], text: str) -> None:
+    """Print the loss of a text, or what the heads do in it; `content` and `text` are added to the loss."""
+    if args.file:
+        column = checkpoint.state.get("data", {}).get("text_column", "text")
+        tokens, num_bytes = read_whole(args.file, column, checkpoint.tokenizer)
+    else:
+        tokens, num_bytes = held_out_part(checkpoint)
+    if args.heads:
+        heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
+        _record(heads, checkpoint)
+        _print(args, checkpoint, heads.to_json(), heads.table())
+    elif args.keep_heads:
+        kept = order_heads(checkpoint, tokens, num_bytes, args.max_tokens or ORDER_TOKENS)
+        _print(args, checkpoint, kept.to_json(), kept.table())
+    else:
+        result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
+        _print(args, checkpoint, asdict(result) | content, _held_out_text(result) + text)
+
+
+def _reference(checkpoint: Checkpoint, exercise: str) -> tuple[dict[str, Any], str]:
+    """The scores in reference, for JSON and as text."""
+    scores = evaluate_reference(checkpoint, exercise)
+    return {"reference": scores.to_json()}, "\n\n" + "\n".join([scores.table(), "", *scores.sentences()])
 
 
 def _record(report: HeadReport, checkpoint: Checkpoint) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from minitf.data.sources.books import BOOKS
 from minitf.data.sources.files import absolute_entry
-from minitf.data.sources.references import LANGUAGES, REFERENCES
+from minitf.data.sources.references import EXAMPLES, LANGUAGES, REFERENCES, Example
 from minitf.data.sources.synthetic import EXERCISES, MAX_PAIRS
 from minitf.errors import RequestError
 from minitf.system.files import expand_user
@@ -17,9 +17,7 @@ class DataConfig:
 
     kind: str = "text"  # text: predict the next token everywhere; pairs: turn one text into another
     source: str = "kjv"  # text: kjv, web (embedded), pronouns, files, hub; pairs: kjv_to_web, an exercise, files, hub
-    language: str = (
-        "en"  # of the exercises pronouns and winograd: en, or zh (one character a word, with tokenizer=char)
-    )
+    language: str = "en"  # of the exercises pronouns and winograd: en, or zh (a word is a character: tokenizer=char)
     files: list[str] = field(default_factory=list)  # for source=files: files, globs, folders; text or tables
     hub_path: str | None = None  # dataset on the Hugging Face hub, or a folder, or json, csv, parquet with data.files
     hub_name: str | None = None  # configuration of that dataset, e.g. wikitext-2-raw-v1
@@ -41,6 +39,7 @@ class DataConfig:
     shuffle_seed: int = 0  # hub: seed of the shuffled order
     max_documents: int | None = None  # use only the first N documents; null: all
     probes: list[str] = field(default_factory=list)  # sentences whose attention is logged, in addition to general ones
+    watch: list[str] = field(default_factory=list)  # relations to watch, "TEXT | it>cat", unless attention.watch is set
     cache_dir: str | None = None  # directory of prepared data; null: $MINITF_CACHE, else ~/.cache/minitf
 
     def __post_init__(self) -> None:
@@ -90,6 +89,16 @@ class DataConfig:
             cache_dir = os.path.abspath(expand_user(cache_dir))
         files = [absolute_entry(entry) for entry in self.files]
         return replace(self, files=files, hub_path=hub_path, cache_dir=cache_dir)
+
+    @property
+    def example(self) -> Example | None:
+        """The sentence to look at in an exercise in reference."""
+        return EXAMPLES[self.source, self.language] if self.reference else None
+
+    @property
+    def relations(self) -> list[str]:
+        """The relations to watch, if `attention.watch` does not name others."""
+        return self.watch or (self.example.relations if self.example else [])
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:

@@ -57,6 +57,35 @@ class Case:
         return f"{self.said.source} => {self.said.prefix}" if self.said.source else self.said.prefix
 
 
+class Example(NamedTuple):
+    """A sentence to look at, its beginning to be continued, and two looks in it."""
+
+    text: str
+    prompt: str
+    looks: tuple[str, str]
+
+    @property
+    def relations(self) -> list[str]:
+        """The looks as `attention.watch` takes them."""
+        return [f"{self.text} | {look}" for look in self.looks]
+
+
+EXAMPLES = {
+    ("pronouns", "en"): Example(
+        "The cat followed the queen. It purred.", "The cat followed the queen. It", ("It>cat", "It>queen")
+    ),
+    ("pronouns", "zh"): Example("猫追后。它喵。", "猫追后。它", ("它>猫", "它>后")),
+    ("winograd", "en"): Example(
+        "The cat sat on the mat because it was tired. => The cat sat on the mat because the cat was tired.",
+        "The cat sat on the mat because it was tired.",
+        ("the>cat:1", "the>tired:1"),
+    ),
+    ("winograd", "zh"): Example(
+        "猫在垫上，因为它累。 => 猫在垫上，因为猫累。", "猫在垫上，因为它累。", ("为>猫:1", "为>累:1")
+    ),
+}
+
+
 class NounClass(NamedTuple):
     """Nouns of one pronoun, each with its deed."""
 
