@@ -68,12 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    _check_combination(args)
     if args.file and not args.file.is_file():
         raise RequestError(f"--file {args.file}: no such file")
-    if sum(map(bool, (args.heads, args.keep_heads, args.reference, args.seeds))) > 1:
-        raise RequestError("--heads, --keep-heads, --reference and --seeds are separate measurements: choose one")
-    if args.file and (args.reference or args.seeds):
-        raise RequestError("--file has no effect on --reference and --seeds; leave it out")
     if args.seeds:
         rows = compare_seeds(Path(args.seeds))
         print(json.dumps({"seeds": rows}) if args.json else seeds_table(rows))
@@ -98,6 +95,16 @@ def main(argv: list[str] | None = None) -> int:
         json.dumps({"checkpoint": str(checkpoint.directory), "step": checkpoint.step} | content) if args.json else text
     )
     return 0
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    """Refuse flags of which one would be ignored."""
+    asked = [name for name in ("heads", "keep_heads", "reference", "seeds") if getattr(args, name)]
+    limits = [name for name in ("file", "max_tokens", "max_pairs", "beam") if getattr(args, name) is not None]
+    clash = asked[:2] if len(asked) > 1 else [*asked, *limits] if asked and asked[0] in ("reference", "seeds") else []
+    if len(clash) > 1:
+        first, second, *_ = (f"--{name.replace('_', '-')}" for name in clash)
+        raise RequestError(f"{first} and {second} do not go together; leave one out")
 
 
 def _answers(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:

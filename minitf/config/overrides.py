@@ -97,8 +97,8 @@ def explain(error: BaseException) -> str:
         return _explain_missing(error.missing_cfg_file, error.options)
     key = getattr(error, "full_key", None) or ""
     if isinstance(error, InterpolationKeyError | GrammarParseError):
-        text = r"for the characters themselves write \${"
-        return f"{key}: {one_line(error)}; ${{...}} is the value of another key; {text}"
+        reason = str(error).splitlines()[0]
+        return f"{key}: {reason}; ${{...}} is the value of another key, write \\${{ for the characters themselves"
     if isinstance(error, MissingMandatoryValue):
         return f"{key} must be given"
     if isinstance(error, ValidationError) and _is_list(key):

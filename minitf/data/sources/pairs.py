@@ -89,8 +89,9 @@ def _open_files(config: DataConfig) -> Corpus:
         for index, texts in enumerate(pairs()):
             yield Item(texts, split.is_held_out(index))
 
-    name = found.paths[0].name if len(found.paths) == 1 else f"{len(found.paths):,} files"
-    return Corpus(read, f"{name}, {split}", num_documents=split.num_documents, left_out=left_out, columns=reader)
+    files = "one file" if len(found.paths) == 1 else f"{len(found.paths):,} files"
+    description = f"{split.num_documents:,} pairs of {files}, {split}"
+    return Corpus(read, description, num_documents=split.num_documents, left_out=left_out, columns=reader)
 
 
 def pairs_of_file(path: Path, reader: PairReader, left_out: LeftOut) -> Iterator[tuple[str, str]]:

@@ -130,7 +130,8 @@ def _open_file(config: DataConfig, path: Path) -> Corpus:
         for held_out, chunks in parts:
             yield from _pieces((text for text, _ in chunks), held_out)
 
-    description = f"{path.name}, {num_chars:,} characters, the last {config.val_fraction:.0%} held out"
+    # Without the file's name: the same text may have been prepared under another.
+    description = f"one file, {num_chars:,} characters, the last {config.val_fraction:.0%} held out"
     return Corpus(read_items, description, num_bytes)
 
 
