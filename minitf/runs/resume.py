@@ -18,6 +18,7 @@ from minitf.runs.execute import execute
 from minitf.runs.prepare import prepare
 from minitf.training.context import RunContext
 from minitf.training.decisions import RunDecisions
+from minitf.variants import copy_in
 
 # The data position counts in batches, and the optimiser's state fits its own kind alone.
 FIXED = (
@@ -61,6 +62,8 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
         other = LIMITS[1] if limits[0].startswith(LIMITS[0]) else LIMITS[0]
         overrides = [f"{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
+    own = copy_in(config.model.attention_class, run_dir)  # wherever it was then: what was trained is here
+    config = replace(config, model=replace(config.model, attention_class=own))
     loaded = asdict(RunDecisions.load(run_dir, config.model)) if group.is_main else {}
     decisions = RunDecisions(**group.broadcast(loaded))
     checkpoint = _newest_checkpoint(run, run_dir, group)
