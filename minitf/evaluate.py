@@ -1,7 +1,7 @@
 """Held-out loss, perplexity and bits per byte: how well a model predicts text it was not trained on."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from minitf.data.config import DataConfig
 from minitf.data.packing import fit, held_out_pairs
 from minitf.data.tokenized_pairs import PairIds, prepare_pairs
 from minitf.data.tokenized_text import Tokens, prepare
+from minitf.edits import Placed, combined, editing
 from minitf.errors import MinitfError
 from minitf.loss import IGNORED
 from minitf.tokenizer import TokenizerConfig
@@ -104,14 +105,28 @@ def _mean_loss(
 
 @torch.no_grad()
 def evaluate_checkpoint(
-    checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int | None = None
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    num_bytes: int,
+    max_tokens: int | None = None,
+    edits: Sequence[Placed] = (),
 ) -> HeldOut:
-    """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes, read as in training."""
+    """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes, read as in training.
+
+    `edits` change what every head and feed-forward layer they name computes.
+    """
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
     batch_size = evaluation_batch_size(context)
     document_end = checkpoint.tokenizer.end_id if checkpoint.document_mask else None
-    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens, document_end)
+    changed = combined(edits) if edits else None
+
+    def loss_of(inputs_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+        x_BTD = model.hidden(inputs_BT, segments_BT=segments_BT, edits=changed)
+        return model.cross_entropy(x_BTD, model.vocabulary_VD, targets_BT)  # type: ignore[no-any-return]
+
+    with editing(model, changed):
+        return evaluate(loss_of, tokens, num_bytes, context, batch_size, model.device, max_tokens, document_end)
 
 
 def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:

@@ -17,13 +17,14 @@ from minitf.data.tokenized_text import Tokens
 from minitf.errors import CommandParser, RequestError
 from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
-from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, record_heads
+from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, order_heads, record_heads
 from minitf.evaluation.reference import compare_seeds, evaluate_reference, own_exercise, seeds_table
 from minitf.system.threads import set_threads
 from minitf.tokenizer import TokenizerConfig
 
 # The difference a head makes on the same tokens settles long before the loss itself does.
 HEADS_TOKENS = 20_000
+ORDER_TOKENS = 4_000  # of some hundred evaluations
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="switch off each head in turn and print what it does and how much it matters; also written to the run's "
         f"heads/, for TensorBoard (on about {HEADS_TOKENS:,} tokens unless --max-tokens is given)",
+    )
+    p.add_argument(
+        "--keep-heads",
+        action="store_true",
+        help="remove the least important head again and again: how few heads the model needs (on about "
+        f"{ORDER_TOKENS:,} tokens unless --max-tokens is given)",
     )
     p.add_argument(
         "--reference",
@@ -77,11 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         content, text = _reference(checkpoint, args.reference)
         _print(args, checkpoint, content, text.strip())
         return 0
-    answering = checkpoint.answers and not args.file and not args.heads
+    answering = checkpoint.answers and not args.file and not args.heads and not args.keep_heads
     if not answering:
         tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else held_out_part(checkpoint)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
-    exercise = None if args.file or args.heads else own_exercise(checkpoint)
+    exercise = None if args.file or args.heads or args.keep_heads else own_exercise(checkpoint)
     content, text = _reference(checkpoint, exercise) if exercise else ({}, "")
     if answering:
         data = DataConfig(**checkpoint.state["data"])
@@ -92,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
         heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
         _record(heads, checkpoint)
         _print(args, checkpoint, heads.to_json(), heads.table())
+    elif args.keep_heads:
+        kept = order_heads(checkpoint, tokens, num_bytes, args.max_tokens or ORDER_TOKENS)
+        _print(args, checkpoint, kept.to_json(), kept.table())
     else:
         result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
         _print(args, checkpoint, asdict(result) | content, _held_out_text(result) + text)

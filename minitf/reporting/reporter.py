@@ -33,8 +33,8 @@ class Reporter:
     def stop(self) -> None:
         """The training loop has ended."""
 
-    def train_row(self, row: Mapping[str, Any], num_steps: int) -> None:
-        """Training numbers: the columns of metrics.jsonl in the README."""
+    def train_row(self, row: Mapping[str, Any], num_steps: int, left_s: float) -> None:
+        """Training numbers: the columns of metrics.jsonl in the README; `left_s` seconds of training are left."""
 
     def val_row(self, row: Mapping[str, Any]) -> None:
         """Held-out numbers of one evaluation."""
@@ -103,9 +103,9 @@ class RunReporter(Reporter):
     def stop(self) -> None:
         self.console.stop()
 
-    def train_row(self, row: Mapping[str, Any], num_steps: int) -> None:
+    def train_row(self, row: Mapping[str, Any], num_steps: int, left_s: float) -> None:
         self._record("train", row)
-        self.console.train_row(row, num_steps)
+        self.console.train_row(row, num_steps, left_s)
 
     def val_row(self, row: Mapping[str, Any]) -> None:
         self.console.val_row(row)
