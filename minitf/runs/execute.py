@@ -14,6 +14,7 @@ from minitf.runs.summary import conclusion, describe_setup, introduction
 from minitf.training.actions import default_actions
 from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
+from minitf.variants import keep_copy
 
 
 def execute(context: RunContext, compared: Mapping[str, Any] | None = None) -> None:
@@ -23,6 +24,7 @@ def execute(context: RunContext, compared: Mapping[str, Any] | None = None) -> N
         if context.group.is_main:  # decisions first: a run killed in between still ends where it was to end
             context.decisions.save(context.run_dir)
             save_config(context.config, context.run_dir / "config.yaml")
+            keep_copy(context.config.model.attention_class, context.run_dir)
         with open_reporter(context) as reporter:
             trainer = Trainer(context, default_actions(context), reporter)
             begin(trainer)
