@@ -1,6 +1,7 @@
 """Files of JSON rows in a run's directory: metrics.jsonl and attention.jsonl."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,4 +52,28 @@ def loss_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
     for row in metrics:
         if row["split"] in curves:
             curves[row["split"]].append((row["step"], round(row["loss"], 4)))
-    return {split: points[:: -(-len(points) // MAX_CURVE_POINTS) or 1] for split, points in curves.items()}
+    return _thinned(curves)
+
+
+def other_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every number in the rows of other splits, by "split/column": "alignment/score"."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in metrics:
+        if row["split"] not in ("train", "val"):
+            for name, value in _numbers(row["split"], row):
+                curves.setdefault(name, []).append((row["step"], round(value, 4)))
+    return _thinned(curves)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The finite numbers in a row, at any depth, with the names of their columns joined by "/"."""
+    if isinstance(value, Mapping):
+        for column, inner in value.items():
+            if column not in ("step", "split"):
+                yield from _numbers(f"{name}/{column}", inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        yield name, float(value)
+
+
+def _thinned(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {name: points[:: -(-len(points) // MAX_CURVE_POINTS) or 1] for name, points in curves.items()}

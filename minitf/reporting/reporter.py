@@ -7,7 +7,7 @@ from typing import Any
 
 from minitf.interpretability.alignment import AligningHeads
 from minitf.reporting.console import TrainingConsole
-from minitf.reporting.metrics import JsonRows, loss_curves
+from minitf.reporting.metrics import JsonRows, loss_curves, other_curves
 from minitf.reporting.tensorboard import TensorBoardWriter
 from minitf.system.files import write_whole
 from minitf.viewer import viewer_page
@@ -130,7 +130,7 @@ class RunReporter(Reporter):
         self.tensorboard.hyperparameters(settings, metrics, step)
 
     def write_attention_page(self, title: str) -> None:
-        page = viewer_page(list(self.maps), title, loss_curves(self.metrics))
+        page = viewer_page(list(self.maps), title, loss_curves(self.metrics), other_curves(self.metrics))
         write_whole(self.run_dir / "attention.html", page)
 
     def flush(self) -> None:

@@ -28,6 +28,7 @@ CURVES = {"train": "train/loss", "val": "val/loss"}
 SCORE_TAG = re.compile(r"heads/(\w+)/layer(\d+)_head(\d+)")
 IMPORTANCE_TAG = re.compile(r"importance/layer(\d+)_head(\d+)")
 HEADS_RUN = "heads"  # within a run: the output of scripts/evaluate.py --heads
+SERIES_TAG = re.compile(r"(reference|watch|alignment)/.+")  # what the view Over training shows besides head scores
 MAX_POINTS = 1000
 
 
@@ -88,13 +89,15 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return _respond(request, content, TYPES[name.rpartition(".")[2]])
 
     def runs(self, request: Request) -> Response:
-        """The runs with maps, oldest first, and whether typed sentences are run."""
+        """The runs with maps, oldest first, the tags of their sentences, and whether typed sentences are run."""
         context, experiment = _context(request)
         found = self.data.list_blob_sequences(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)
         started = {run.run_name: run.start_time or 0 for run in self.data.list_runs(context, experiment_id=experiment)}
         names = sorted(found, key=lambda run: (started.get(run, 0), run))
         why = self.gate.why_closed()
-        return _json(request, {"runs": names, "live": why is None, "why": why})
+        tags = {run: sorted(series) for run, series in found.items()}
+        content = {"runs": names, "tags": tags, "logdir": self.folders.logdir, "live": why is None, "why": why}
+        return _json(request, content)
 
     def run(self, request: Request) -> Response:
         """One run: its sentences with their logged steps, loss curves, head scores, checkpoints."""
@@ -110,6 +113,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             "sentences": sentences,
             "curves": curves,
             "scores": _score_series(scalars),
+            "series": _other_series(scalars),
             "importance": _importance(importance),
             "checkpoints": self.folders.steps(name),
         }
@@ -200,6 +204,11 @@ def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, A
             by_step = dict(points)
             layers[int(layer)].append([round(by_step[step], 4) if step in by_step else None for step in steps])
     return {"steps": steps, "values": values}
+
+
+def _other_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """Scalars that are curves of their own in the view Over training, by tag."""
+    return {tag: _without_nan(points) for tag, points in sorted(scalars.items()) if SERIES_TAG.fullmatch(tag)}
 
 
 def _importance(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any] | None:

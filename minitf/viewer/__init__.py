@@ -14,20 +14,27 @@ from typing import Any
 FOLDER = Path(__file__).parent
 # Each imports only those before it.
 MODULES = (
-    "texts.js", "preferences.js", "dom.js", "maps.js", "source.js", "timeline.js", "overview.js", "sentence.js",
-    "lines.js", "matrix.js", "alignment.js", "three_steps.js", "next_token.js", "over_training.js", "compare.js",
-    "prompt.js", "defaults.js", "viewer.js",
+    "texts.js", "preferences.js", "dom.js", "maps.js", "colours.js", "state.js", "source.js", "data.js", "charts.js",
+    "tooltip.js", "words.js", "timeline.js", "heads.js", "sentence.js", "head_line.js", "lines.js", "matrix.js",
+    "alignment.js", "three_steps.js", "next_token.js", "over_training.js", "compare.js", "views.js", "picture.js",
+    "save.js", "address.js", "prompt.js", "controls.js", "help.js", "viewer.js",
 )  # fmt: skip
 
 
 def viewer_page(
-    maps: list[dict[str, Any]], title: str, curves: Mapping[str, Sequence[tuple[int, float]]] | None = None
+    maps: list[dict[str, Any]],
+    title: str,
+    curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    series: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    scored_on: str = "held_out",
 ) -> str:
     """One self-contained HTML page with `maps`, each an `AttentionMaps.to_viewer()`.
 
-    `curves` are the (step, loss) points of the run, by split ("train" and "val").
+    `curves` are the (step, loss) points of the run, by split ("train" and "val"), and `series` those of anything else
+    it measured, by name ("alignment/score"). `scored_on` says what the heads' scores were measured on: "held_out" text
+    or the "sentence" itself.
     """
-    content = {"title": title, "maps": maps, "curves": curves}
+    content = {"title": title, "maps": maps, "curves": curves, "series": series or {}, "scored_on": scored_on}
     parts = {
         "title": html.escape(title.encode("utf-8", "replace").decode()),
         "style": (FOLDER / "viewer.css").read_text(encoding="utf-8"),
