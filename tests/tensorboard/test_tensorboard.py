@@ -188,7 +188,7 @@ def test_the_tokens_of_a_typed_sentence_are_counted(plugin: AttentionPlugin) -> 
 def test_other_curves_are_taken_from_the_scalars() -> None:
     scalars = {
         "reference/exact": [(0, 0.1), (5, math.nan)],
-        "watch/it>cat/weight": [(1, 0.5)],
+        "watch/it>cat/w": [(1, 0.5)],
         "train/loss": [(0, 9.0)],
     }
     assert _other_series(scalars) == {"reference/exact": [(0, 0.1)], "watch/it>cat/w": [(1, 0.5)]}
