@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from minitf.edits import Edit
 from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.generate import Options, generate_text, stream_text
 from minitf.inference.sampling import Sampling
 from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
+from minitf.interpretability.interventions import Reader
+from minitf.interpretability.patching import Patching, patch
+from minitf.interpretability.residual import Contributions, Lens, contributions, lens
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
@@ -82,6 +86,33 @@ class LanguageModel:
         else:
             tokens, num_bytes = np.array(self.tokenizer.encode(text), dtype=np.uint32), len(text.encode())
         return evaluate_checkpoint(self.checkpoint, tokens, num_bytes, max_tokens)
+
+    def predict(self, text: str, edits: Sequence[Edit] = (), top_k: int = 5) -> list[tuple[str, float]]:
+        """The `top_k` likeliest next tokens of `text` with their probabilities, under `edits` of its attention.
+
+        For example `lm.predict("The cat followed the queen. It", [minitf.edits.block("It", "cat")])`. A model trained
+        on pairs reads "SOURCE => TARGET", of which the target may be incomplete.
+        """
+        return self._reader.predict(text, edits, top_k)
+
+    def patch(self, clean: str, changed: str, answer: str | None = None, changed_answer: str | None = None) -> Patching:
+        """Which places carry the difference between two texts of as many tokens: activation patching.
+
+        The answers are the tokens whose logits are compared, by default the likeliest next ones.
+        """
+        return patch(self._reader, clean, changed, answer, changed_answer)
+
+    def lens(self, text: str) -> Lens:
+        """The next-token prediction at every position after every half-layer: the logit lens."""
+        return lens(self._reader, text)
+
+    def contributions(self, text: str, token: str | None = None) -> Contributions:
+        """What each head and feed-forward layer adds to the logit of `token`, by default of the likeliest next one."""
+        return contributions(self._reader, text, token)
+
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.model, self.tokenizer, self.checkpoint.answers)
 
     def attention(self, text: str) -> AttentionMaps:
         """The attention of every head in `text`; the head scores are those of this text.

@@ -1,7 +1,7 @@
 """Held-out loss, perplexity and bits per byte: how well a model predicts text it was not trained on."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from minitf.data.config import DataConfig
 from minitf.data.packing import fit, held_out_pairs
 from minitf.data.tokenized_pairs import PairIds, prepare_pairs
 from minitf.data.tokenized_text import Tokens, prepare
+from minitf.edits import Placed, combined, editing
 from minitf.errors import MinitfError
 from minitf.loss import IGNORED
 from minitf.tokenizer import TokenizerConfig
@@ -45,14 +46,16 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     max_tokens: int | None = None,
+    document_end: int | None = None,
 ) -> HeldOut:
     """Mean loss over the windows of `tokens`, the ids of a text of `num_bytes` bytes.
 
     `loss_of` takes the first three fields of a `Batch`. Every batch has `batch_size` rows (the last is filled up with
     rows that do not count), so a compiled `loss_of` need not be compiled again. `max_tokens` takes about that many
-    targets, evenly spread, instead of all. Bits per byte: the loss of all tokens, `nats / ln 2 / bytes`.
+    targets, evenly spread, instead of all. With a `document_end` token attention stays inside documents. Bits per byte:
+    the loss of all tokens, `nats / ln 2 / bytes`.
     """
-    batches = held_out_batches(tokens, context_length, batch_size, max_tokens)
+    batches = held_out_batches(tokens, context_length, batch_size, max_tokens, document_end)
     loss_nats, num_tokens = _mean_loss(loss_of, batches, batch_size, device)
     bits_per_byte = loss_nats / math.log(2) * len(tokens) / max(num_bytes, 1)
     return HeldOut(loss_nats, bits_per_byte, math.exp(min(loss_nats, 700)), num_tokens)
@@ -102,13 +105,28 @@ def _mean_loss(
 
 @torch.no_grad()
 def evaluate_checkpoint(
-    checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int | None = None
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    num_bytes: int,
+    max_tokens: int | None = None,
+    edits: Sequence[Placed] = (),
 ) -> HeldOut:
-    """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes."""
+    """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes, read as in training.
+
+    `edits` change what every head and feed-forward layer they name computes.
+    """
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
     batch_size = evaluation_batch_size(context)
-    return evaluate(model.loss, tokens, num_bytes, context, batch_size, model.device, max_tokens)
+    document_end = checkpoint.tokenizer.end_id if checkpoint.document_mask else None
+    changed = combined(edits) if edits else None
+
+    def loss_of(inputs_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+        x_BTD = model.hidden(inputs_BT, segments_BT=segments_BT, edits=changed)
+        return model.cross_entropy(x_BTD, model.vocabulary_VD, targets_BT)  # type: ignore[no-any-return]
+
+    with editing(model, changed):
+        return evaluate(loss_of, tokens, num_bytes, context, batch_size, model.device, max_tokens, document_end)
 
 
 def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitf.benchmark.process import memory_mb
-from minitf.training.flops import flops_per_token as training_flops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +122,7 @@ def step_parts(
     from minitf.model import ModelConfig, Transformer
     from minitf.optim import OptimConfig, Optimizer
     from minitf.system.hardware import choose_hardware
+    from minitf.training.flops import flops_per_token as training_flops
     from minitf.training.parallel import Parallel
     from minitf.training.tuned_step import TunedStep
 
@@ -239,6 +239,7 @@ def fastest() -> dict[str, Any]:
 def flops_per_token(shape: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Operations per training token of a model of this shape."""
     from minitf.model import ModelConfig, Transformer
+    from minitf.training.flops import flops_per_token as training_flops
 
     model = Transformer(ModelConfig(**shape), vocab_size)
     return {"flops_per_token": training_flops(model), "num_parameters": model.num_parameters()}

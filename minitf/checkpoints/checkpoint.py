@@ -52,6 +52,11 @@ class Checkpoint:
         return self.tokenizer.target_id is not None and self.state.get("data", {}).get("kind") == "pairs"
 
     @property
+    def document_mask(self) -> bool:
+        """Whether the model was trained with attention inside documents only."""
+        return bool(self.state.get("data", {}).get("document_mask"))
+
+    @property
     def aligning_heads(self) -> list[tuple[int, int]]:
         """(layer, head) of the heads that align source and target, as found when the checkpoint was saved."""
         c = self.model.config

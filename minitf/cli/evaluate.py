@@ -17,12 +17,14 @@ from minitf.data.tokenized_text import Tokens
 from minitf.errors import CommandParser, RequestError
 from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
-from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, record_heads
+from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, order_heads, record_heads
+from minitf.evaluation.reference import compare_seeds, evaluate_reference, own_exercise, seeds_table
 from minitf.system.threads import set_threads
 from minitf.tokenizer import TokenizerConfig
 
 # The difference a head makes on the same tokens settles long before the loss itself does.
 HEADS_TOKENS = 20_000
+ORDER_TOKENS = 4_000  # of some hundred evaluations
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +46,21 @@ def parser() -> argparse.ArgumentParser:
         help="switch off each head in turn and print what it does and how much it matters; also written to the run's "
         f"heads/, for TensorBoard (on about {HEADS_TOKENS:,} tokens unless --max-tokens is given)",
     )
+    p.add_argument(
+        "--keep-heads",
+        action="store_true",
+        help="remove the least important head again and again: how few heads the model needs (on about "
+        f"{ORDER_TOKENS:,} tokens unless --max-tokens is given)",
+    )
+    p.add_argument(
+        "--reference",
+        metavar="EXERCISE",
+        help='measure whether the model knows who "it" is: pronouns, pronouns:zh, winograd or winograd:zh (a run that '
+        "trained on one of them is measured anyway)",
+    )
+    p.add_argument(
+        "--seeds", metavar="FOLDER", help="compare the scores in reference of all runs in FOLDER, such as a sweep's"
+    )
     return p
 
 
@@ -54,25 +71,47 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if (args.reference or args.seeds) and (args.file or args.heads or (args.reference and args.seeds)):
+        raise RequestError("--reference and --seeds each stand alone: leave out --file, --heads or the other one")
+    if args.seeds:
+        rows = compare_seeds(Path(args.seeds))
+        print(json.dumps({"seeds": rows}) if args.json else seeds_table(rows))
+        return 0
     set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
-    answering = checkpoint.answers and not args.file and not args.heads
+    if args.reference:
+        print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
+        content, text = _reference(checkpoint, args.reference)
+        _print(args, checkpoint, content, text.strip())
+        return 0
+    answering = checkpoint.answers and not args.file and not args.heads and not args.keep_heads
     if not answering:
         tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else held_out_part(checkpoint)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
+    exercise = None if args.file or args.heads or args.keep_heads else own_exercise(checkpoint)
+    content, text = _reference(checkpoint, exercise) if exercise else ({}, "")
     if answering:
         data = DataConfig(**checkpoint.state["data"])
         pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer)
         report = evaluate_answers(checkpoint, pairs, data.long_pairs, args.beam, args.max_pairs)
-        _print(args, checkpoint, report.to_json(), _answers_text(report))
+        _print(args, checkpoint, report.to_json() | content, _answers_text(report) + text)
     elif args.heads:
         heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
         _record(heads, checkpoint)
         _print(args, checkpoint, heads.to_json(), heads.table())
+    elif args.keep_heads:
+        kept = order_heads(checkpoint, tokens, num_bytes, args.max_tokens or ORDER_TOKENS)
+        _print(args, checkpoint, kept.to_json(), kept.table())
     else:
         result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
-        _print(args, checkpoint, asdict(result), _held_out_text(result))
+        _print(args, checkpoint, asdict(result) | content, _held_out_text(result) + text)
     return 0
+
+
+def _reference(checkpoint: Checkpoint, exercise: str) -> tuple[dict[str, Any], str]:
+    """The scores in reference, for JSON and as text."""
+    scores = evaluate_reference(checkpoint, exercise)
+    return {"reference": scores.to_json()}, "\n\n" + "\n".join([scores.table(), "", *scores.sentences()])
 
 
 def _read_file(checkpoint: Checkpoint, name: str) -> tuple[Tokens, int]:

@@ -27,7 +27,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     p.add_argument("--num-samples", metavar="N", type=int, default=1, help="number of continuations or answers")
     p.add_argument("--interactive", action="store_true", help="read prompts from standard input, one a line")
-    p.add_argument("--explain", action="store_true", help="show what the heads attended to for each new token")
+    p.add_argument(
+        "--explain",
+        action="store_true",
+        help="show for each new token which earlier ones it needed, and which its heads looked at",
+    )
     _add_sampling(p.add_argument_group("sampling"))
     _add_answers(p.add_argument_group("answers of a model trained on pairs"))
 

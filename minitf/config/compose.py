@@ -102,6 +102,9 @@ def to_config(composed: DictConfig) -> Config:
     values["name"] = values["name"] or str(choices.get("experiment") or choices.get("data") or "run")
     if not re.fullmatch(r"[\w.+-]+", values["name"]) or values["name"].startswith("."):
         raise RequestError(f"name={values['name']!r} must be a plain directory name: letters, digits, _ . + -")
+    asked_for_tokens = any(override.startswith("tokenizer") for override in hydra_config.overrides.task)
+    if values["data"]["language"] == "zh" and not asked_for_tokens:  # its words are characters
+        values["tokenizer"] |= {"kind": "char"}
     if values["init_from"]:
         return config_of(
             values | {"model": _shape_of_init_from(values["model"], hydra_config.overrides.task)}, AutoModel

@@ -101,8 +101,13 @@ class BatchSource(ABC):
 class Batches(BatchSource):
     """Batches of text; each epoch cuts it into windows of a full context from a new offset."""
 
-    def __init__(self, tokens: Tokens, context_length: int, batch_size: int, seed: int) -> None:
-        """`tokens` is 1-D. Raises RequestError when it is shorter than one window and its targets."""
+    def __init__(
+        self, tokens: Tokens, context_length: int, batch_size: int, seed: int, document_end: int | None = None
+    ) -> None:
+        """`tokens` is 1-D. Raises RequestError when it is shorter than one window and its targets.
+
+        Attention stays inside a document if `document_end`, the token at the end of each, is given.
+        """
         if len(tokens) <= context_length:
             raise RequestError(
                 f"the text to train on has {len(tokens):,} tokens, but one context and its targets need "
@@ -113,6 +118,7 @@ class Batches(BatchSource):
         super().__init__(context_length, batch_size, seed, windows_per_epoch)
         self._tokens = np.asarray(tokens)  # indexing a memmap object itself is slower
         self._span = np.arange(context_length + 1)
+        self._document_end = document_end
 
     def _shuffled(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """The starts of all windows."""
@@ -123,7 +129,16 @@ class Batches(BatchSource):
         """Int64, the targets being the inputs shifted by one."""
         starts = np.asarray(windows, dtype=np.int64)
         ids = torch.from_numpy(self._tokens[starts[:, None] + self._span].astype(np.int64))
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        inputs_BT = ids[:, :-1].contiguous()
+        return Batch(inputs_BT, ids[:, 1:].contiguous(), document_segments(inputs_BT, self._document_end))
+
+
+def document_segments(inputs_BT: torch.Tensor, document_end: int | None) -> torch.Tensor | None:
+    """The number of each token's document in its row, from 1; None without a `document_end`."""
+    if document_end is None:
+        return None
+    ends_BT = (inputs_BT == document_end).int()
+    return (1 + ends_BT.cumsum(-1) - ends_BT).int()
 
 
 def evenly_spaced(total: int, count: int | None = None) -> npt.NDArray[np.int64]:
@@ -138,12 +153,16 @@ def evaluation_batch_size(context_length: int) -> int:
 
 
 def held_out_batches(
-    tokens: Tokens, context_length: int, batch_size: int, max_tokens: int | None = None
+    tokens: Tokens,
+    context_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    document_end: int | None = None,
 ) -> Iterator[Batch]:
     """Every target of `tokens` once, in a fixed order, int64, in batches of up to `batch_size` rows.
 
     The windows do not overlap; the last one is padded with targets of -100. `max_tokens` takes evenly spaced windows
-    with about that many targets instead. Raises RequestError when there is no target.
+    with about that many targets instead. `document_end` as in `Batches`. Raises RequestError when there is no target.
     """
     if len(tokens) < 2:
         raise RequestError(f"the held-out text has {len(tokens)} tokens, too few to predict any; use more text")
@@ -159,4 +178,4 @@ def held_out_batches(
             ids = torch.from_numpy(tokens[start : start + context_length + 1].astype(np.int64))
             inputs_BT[row, : len(ids) - 1] = ids[:-1]
             targets_BT[row, : len(ids) - 1] = ids[1:]
-        yield Batch(inputs_BT, targets_BT)
+        yield Batch(inputs_BT, targets_BT, document_segments(inputs_BT, document_end))

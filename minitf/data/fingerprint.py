@@ -33,6 +33,8 @@ def fingerprint(config: DataConfig) -> str:
     }
     if config.kind == "pairs":
         identity |= {"pairs": [config.prompt_column, config.completion_column, config.bad_rows, config.num_pairs]}
+    if config.language != "en":
+        identity["language"] = config.language
     for book in BOOKS:
         if book in config.source.split("_"):
             identity[book] = importlib.metadata.version(f"pythonbible-{book}")

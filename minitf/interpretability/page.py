@@ -14,11 +14,14 @@ import torch
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.errors import CommandParser, RequestError, read_text_argument, run_command
+from minitf.interpretability import experiments
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.interpretability.heads import head_scores
 from minitf.system.files import write_whole
 from minitf.system.threads import set_threads
 from minitf.viewer import viewer_page
+
+DEFAULT_PAGE = "attention.html"
 
 
 def attention_page(maps: Sequence[AttentionMaps], title: str, scored_on: str = "held_out") -> str:
@@ -44,17 +47,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest")
     output = parser.add_mutually_exclusive_group()
+    output.add_argument("--out", type=Path, metavar="FILE.html", help=f"default: {DEFAULT_PAGE}")
     output.add_argument(
-        "--out", type=Path, default=Path("attention.html"), metavar="FILE.html", help="default: %(default)s"
+        "--json", action="store_true", help="print the raw weights, or the result of an experiment, as JSON"
     )
-    output.add_argument("--json", action="store_true", help="print the raw weights as JSON instead of writing a page")
+    experiments.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
     text = read_text_argument(arguments.text, "text")
-    if not arguments.json and not arguments.out.absolute().parent.is_dir():
-        raise RequestError(f"--out {arguments.out}: there is no such directory; create it first")
+    out = arguments.out or Path(DEFAULT_PAGE)
+    experiment = experiments.wanted(arguments)
+    if experiment and arguments.out:
+        raise RequestError("--out is for the page; an experiment is printed (--json: as JSON)")
+    if not arguments.json and not out.absolute().parent.is_dir():
+        raise RequestError(f"--out {out}: there is no such directory; create it first")
     set_threads()
     checkpoint = load_checkpoint(arguments.run)
+    if experiment:
+        finding = experiments.run(arguments, checkpoint, text)
+        print(json.dumps(finding.content, allow_nan=False) if arguments.json else finding.text)
+        return 0
     maps = maps_of_checkpoint(checkpoint, text)
     if maps.alignment is not None:
         print(maps.alignment.describe(), file=sys.stderr)
@@ -63,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         json.dump(maps.to_json(), sys.stdout, allow_nan=False)
         print()
     else:
-        _write(arguments.out, attention_page([maps], _title(checkpoint, arguments.run), scored_on="sentence"))
-        print(f"{checkpoint.directory}: wrote {arguments.out}", file=sys.stderr)
+        _write(out, attention_page([maps], _title(checkpoint, arguments.run), scored_on="sentence"))
+        print(f"{checkpoint.directory}: wrote {out}", file=sys.stderr)
     return 0
 
 

@@ -56,23 +56,26 @@ def loss_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
 
 
 def other_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every number in the rows of other splits, by "split/column": "alignment/score"."""
+    """(step, value) of every number in the rows of other splits, by the tag that TensorBoard has: "alignment/score".
+
+    A row of a relation that the run watches has a number for each head, "watch/it>cat/layer0_head1".
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in metrics:
         if row["split"] not in ("train", "val"):
-            for name, value in _numbers(row["split"], row):
+            for name, value in _numbers(row):
                 curves.setdefault(name, []).append((row["step"], round(value, 4)))
     return _thinned(curves)
 
 
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The finite numbers in a row, at any depth, with the names of their columns joined by "/"."""
-    if isinstance(value, Mapping):
-        for column, inner in value.items():
-            if column not in ("step", "split"):
-                yield from _numbers(f"{name}/{column}", inner)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        yield name, float(value)
+def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    place = "/".join([row["split"], *([row["relation"]] if "relation" in row else [])])
+    for column, value in row.items():
+        if column == "weight" and isinstance(value, list):
+            for layer, values in enumerate(value):
+                yield from ((f"{place}/layer{layer}_head{head}", one) for head, one in enumerate(values))
+        elif column != "step" and isinstance(value, int | float) and math.isfinite(value):
+            yield f"{place}/{'probability_blocked' if column == 'blocked' else column}", value
 
 
 def _thinned(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from minitf.interpretability.alignment import AligningHeads
+from minitf.interpretability.interventions import Watched
+from minitf.interpretability.reference import ReferenceScores
 from minitf.reporting.console import TrainingConsole
 from minitf.reporting.metrics import JsonRows, loss_curves, other_curves
-from minitf.reporting.tensorboard import TensorBoardWriter
+from minitf.reporting.tensorboard import TAGS, TensorBoardWriter
 from minitf.system.files import write_whole
-from minitf.viewer import viewer_page
+from minitf.viewer import heads_found, viewer_page
 
 
 class Reporter:
@@ -31,8 +33,8 @@ class Reporter:
     def stop(self) -> None:
         """The training loop has ended."""
 
-    def train_row(self, row: Mapping[str, Any], num_steps: int) -> None:
-        """Training numbers: the columns of metrics.jsonl in the README."""
+    def train_row(self, row: Mapping[str, Any], num_steps: int, left_s: float) -> None:
+        """Training numbers: the columns of metrics.jsonl in the README; `left_s` seconds of training are left."""
 
     def val_row(self, row: Mapping[str, Any]) -> None:
         """Held-out numbers of one evaluation."""
@@ -48,6 +50,12 @@ class Reporter:
 
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         """The heads that align source and target, and their score."""
+
+    def reference(self, scores: ReferenceScores, step: int) -> None:
+        """Scores and causal tests of an exercise in reference."""
+
+    def watched(self, watched: Watched, step: int) -> None:
+        """A relation that the run watches."""
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image already encoded as PNG."""
@@ -95,9 +103,9 @@ class RunReporter(Reporter):
     def stop(self) -> None:
         self.console.stop()
 
-    def train_row(self, row: Mapping[str, Any], num_steps: int) -> None:
+    def train_row(self, row: Mapping[str, Any], num_steps: int, left_s: float) -> None:
         self._record("train", row)
-        self.console.train_row(row, num_steps)
+        self.console.train_row(row, num_steps, left_s)
 
     def val_row(self, row: Mapping[str, Any]) -> None:
         self.console.val_row(row)
@@ -119,6 +127,16 @@ class RunReporter(Reporter):
         row = {"score": round(aligning.score, 4), "chance": round(aligning.chance, 4), "heads": heads}
         self._record("alignment", {"step": step, **row})
 
+    def reference(self, scores: ReferenceScores, step: int) -> None:
+        self._record("reference", {"step": step, **scores.row()})
+        self.tensorboard.scalars(scores.head_scalars(), step)
+        chances = {TAGS["reference"][name]: score.chance for name, score in scores.scores.items()}
+        self.tensorboard.chances(chances, step)
+
+    def watched(self, watched: Watched, step: int) -> None:
+        self.metrics.append({"step": step, "split": "watch", **watched.row()})
+        self.tensorboard.scalars(watched.scalars(), step)
+
     def picture(self, tag: str, png: bytes, step: int) -> None:
         self.tensorboard.picture(tag, png, step)
 
@@ -130,7 +148,8 @@ class RunReporter(Reporter):
         self.tensorboard.hyperparameters(settings, metrics, step)
 
     def write_attention_page(self, title: str) -> None:
-        page = viewer_page(list(self.maps), title, loss_curves(self.metrics), other_curves(self.metrics))
+        curves, others = loss_curves(self.metrics), other_curves(self.metrics)
+        page = viewer_page(list(self.maps), title, curves, others, heads_found(self.metrics))
         write_whole(self.run_dir / "attention.html", page)
 
     def flush(self) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minitf.interpretability.reference import SCORES
 from minitf.tensorboard.summary import attention_summary, picture_summary
 
+CHANCE = "chance"  # a folder in the run: TensorBoard shows it as a run of its own, so as a line in the same charts
 EVENT_FILES = "events.out.tfevents.*"
 # The tags of the columns of metrics.jsonl, by its `split`. They are part of the contract.
 TAGS = {
@@ -21,6 +23,7 @@ TAGS = {
         "mfu": "perf/mfu",
     },
     "val": {name: f"val/{name}" for name in ("loss", "bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")},
+    "reference": {name: f"reference/{name}" for name in SCORES},
     "alignment": {"score": "alignment/score", "chance": "alignment/chance"},
 }
 
@@ -33,6 +36,9 @@ class TensorBoardWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         cut_events(run_dir, start_step or -1)
+        cut_events(run_dir / CHANCE, start_step or -1)
+        self.run_dir = run_dir
+        self.chance_writer: Any = None  # opened when the first chance is logged
         # Without a purge step TensorBoard shows the steps logged by an earlier process twice. Its Python loader takes
         # the first purge for the beginning of the run, so a new run writes one too.
         purge_step = start_step + 1 if start_step else 0
@@ -50,6 +56,15 @@ class TensorBoardWriter:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
+
+    def chances(self, values: Mapping[str, float], step: int) -> None:
+        """What guessing comes to, by the tag of the score."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.chance_writer is None:
+            self.chance_writer = SummaryWriter(str(self.run_dir / CHANCE), flush_secs=15)
+        for tag, value in values.items():
+            self.chance_writer.add_scalar(tag, value, step)
 
     def sample(self, prompt: str, text: str, step: int) -> None:
         """A prompt and its continuation, as Markdown."""
@@ -84,11 +99,15 @@ class TensorBoardWriter:
     def flush(self) -> None:
         """Write every event to the file."""
         self.writer.flush()
+        if self.chance_writer is not None:
+            self.chance_writer.flush()
 
     def close(self) -> None:
         """Write every event and close the file. Raises OSError."""
         try:
             self.writer.close()
+            if self.chance_writer is not None:
+                self.chance_writer.close()
         finally:
             threading.excepthook = self.excepthook
 

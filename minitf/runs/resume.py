@@ -62,13 +62,13 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
         overrides = [f"{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
     loaded = asdict(RunDecisions.load(run_dir, config.model)) if group.is_main else {}
-    decisions = RunDecisions(**group.broadcast(loaded))
+    decisions = RunDecisions.of(group.broadcast(loaded))
     checkpoint = _newest_checkpoint(run, run_dir, group)
     if checkpoint is not None:
         _check_can_continue(run_dir, config, checkpoint, decisions, extended=bool(limits))
     if limits:  # the end is decided anew, and the backend with it: what pays depends on the time that is left
         decided_at = decisions.decided_at if checkpoint is None else checkpoint.step or 0
-        decisions = replace(decisions, backend="", num_steps=0, corrected_at=0, decided_at=decided_at)
+        decisions = replace(decisions, backend="", plans=(), switches=(), decided_at=decided_at)
     return prepare(config, run_dir, group, decisions, checkpoint)
 
 

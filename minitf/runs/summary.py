@@ -12,6 +12,7 @@ from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
 
 LABEL_WIDTH = 10
+DECAY_WITHIN = 0.1  # of its setting: a difference in the decay's share that is not worth a line
 
 
 def line(label: str, text: str) -> str:
@@ -69,11 +70,9 @@ def introduction(trainer: Trainer, setup: Mapping[str, str]) -> list[str]:
     if "processes" in setup:
         lines.append(line("processes", setup["processes"]))
     epochs = num_tokens / context.batches.tokens_per_epoch
-    lines.append(
-        line(
-            "training", f"{state.num_steps:,} steps of {context.tokens_per_step:,} tokens, {epochs:.1f} times the text"
-        )
-    )
+    steps = f"{state.num_steps:,} steps of {context.tokens_per_step:,} tokens, {epochs:.1f} times the text"
+    limit = trainer.config.max_minutes
+    lines.append(line("training", steps if limit is None else f"{clock(60 * limit)}: about {steps}, as speed allows"))
     ends_by_time = trainer.config.max_steps is None
     if state.step == 0 and not context.origin and ends_by_time and (advice := advice_on_size(model, num_tokens)):
         lines.append(line("note", advice))
@@ -94,7 +93,9 @@ def conclusion(trainer: Trainer) -> list[str]:
     lines = [
         "",
         *_results(context, state),
+        *_findings(trainer),
         line("trained", f"{state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {times}"),
+        *_decay(trainer),
         line("saved in", f"{run_dir}/checkpoints/latest (a Hugging Face model) and best"),
     ]
     if trainer.config.attention_every >= 0:
@@ -109,6 +110,11 @@ def conclusion(trainer: Trainer) -> list[str]:
         line("", f"tensorboard --logdir {logdir}"),
         line("", f"python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}"),
     ]
+
+
+def _findings(trainer: Trainer) -> list[str]:
+    """What actions found, each under its topic."""
+    return [line("" if i else topic, text) for topic, lines in trainer.findings.items() for i, text in enumerate(lines)]
 
 
 def _results(context: RunContext, state: TrainState) -> list[str]:
@@ -129,6 +135,16 @@ def _results(context: RunContext, state: TrainState) -> list[str]:
         lines.append(line("", f"copying the source: chrF {val['copy_chrf']:.1f}{copy_bleu}"))
         lines.append(line("", "all held-out pairs: python scripts/evaluate.py"))
     return lines
+
+
+def _decay(trainer: Trainer) -> list[str]:
+    """The decay's share of the steps, where the machine's speed made it another than was set."""
+    optim, share = trainer.context.config.optim, trainer.budget.rate.falling_share
+    wanted = optim.decay_fraction
+    if optim.schedule != "wsd" or abs(share - wanted) <= max(DECAY_WITHIN * wanted, 1 / trainer.state.step):
+        return []
+    speed = "the speed changed, and time won"
+    return [line("", f"the learning rate fell over the last {share:.0%} of them, not {wanted:.0%}: {speed}")]
 
 
 def _logdir(run_dir: Path) -> str:

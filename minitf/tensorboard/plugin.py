@@ -28,7 +28,11 @@ CURVES = {"train": "train/loss", "val": "val/loss"}
 SCORE_TAG = re.compile(r"heads/(\w+)/layer(\d+)_head(\d+)")
 IMPORTANCE_TAG = re.compile(r"importance/layer(\d+)_head(\d+)")
 HEADS_RUN = "heads"  # within a run: the output of scripts/evaluate.py --heads
-SERIES_TAG = re.compile(r"(reference|watch|alignment)/.+")  # what the view Over training shows besides head scores
+# What the view Over training shows besides the scores of the heads.
+SERIES_TAG = re.compile(r"(reference|reference_weight|watch|alignment)/.+")
+    r"(reference|reference_weight|watch|alignment)/.+"
+)  # what the view Over training shows besides head scores
+CHANCE_RUN = "chance"  # within a run: what guessing comes to, under the tag of the score
 MAX_POINTS = 1000
 
 
@@ -107,13 +111,16 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         if not sentences:
             raise RefusedError(404, "this run has no attention maps")
         scalars = self._scalars(context, experiment, name)
-        importance = self._scalars(context, experiment, f"{name}/{HEADS_RUN}" if name != "." else HEADS_RUN)
+        inside = "" if name == "." else f"{name}/"
+        importance = self._scalars(context, experiment, inside + HEADS_RUN)
+        chances = self._scalars(context, experiment, inside + CHANCE_RUN)
         curves = {split: _without_nan(scalars.get(tag, [])) for split, tag in CURVES.items()}
         content = {
             "sentences": sentences,
             "curves": curves,
             "scores": _score_series(scalars),
-            "series": _other_series(scalars),
+            "series": _other_series(scalars) | _other_series(chances, "/chance"),
+            "found": self.folders.heads_found(name),
             "importance": _importance(importance),
             "checkpoints": self.folders.steps(name),
         }
@@ -206,9 +213,11 @@ def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, A
     return {"steps": steps, "values": values}
 
 
-def _other_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
-    """Scalars that are curves of their own in the view Over training, by tag."""
-    return {tag: _without_nan(points) for tag, points in sorted(scalars.items()) if SERIES_TAG.fullmatch(tag)}
+def _other_series(
+    scalars: Mapping[str, list[tuple[int, float]]], end: str = ""
+) -> dict[str, list[tuple[int, float]]]:
+    """Scalars that are curves of their own in the view Over training, by tag and `end`."""
+    return {tag + end: _without_nan(points) for tag, points in sorted(scalars.items()) if SERIES_TAG.fullmatch(tag)}
 
 
 def _importance(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from minitf.data.batches import Batches, BatchSource, evenly_spaced
 from minitf.data.config import DataConfig
 from minitf.data.fingerprint import fingerprint
 from minitf.data.packing import PairBatches, fit
+from minitf.data.sources.references import cases_of
 from minitf.data.tokenized_pairs import TokenizedPairs, prepare_pairs
 from minitf.data.tokenized_text import TokenizedText, prepare
 from minitf.errors import RequestError
@@ -28,6 +29,7 @@ from minitf.interpretability.alignment import NUM_PAIRS as NUM_ALIGNED
 from minitf.interpretability.alignment import AligningHeads, find_aligning_heads
 from minitf.interpretability.attention_maps import ARROW, GENERAL_PROBE, AttentionMaps, attention_maps, pair_maps
 from minitf.interpretability.heads import HeadScores
+from minitf.interpretability.reference_cases import TokenizedCases, tokenized
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
@@ -102,6 +104,13 @@ class Task(ABC):
         """The heads that align source and target; None in a task without alignment."""
         return None
 
+    def reference_cases(self, context_length: int) -> TokenizedCases | None:
+        """The held-out sentences of an exercise in reference; None for other data. RequestError if they do not fit."""
+        if self.data.reference is None:
+            return None
+        cases = cases_of(self.data.reference, self.data.language, self.data.val_fraction)
+        return tokenized(cases, self.tokenizer, context_length)
+
 
 class TextTask(Task):
     """Continues text."""
@@ -109,9 +118,10 @@ class TextTask(Task):
     def __init__(self, data: DataConfig, text: TokenizedText) -> None:
         super().__init__(data)
         self.text, self.tokenizer, self.description = text, text.tokenizer, text.description
+        self.document_end = self.tokenizer.end_id if data.document_mask else None
 
     def batches(self, context_length: int, batch_size: int, seed: int) -> BatchSource:
-        return Batches(self.text.train, context_length, batch_size, seed)
+        return Batches(self.text.train, context_length, batch_size, seed, self.document_end)
 
     def notes(self) -> list[str]:
         return []
@@ -124,8 +134,8 @@ class TextTask(Task):
         device: torch.device,
         max_tokens: int | None,
     ) -> HeldOut:
-        text = self.text
-        return evaluate(loss_of, text.val, text.val_bytes, context_length, batch_size, device, max_tokens)
+        val, size = self.text.val, self.text.val_bytes
+        return evaluate(loss_of, val, size, context_length, batch_size, device, max_tokens, self.document_end)
 
     def evaluated_tokens(self, max_tokens: int) -> int:
         return min(max_tokens, len(self.text.val))
@@ -138,6 +148,8 @@ class TextTask(Task):
         return [Sample(prompt, generate_text(model, self.tokenizer, prompt, options)[0])], {}
 
     def example_prompt(self) -> str:
+        if self.data.example:
+            return self.data.example.prompt
         return " ".join(self._beginning().split()[:4])
 
     def _beginning(self) -> str:
@@ -147,7 +159,11 @@ class TextTask(Task):
         return torch.from_numpy(self.text.val[:context_length].astype("int64"))[None]
 
     def probes(self, wanted: list[str] | None) -> list[str]:
-        return [GENERAL_PROBE, *(self.data.probes or [self._beginning()])] if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        if self.data.example:
+            return self.data.probes or [self.data.example.text]
+        return [GENERAL_PROBE, *(self.data.probes or [self._beginning()])]
 
     def probe_maps(
         self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None
@@ -215,16 +231,18 @@ class PairsTask(Task):
         return [Sample(*row) for row in zip(sources, answers, references, strict=True)], scores.metrics()
 
     def example_prompt(self) -> str:
-        if self.data.probes:
-            return self.data.probes[0].split(ARROW)[0]
+        if self.data.probes or self.data.example:
+            return self.probes(None)[0].split(ARROW)[0]
         return self.texts(self.chosen(1)[0])[0]
 
     def window(self, context_length: int) -> Tensor:
         return torch.from_numpy(self.pairs.val.ids[:context_length].astype("int64"))[None]
 
     def probes(self, wanted: list[str] | None) -> list[str]:
-        own = self.data.probes or [ARROW.join(self.texts(index)) for index in self.chosen(NUM_PROBES)]
-        return own if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        drawn = [ARROW.join(self.texts(index)) for index in self.chosen(NUM_PROBES)]
+        return self.data.probes or ([self.data.example.text, *drawn[1:]] if self.data.example else drawn)
 
     def probe_maps(
         self, model: Transformer, probe: str, step: int, scores: HeadScores | None, aligning: AligningHeads | None

@@ -90,8 +90,8 @@ export function alignmentView(map, { t, tooltip, actions }) {
     const named = from.map(([share, i]) => `${quoted(source[i])} ${percent(share)}`).join(", ");
     readout.textContent = t("aligned_with", { word: quoted(target[chosen] ?? ""), words: named || t("many_words") });
     plot.ariaLabel = readout.textContent;
-    heads.textContent = shown.aligning.length
-      ? t("alignment_heads", { heads: shown.aligning.map(([layer, head]) => t("head_short", { layer, head })).join(", ") }) : "";
+    heads.textContent = shown.found.aligns?.length
+      ? t("alignment_heads", { heads: shown.found.aligns.map(([layer, head]) => t("head_short", { layer, head })).join(", ") }) : "";
   }
   function table({ map: shown }) {
     const rowsOf = (shown.alignment?.weights ?? []).flatMap((shares, i) => shares.map((share, j) => [i, target[i], j, source[j], share]));

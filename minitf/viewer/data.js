@@ -6,7 +6,7 @@
  *   loading      what is loading for a while     error         { key, reason } of what failed, or null
  */
 
-import { readMap } from "./maps.js";
+import { foundAt, readMap } from "./maps.js";
 import { fitMap, fitRun, lookAt, nearest } from "./state.js";
 
 const SLOW_MS = 150; // what loads faster is not announced
@@ -27,11 +27,17 @@ export function createData(source, store, changed) {
     return runs.get(name);
   }
 
+  /** A map with what the run says about its heads. */
+  function withRun(name, raw, stamp) {
+    const found = runs.get(name)?.found;
+    return Object.assign(readMap({ ...raw, found: foundAt(found, raw.step) }), { stamp });
+  }
+
   function loadMap(run, sentence, look) {
     const key = [run, sentence.tag, ...look].join("\u0000");
     if (!maps.has(key)) {
       if (maps.size > MAX_MAPS) maps.delete(maps.keys().next().value);
-      const loading = source.map(run, sentence, look).then((raw) => Object.assign(readMap(raw), { stamp: key }));
+      const loading = source.map(run, sentence, look).then((raw) => withRun(run, raw, key));
       maps.set(key, loading);
       loading.catch(() => maps.delete(key));
     }
@@ -50,7 +56,7 @@ export function createData(source, store, changed) {
         const sentence = run.sentences[0];
         const usual = await loadMap(run.name, sentence, sentence.looks[lookAt(sentence.looks, step)]).catch(() => null);
         const same = usual && usual.layers === raw.layers && usual.heads === raw.heads && Object.keys(usual.scores).length;
-        return Object.assign(readMap({ ...raw, usual: same ? usual.labels : null }), { stamp: key });
+        return withRun(run.name, { ...raw, usual: same ? usual.labels : null }, key);
       });
       maps.set(key, asked);
       asked.catch(() => maps.delete(key));

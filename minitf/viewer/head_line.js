@@ -1,7 +1,7 @@
 /* The line above the sentence: which heads are chosen, what they do, and switching them off. */
 
 import { button, fillSelect, make, onChange } from "./dom.js";
-import { aligns, headLines, patternName, scoreLines } from "./heads.js";
+import { headLines, patternName, roleOf, scoreLines } from "./heads.js";
 
 export function headLine({ t, tooltip, actions }) {
   const title = make("h2");
@@ -40,13 +40,14 @@ export function headLine({ t, tooltip, actions }) {
       return name;
     }) : [t("head_name", { layer, head })]));
     badge.hidden = several;
-    badge.dataset.pattern = label?.[0] ?? "unclear";
-    badge.replaceChildren(patternName(t, label), ...(label ? [" ", make("b", {}, label[1].toFixed(2))] : []));
+    const role = roleOf(map, state.heads[0]);
+    badge.dataset.pattern = role ?? label?.[0] ?? "unclear";
+    badge.replaceChildren(...(role ? [t(role)] : [patternName(t, label), ...(label ? [" ", make("b", {}, label[1].toFixed(2))] : [])]));
     const differs = here !== undefined && (here?.[0] ?? "") !== (label?.[0] ?? "");
     const what = t(`about_${label?.[0] ?? "unclear"}`);
     const name = (one) => patternName(t, one);
     about.textContent = several ? t("first_leads") : differs ? t("usually_here", { usual: name(label), here: `${name(here)}${here ? ` ${here[1].toFixed(2)}` : ""}` })
-      : aligns(map, state.heads[0]) && label?.[0] !== "aligns" ? t("about_aligns") : what;
+      : role ? t(`about_${role}`) : what;
     about.title = about.textContent;
   });
 

@@ -42,8 +42,10 @@ export function ordered(map, sort, filter, importance) {
 }
 
 export const patternOf = (map, [layer, head]) => map.label(layer, head)?.[0] ?? "unclear";
-export const aligns = (map, [layer, head]) => map.aligning.some(([l, h]) => l === layer && h === head);
-const matches = (map, filter, head) => patternOf(map, head) === filter || (filter === "aligns" && aligns(map, head));
+/** What the run found a head to be for, besides its pattern: "refers", "aligns", or null. */
+export const roleOf = (map, [layer, head]) =>
+  ["refers", "aligns"].find((role) => map.found[role]?.some(([l, h]) => l === layer && h === head)) ?? null;
+const matches = (map, filter, head) => patternOf(map, head) === filter || roleOf(map, head) === filter;
 
 /** What a head is, in lines: its name, what it usually does, what it does here, all scores, importance. */
 export function headLines(t, map, importance, [layer, head], off = []) {
@@ -51,10 +53,11 @@ export function headLines(t, map, importance, [layer, head], off = []) {
   const differs = here !== undefined && (here?.[0] ?? "") !== (label?.[0] ?? "");
   const name = (one) => (one ? `${patternName(t, one)} ${one[1].toFixed(2)}` : patternName(t, one));
   const value = importance?.values[`${layer},${head}`];
+  const role = roleOf(map, [layer, head]);
   return [
     { text: t("head_name", { layer, head }), strong: true },
     differs ? t("usually_here", { usual: name(label), here: name(here) }) : name(label),
-    aligns(map, [layer, head]) && label?.[0] !== "aligns" ? t("about_aligns") : "",
+    role && label?.[0] !== role ? t(`about_${role}`) : "",
     value === undefined ? "" : t("importance", { value: value.toFixed(4), step: importance.step }),
     off.some(([l, h]) => l === layer && h === head) ? t("off_now") : "",
   ];
@@ -130,10 +133,11 @@ export function headsPanel(map, { t, tooltip, actions }) {
       paintHead(canvas, shown, headLook(shown, layer, head, settings), palette);
       const label = shown.label(layer, head);
       const name = patternName(t, label);
-      thumb.lastChild.replaceChildren(...(label ? [make("span", {}, name), " ", make("b", {}, label[1].toFixed(2))] : []));
+      const role = roleOf(shown, [layer, head]);
+      thumb.lastChild.replaceChildren(...(role ? [make("span", {}, t(role))] : label ? [make("span", {}, name), " ", make("b", {}, label[1].toFixed(2))] : []));
       thumb.dataset.pattern = label ? label[0] : "unclear";
-      thumb.classList.toggle("aligns", aligns(shown, [layer, head]));
-      thumb.ariaLabel = `${t("head_name", { layer, head })}: ${name}${label ? " " + label[1].toFixed(2) : ""}`;
+      if (role) thumb.dataset.pattern = role;
+      thumb.ariaLabel = `${t("head_name", { layer, head })}: ${role ? `${t(role)}, ` : ""}${name}${label ? " " + label[1].toFixed(2) : ""}`;
     }
   });
 

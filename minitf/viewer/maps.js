@@ -18,6 +18,7 @@ export function readMap(raw) {
   const unit = exact ? 1 : 1 / 255;
   const group = (head) => Math.floor((head * raw.kv_heads) / heads);
   const norms = raw.value_norms ? floatsOf(raw.value_norms) : null;
+  const outputs = raw.output_norms ? floatsOf(raw.output_norms) : null;
   const decoded = new Map();
   return {
     ...raw,
@@ -28,13 +29,16 @@ export function readMap(raw) {
       key > query ? 0 : weights[(layer * heads + head) * triangle + (query * (query + 1)) / 2 + key] * unit,
     /** The stored bytes of a head's triangle, row by row, or null if the weights are exact. */
     bytes: (layer, head) => (exact ? null : weights.subarray((layer * heads + head) * triangle, (layer * heads + head + 1) * triangle)),
-    norm: (layer, head, key) => (norms ? norms[(layer * raw.kv_heads + group(head)) * size + key] : 1),
-    hasNorms: norms !== null,
+    /** The length of what a weight of 1 would add to the residual stream; in older maps of the value alone. */
+    norm: (layer, head, key) => (outputs ? outputs[(layer * heads + head) * size + key]
+      : norms ? norms[(layer * raw.kv_heads + group(head)) * size + key] : 1),
+    hasNorms: outputs !== null || norms !== null,
     /** [pattern, score] of what a head usually does, on held-out text where it was measured; null if unclear. */
     label: (layer, head) => (raw.usual ?? raw.labels)[layer]?.[head] ?? null,
     /** The same on this text alone, or undefined where it was not measured. */
     here: (layer, head) => (raw.here ?? (raw.usual ? raw.labels : undefined))?.[layer]?.[head],
-    aligning: raw.alignment?.heads ?? [],
+    /** Heads that the run found for a purpose, { aligns, refers }: lists of [layer, head]; see `foundAt`. */
+    found: raw.found ?? {},
     /** Queries, keys and values of one head, each a function of the position; null if they were not stored. */
     vectors: raw.vectors && ((layer, head) => {
       const at = { q: [heads, head], k: [raw.kv_heads, group(head)], v: [raw.kv_heads, group(head)] };
@@ -45,6 +49,12 @@ export function readMap(raw) {
       }));
     }),
   };
+}
+
+/** The heads of a run's `found`, { aligns: [[step, heads]], ... }, that were found by a step. */
+export function foundAt(found, step) {
+  const last = (rows) => rows.findLast(([at]) => step === null || at <= step)?.[1] ?? [];
+  return Object.fromEntries(Object.entries(found ?? {}).map(([role, rows]) => [role, last(rows)]));
 }
 
 function vectorsOf(packed, encoding) {

@@ -53,7 +53,9 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
   if (run.curves.train.length) lossChart.replaceChildren(...lossCurves(run.curves, span, LOSS_HEIGHT).paths);
   let [lines, bounds, context] = [[], [0, 1], null];
 
-  const nameOf = ({ name, layer, head }) => (name === undefined ? t("head_name", { layer, head }) : t(`curve_${name}`) === `curve_${name}` ? name : t(`curve_${name}`));
+  const known = (name) => (t(`curve_${name}`) === `curve_${name}` ? name : t(`curve_${name}`));
+  const nameOf = ({ name, layer, head }) => (name === undefined ? t("head_name", { layer, head })
+    : name.endsWith("/chance") ? t("of_chance", { name: known(name.slice(0, -7)) }) : known(name));
   const isHead = (line) => line.layer !== undefined;
 
   const draw = onChange((score, palette) => {
@@ -61,12 +63,14 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
     const values = found.flatMap(({ points }) => points.map(([, value]) => value)).filter((value) => value !== null);
     bounds = [Math.min(0, ...values), Math.max(1, ...values)];
     const layers = Math.max(...found.map((one) => one.layer ?? 0)) + 1;
-    lines = found.map((one, i) => {
+    lines = found.map((one) => {
       const path = curve("series", pathOf(one.points, span, bounds, HEIGHT));
       const passes = threshold === null || one.points.some(([, value]) => value >= threshold);
       path.classList.toggle("notable", passes);
       path.classList.toggle("chance", Boolean(one.name?.match(/chance|control/)));
-      const colour = isHead(one) ? palette.layer(one.layer, layers) : palette.heads[i % palette.heads.length];
+      const kinds = [...new Set(found.map(({ name }) => name?.replace(/[/_](chance|control)$/, "")))];
+      const place = kinds.indexOf(one.name?.replace(/[/_](chance|control)$/, ""));
+      const colour = isHead(one) ? palette.layer(one.layer, layers) : palette.heads[place % palette.heads.length];
       return { ...one, path, colour };
     });
     const level = threshold === null ? [] : [curve("threshold", pathOf([[span[0], threshold], [span[1], threshold]], span, bounds, HEIGHT))];

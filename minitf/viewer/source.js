@@ -1,7 +1,7 @@
 /* The viewer's source of data within a page: the page itself. The Attention tab has another, in tab.js.
  *
  *   runs()                    -> { names, tags }: the runs, and the tags of each run's sentences
- *   run(name)                 -> { sentences: [{ tag, text, looks: [[step, time]] }], curves, scores, series, importance,
+ *   run(name)                 -> { sentences: [{ tag, text, looks: [[step, time]] }], curves, scores, series, found, importance,
  *                                  checkpoints }
  *   map(name, sentence, look) -> an AttentionMaps.to_viewer()
  *   live(request)             -> the same, exact; `live` is null where unavailable, and `why` is the reason
@@ -26,7 +26,7 @@ export function embeddedSource(data) {
     scoredOn: data.scored_on ?? "held_out",
     address: pageAddress(),
     runs: async () => ({ names: [""], tags: { "": sentences.map(({ tag }) => tag) } }),
-    run: async () => ({ sentences, curves, scores, series: data.series ?? {}, importance: null, checkpoints: [] }),
+    run: async () => ({ sentences, curves, scores, series: data.series ?? {}, found: data.found ?? {}, importance: null, checkpoints: [] }),
     map: async (_, sentence, [, index]) => byText.get(sentence.text)[index],
   };
 }

@@ -52,8 +52,9 @@ export function defaultSentence(sentences) {
 export function defaultHead(map) {
   const all = range(map.layers).flatMap((layer) => range(map.heads).map((head) => [layer, head]));
   for (const pattern of PATTERN_ORDER) {
-    const named = all.filter((head) => map.label(...head)?.[0] === pattern);
-    if (named.length) return named.sort((a, b) => map.label(...b)[1] - map.label(...a)[1])[0];
+    const has = ([layer, head]) => map.label(layer, head)?.[0] === pattern || map.found[pattern]?.some(([l, h]) => l === layer && h === head);
+    const named = all.filter(has);
+    if (named.length) return named.sort((a, b) => (map.label(...b)?.[1] ?? 0) - (map.label(...a)?.[1] ?? 0))[0];
   }
   return [map.layers - 1, 0];
 }

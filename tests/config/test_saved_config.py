@@ -59,12 +59,12 @@ def test_the_config_of_an_old_run_is_loaded_zeros_and_nulls_included(tmp_path: P
     (tmp_path / "config.yaml").write_text(OLD)
     config = load_config(tmp_path / "config.yaml")
     assert config.trainer == compose_config([]).trainer
-    assert config.trainer.minutes == 3.0
+    assert config.trainer.max_minutes == 3.0
     assert config.tokenizer == compose_config([]).tokenizer
     assert config.model == compose_config(["model=nano"]).model
     assert not config.size_is_auto
     (tmp_path / "config.yaml").write_text(OLD.replace("max_steps: null", "max_steps: 10"))
-    assert load_config(tmp_path / "config.yaml").trainer.minutes is None
+    assert load_config(tmp_path / "config.yaml").trainer.max_minutes is None
 
 
 def test_a_saved_config_takes_overrides(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parents[1]
 ORDER = [
     "errors", "system.cgroups", "system.memory", "system.safe_io", "system.files", "system.cpuinfo",
     "distributed", "training.rng", "system",
-    "loss", "tokenizer", "data", "rope", "attention", "model", "optim", "distributed.optimizer", "backends",
+    "loss", "tokenizer", "data", "rope", "attention", "model", "edits", "optim", "distributed.optimizer", "backends",
     "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluate", "evaluation", "api",
     "reporting", "training", "config", "completion", "runs", "cli", "train",

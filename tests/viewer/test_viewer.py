@@ -154,7 +154,8 @@ def test_the_viewer_computes_the_models_three_steps(
         torch.testing.assert_close(
             torch.tensor(row["softmax"], dtype=torch.float32), weights[: query + 1], rtol=0, atol=2 * tolerance
         )
-        norms = vectors.v_LGTK[layer, head * num_kv_heads // 4].norm(dim=-1)
+        assert maps.output_norms_LHT is not None
+        norms = maps.output_norms_LHT[layer, head]
         torch.testing.assert_close(torch.tensor(row["norms"], dtype=torch.float32), norms, rtol=1e-5, atol=1e-5)
         if exact:
             torch.testing.assert_close(

@@ -9,12 +9,12 @@ import { targetStart, wordsOfTokens } from "./alignment.js";
 import { valueAt } from "./charts.js";
 import { inkOn, luminance } from "./colours.js";
 import { createData } from "./data.js";
-import { arrange, ordered } from "./heads.js";
+import { arrange, ordered, roleOf } from "./heads.js";
 import { spaced } from "./lines.js";
-import { readMap } from "./maps.js";
+import { foundAt, readMap } from "./maps.js";
 import { curvesOf } from "./over_training.js";
 import { csvOf, jsonOf } from "./save.js";
-import { INITIAL, clickHead, createStore, fitMap, fitRun, fromAddress, lookAt, nearest, toAddress } from "./state.js";
+import { INITIAL, clickHead, createStore, defaultHead, fitMap, fitRun, fromAddress, lookAt, nearest, toAddress } from "./state.js";
 
 const raw = JSON.parse(readFileSync("map.json"));
 const map = readMap(raw);
@@ -142,6 +142,15 @@ test("other curves of a run are grouped", () => {
   const found = curvesOf({ series, scores: { steps: [0, 9], values: { induction: [[[0, 1]]] } } });
   const names = found.map(([group, { lines }]) => [group, lines.map(({ name, layer, head }) => name ?? [layer, head])]);
   assert.deepEqual(names, [["reference", ["exact", "right/chance"]], ["watch/it>cat/weight", [[1, 2]]], ["induction", [[0, 0]]]]);
+});
+
+test("heads found for a purpose count from the step they were found at", () => {
+  const found = { aligns: [[5, [[0, 1]]], [9, [[1, 1], [1, 2]]]] };
+  assert.deepEqual([0, 5, 8, null].map((step) => foundAt(found, step).aligns), [[], [[0, 1]], [[0, 1]], [[1, 1], [1, 2]]]);
+  const one = readMap({ ...raw, found: foundAt(found, 9) });
+  assert.equal(roleOf(one, [1, 2]), "aligns");
+  assert.equal(roleOf(one, [0, 1]), null);
+  assert.equal(defaultHead(one)[0], 1);
 });
 
 test("the label is what a head usually does, and what it does here is told apart", () => {

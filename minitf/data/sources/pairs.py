@@ -13,6 +13,7 @@ from minitf.data.sources.columns import Columns, choose_columns
 from minitf.data.sources.corpus import Corpus, Item, is_held_out, which_held_out
 from minitf.data.sources.files import find_files, kind_of
 from minitf.data.sources.hub import HubData
+from minitf.data.sources.references import LANGUAGES, REFERENCES, winograd_pairs
 from minitf.data.sources.synthetic import EXERCISES, exercise_pairs
 from minitf.data.sources.tables import PAIR_TABLES, BadRowError, rows
 from minitf.errors import RequestError
@@ -44,6 +45,8 @@ def open_pairs(config: DataConfig) -> PairCorpus:
         return _open_verses(config)
     if config.source in EXERCISES:
         return _open_exercise(config)
+    if config.source == "winograd":
+        return _open_winograd(config)
     return _open_files(config) if config.source == "files" else _open_hub(config)
 
 
@@ -70,6 +73,18 @@ def _open_exercise(config: DataConfig) -> PairCorpus:
     description = f"{config.source}: {EXERCISES[config.source]}; {config.num_pairs:,} pairs"
     held_out = which_held_out(config.val_fraction)
     return PairCorpus(read, f"{description}, {held_out} held out", num_documents=config.num_pairs)
+
+
+def _open_winograd(config: DataConfig) -> PairCorpus:
+    def read(_: Any) -> Iterator[Item]:
+        for texts, held_out in winograd_pairs(config.language, config.num_pairs, config.val_fraction):
+            yield Item(texts, held_out)
+
+    description = (
+        f"winograd: {REFERENCES['winograd']}; {config.num_pairs:,} pairs in {LANGUAGES[config.language]}, "
+        f"{config.val_fraction:.0%} of the pairs of nouns, and of noun and adjective, held out"
+    )
+    return PairCorpus(read, description, num_documents=config.num_pairs)
 
 
 def _open_files(config: DataConfig) -> PairCorpus:

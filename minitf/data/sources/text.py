@@ -17,6 +17,7 @@ from minitf.data.sources.books import BOOKS, book_chapters
 from minitf.data.sources.corpus import Corpus, Item, is_held_out, num_bytes_of, which_held_out
 from minitf.data.sources.files import COMPRESSED, PLAIN, find_files, kind_of, read_text
 from minitf.data.sources.hub import HubData
+from minitf.data.sources.references import LANGUAGES, REFERENCES, pronoun_sentences
 from minitf.data.sources.tables import TEXT_TABLES, documents
 from minitf.errors import RequestError
 
@@ -28,6 +29,8 @@ def open_text(config: DataConfig) -> Corpus:
     """The text that `config` describes. Raises RequestError or MinitfError, one line each, also while it is read."""
     if config.source in BOOKS:
         return _open_book(config)
+    if config.source == "pronouns":
+        return _open_pronouns(config)
     return _open_files(config) if config.source == "files" else _open_hub(config)
 
 
@@ -60,6 +63,20 @@ def _open_book(config: DataConfig) -> Corpus:
     return _documents_corpus(
         lambda: ([chapter] for chapter in chapters), len(chapters), config.val_fraction, description, num_bytes
     )
+
+
+def _open_pronouns(config: DataConfig) -> Corpus:
+    sentences = list(pronoun_sentences(config.language, config.val_fraction))[: config.max_documents]
+
+    def read_items(_: Any) -> Iterator[Item]:
+        return (Item((sentence,), held_out) for sentence, held_out in sentences)
+
+    description = (
+        f"pronouns: {REFERENCES['pronouns']}; {len(sentences):,} sentences in {LANGUAGES[config.language]}, "
+        f"{config.val_fraction:.0%} of the noun pairs held out"
+    )
+    num_bytes = sum(num_bytes_of(sentence) for sentence, _ in sentences)
+    return Corpus(read_items, description, num_bytes, num_documents=len(sentences), separated=True)
 
 
 def _open_files(config: DataConfig) -> Corpus:

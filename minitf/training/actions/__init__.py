@@ -4,10 +4,19 @@ from minitf.training.actions.attention import LogAlignment, LogAttention
 from minitf.training.actions.checkpoint import SaveCheckpoint
 from minitf.training.actions.evaluate import Evaluate
 from minitf.training.actions.log import LogRow
+from minitf.training.actions.reference import reference_actions
 from minitf.training.context import RunContext
 from minitf.training.trainer import Action
 
-__all__ = ["Evaluate", "LogAlignment", "LogAttention", "LogRow", "SaveCheckpoint", "default_actions"]
+__all__ = [
+    "Evaluate",
+    "LogAlignment",
+    "LogAttention",
+    "LogRow",
+    "SaveCheckpoint",
+    "default_actions",
+    "reference_actions",
+]
 
 
 def default_actions(context: RunContext) -> list[Action]:
@@ -15,5 +24,5 @@ def default_actions(context: RunContext) -> list[Action]:
     evaluate = Evaluate()
     actions: list[Action] = [LogRow(context), evaluate, SaveCheckpoint(evaluate)]
     if context.config.trainer.attention_every >= 0:
-        actions[1:2] = [LogAlignment(), evaluate, LogAttention()]
+        actions[1:2] = [LogAlignment(), evaluate, LogAttention(), *reference_actions(context)]
     return actions
