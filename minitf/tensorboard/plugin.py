@@ -30,8 +30,6 @@ IMPORTANCE_TAG = re.compile(r"importance/layer(\d+)_head(\d+)")
 HEADS_RUN = "heads"  # within a run: the output of scripts/evaluate.py --heads
 # What the view Over training shows besides the scores of the heads.
 SERIES_TAG = re.compile(r"(reference|reference_weight|watch|alignment)/.+")
-    r"(reference|reference_weight|watch|alignment)/.+"
-)  # what the view Over training shows besides head scores
 CHANCE_RUN = "chance"  # within a run: what guessing comes to, under the tag of the score
 MAX_POINTS = 1000
 
@@ -213,9 +211,7 @@ def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, A
     return {"steps": steps, "values": values}
 
 
-def _other_series(
-    scalars: Mapping[str, list[tuple[int, float]]], end: str = ""
-) -> dict[str, list[tuple[int, float]]]:
+def _other_series(scalars: Mapping[str, list[tuple[int, float]]], end: str = "") -> dict[str, list[tuple[int, float]]]:
     """Scalars that are curves of their own in the view Over training, by tag and `end`."""
     return {tag + end: _without_nan(points) for tag, points in sorted(scalars.items()) if SERIES_TAG.fullmatch(tag)}
 
