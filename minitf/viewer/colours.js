@@ -44,6 +44,7 @@ export function paletteOf(theme) {
     signed: (value) => `rgb(${signedRgb(value)})`,
     ink: (share) => inkOn(shareRgb(share)),
     heads: HEAD_COLOURS[theme],
+    curves: [...HEAD_COLOURS[theme], ...(theme === "dark" ? ["#b9b4c8", "#9fb3ff"] : ["#5d5a6e", "#3a51c9"])],
     /** Of a layer, from the first to the last of `count`. */
     layer: (layer, count) => `rgb(${between(theme === "dark" ? [[110, 170, 255], [255, 150, 90]] : [[40, 90, 190], [200, 70, 10]], count > 1 ? layer / (count - 1) : 0)})`,
   };

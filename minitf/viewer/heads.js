@@ -5,7 +5,7 @@ import { arrow, button, clamp, fillSelect, make, onChange, percent, range } from
 import { headLook } from "./maps.js";
 import { MAX_HEADS, PATTERN_ORDER, SORTS } from "./state.js";
 
-const [ROW_NAME, COLUMN_NAME, GAP, LABEL, LARGEST, LABELLED] = [22, 18, 10, 28, 110, 74]; // pixels
+const [ROW_NAME, COLUMN_NAME, GAP, LABEL, LARGEST, LABELLED] = [22, 18, 10, 28, 150, 74]; // pixels
 
 /** The name of the pattern a head is named after, or "no clear pattern". */
 export function patternName(t, label) {
@@ -41,11 +41,11 @@ export function ordered(map, sort, filter, importance) {
   return all.sort((a, b) => (sort === "score" ? rank(b) - rank(a) : 0) || value(b) - value(a));
 }
 
-export const patternOf = (map, [layer, head]) => map.label(layer, head)?.[0] ?? "unclear";
 /** What the run found a head to be for, besides its pattern: "refers", "aligns", or null. */
 export const roleOf = (map, [layer, head]) =>
   ["refers", "aligns"].find((role) => map.found[role]?.some(([l, h]) => l === layer && h === head)) ?? null;
-const matches = (map, filter, head) => patternOf(map, head) === filter || roleOf(map, head) === filter;
+export const patternOf = (map, head) => roleOf(map, head) ?? map.label(...head)?.[0] ?? "unclear";
+const matches = (map, filter, head) => patternOf(map, head) === filter;
 
 /** What a head is, in lines: its name, what it usually does, what it does here, all scores, importance. */
 export function headLines(t, map, importance, [layer, head], off = []) {
@@ -109,6 +109,7 @@ export function headsPanel(map, { t, tooltip, actions }) {
     const inOrder = state.sort === "layer";
     grid.style.setProperty("--cell", `${cell}px`);
     grid.classList.toggle("labelled", labelled);
+    grid.classList.toggle("fine", map.size > cell * (globalThis.devicePixelRatio || 1));
     grid.classList.toggle("ordered", !inOrder);
     perRow = inOrder ? map.heads : Math.max(Math.floor((box.clientWidth || 460) / cell), 1);
     const block = `${ROW_NAME}px repeat(${map.heads}, ${cell}px)`;

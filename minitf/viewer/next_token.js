@@ -19,7 +19,7 @@ export function nextTokenView(map, { t, actions }) {
 
   const list = onChange((current, palette) => rows.forEach((tr, i) => {
     const next = current.tokens[i + 1];
-    tr.children[1].replaceChildren(...current.next_tokens[i].slice(0, 5).map(([token, p]) => guess(token, p, token === next)));
+    tr.children[1].replaceChildren(...current.next_tokens[i].slice(0, 4).map(([token, p]) => guess(token, p, token === next)));
     if (next === undefined) return tr.children[2].replaceChildren(t("end"));
     const came = make("b", { class: "share" }, current.actual ? percent(current.actual[i]) : "");
     if (current.actual) Object.assign(came.style, { background: palette.share(current.actual[i]), color: palette.ink(current.actual[i]) });

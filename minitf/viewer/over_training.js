@@ -56,6 +56,7 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
   const known = (name) => (t(`curve_${name}`) === `curve_${name}` ? name : t(`curve_${name}`));
   const nameOf = ({ name, layer, head }) => (name === undefined ? t("head_name", { layer, head })
     : name.endsWith("/chance") ? t("of_chance", { name: known(name.slice(0, -7)) }) : known(name));
+  const isSecond = ({ name }) => /chance|control|blocked/.test(name ?? "");
   const isHead = (line) => line.layer !== undefined;
 
   const draw = onChange((score, palette) => {
@@ -63,14 +64,13 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
     const values = found.flatMap(({ points }) => points.map(([, value]) => value)).filter((value) => value !== null);
     bounds = [Math.min(0, ...values), Math.max(1, ...values)];
     const layers = Math.max(...found.map((one) => one.layer ?? 0)) + 1;
+    const kinds = [...new Set(found.filter((one) => !isHead(one)).map(({ name }) => kindOf(name)))];
     lines = found.map((one) => {
       const path = curve("series", pathOf(one.points, span, bounds, HEIGHT));
       const passes = threshold === null || one.points.some(([, value]) => value >= threshold);
       path.classList.toggle("notable", passes);
-      path.classList.toggle("chance", Boolean(one.name?.match(/chance|control/)));
-      const kinds = [...new Set(found.map(({ name }) => name?.replace(/[/_](chance|control)$/, "")))];
-      const place = kinds.indexOf(one.name?.replace(/[/_](chance|control)$/, ""));
-      const colour = isHead(one) ? palette.layer(one.layer, layers) : palette.heads[place % palette.heads.length];
+      path.classList.toggle("chance", isSecond(one));
+      const colour = isHead(one) ? palette.layer(one.layer, layers) : palette.curves[kinds.indexOf(kindOf(one.name)) % palette.curves.length];
       return { ...one, path, colour };
     });
     const level = threshold === null ? [] : [curve("threshold", pathOf([[span[0], threshold], [span[1], threshold]], span, bounds, HEIGHT))];
@@ -79,7 +79,7 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
     said.textContent = threshold === null ? "" : appeared(lines, threshold, run.curves.train, t);
     scores.setAttribute("aria-label", `${title(score)}. ${said.textContent}`);
     const named = lines.filter((one) => !isHead(one));
-    legend.replaceChildren(...(named.length && named.length <= FEW * 2 ? named.flatMap((one) => key(one.colour, nameOf(one)))
+    legend.replaceChildren(...(named.length && named.length <= FEW * 2 ? named.flatMap((one) => key(one.colour, nameOf(one), isSecond(one)))
       : lines.some(isHead) && layers > 1 ? [...key(palette.layer(0, layers), t("layer", { n: 0 })), ...key(palette.layer(layers - 1, layers), t("layer", { n: layers - 1 }))] : []));
   });
 
@@ -136,9 +136,12 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
   return { element, render, table };
 }
 
-function key(colour, text) {
-  const swatch = make("i");
-  swatch.style.background = colour;
+/** A curve, its chance and its control have one colour; the latter two are dashed. */
+const kindOf = (name) => (name === "control" ? "knockout" : name.replace(/[/_](chance|control|blocked)$/, ""));
+
+function key(colour, text, dashed) {
+  const swatch = make("i", { class: dashed ? "dashed" : "" });
+  swatch.style.setProperty("--colour", colour);
   return [make("span", {}, swatch, text)];
 }
 

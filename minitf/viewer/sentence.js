@@ -58,7 +58,7 @@ export function sentencePanel(map, { t, tooltip, actions }) {
         share.replaceChildren(...(shown ? looks : []).map((each) => {
           const bar = make("i");
           bar.style.background = palette.heads[each.colour];
-          bar.style.height = `${Math.round(14 * each.share(query, key))}px`;
+          bar.style.height = `${Math.round(12 * each.share(query, key))}px`;
           return bar;
         }));
       }

@@ -59,10 +59,10 @@ export function defaultHead(map) {
   return [map.layers - 1, 0];
 }
 
-/** The query selected first: the last one whose largest weight, not counting the first token, is large. */
+/** The query selected first: the last one that looks much at one word, other than the first and itself. */
 export function defaultQuery(map, [layer, head]) {
   const late = range(map.size).slice(Math.floor(map.size / 2));
-  const strength = (query) => Math.max(0, ...range(query + 1).slice(1).map((key) => map.weight(layer, head, query, key)));
+  const strength = (query) => Math.max(0, ...range(query).slice(1).map((key) => map.weight(layer, head, query, key)));
   return late.reduce((best, query) => (strength(query) >= 0.7 * strength(best) ? query : best), map.size - 1);
 }
 

@@ -78,7 +78,7 @@ export function threeStepsView(map, { t, actions }) {
     missing.hidden = available;
     if (!available) return;
     const { q, dots, scores, weights, vectors, shown } = compute(context);
-    const room = Math.floor((space.height - 250 - (open() ? 180 : 0)) / ROW);
+    const room = Math.floor((space.height - 226 - (open() ? 180 : 0)) / ROW);
     const count = Math.min(Math.max(room, FEWEST_ROWS), MOST_ROWS);
     const top = range(query + 1).sort((a, b) => weights[b] - weights[a]).slice(0, count);
     const keys = query < count ? range(query + 1) : [...new Set([...top.slice(0, count - 1), query])].sort((a, b) => a - b);
