@@ -50,6 +50,17 @@ export function paletteOf(theme) {
   };
 }
 
+/** Paint the stored bytes of a lower triangle, row by row: each is the index of its colour. */
+export function paintBytes(canvas, size, colours, bytes) {
+  canvas.width = canvas.height = size;
+  const image = new ImageData(size, size);
+  const dots = new Uint32Array(image.data.buffer);
+  let at = 0;
+  for (let query = 0; query < size; query++)
+    for (let key = 0; key <= query; key++) dots[query * size + key] = colours[bytes[at++]];
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
 /** Paint a lower triangle with one pixel per weight; the style sheet enlarges it. `of(query, key)` is in 0..1. */
 export function paintTriangle(canvas, size, colours, of) {
   canvas.width = canvas.height = size;

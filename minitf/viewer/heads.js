@@ -1,6 +1,6 @@
 /* All heads at a glance: a small map of each, with the colour of its pattern; filtered, sorted, named on demand. */
 
-import { paintTriangle } from "./colours.js";
+import { paintBytes, paintTriangle } from "./colours.js";
 import { arrow, button, clamp, fillSelect, make, onChange, percent, range } from "./dom.js";
 import { headLook } from "./maps.js";
 import { MAX_HEADS, PATTERN_ORDER, SORTS } from "./state.js";
@@ -200,8 +200,8 @@ export function headsPanel(map, { t, tooltip, actions }) {
 /** Paint one head; stored weights are colours at once, without arithmetic. */
 function paintHead(canvas, map, look, palette) {
   const bytes = look.isPlain ? map.bytes(look.layer, look.head) : null;
-  let at = 0;
-  paintTriangle(canvas, map.size, palette.shares, bytes ? () => bytes[at++] / 255 : look.share);
+  if (bytes) paintBytes(canvas, map.size, palette.shares, bytes);
+  else paintTriangle(canvas, map.size, palette.shares, look.share);
 }
 
 /** The scores of a head as text. */

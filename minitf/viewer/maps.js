@@ -3,7 +3,10 @@
 import { percent } from "./dom.js";
 
 function bytesOf(text) {
-  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const characters = atob(text);
+  const bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
 }
 const floatsOf = (text) => new Float32Array(bytesOf(text).buffer);
 
