@@ -20,6 +20,8 @@ from minitf.inference.sampling import Sampling
 from minitf.inference.seq2seq import AnswerOptions, answer
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.interpretability.interventions import Reader
+from minitf.interpretability.patching import Patching, patch
+from minitf.interpretability.residual import Contributions, Lens, contributions, lens
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
@@ -53,7 +55,7 @@ class LanguageModel:
         max_tokens: int = 200,
         num_samples: int = 1,
         seed: int | None = None,
-        stop: tuple[str, ...] = (),
+        stop: str | Sequence[str] = (),
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -62,7 +64,7 @@ class LanguageModel:
     ) -> str | list[str]:
         """The continuation of `prompt`, without the prompt; a list of continuations if `num_samples` is above 1."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        options = Options(max_tokens, seed, stop, sampling)
+        options = Options(max_tokens, seed, (stop,) if isinstance(stop, str) else tuple(stop), sampling)
         texts = generate_text(self.model, self.tokenizer, prompt, options, num_samples)
         return texts[0] if num_samples == 1 else texts
 
@@ -91,7 +93,26 @@ class LanguageModel:
         For example `lm.predict("The cat followed the queen. It", [minitf.edits.block("It", "cat")])`. A model trained
         on pairs reads "SOURCE => TARGET", of which the target may be incomplete.
         """
-        return Reader(self.model, self.tokenizer, self.checkpoint.answers).predict(text, edits, top_k)
+        return self._reader.predict(text, edits, top_k)
+
+    def patch(self, clean: str, changed: str, answer: str | None = None, changed_answer: str | None = None) -> Patching:
+        """Which places carry the difference between two texts of as many tokens: activation patching.
+
+        The answers are the tokens whose logits are compared, by default the likeliest next ones.
+        """
+        return patch(self._reader, clean, changed, answer, changed_answer)
+
+    def lens(self, text: str) -> Lens:
+        """The next-token prediction at every position after every half-layer: the logit lens."""
+        return lens(self._reader, text)
+
+    def contributions(self, text: str, token: str | None = None) -> Contributions:
+        """What each head and feed-forward layer adds to the logit of `token`, by default of the likeliest next one."""
+        return contributions(self._reader, text, token)
+
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.model, self.tokenizer, self.checkpoint.answers)
 
     def attention(self, text: str) -> AttentionMaps:
         """The attention of every head in `text`; the head scores are those of this text.

@@ -6,6 +6,7 @@ the prediction shows what the look was worth:
     edits.block("it", "cat")                 the look's score is -inf before softmax: knockout (Geva et al., 2023)
     edits.move("it", "cat", "mat")           the weights of the two keys are exchanged
     edits.transplant("it", "The dog ...")    what is gathered at "it" comes from that text: patching (Vig et al., 2020)
+    edits.ablate([(0, 2)]), ablate(mlp=0)    the output of heads, or of a feed-forward layer, is zero, or its mean
 
 A word is named by its text ("it": the last occurrence), by text and number ("it:1": the first), or by its position in
 tokens, from 0. `heads` are pairs (layer, head), from 0; None: all heads. Edits are immutable; `lm.predict` applies them
@@ -14,12 +15,13 @@ in the reference path of `attention.py`.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitf.attention import AttentionRecord, Edits
 from minitf.errors import RequestError
@@ -88,7 +90,7 @@ class Reading(NamedTuple):
 class Placed:
     """An edit at the positions of a batch: `change(layer, result, heads)` of the chosen heads' result of one step."""
 
-    step: str  # "match", "weigh" or "gather"
+    step: str  # "match", "weigh", "gather" or "mlp"
     heads: frozenset[Head] | None
     change: Callable[[int, Tensor, list[int]], Tensor]
 
@@ -162,12 +164,18 @@ def _frozen(heads: Iterable[Head] | None) -> frozenset[Head] | None:
 class Edit(ABC):
     """One edit of a text's reading, by words. See the module."""
 
-    query: Word
     heads: tuple[Head, ...] | None
 
     @abstractmethod
     def place(self, words: Words, read: Callable[[str], Reading]) -> Placed:
         """The edit at the positions of `words`; `read` reads another text. RequestError if a word is missing."""
+
+
+@dataclass(frozen=True)
+class LookEdit(Edit):
+    """An edit of what one word, the query, looks at."""
+
+    query: Word
 
     def _looks(self, words: Words, *keys: Word) -> tuple[list[int], list[list[int]]]:
         """The positions of the query and of each key. RequestError for a key that the query cannot look at."""
@@ -181,7 +189,7 @@ class Edit(ABC):
 
 
 @dataclass(frozen=True)
-class Block(Edit):
+class Block(LookEdit):
     key: Word
 
     def place(self, words: Words, read: Callable[[str], Reading]) -> Placed:
@@ -195,7 +203,7 @@ class Block(Edit):
 
 
 @dataclass(frozen=True)
-class Move(Edit):
+class Move(LookEdit):
     key: Word
     to: Word
 
@@ -210,7 +218,7 @@ class Move(Edit):
 
 
 @dataclass(frozen=True)
-class Transplant(Edit):
+class Transplant(LookEdit):
     text: str
     text_query: Word
 
@@ -219,6 +227,47 @@ class Transplant(Edit):
         source, target = other.words.positions(self.text_query)[-1], words.positions(self.query)[-1]
         mixed_LBHK = torch.stack([layer.mixed_BHTK[:, :, source] for layer in other.record])
         return replace_gathered(mask_of([target], len(words.spans))[None], mixed_LBHK, self.heads)
+
+
+@dataclass(frozen=True)
+class Ablate(Edit):
+    mlp: int | None
+    by: str
+
+    def place(self, words: Words, read: Callable[[str], Reading]) -> Placed:
+        return without(self.heads, self.mlp, self.by)
+
+
+def without(heads: Iterable[Head] | None, mlp: int | None = None, by: str = "zero") -> Placed:
+    """The output of `heads`, or of the feed-forward layer `mlp`, is zero everywhere, or its mean over all positions."""
+
+    def change(_: int, result: Tensor, __: list[int]) -> Tensor:
+        if by == "zero":
+            return torch.zeros_like(result)
+        axes = (0, result.dim() - 2)  # texts and positions
+        return result.mean(axes, keepdim=True).expand_as(result)
+
+    return Placed("mlp", frozenset({(mlp, 0)}), change) if mlp is not None else Placed("gather", _frozen(heads), change)
+
+
+@contextmanager
+def editing(model: nn.Module, edits: Edits | None) -> Iterator[None]:
+    """Let `edits` change the feed-forward layers too, in the `with` block: their step is "mlp"."""
+    if edits is None:
+        yield
+        return
+
+    def hook(layer: int) -> Callable[..., Tensor]:
+        # One "head": the axes of an edit are those of attention.
+        return lambda _, __, output_BTD: edits("mlp", layer, output_BTD[:, None])[:, 0]
+
+    layers: Any = model.get_submodule("model.layers")
+    handles = [block.mlp.register_forward_hook(hook(layer)) for layer, block in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def mask_of(positions: Sequence[int], length: int) -> Tensor:
@@ -230,17 +279,27 @@ def mask_of(positions: Sequence[int], length: int) -> Tensor:
 
 def block(query: Word, key: Word, heads: Iterable[Head] | None = None) -> Edit:
     """Forbid `query` to look at `key`: all tokens of both."""
-    return Block(query, _ordered(heads), key)
+    return Block(_ordered(heads), query, key)
 
 
 def move(query: Word, key: Word, to: Word, heads: Iterable[Head] | None = None) -> Edit:
     """Exchange the weights that `query` gives to `key` and to `to`."""
-    return Move(query, _ordered(heads), key, to)
+    return Move(_ordered(heads), query, key, to)
 
 
 def transplant(query: Word, text: str, text_query: Word | None = None, heads: Iterable[Head] | None = None) -> Edit:
     """Let the heads gather at the last token of `query` what they gather in `text` at `text_query`, or at `query`."""
-    return Transplant(query, _ordered(heads), text, query if text_query is None else text_query)
+    return Transplant(_ordered(heads), query, text, query if text_query is None else text_query)
+
+
+def ablate(heads: Iterable[Head] | None = None, mlp: int | None = None, by: str = "zero") -> Edit:
+    """Replace the output of `heads`, or of the feed-forward layer `mlp`, by zero or by its mean over the text.
+
+    RequestError unless exactly one of them is given, and `by` is "zero" or "mean".
+    """
+    if (heads is None) == (mlp is None) or by not in ("zero", "mean"):
+        raise RequestError(f'ablate takes either heads or mlp=LAYER, and by="zero" or "mean", not by={by!r}')
+    return Ablate(_ordered(heads), mlp, by)
 
 
 def _ordered(heads: Iterable[Head] | None) -> tuple[Head, ...] | None:

@@ -51,7 +51,18 @@ class OptimConfig:
                 raise RequestError(f"optim.{name}={getattr(self, name)} must be between 0 and 1")
 
 
-def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
+def schedule_bounds(config: OptimConfig, num_steps: int) -> tuple[float, float]:
+    """The step up to which the rate rises, and the one from which on it falls (never: the one after the last)."""
+    rises_to = config.warmup_fraction * num_steps
+    falls_from = {
+        "wsd": num_steps + 1 - max(config.decay_fraction * num_steps, 1),
+        "cosine": rises_to,
+        "constant": num_steps + 1,
+    }
+    return rises_to, falls_from[config.schedule]
+
+
+def schedule_factor(config: OptimConfig, step: float, num_steps: int) -> float:
     """Learning rate of step `step` (1 to `num_steps`) as a share of the peak: a pure function, nothing to save."""
     num_warmup = config.warmup_fraction * num_steps
     if step < num_warmup:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from minitf.backends import Backend, Reference
 from minitf.backends.compile import Compile
-from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.cpu.kernels import CpuKernels
 from minitf.backends.sdpa import Sdpa
 from minitf.errors import RequestError, out_of_memory
 from minitf.model import Transformer
 from minitf.optim import Optimizer
+from minitf.system.comparison import Comparison, compare
 
 # Compiling takes 4 s (kept from an earlier run) to 30 s and makes a step about 1.5 times as fast: it pays from about
 # this much training on.
@@ -23,18 +24,22 @@ WANTED = {"auto": (*KERNELS, "compile"), "native": KERNELS, "true": ("compile",)
 
 @dataclass(frozen=True)
 class Selection:
-    """The backend that computes a run, the seconds of a step by it, and why it was chosen."""
+    """The backend that computes a run, the seconds of a step by it, and why it was chosen.
+
+    `doubtful` is a pair (base, candidate) of which one was chosen by a thin margin; empty if the choice was clear.
+    """
 
     backend: str
     step_s: float
     reason: str
+    doubtful: tuple[str, ...] = ()
 
 
 def backends(model: Transformer) -> dict[str, Backend]:
     """All backends for the device of `model`, by name."""
     found: list[Backend] = [Reference(), Sdpa(), Compile(), CpuKernels()]
     if model.device.type == "cuda":  # elsewhere Triton need not even be importable
-        from minitf.backends.cuda.triton_blocks import TritonKernels
+        from minitf.backends.cuda.triton_kernels import TritonKernels
 
         found.append(TritonKernels())
     return {backend.name: backend for backend in found}
@@ -74,13 +79,8 @@ def select(
     notes: list[str] = []
     base = _base(unsupported, disagrees, notes)
     base.install(model, optimizer)
-    candidates = []
-    for backend in wanted_backends(wanted, model):
-        reason = unsupported(backend)
-        if reason is None:
-            candidates.append(backend)
-        elif wanted != "auto" or backend.name == "compile":
-            notes.append(f"not by {backend.description}: {reason}")
+    doubtful: tuple[str, ...] = ()
+    candidates = _usable(wanted, model, unsupported, notes)
     base_s = measure(base.name == "reference")
     for backend in candidates:
         if backend.name == "compile" and wanted == "auto" and seconds_left(base_s) < COMPILE_PAYS_FROM_S:
@@ -90,20 +90,56 @@ def select(
             notes.append(f"not by {backend.description}: {reason}")
             continue
         try:
-            backend.install(model, optimizer)
-            step_s = measure(False)
+            found = race(base, backend, model, optimizer, measure, base_s, asked_for=wanted != "auto")
         except Exception as error:  # a broken compiler or driver surfaces as any of many classes: train without it
             if out_of_memory(error):
                 raise
             notes.append(f"not by {backend.description}, which failed: {_first_line(error)}")
             model.zero_grad()
         else:
-            limit = KERNELS_WITHIN * base_s if backend.name in KERNELS else base_s
-            if wanted != "auto" or step_s < limit:
-                return Selection(backend.name, step_s, _reason(backend, step_s, base_s, notes))
-            notes.append(f"by {backend.description} a step takes {step_s * 1000:.0f} ms")
+            base_s = found.one_s
+            doubtful = (base.name, backend.name) if found.is_thin and wanted == "auto" else ()
+            if wanted != "auto" or found.other_wins:
+                return Selection(backend.name, found.other_s, _reason(backend, found, notes), doubtful)
+            notes.append(f"by {backend.description} a step takes {found.other_s * 1000:.0f} ms")
         base.install(model, optimizer)
-    return Selection(base.name, base_s, "; ".join([f"{base.description}, {base_s * 1000:.0f} ms a step", *notes]))
+    reason = "; ".join([f"{base.description}, {base_s * 1000:.0f} ms a step", *notes])
+    return Selection(base.name, base_s, reason, doubtful)
+
+
+def race(
+    base: Backend,
+    candidate: Backend,
+    model: Transformer,
+    optimizer: Optimizer,
+    measure: Callable[[bool], float],
+    base_s: float | None = None,
+    asked_for: bool = False,
+) -> Comparison:
+    """Time steps by two backends in turn, the candidate once if it is `asked_for`; it is left installed."""
+
+    def timed(backend: Backend) -> float:
+        backend.install(model, optimizer)
+        return measure(False)
+
+    limit = KERNELS_WITHIN if candidate.name in KERNELS else 1.0
+    if asked_for and base_s is not None:
+        return Comparison(base_s, timed(candidate), limit)
+    return compare(lambda: timed(base), lambda: timed(candidate), limit, base_s)
+
+
+def _usable(
+    wanted: str, model: Transformer, unsupported: Callable[[Backend], str | None], notes: list[str]
+) -> list[Backend]:
+    """The backends that are wanted and can compute this model; notes why others cannot."""
+    candidates = []
+    for backend in wanted_backends(wanted, model):
+        reason = unsupported(backend)
+        if reason is None:
+            candidates.append(backend)
+        elif wanted != "auto" or backend.name == "compile":
+            notes.append(f"not by {backend.description}: {reason}")
+    return candidates
 
 
 def _base(
@@ -119,9 +155,9 @@ def _base(
     return sdpa
 
 
-def _reason(backend: Backend, step_s: float, base_s: float, notes: list[str]) -> str:
-    speed = f"{backend.description}, a step takes {step_s * 1000:.0f} ms instead of {base_s * 1000:.0f} ms"
-    return "; ".join([speed, *notes])
+def _reason(backend: Backend, found: Comparison, notes: list[str]) -> str:
+    times = f"a step takes {found.other_s * 1000:.0f} ms instead of {found.one_s * 1000:.0f} ms"
+    return "; ".join([f"{backend.description}, {times}, {found.one_s / found.other_s:.2g} times as fast", *notes])
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from minitf.benchmark import nanogpt
 from minitf.benchmark.comparison import Row, alternate
-from minitf.benchmark.machine import peak
+from minitf.benchmark.machine import peak, shares_of_peak
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request
 from minitf.benchmark.training import train
@@ -75,8 +75,8 @@ def compare(
     results = alternate(sides, request.repeats, report.progress)
     peaks, ours = results["peak"], results["minitf"]
     speeds = [tokens / result["ms"]["whole"] * 1000 for result in ours]
-    pairs = zip(speeds, ours, peaks, strict=True)
-    shares = [speed * result["flops_per_token"] / p["peaks"]["bf16"] for speed, result, p in pairs]
+    flops = [speed * result["flops_per_token"] for speed, result in zip(speeds, ours, strict=True)]
+    shares = shares_of_peak(flops, peaks, "bf16")
     note = f"best product {peaks[-1]['peaks']['bf16'] / 1e12:.3g} TFLOP/s; compile {ours[0]['compile']}"
     report.add(Row("training step", "share of bf16 peak", shares, note=note, raw={"ours": ours, "peaks": peaks}))
     theirs = results.get("nanoGPT compiled", [])

@@ -65,6 +65,12 @@ def faster_precision() -> str:
     return best_peak([result])
 
 
+def shares_of_peak(flops_per_s: list[float], peaks: list[dict[str, Any]], precision: str) -> list[float]:
+    """Shares of the largest speed seen, in products or else: a peak measured while others were busy is too small."""
+    largest = max(*flops_per_s, *(result["peaks"][precision] for result in peaks))
+    return [speed / largest for speed in flops_per_s]
+
+
 def best_peak(results: list[dict[str, Any]]) -> str:
     """The precision with the faster matrix products: bf16, or fp32 where the processor only emulates bf16."""
     return max(("bf16", "fp32"), key=lambda name: max(result["peaks"][name] for result in results))

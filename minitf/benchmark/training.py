@@ -9,7 +9,7 @@ from typing import Any
 from minitf.benchmark import hugging_face, nanogpt
 from minitf.benchmark.comparison import Row, alternate
 from minitf.benchmark.library import ENVIRONMENT
-from minitf.benchmark.machine import best_peak, faster_precision, peak
+from minitf.benchmark.machine import best_peak, faster_precision, peak, shares_of_peak
 from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
 from minitf.benchmark.text import write_text
@@ -58,7 +58,7 @@ def report_step(report: Report, name: str, peaks: list[dict[str, Any]], results:
             compute_ms, memory_ms = flops / flops_per_s * 1000, moved / bytes_per_s * 1000
             note = (
                 f"at least {number(compute_ms)} ms for {number(flops / 1e9)} GFLOP, {number(memory_ms)} ms for "
-                f"{number(moved / 1e6)} MB; {compute_ms / ms:.0%} of {precision} peak"
+                f"{number(moved / 1e6)} MB; {min(1.0, compute_ms / ms):.0%} of {precision} peak"
             )
         report.add(Row(f"{name}: {part}", "ms", samples, more_is_better=False, note=note, raw=bounds.get(part, {})))
     report.progress(f"{name}: compile {results[0]['compile']}")
@@ -92,10 +92,7 @@ def throughput(request: Request, report: Report) -> None:
     cost = in_child("library:flops_per_token", {"shape": shape, "vocab_size": 65})
     for name in ("minitf", "minitf adamw"):
         speeds = [result["tokens_per_s"] for result in results[name]]
-        shares = [
-            speed * cost["flops_per_token"] / peak_["peaks"][precision]
-            for speed, peak_ in zip(speeds, peaks, strict=True)
-        ]
+        shares = shares_of_peak([speed * cost["flops_per_token"] for speed in speeds], peaks, precision)
         raw = {"runs": results[name], "peaks": peaks, **cost, "tokens_per_step": tokens}
         report.add(Row(name, f"share of {precision} peak", shares, note=results[name][-1]["note"], raw=raw))
         for other in [name for name in results if not name.startswith("minitf")]:

@@ -12,8 +12,7 @@ class TrainState:
     """Saved in each checkpoint's `trainer_state.json`."""
 
     step: int = 0  # optimiser steps done
-    num_steps: int = 0  # of the whole run; the learning rate schedule depends on it
-    num_steps_final: bool = False  # whether a run with a time limit has corrected num_steps by its speed
+    num_steps: int = 0  # of the whole run, as planned then
     tokens: int = 0  # target tokens trained on
     train_s: float = 0.0  # in training steps
     warmup_s: float = 0.0  # of compilation and measurement before them

@@ -1,7 +1,8 @@
-"""Head ablation: the pattern each attention head follows, and the held-out bits per byte it saves."""
+"""Ablation: the held-out bits per byte that each attention head and each feed-forward layer saves."""
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,32 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoints.checkpoint import Checkpoint
+from minitf.data.tokenized_pairs import PairIds
 from minitf.data.tokenized_text import Tokens
+from minitf.edits import Head, without
 from minitf.evaluate import HeldOut, evaluate_checkpoint
-from minitf.interpretability.heads import NAMES, HeadScores, describe_head, head_scores, heads_off
+from minitf.interpretability.heads import NAMES, HeadScores, describe_head, head_scores
+
+MAX_TRIED = 24  # heads that the greedy order tries at each step: those that matter least by themselves
 
 
 @dataclass(frozen=True)
 class HeadReport:
-    """The scores of `head_scores`, and the importance of each head.
+    """The scores of `head_scores`, and the importance of each head and feed-forward layer.
 
-    `importance_LH`, of shape (layers, heads), is the rise of held-out bits per byte when that head alone is switched
-    off; negative where the model predicts better without it.
+    `importance_LH`, of shape (layers, heads), and `mlp_importance_L` are the rise of held-out bits per byte when that
+    part alone is zero; negative where the model predicts better without it. `mean_...`: when it is its mean instead.
     """
 
     whole: HeldOut
     importance_LH: Tensor
+    mean_importance_LH: Tensor
+    mlp_importance_L: Tensor
+    mlp_mean_importance_L: Tensor
     scores: HeadScores
 
     def to_json(self) -> dict[str, Any]:
-        """{"heads": [{"layer", "head", "importance", "does", SCORE: value, ...}, ...]}, by layer and head."""
+        """{"heads": [{"layer", "head", "importance", "does", SCORE: value, ...}, ...], "mlps": [...]}, by layer."""
         num_layers, num_heads = self.importance_LH.shape
         return {
             **asdict(self.whole),
@@ -37,43 +45,119 @@ class HeadReport:
                     "layer": layer,
                     "head": head,
                     "importance": round(float(self.importance_LH[layer, head]), 6),
+                    "importance_mean": round(float(self.mean_importance_LH[layer, head]), 6),
                     "does": describe_head(self.scores, layer, head),
                     **{name: round(float(values[layer, head]), 4) for name, values in self.scores.items()},
                 }
                 for layer in range(num_layers)
                 for head in range(num_heads)
             ],
+            "mlps": [
+                {
+                    "layer": layer,
+                    "importance": round(float(self.mlp_importance_L[layer]), 6),
+                    "importance_mean": round(float(self.mlp_mean_importance_L[layer]), 6),
+                }
+                for layer in range(num_layers)
+            ],
         }
 
     def table(self) -> str:
-        """One line per head, the most important first."""
+        """One line per head, the most important first; then one per feed-forward layer."""
         names = [name for name in (*NAMES, "entropy") if name in self.scores]
-        header = "  ".join(["layer", "head", "importance", *names, "does"])
-        lines = [header]
-        for one in sorted(self.to_json()["heads"], key=lambda head: -head["importance"]):
+        lines = ["  ".join(["layer", "head", "importance", "  by mean", *names, "does"])]
+        content = self.to_json()
+        for one in sorted(content["heads"], key=lambda head: -head["importance"]):
             values = "  ".join(f"{one[name]:>{len(name)}.2f}" for name in names)
-            lines.append(
-                f"{one['layer']:>5}  {one['head']:>4}  {one['importance']:>+10.4f}  {values}  {one['does']}".rstrip()
-            )
+            start = f"{one['layer']:>5}  {one['head']:>4}  {one['importance']:>+10.4f}  {one['importance_mean']:>+9.4f}"
+            lines.append(f"{start}  {values}  {one['does']}".rstrip())
+        for one in content["mlps"]:
+            lines.append(f"{one['layer']:>5}   MLP  {one['importance']:>+10.4f}  {one['importance_mean']:>+9.4f}")
         return "\n".join(lines)
 
 
-def evaluate_heads(checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int | None = None) -> HeadReport:
-    """Score every head and ablate each in turn: one evaluation per head, and one of the whole model."""
-    model = checkpoint.model
-    c = model.config
+def evaluate_heads(
+    checkpoint: Checkpoint, tokens: Tokens | PairIds, num_bytes: int, max_tokens: int | None = None
+) -> HeadReport:
+    """Score every head and ablate each head and feed-forward layer in turn, by zero and by its mean.
+
+    A mean is that over a batch of held-out text (some 4,000 tokens).
+    """
+    c = checkpoint.model.config
     whole = evaluate_checkpoint(checkpoint, tokens, num_bytes, max_tokens)
-    importance_LH = torch.zeros(c.num_layers, c.num_heads)
+
+    def importance(heads: Sequence[Head] | None, mlp: int | None, by: str) -> float:
+        edits = [without(heads, mlp, by)]
+        return evaluate_checkpoint(checkpoint, tokens, num_bytes, max_tokens, edits).bits_per_byte - whole.bits_per_byte
+
+    by_heads = {by: torch.zeros(c.num_layers, c.num_heads) for by in ("zero", "mean")}
+    by_mlps = {by: torch.zeros(c.num_layers) for by in ("zero", "mean")}
     for layer in range(c.num_layers):
-        for head in range(c.num_heads):
-            with heads_off(model, [(layer, head)]):
-                without = evaluate_checkpoint(checkpoint, tokens, num_bytes, max_tokens)
-            importance_LH[layer, head] = without.bits_per_byte - whole.bits_per_byte
-        print(f"layer {layer}: {c.num_heads} heads switched off, one at a time", file=sys.stderr)
-    windows = max(len(tokens) // c.context_length, 1)
-    text_BT = torch.from_numpy(tokens[: min(windows, 4) * c.context_length].astype("int64"))
-    scores = head_scores(model, text_BT.view(min(windows, 4), -1))
-    return HeadReport(whole, importance_LH, scores)
+        for by in by_heads:
+            for head in range(c.num_heads):
+                by_heads[by][layer, head] = importance([(layer, head)], None, by)
+            by_mlps[by][layer] = importance(None, layer, by)
+        print(f"layer {layer}: {c.num_heads} heads and the MLP ablated, one at a time", file=sys.stderr)
+    ids = tokens.ids if isinstance(tokens, PairIds) else tokens
+    windows = max(len(ids) // c.context_length, 1)
+    text_BT = torch.from_numpy(ids[: min(windows, 4) * c.context_length].astype("int64"))
+    scores = head_scores(checkpoint.model, text_BT.view(min(windows, 4), -1))
+    return HeadReport(whole, by_heads["zero"], by_heads["mean"], by_mlps["zero"], by_mlps["mean"], scores)
+
+
+@dataclass(frozen=True)
+class KeptHeads:
+    """How few heads a model needs: `removed[i]` is the head removed i-th, `bits_per_byte[i]` what i removed heads cost.
+
+    `bits_per_byte` has one value more than `removed`: the first is that of the whole model.
+    """
+
+    removed: list[Head]
+    bits_per_byte: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"order": [{"kept", "removed": [layer, head] or None, "bits_per_byte"}, ...]}."""
+        total = len(self.removed)
+        rows = zip([None, *self.removed], self.bits_per_byte, strict=True)
+        return {
+            "order": [
+                {"kept": total - i, "removed": head and list(head), "bits_per_byte": round(bits, 6)}
+                for i, (head, bits) in enumerate(rows)
+            ]
+        }
+
+    def table(self) -> str:
+        """One line for each number of heads kept."""
+        total, lines = len(self.removed), [f"{'heads kept':>10}  {'bits per byte':>13}  removed last"]
+        for row in self.to_json()["order"]:
+            last = "" if row["removed"] is None else "layer {} head {}".format(*row["removed"])
+            lines.append(f"{row['kept']:>4} of {total:<3}  {row['bits_per_byte']:>13.4f}  {last}".rstrip())
+        return "\n".join(lines)
+
+
+def order_heads(
+    checkpoint: Checkpoint, tokens: Tokens | PairIds, num_bytes: int, max_tokens: int, by: str = "zero"
+) -> KeptHeads:
+    """Remove the head that costs least, again and again, until none is left: greedy, as Michel et al. (2019) do.
+
+    With more than MAX_TRIED heads left, only those that cost least by themselves are tried.
+    """
+    c = checkpoint.model.config
+
+    def bits(removed: Sequence[Head]) -> float:
+        edits = [without(removed, by=by)] if removed else []
+        return evaluate_checkpoint(checkpoint, tokens, num_bytes, max_tokens, edits).bits_per_byte
+
+    every = [(layer, head) for layer in range(c.num_layers) for head in range(c.num_heads)]
+    alone = {head: bits([head]) for head in every}
+    left, removed, costs = sorted(every, key=alone.__getitem__), list[Head](), [bits([])]
+    while left:
+        tried = {head: bits([*removed, head]) for head in left[:MAX_TRIED]} if removed else alone
+        cheapest = min(tried, key=tried.__getitem__)
+        removed.append(cheapest)
+        costs.append(tried[cheapest])
+        left.remove(cheapest)
+    return KeptHeads(removed, costs)
 
 
 def record_heads(report: HeadReport, run_dir: Path, step: int) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minitf.attention import AttentionRecord
+from minitf.attention import AttentionRecord, Edits
+from minitf.edits import editing
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
@@ -40,6 +41,7 @@ MAX_EXACT_VECTOR_BYTES = 16_000_000
 class AttentionConfig:
     probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and one of the data
     watch: list[str] | None = None  # relations to watch: "TEXT | it>cat"; null: those of the data
+    scalars: bool = False  # log the scores of the heads as scalars too: one chart in TensorBoard for each head
     heads: bool = True  # score every head for known patterns (previous token, first token, induction, ...)
 
 
@@ -112,6 +114,7 @@ class AttentionMaps:
     scores: HeadScores | None = None
     actual: list[float] | None = None
     vectors: HeadVectors | None = None
+    output_norms_LHT: Tensor | None = None  # of what a weight of 1 on position t would add to the residual stream
     alignment: Alignment | None = None  # of source and target words, if the text is a pair
 
     @property
@@ -164,6 +167,7 @@ class AttentionMaps:
             "kv_heads": num_heads if vectors is None else vectors.k_LGTK.shape[1],
             "head_dim": None if vectors is None else vectors.q_LHTK.shape[-1],
             "value_norms": None if vectors is None else _base64(vectors.v_LGTK.nan_to_num().norm(dim=-1)),
+            "output_norms": None if self.output_norms_LHT is None else _base64(self.output_norms_LHT.nan_to_num()),
             "vectors": None if vectors is None else vectors.to_viewer(exact),
             "standard_formula": vectors is None or vectors.standard(self.weights_LHTS),
             "alignment": self.alignment.to_json() if self.alignment else None,
@@ -207,14 +211,15 @@ def attention_maps_of_ids(
     step: int | None = None,
     top_k: int = 5,
     scores: HeadScores | None = None,
+    edits: Edits | None = None,
 ) -> AttentionMaps:
-    """The maps of `ids`, the tokens of `text`: at least one, at most the model's context."""
+    """The maps of `ids`, the tokens of `text`: at least one, at most the model's context; under `edits`, if any."""
     record: list[AttentionRecord] = []
     # float32 gives the same numbers as a checkpoint, and is faster for a sentence: casting all weights to bfloat16
     # takes longer than its products save (25 ms a sentence against 8).
-    with evaluating(model), model.computing_in(torch.float32):
+    with evaluating(model), model.computing_in(torch.float32), editing(model, edits):
         ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
-        logits_BTV = model(ids_BT, record=record)
+        logits_BTV = model(ids_BT, record=record, edits=edits)
     vectors = HeadVectors.of(record)
     probabilities_TV = logits_BTV[0].float().softmax(-1)
     top = probabilities_TV.topk(min(top_k, logits_BTV.shape[-1]))
@@ -225,7 +230,24 @@ def attention_maps_of_ids(
     actual = probabilities_TV[:-1].gather(1, ids_BT[0, 1:, None]).squeeze(1).nan_to_num()
     tokens = join_bytes(tokenizer.pieces(ids))
     weights_LHTS = torch.cat([layer.weights_BHTS for layer in record]).float().cpu()
-    return AttentionMaps(text, tokens, ids, weights_LHTS, next_tokens, step, scores, actual.tolist(), vectors)
+    norms_LHT = output_norms(model, vectors)
+    return AttentionMaps(
+        text, tokens, ids, weights_LHTS, next_tokens, step, scores, actual.tolist(), vectors, norms_LHT
+    )
+
+
+def output_norms(model: "Transformer", vectors: HeadVectors) -> Tensor:
+    """`|| v W_O ||` of every head and position, of shape (L, H, T): what reaches the residual stream of a value.
+
+    A weight times this norm is the length of what the look adds (Kobayashi et al., 2020).
+    """
+    L, H, _, K = vectors.q_LHTK.shape
+    v_LHTK = vectors.v_LGTK.repeat_interleave(H // vectors.v_LGTK.shape[1], 1)
+    norms = []
+    for layer in range(L):
+        weight_DHK = model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight").float().view(-1, H, K)
+        norms.append(torch.einsum("htk,dhk->htd", v_LHTK[layer], weight_DHK.cpu()).norm(dim=-1))
+    return torch.stack(norms)
 
 
 def pair_maps(

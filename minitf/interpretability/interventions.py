@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minitf.attention import AttentionRecord, Edits
-from minitf.edits import Edit, Reading, Relation, block, combined
+from minitf.edits import Ablate, Edit, Reading, Relation, block, combined, editing
 from minitf.errors import RequestError
 from minitf.interpretability.heads import evaluating
 from minitf.interpretability.reference_cases import ids_of, words_of
@@ -37,7 +37,7 @@ class Reader:
     def read(self, text: str, edits: Edits | None = None) -> tuple[Tensor, list[AttentionRecord]]:
         """Probabilities_TV of the token after each position, on the CPU, and each layer's record."""
         record: list[AttentionRecord] = []
-        with evaluating(self.model), self.model.computing_in(torch.float32):
+        with evaluating(self.model), self.model.computing_in(torch.float32), editing(self.model, edits):
             logits_BTV = self.model(self.ids(text), record=record, edits=edits)
         return logits_BTV[0].softmax(-1).cpu(), record
 
@@ -54,6 +54,9 @@ class Reader:
                     f"there is no layer {layer}, head {head}: the model has {config.num_layers} layers of "
                     f"{config.num_heads} heads"
                 )
+        for layer in (edit.mlp for edit in edits if isinstance(edit, Ablate) and edit.mlp is not None):
+            if not 0 <= layer < config.num_layers:
+                raise RequestError(f"there is no layer {layer}: the model has {config.num_layers} layers")
         return combined([edit.place(words, self.reading) for edit in edits]) if edits else None
 
     def predict(self, text: str, edits: Sequence[Edit] = (), top_k: int = 5) -> list[tuple[str, float]]:

@@ -4,6 +4,7 @@ python scripts/attention.py "The cat did not cross the road because it was tired
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,24 +12,28 @@ from pathlib import Path
 
 import torch
 
-from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.errors import CommandParser, RequestError, read_text_argument, run_command
+from minitf.interpretability import experiments
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.interpretability.heads import head_scores
 from minitf.system.files import write_whole
 from minitf.system.threads import set_threads
 from minitf.viewer import viewer_page
 
+DEFAULT_PAGE = "attention.html"
 
-def attention_page(maps: Sequence[AttentionMaps], title: str) -> str:
+
+def attention_page(maps: Sequence[AttentionMaps], title: str, scored_on: str = "held_out") -> str:
     """One self-contained HTML page (no network, opens from a file) with `maps`, of any number of texts and steps.
 
     Maps of the same text are the steps of one sentence, in the order given. A map takes 2/3 of a byte for each entry of
-    its square of weights: 2 kB for 24 heads on 10 tokens, 30 kB for 48 heads on 30 tokens.
+    its square of weights: 2 kB for 24 heads on 10 tokens, 30 kB for 48 heads on 30 tokens. `scored_on` says where the
+    scores of the maps were measured, see `viewer_page`.
     """
     if not maps:
         raise ValueError("a page needs at least one map")
-    return viewer_page([one.to_viewer() for one in maps], title)
+    return viewer_page([one.to_viewer() for one in maps], title, scored_on=scored_on)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,17 +47,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest")
     output = parser.add_mutually_exclusive_group()
+    output.add_argument("--out", type=Path, metavar="FILE.html", help=f"default: {DEFAULT_PAGE}")
     output.add_argument(
-        "--out", type=Path, default=Path("attention.html"), metavar="FILE.html", help="default: %(default)s"
+        "--json", action="store_true", help="print the raw weights, or the result of an experiment, as JSON"
     )
-    output.add_argument("--json", action="store_true", help="print the raw weights as JSON instead of writing a page")
+    experiments.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
     text = read_text_argument(arguments.text, "text")
-    if not arguments.json and not arguments.out.absolute().parent.is_dir():
-        raise RequestError(f"--out {arguments.out}: there is no such directory; create it first")
+    out = arguments.out or Path(DEFAULT_PAGE)
+    experiment = experiments.wanted(arguments)
+    if experiment and arguments.out:
+        raise RequestError("--out is for the page; an experiment is printed (--json: as JSON)")
+    if not arguments.json and not out.absolute().parent.is_dir():
+        raise RequestError(f"--out {out}: there is no such directory; create it first")
     set_threads()
     checkpoint = load_checkpoint(arguments.run)
+    if experiment:
+        finding = experiments.run(arguments, checkpoint, text)
+        print(json.dumps(finding.content, allow_nan=False) if arguments.json else finding.text)
+        return 0
     maps = maps_of_checkpoint(checkpoint, text)
     if maps.alignment is not None:
         print(maps.alignment.describe(), file=sys.stderr)
@@ -61,9 +75,18 @@ def main(argv: list[str] | None = None) -> int:
         json.dump(maps.to_json(), sys.stdout, allow_nan=False)
         print()
     else:
-        _write(arguments.out, attention_page([maps], title="What each word looks at"))
-        print(f"{checkpoint.directory}: wrote {arguments.out}", file=sys.stderr)
+        _write(out, attention_page([maps], _title(checkpoint, arguments.run), scored_on="sentence"))
+        print(f"{checkpoint.directory}: wrote {out}", file=sys.stderr)
     return 0
+
+
+def _title(checkpoint: Checkpoint, run: str) -> str:
+    """The model and its step: a page that is passed on says what it is of."""
+    if checkpoint.step is None:  # a model of the hub
+        return f"Attention of {run}"
+    place = checkpoint.directory
+    name = os.path.relpath(place.parent.parent if place.parent.name == "checkpoints" else place)
+    return f"Attention of {name}, step {checkpoint.step:,}"
 
 
 def _write(file: Path, page: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 LINES_PER_RUN = 20  # of training numbers, without a progress bar
 MAX_SOURCE_CHARS = 120  # of a pair's source, and of its answer
@@ -30,15 +30,9 @@ class TrainingConsole:
         """Show the progress bar, in a terminal."""
         if not self.console.is_terminal:
             return
-        columns = (
-            TextColumn("step {task.completed:,}/{task.total:,}"),
-            BarColumn(None),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
+        columns = TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[numbers]}")
         self.progress = Progress(*columns, console=self.console)
-        self.progress.add_task("", total=num_steps, completed=step, numbers="")
+        self.progress.add_task(f"step {step:,}/{num_steps:,}", total=None, numbers="")
         self.progress.start()
 
     def stop(self) -> None:
@@ -47,17 +41,22 @@ class TrainingConsole:
             self.progress.stop()
             self.progress = None
 
-    def train_row(self, row: Mapping[str, Any], num_steps: int) -> None:
-        """Move the bar, or print a line, about LINES_PER_RUN times in a run of `num_steps`."""
-        step = row["step"]
+    def train_row(self, row: Mapping[str, Any], num_steps: int, left_s: float) -> None:
+        """Move the bar, or print a line, about LINES_PER_RUN times in a run of `num_steps`.
+
+        The bar shows the share of the time: the number of steps of a run with a time limit changes with its speed.
+        """
+        step, train_s = row["step"], row["train_s"]
+        at = f"step {step:,}/{num_steps:,}"
+        left = f"{left_s:.0f} s left" if left_s < 100 else f"{left_s / 60:.0f} min left"
         numbers = f"loss {row['loss']:.3f}  {self._held_out()}{row['tokens_per_s'] / 1000:.1f}k tokens/s"
         if self.progress is not None:
             task = self.progress.task_ids[0]
-            self.progress.update(task, completed=step, total=num_steps, numbers=numbers)
+            total = max(train_s + left_s, 1e-9)
+            self.progress.update(task, description=at, completed=train_s, total=total, numbers=f"{numbers}  {left}")
         elif step - self.last_line_step >= num_steps / LINES_PER_RUN or step == num_steps:
             self.last_line_step = step
-            left_s = (num_steps - step) * row["train_s"] / step
-            self.say(f"step {step:,}/{num_steps:,}  {numbers}  {left_s:.0f} s left")
+            self.say(f"{at}  {numbers}  {left}")
 
     def val_row(self, row: Mapping[str, Any]) -> None:
         """Remember the held-out numbers for the next lines."""

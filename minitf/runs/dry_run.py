@@ -14,6 +14,7 @@ from minitf.optim import Optimizer
 from minitf.runs.summary import advice_on_size, clock, line
 from minitf.training.budget import estimate_num_steps
 from minitf.training.context import RunContext
+from minitf.training.plan import Schedule
 from minitf.training.task import PairsTask, Task, TextTask
 from minitf.training.tuned_step import TunedStep
 
@@ -51,10 +52,12 @@ def _report(context: RunContext, optimizer: Optimizer, step_s: float, backend: s
     config, state, model = context.config, context.initial_state(), context.model
     train, val = tokens_of(context.task)
     tokens_per_step = context.tokens_per_step
-    num_steps = max(1, estimate_num_steps(config.trainer, state, step_s) - state.step)
+    num_steps = max(1, estimate_num_steps(config.trainer, state.step, state.train_s, step_s) - state.step)
     num_tokens = num_steps * tokens_per_step
     num_parameters = model.num_parameters()
-    num_evaluations = -(-num_steps // context.schedule(num_steps).evaluate)
+    num_evaluations = -(
+        -num_steps // Schedule.of(config.trainer, num_steps, context.steps_per_evaluation).evaluate.steps
+    )
     evaluation_s = context.steps_per_evaluation * step_s * num_evaluations
     checkpoint_bytes = 4 * num_parameters + sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
     disk_bytes = checkpoint_bytes * (config.trainer.keep_checkpoints + 2)  # the best, and the one being written

@@ -24,8 +24,8 @@ class Budget:
     def tokens(self, model: Transformer) -> int:
         """How many tokens this model sees in training, about."""
         config = self.config
-        assert config.minutes is not None
-        tokens = SHARE_OF_PEAK * self.flops * 60 * config.minutes / flops_per_token(model)
+        assert config.max_minutes is not None
+        tokens = SHARE_OF_PEAK * self.flops * 60 * config.max_minutes / flops_per_token(model)
         if config.max_steps is not None:
             tokens_per_step = config.batch_size * config.grad_accumulation * model.config.context_length
             tokens = min(tokens, config.max_steps * tokens_per_step)

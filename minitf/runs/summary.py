@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minitf.backends.autotune import Selection
+from minitf.checkpoints.hugging_face import why_not_hugging_face
 from minitf.checkpoints.train_state import TrainState
 from minitf.model import Transformer
 from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
 
 LABEL_WIDTH = 10
+DECAY_WITHIN = 0.1  # of its setting: a difference in the decay's share that is not worth a line
 
 
 def line(label: str, text: str) -> str:
@@ -69,11 +71,9 @@ def introduction(trainer: Trainer, setup: Mapping[str, str]) -> list[str]:
     if "processes" in setup:
         lines.append(line("processes", setup["processes"]))
     epochs = num_tokens / context.batches.tokens_per_epoch
-    lines.append(
-        line(
-            "training", f"{state.num_steps:,} steps of {context.tokens_per_step:,} tokens, {epochs:.1f} times the text"
-        )
-    )
+    steps = f"{state.num_steps:,} steps of {context.tokens_per_step:,} tokens, {epochs:.1f} times the text"
+    limit = trainer.config.max_minutes
+    lines.append(line("training", steps if limit is None else f"{clock(60 * limit)}: about {steps}, as speed allows"))
     ends_by_time = trainer.config.max_steps is None
     if state.step == 0 and not context.origin and ends_by_time and (advice := advice_on_size(model, num_tokens)):
         lines.append(line("note", advice))
@@ -87,16 +87,19 @@ def conclusion(trainer: Trainer) -> list[str]:
     """The results, where they are, and what to type next."""
     context, state = trainer.context, trainer.state
     run_dir = os.path.relpath(context.run_dir)
+    resume = shlex.quote(f"resume={run_dir}")
     if trainer.stopping:
-        return [f"stopped after step {state.step:,}; resume with: python -m minitf.train resume={run_dir}"]
+        return [f"stopped after step {state.step:,}; resume with: python -m minitf.train {resume}"]
     speed = f"{state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s"
     times = f"{clock(state.train_s)} ({speed}), total {clock(state.elapsed_s)}"
+    kind = "a minitf checkpoint" if why_not_hugging_face(context.config.model) else "a Hugging Face model"
     lines = [
         "",
         *_results(context, state),
         *_findings(trainer),
         line("trained", f"{state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {times}"),
-        line("saved in", f"{run_dir}/checkpoints/latest (a Hugging Face model) and best"),
+        *_decay(trainer),
+        line("saved in", f"{run_dir}/checkpoints/latest ({kind}) and best"),
     ]
     if trainer.config.attention_every >= 0:
         lines.append(line("attention", f"{run_dir}/attention.html (open it in a browser)"))
@@ -108,7 +111,7 @@ def conclusion(trainer: Trainer) -> list[str]:
         *lines,
         line("next", f"python {generate} {shlex.quote(context.task.example_prompt())}{run}"),
         line("", f"tensorboard --logdir {logdir}"),
-        line("", f"python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}"),
+        line("", f"python -m minitf.train {resume} trainer.max_steps={2 * state.step}"),
     ]
 
 
@@ -135,6 +138,16 @@ def _results(context: RunContext, state: TrainState) -> list[str]:
         lines.append(line("", f"copying the source: chrF {val['copy_chrf']:.1f}{copy_bleu}"))
         lines.append(line("", "all held-out pairs: python scripts/evaluate.py"))
     return lines
+
+
+def _decay(trainer: Trainer) -> list[str]:
+    """The decay's share of the steps, where the machine's speed made it another than was set."""
+    optim, share = trainer.context.config.optim, trainer.budget.rate.falling_share
+    wanted = optim.decay_fraction
+    if optim.schedule != "wsd" or abs(share - wanted) <= max(DECAY_WITHIN * wanted, 1 / trainer.state.step):
+        return []
+    speed = "the speed changed, and time won"
+    return [line("", f"the learning rate fell over the last {share:.0%} of them, not {wanted:.0%}: {speed}")]
 
 
 def _logdir(run_dir: Path) -> str:

@@ -1,5 +1,6 @@
 """The device and the precision to compute in, chosen by measurement."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.errors import DeviceError, RequestError
 from minitf.system import cpuinfo
+from minitf.system.comparison import Comparison, compare
 from minitf.system.memory import keep_freed_memory
 from minitf.system.threads import set_threads
 
@@ -79,24 +81,33 @@ def choose_hardware(device_name: str, precision: str, group: ProcessGroup = SING
     if precision != "auto":
         dtype = PRECISIONS[precision]
         return Hardware(device, dtype, measure_matmul(device, dtype), "as set", threads_set)
-    bf16, fp32 = _speed_per_core(device)
-    dtype = torch.bfloat16 if group.broadcast(bf16 > BF16_MIN_SPEEDUP * fp32) else torch.float32
+    speeds = _compare_precisions(device)
+    dtype = torch.bfloat16 if group.broadcast(speeds.other_wins) else torch.float32
     where = "a core" if device.type == "cpu" else "the device"
-    reason = f"{where} does {bf16 / 1e9:,.0f} GFLOP/s in bf16 and {fp32 / 1e9:,.0f} in fp32"
+    reason = (
+        f"{where} does {1 / speeds.other_s / 1e9:,.0f} GFLOP/s in bf16 and {1 / speeds.one_s / 1e9:,.0f} in fp32: "
+        f"{speeds.one_s / speeds.other_s:.2g} times, and bf16 pays from {BF16_MIN_SPEEDUP}"
+    )
     return Hardware(device, dtype, measure_matmul(device, dtype), reason, threads_set)
 
 
-def _speed_per_core(device: torch.device) -> tuple[float, float]:
-    """FLOP/s in bf16 and fp32 on one CPU thread; on a busy machine, waiting threads would make the choice random."""
+def _compare_precisions(device: torch.device) -> Comparison:
+    """Seconds of an operation in fp32 and in bf16, on one CPU thread: on a busy machine threads wait for each other."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        try:
+            return 1 / measure_matmul(device, dtype)
+        except RuntimeError:  # a device without bfloat16
+            if dtype == torch.float32:
+                raise
+            return math.inf
+
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        bf16 = measure_matmul(device, torch.bfloat16)
-    except RuntimeError:  # a device without bfloat16
-        bf16 = 0.0
-    fp32 = measure_matmul(device, torch.float32)
-    torch.set_num_threads(num_threads)
-    return bf16, fp32
+        return compare(lambda: seconds(torch.float32), lambda: seconds(torch.bfloat16), limit=1 / BF16_MIN_SPEEDUP)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0.05) -> float:
@@ -131,6 +142,23 @@ def measure_quiet_matmul(hardware: Hardware) -> float:
     flops = measure_matmul(hardware.device, hardware.dtype)
     torch.set_num_threads(num_threads)
     return num_threads * flops
+
+
+class Peak:
+    """The largest speed of matrix products seen on a machine, a limit for everything that is computed by them.
+
+    A measurement while other programs are busy finds too small a one.
+    """
+
+    def __init__(self, flops: float, measure: Callable[[], float]) -> None:
+        """`flops` a second were measured; `measure` measures again."""
+        self.flops, self.measure = flops, measure
+
+    def share(self, flops: float) -> float:
+        """The share of the limit that `flops` a second are, at most 1; where they are more, it is measured again."""
+        if flops > self.flops:
+            self.flops = max(self.flops, flops, self.measure())
+        return flops / self.flops
 
 
 def compiler_missing(device: torch.device) -> str | None:

@@ -22,6 +22,12 @@ class TrainingClock:
         if self.step_started is None:
             self.step_started = time.perf_counter()
 
+    @property
+    def train_s(self) -> float:
+        """Seconds of training so far, as seen from here: the device may not have done all of its work."""
+        running_s = 0.0 if self.step_started is None else time.perf_counter() - self.step_started
+        return self.state.train_s + running_s
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stop the clock until the next `run`. Both times in the state are current inside and afterwards."""

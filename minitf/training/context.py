@@ -10,10 +10,11 @@ from minitf.data.batches import BatchSource
 from minitf.distributed.process_group import ProcessGroup
 from minitf.model import Transformer
 from minitf.system.hardware import Hardware
+from minitf.training.budget import Plans, StepBudget
 from minitf.training.decisions import RunDecisions
 from minitf.training.parallel import Parallel
+from minitf.training.plan import FORWARD_SPEEDUP
 from minitf.training.task import Task
-from minitf.training.trainer_config import FORWARD_SPEEDUP, Schedule
 
 # At run time the schema would load Hydra, which only the command needs.
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ class RunContext:
         """The time of one evaluation, in steps, about."""
         return self.task.evaluated_tokens(self.config.trainer.eval_tokens) / self.tokens_per_step / FORWARD_SPEEDUP
 
-    def schedule(self, num_steps: int) -> Schedule:
-        """When each action of a run of `num_steps` is due."""
-        return Schedule.of(self.config.trainer, num_steps, self.steps_per_evaluation)
+    def budget(self, state: TrainState, plans: Plans, num_steps: int) -> StepBudget:
+        """The budget of a run with these `plans`, or of `num_steps` where there are none yet."""
+        trainer, optim = self.config.trainer, self.config.optim
+        return StepBudget(trainer, optim, self.steps_per_evaluation, plans, num_steps, state.step, state.train_s)
 
     def initial_state(self) -> TrainState:
         """The state to train from. Raises MinitfError if the checkpoint's is incomplete."""

@@ -1,7 +1,9 @@
 """What a run measured and decided, in `decisions.json`: a resumed run computes with the same arithmetic."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ from minitf.errors import MinitfError
 from minitf.model import ModelConfig
 from minitf.system.files import write_whole
 from minitf.system.safe_io import read_json
+from minitf.training.budget import Plans
 
 FILE_NAME = "decisions.json"
 OLD_FILE_NAME = "choices.json"  # of versions before 2026-12
 MAX_NUMBER = 1 << 53
+
+Switches = tuple[tuple[int, str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,8 @@ class RunDecisions:
     micro_batch_size: int = 0  # and over micro-batches of this many sequences
     torch_version: str = ""
     decided_at: int = 0  # the step from which on this holds: 0, or where a resumed run was given another end
-    num_steps: int = 0  # of the whole run, estimated from the speed of the warm-up
-    corrected_at: int = 0  # the step at which a run with a time limit corrected num_steps; 0: not yet
-    corrected_num_steps: int = 0
+    plans: Plans = ()  # of its number of steps; the first is that of step 0
+    switches: Switches = ()  # (step, backend, threads): measured again, others are used from there on
     finished: bool = False  # whether everything after the last step was written
 
     @classmethod
@@ -49,6 +53,7 @@ class RunDecisions:
     @classmethod
     def _from_json(cls, path: Path, content: dict[str, Any]) -> "RunDecisions":
         known = {item.name: content[item.name] for item in fields(cls) if item.name in content}
+        known |= {"plans": _plans(content), "switches": _switches(content)}
         for item in fields(cls):
             value = known.get(item.name, item.default)
             if type(value) is not type(item.default) or (isinstance(value, int) and not 0 <= value < MAX_NUMBER):
@@ -57,9 +62,16 @@ class RunDecisions:
                 )
         return cls(**known)
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "RunDecisions":
+        """The decisions whose `asdict` went through JSON."""
+        rows = {name: tuple(tuple(row) for row in content[name]) for name in ("plans", "switches")}
+        return cls(**{**content, **rows})
+
     def save(self, run_dir: Path) -> None:
         """Write `decisions.json`; raises OSError."""
-        write_whole(run_dir / FILE_NAME, json.dumps(asdict(self), indent=2) + "\n")
+        lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
+        write_whole(run_dir / FILE_NAME, "{\n" + ",\n".join(lines) + "\n}\n")
 
     def changes(self, before: "RunDecisions") -> list[str]:
         """Descriptions of what differs from an earlier start and lets sums be rounded differently."""
@@ -74,6 +86,33 @@ class RunDecisions:
         }
         pairs = ((name, getattr(before, field), getattr(self, field)) for field, name in names.items())
         return [f"{name} {now} instead of {earlier}" for name, earlier, now in pairs if earlier and earlier != now]
+
+
+def _plans(content: Mapping[str, Any]) -> Plans | None:
+    """The plans of a file, also of one before 2026-12, which held two numbers of steps; None if it is damaged."""
+    old = content.get("corrected_num_steps" if content.get("corrected_at") else "num_steps")
+    plans = content.get("plans", [[0, old]] if old else [])
+    if not _are_rows(plans, int, int) or not all(step <= num_steps for step, num_steps in plans):
+        return None
+    if plans and (plans[0][0] or not plans[0][1]):
+        return None
+    return tuple((step, num_steps) for step, num_steps in plans)
+
+
+def _switches(content: Mapping[str, Any]) -> Switches | None:
+    """The switches of a file; None if it is damaged."""
+    switches = content.get("switches", [])
+    return tuple((row[0], row[1], row[2]) for row in switches) if _are_rows(switches, int, str, int) else None
+
+
+def _are_rows(rows: Any, *kinds: type) -> bool:
+    """Whether `rows` is a list of lists of these kinds, each with a larger step than the one before as its first."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return False
+    if any([type(value) for value in row] != list(kinds) for row in rows):
+        return False
+    numbers = [value for row in rows for value in row if type(value) is int]
+    return all(0 <= number < MAX_NUMBER for number in numbers) and all(a[0] < b[0] for a, b in pairwise(rows))
 
 
 def _renamed(content: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

@@ -12,16 +12,16 @@ from minitf.backends.autotune import Selection
 from minitf.backends.cpu import decode_bindings
 from minitf.checkpoints.background_save import Saver
 from minitf.errors import MinitfError
-from minitf.optim import schedule_factor
 from minitf.reporting.reporter import Reporter
 from minitf.training import resume_state
-from minitf.training.budget import estimate_num_steps
+from minitf.training.budget import StepBudget, estimate_num_steps
 from minitf.training.clock import TrainingClock
 from minitf.training.context import RunContext
+from minitf.training.plan import Schedule
 from minitf.training.signals import ending_on_signals
 from minitf.training.tuned_step import TunedStep
 
-CORRECTED_AFTER = 0.1  # of the time limit: when the number of steps is corrected
+LOOK_AGAIN_S = 5.0  # seconds of training after which a choice by a thin margin is measured again
 
 
 class Action(Protocol):
@@ -37,6 +37,11 @@ class Action(Protocol):
 class Trainer:
     """One training run, from its state to its last step."""
 
+    # Known after the warm-up:
+    budget: StepBudget
+    backend: str
+    doubtful: tuple[str, ...]  # two backends of which one was chosen by a thin margin
+
     def __init__(self, context: RunContext, actions: Sequence[Action], reporter: Reporter) -> None:
         """The order of `actions` is the order in which they are done after a step."""
         config = context.config
@@ -47,6 +52,7 @@ class Trainer:
         self.group = context.group
         self.state = context.initial_state()
         self.decisions = context.decisions
+        self.switches = list(context.decisions.switches)  # of an earlier process, to repeat
         self.optimizer = context.parallel.new_optimizer(config.optim, context.hardware.dtype)
         self.training_step = TunedStep(
             context.parallel,
@@ -57,7 +63,6 @@ class Trainer:
             self.config.micro_batch_size or self.decisions.micro_batch_size,
             self.config.cuda_graph,
         )
-        self.schedule = context.schedule(1)
         self.clock = TrainingClock(self.state, context.hardware.synchronize)
         self.saver = Saver(context.run_dir / "checkpoints", before=reporter.flush)
         self.last_checkpoint = context.checkpoint
@@ -81,11 +86,8 @@ class Trainer:
             decode_bindings.unavailable()  # compiled now, once on a machine: the first sample need not wait for it
         selection = self._select_backend()
         state.warmup_s += time.perf_counter() - started
-        if state.step <= decided.decided_at:  # the checkpoint is older than the decision on the end of the run
-            state.num_steps = 0
-            state.num_steps_final = False
-        estimated = estimate_num_steps(self.config, state, selection.step_s)
-        state.num_steps = state.num_steps or decided.num_steps or estimated
+        self.budget = self.context.budget(state, decided.plans, self._first_plan(selection.step_s))
+        state.num_steps = self.budget.num_steps
         self.decisions = replace(
             decided,
             backend=selection.backend,
@@ -95,20 +97,29 @@ class Trainer:
             num_threads=torch.get_num_threads(),
             micro_batch_size=self.training_step.micro_batch_size,
             torch_version=torch.__version__,
-            num_steps=decided.num_steps or state.num_steps,
+            plans=self.budget.plans,
         )
+        self.backend, self.doubtful = selection.backend, selection.doubtful
+        self._repeat_switches()
         if self.context.checkpoint is not None:
             self.pending = resume_state.restore(self.context.checkpoint, self.group, self.optimizer, hardware.device)
         return selection
+
+    def _first_plan(self, step_s: float) -> int:
+        """The checkpoint's number of steps, unless the end was decided anew; else that of steps of `step_s`."""
+        state = self.state
+        kept = state.num_steps if state.step > self.decisions.decided_at else 0
+        return kept or estimate_num_steps(self.config, state.step, state.train_s, step_s)
 
     def _select_backend(self) -> Selection:
         """Have the training step choose and measure a backend: the one the run decided on, if there is one."""
         decided = self.decisions.backend if self.config.compile == "auto" else ""
 
         def seconds_left(step_s: float) -> float:
-            return (estimate_num_steps(self.config, self.state, step_s) - self.state.step) * step_s
+            state = self.state
+            return (estimate_num_steps(self.config, state.step, state.train_s, step_s) - state.step) * step_s
 
-        by_time = self.config.minutes is not None
+        by_time = self.config.max_minutes is not None
         selection = self.training_step.warm_up(decided or self.config.compile, seconds_left, by_time)
         return replace(selection, reason=f"{selection.reason}, as when the run began") if decided else selection
 
@@ -116,7 +127,6 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, or until a signal asks to stop."""
-        self.schedule = self.context.schedule(self.state.num_steps)
         self.reporter.start(self.state.step, self.state.num_steps)
         with ending_on_signals(self._stop_soon, several_processes=self.group.size > 1), self.saver:
             self._run_actions()  # before the first step too: an untrained model's attention is worth seeing
@@ -140,8 +150,7 @@ class Trainer:
         """Advance weights and state by one step."""
         self.clock.run()
         step = self.state.step + 1
-        factor = schedule_factor(self.optimizer.config, step, self.state.num_steps)
-        loss, norm = self.training_step.run(self.state.step, factor)
+        loss, norm = self.training_step.run(self.state.step, self.budget.rate.factor(step))
         self.pending.append((loss, norm))
         self.state.step = step
         self.state.tokens += self.context.tokens_per_step
@@ -149,18 +158,75 @@ class Trainer:
             self.check_finite(float(loss))
 
     def _run_actions(self) -> None:
-        # A signal may come at any moment, to any rank: all ask once, together.
-        self.stopping = self.group.any(self.interrupted)
+        # A signal may come at any moment, to any rank, and rank 0's clock counts: all ask once, together.
+        train_s = self.clock.train_s
+        due = self.group.is_main and self.budget.due(self.state.step, train_s)
+        looking = self.group.is_main and self._is_doubtful and self._is_time_to_look(train_s)
+        num_stopping, num_due, num_looking = self.group.sum([float(self.interrupted), float(due), float(looking)])
+        self.stopping = num_stopping > 0
+        self.budget.replay(self.state.step, self.clock.train_s)
+        self._repeat_switches()
+        if num_due:
+            self._plan_anew()
+        if num_looking:
+            self._look_again()
+        self.state.num_steps = self.budget.num_steps
         for action in self.actions:
             if action.due(self):
                 with self.clock.paused():
                     action(self)
+
+    def _plan_anew(self) -> None:
+        """Plan the number of steps by rank 0's clock. The plan is saved before it takes effect."""
+        step = self.state.step
+        with self.clock.paused():
+            num_steps = self.group.broadcast(self.budget.propose(step, self.state.train_s))
+            self.decisions = replace(self.decisions, plans=self.budget.with_plan(step, num_steps))
+            if self.group.is_main:
+                self.decisions.save(self.context.run_dir)
+            self.budget.adopt(step, num_steps)
+
+    @property
+    def _is_doubtful(self) -> bool:
+        """Whether backend or threads were chosen by a thin margin, on a processor that others may have kept busy."""
+        thin = bool(self.doubtful or self.training_step.doubtful_threads)
+        return thin and self.context.hardware.device.type == "cpu"
+
+    def _is_time_to_look(self, train_s: float) -> bool:
+        return train_s >= LOOK_AGAIN_S
+
+    def _look_again(self) -> None:
+        """Measure again what was chosen by a thin margin. What is used instead is saved before it is."""
+        step, before = self.state.step, (self.backend, torch.get_num_threads())
+        with self.clock.paused():
+            found = self.training_step.look_again(self.doubtful)
+            self.doubtful = self.training_step.doubtful_threads = ()
+            backend, num_threads = found[0] or self.backend, found[1]
+            if (backend, num_threads) == before:
+                return
+            self.decisions = replace(self.decisions, switches=((step, backend, num_threads),))
+            if self.group.is_main:
+                self.decisions.save(self.context.run_dir)
+            self.backend = backend
+            threads = f"{num_threads} thread{'s' * (num_threads > 1)}"
+            self.reporter.say(f"measured again: by {backend} on {threads} from step {step + 1:,} on")
+
+    def _repeat_switches(self) -> None:
+        """Use the backend and the threads that an earlier process took at this step or before."""
+        while self.switches and self.switches[0][0] <= self.state.step:
+            _, self.backend, num_threads = self.switches.pop(0)
+            self.training_step.follow(self.backend, num_threads)
 
     def _stop_soon(self, signal_name: str) -> None:
         self.interrupted = True
         self.reporter.say(f"{signal_name}: finishing the step and saving; once more to stop at once")
 
     # -- for actions ---------------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """When each action is due."""
+        return self.budget.schedule
 
     @property
     def learning_rate(self) -> float:
@@ -193,28 +259,6 @@ class Trainer:
             f"the loss became {loss} at step {self.state.step:,}, learning rate {self.learning_rate:.2g}; {saved}; "
             "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
         )
-
-    def correct_num_steps(self) -> None:
-        """Once in a run with a time limit, a tenth into it: derive the number of steps from their speed so far.
-
-        On a machine with other work the warm-up's second can be off by a fifth. The learning rate has not begun to fall
-        by then, so a `wsd` schedule continues without a jump.
-        """
-        state, decisions = self.state, self.decisions
-        if self.config.minutes is None or state.num_steps_final:
-            return
-        if decisions.corrected_at > state.step:  # an earlier process came further and corrected it there
-            return
-        if decisions.corrected_at < state.step:
-            if state.train_s < CORRECTED_AFTER * 60 * self.config.minutes:
-                return
-            num_steps = estimate_num_steps(self.config, state, state.train_s / state.step)
-            self.decisions = replace(decisions, corrected_at=state.step, corrected_num_steps=num_steps)
-            if self.group.is_main:
-                self.decisions.save(self.context.run_dir)
-        state.num_steps_final = True
-        state.num_steps = self.decisions.corrected_num_steps
-        self.schedule = self.context.schedule(state.num_steps)
 
     def save_checkpoint(self, is_best: bool, card: str) -> None:
         """Write a checkpoint in the background. Raises OSError or MinitfError, also of the previous write."""

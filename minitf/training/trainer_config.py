@@ -1,4 +1,4 @@
-"""The settings of `trainer.`: how long a run trains, on how much at a time, and when its actions are due."""
+"""The settings of `trainer.`: how long a run trains, on how much at a time, and how often its actions are due."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,6 @@ from minitf.errors import RequestError
 from minitf.training.parallel import STRATEGIES
 
 DEFAULT_MINUTES = 3.0
-# Times in a run, where no interval is set.
-NUM_TRAIN_ROWS = 200
-NUM_CHECKPOINTS = 8
-NUM_ATTENTION_LOGS = 10
-NUM_ALIGNMENT_LOGS = 40
-# The first of these numbers of evaluations that takes at most this share of the time of the steps.
-NUM_EVALUATIONS = (8, 4, 2)
-MAX_EVALUATION_SHARE = 0.25
-FORWARD_SPEEDUP = 3  # of a forward pass alone, over a step
 
 
 @dataclass
@@ -52,7 +43,7 @@ class TrainerConfig:
         if self.strategy not in STRATEGIES:
             raise RequestError(f"trainer.strategy={self.strategy} must be one of {', '.join(STRATEGIES)}")
         if self.max_minutes is not None and not 0 < self.max_minutes < 1e6:
-            raise RequestError(f"trainer.max_minutes={self.max_minutes} must be above 0")
+            raise RequestError(f"trainer.max_minutes={self.max_minutes} must be a number above 0 and below 1,000,000")
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"trainer.max_steps={self.max_steps} must be at least 1")
         least = {"batch_size": 1, "grad_accumulation": 1, "keep_checkpoints": 1, "eval_tokens": 1, "sample_tokens": 0}
@@ -61,37 +52,3 @@ class TrainerConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise RequestError(f"trainer.{name}={getattr(self, name)} must be at least {smallest}")
-
-    @property
-    def minutes(self) -> float | None:
-        """The time limit; None: the run ends by its steps alone."""
-        return DEFAULT_MINUTES if self.max_minutes is None and self.max_steps is None else self.max_minutes
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The number of steps between two times that an action is due."""
-
-    log: int
-    align: int
-    evaluate: int
-    attention: int
-    save: int
-
-    @classmethod
-    def of(cls, config: TrainerConfig, num_steps: int, steps_per_evaluation: float) -> "Schedule":
-        """Of a run of `num_steps`, in which an evaluation takes as long as `steps_per_evaluation` steps."""
-
-        def every(times: int) -> int:
-            return -(-num_steps // times)  # rounded up: the last time falls on the last step, not just before it
-
-        max_evaluation = MAX_EVALUATION_SHARE * num_steps
-        fitting = (times for times in NUM_EVALUATIONS if times * steps_per_evaluation <= max_evaluation)
-        num_evaluations = next(fitting, NUM_EVALUATIONS[-1])
-        return cls(
-            log=config.log_every or every(NUM_TRAIN_ROWS),
-            align=every(NUM_ALIGNMENT_LOGS),
-            evaluate=config.eval_every or every(num_evaluations),
-            attention=config.attention_every or every(NUM_ATTENTION_LOGS),
-            save=config.save_every or config.eval_every or every(NUM_CHECKPOINTS),
-        )

@@ -10,6 +10,7 @@ from minitf.backends.agreement import Case, disagreement
 from minitf.backends.autotune import Selection
 from minitf.backends.cuda.graph import CapturedGradients
 from minitf.errors import MinitfError, one_line, out_of_memory
+from minitf.system.comparison import Comparison, compare
 from minitf.system.memory import free_memory, growth_of
 from minitf.training import rng
 from minitf.training.step import TrainingStep
@@ -26,6 +27,8 @@ CAPTURED_WITHIN = 0.9  # of the time of a step: a graph keeps the memory of its 
 
 class TunedStep(TrainingStep):
     """A step that finds out, without moving a weight, how it is computed fastest on this machine."""
+
+    doubtful_threads: tuple[int, ...] = ()  # two numbers of which one was chosen by a thin margin
 
     def warm_up(self, wanted: str, seconds_left: Callable[[float], float], by_time: bool = True) -> Selection:
         """Choose the backend and measure a step, leaving weights, optimiser and random state as they were.
@@ -66,28 +69,76 @@ class TunedStep(TrainingStep):
             except Exception as error:  # a broken compiler or driver surfaces as any of many classes
                 return shared(f"it failed: {one_line(error, 120)}")
 
-        def measure(warm: bool) -> float:
-            """Once if the first step was one by this backend; else the faster of two, as noise must not decide."""
-            if warm:
-                return self.measure(1)
-            self.run(0, 0.0)
-            return min(self.measure(1), self.measure(1))
-
+        measure = self._measure_backend
         return autotune.select(wanted, self.model, self.optimizer, unsupported, disagrees, measure, seconds_left)
+
+    def _measure_backend(self, warm: bool) -> float:
+        """Once if the first step was one by this backend; else the faster of two, as noise must not decide."""
+        if warm:
+            return self.measure(1)
+        self.run(0, 0.0)
+        return min(self.measure(1), self.measure(1))
 
     def _choose_threads(self, step_s: float) -> float:
         """Halve the number of threads as long as that makes a step faster; returns its seconds."""
         most = num_threads = torch.get_num_threads()
+        margin = 1.0
         while num_threads >= MIN_THREADS_TO_HALVE and step_s < THREADS_MATTER_BELOW_S:
-            torch.set_num_threads(num_threads // 2)
-            fewer_s = self.measure(8)
-            if fewer_s > FEWER_THREADS_WITHIN * step_s:
+            found = self._race_threads(num_threads, num_threads // 2, step_s)
+            self.doubtful_threads = (num_threads, num_threads // 2) if found.is_thin else ()
+            step_s = found.one_s
+            if not found.other_wins:
                 break
-            num_threads, step_s = num_threads // 2, fewer_s
+            margin *= found.one_s / found.other_s
+            num_threads, step_s = num_threads // 2, found.other_s
         torch.set_num_threads(num_threads)
         if num_threads < most:
-            self.threads = f"{num_threads} of {most} threads, which is faster"
+            self.threads = f"{num_threads} of {most} threads, {margin:.2g} times as fast"
         return step_s
+
+    def _race_threads(self, many: int, few: int, many_s: float | None = None) -> Comparison:
+        def timed(num_threads: int) -> float:
+            torch.set_num_threads(num_threads)
+            return self.measure(4)
+
+        return compare(lambda: timed(many), lambda: timed(few), FEWER_THREADS_WITHIN, many_s)
+
+    def look_again(self, doubtful: tuple[str, ...]) -> tuple[str, int]:
+        """Measure once more what was chosen by a thin margin: the backend, one of `doubtful`, and the threads.
+
+        Returns both, the name empty if there was no doubt, and leaves them in use; weights, optimiser and random state
+        stay as they are.
+        """
+        held = [(tensor, tensor.clone()) for tensor in self.model.state_dict().values()]
+        state = {name: tensor.clone() for name, tensor in self.optimizer.state_dict().items()}
+        before, factor, name = rng.capture(), self.optimizer.factor, ""
+        if doubtful:
+            name = self._race_backends(*doubtful)
+        if self.doubtful_threads:
+            many, few = self.doubtful_threads
+            torch.set_num_threads(few if self._race_threads(many, few).other_wins else many)
+        with torch.no_grad():
+            for tensor, value in held:
+                tensor.copy_(value)
+        self.optimizer.load_state_dict(state)
+        self.optimizer.set_factor(factor)
+        rng.restore(before)
+        return name, torch.get_num_threads()
+
+    def _race_backends(self, base_name: str, candidate_name: str) -> str:
+        """Install the faster of two backends; returns its name."""
+        known = autotune.backends(self.model)
+        base, candidate = known[base_name], known[candidate_name]
+        found = autotune.race(base, candidate, self.model, self.optimizer, self._measure_backend)
+        if not found.other_wins:
+            base.install(self.model, self.optimizer)
+        return candidate_name if found.other_wins else base_name
+
+    def follow(self, backend: str, num_threads: int) -> None:
+        """Compute by the backend of this name, if it is not empty, with this number of threads, from now on."""
+        if backend:
+            autotune.backends(self.model)[backend].install(self.model, self.optimizer)
+        torch.set_num_threads(num_threads)
 
     def _can_capture(self) -> bool:
         """Whether a step is one batch on one CUDA device, always computed alike."""

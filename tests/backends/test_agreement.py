@@ -1,5 +1,6 @@
 """A backend is believed only after it agrees with the reference, and what does not agree is not used."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from minitf.backends import Backend, Reference, custom_module, substitute
 from minitf.backends.agreement import Case, differences, disagreement
 from minitf.backends.autotune import select
 from minitf.backends.compile import Compile
-from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.cpu.kernels import CpuKernels
+from minitf.backends.cpu.muon import CpuMuon
 from minitf.backends.sdpa import Sdpa, SdpaAttention
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
@@ -76,24 +78,22 @@ def test_the_verdict_leaves_no_trace() -> None:
     ],
 )
 def test_a_broken_kernel_is_not_used(function: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import minitf.backends.cpu.blocks as blocks
-
     case = case_of()
     usable(CpuKernels(), case)
-    original = getattr(blocks, function)
+    original = getattr(CpuKernels, function)
 
     def broken(*arguments: Any) -> Any:
         found = original(*arguments)
         return tuple(part * 1.001 for part in found) if isinstance(found, tuple) else found * 1.001
 
-    monkeypatch.setattr(blocks, function, broken)
+    monkeypatch.setattr(CpuKernels, function, broken)
     assert str(disagreement(CpuKernels(), case)).startswith(f"{part} differs by 0.")
 
 
 def test_a_kernel_that_gives_no_number_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of()
     usable(CpuKernels(), case)
-    monkeypatch.setattr("minitf.backends.cpu.blocks.swiglu", lambda x: x[..., ::2] * torch.nan)
+    monkeypatch.setattr(CpuKernels, "swiglu", lambda self, x: x[..., ::2] * torch.nan)
     assert disagreement(CpuKernels(), case) == "the output of a block is not finite"
 
 
@@ -101,7 +101,7 @@ def test_a_broken_update_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(BF16)
     usable(CpuKernels(), case)
     monkeypatch.setattr(
-        "minitf.backends.cpu.muon.muon_move", lambda weights, updates, decay, rate: [w.mul_(decay) for w in weights]
+        CpuMuon, "move_weights", lambda self, weights, updates, decay, rate: [w.mul_(decay) for w in weights]
     )
     assert "the update of self_attn." in str(disagreement(CpuKernels(), case))
 
@@ -160,15 +160,16 @@ def test_a_module_of_somebody_elses_is_declined_by_name() -> None:
 class Clock:
     """Seconds of a step by each backend, for a choice without a clock."""
 
-    def __init__(self, **seconds: float) -> None:
-        self.seconds, self.tried = seconds, list[str]()
+    def __init__(self, busy: Collection[int] = (), **seconds: float) -> None:
+        """The measurements of these numbers, from 0, meet a burst of other work."""
+        self.seconds, self.tried, self.busy = seconds, list[str](), busy
         self.model = Transformer(ModelConfig(**SHAPE), 50)
         self.optimizer = Optimizer(self.model, OptimConfig(), torch.float32)
 
     def measure(self, warm: bool) -> float:
         names = {type(part).__name__ for part in self.model.modules()}
-        self.tried.append("cpu" if "CpuBlock" in names else "compile" if "CompiledBlock" in names else "reference")
-        return self.seconds[self.tried[-1]]
+        self.tried.append("cpu" if "FusedBlock" in names else "compile" if "CompiledBlock" in names else "reference")
+        return self.seconds[self.tried[-1]] * (5 if len(self.tried) - 1 in self.busy else 1)
 
     def select(self, wanted: str, left_s: float = 1e9, **disagreeing: str) -> Any:
         def unsupported(backend: Backend) -> str | None:
@@ -193,7 +194,28 @@ def test_kernels_are_used_unless_clearly_slower(cpu_s: float, chosen: str) -> No
     selection = clock.select("auto")
     assert (selection.backend, selection.step_s) == (chosen, clock.seconds[chosen])
     assert f"a step takes {clock.seconds[chosen] * 1000:.0f} ms instead of 1000 ms" in selection.reason
-    assert clock.tried == ["reference", "cpu", "compile"][: 3 if chosen == "compile" else 2]
+    assert f"{1 / clock.seconds[chosen]:.2g} times as fast" in selection.reason
+    tried = list(dict.fromkeys(clock.tried))
+    assert tried == ["reference", "cpu", "compile"][: 3 if chosen == "compile" else 2]
+
+
+@pytest.mark.usefixtures("all_supported")
+@pytest.mark.parametrize("busy", [[0], [1], [0, 1], [1, 2]])
+@pytest.mark.parametrize(("cpu_s", "chosen"), [(0.6, "cpu"), (1.9, "reference")])
+def test_choice_of_a_backend_survives_a_burst_of_other_work(busy: list[int], cpu_s: float, chosen: str) -> None:
+    clock = Clock(busy, reference=0.1, cpu=0.1 * cpu_s, compile=9.0)
+    selection = clock.select("auto", left_s=10)
+    assert (selection.backend, selection.step_s) == (chosen, clock.seconds[chosen])
+    assert selection.doubtful == ()
+
+
+@pytest.mark.usefixtures("all_supported")
+@pytest.mark.parametrize("cpu_s", [1.1, 1.3])
+def test_choice_by_a_thin_margin_is_marked_as_doubtful(cpu_s: float) -> None:
+    clock = Clock(reference=0.1, cpu=0.1 * cpu_s)
+    assert clock.select("auto", left_s=10).doubtful == ("reference", "cpu")
+    assert clock.tried.count("cpu") == 5
+    assert clock.select("native").doubtful == ()  # asked for
 
 
 @pytest.mark.usefixtures("all_supported")

@@ -88,7 +88,7 @@ def test_checkpoints_round_trip(
 
 
 def test_train_state_round_trips_or_names_the_missing_field() -> None:
-    state = TrainState(step=3, num_steps=9, num_steps_final=True, tokens=5, best_loss=1.5, last_val={"loss": 1.0})
+    state = TrainState(step=3, num_steps=9, tokens=5, best_loss=1.5, last_val={"loss": 1.0})
     assert TrainState.from_json({**vars(state), "data": {}}) == state
     with pytest.raises(MinitfError, match="num_steps"):
         TrainState.from_json({"step": 3})

@@ -279,13 +279,15 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(workdir: Path, sma
 @pytest.mark.machines
 @pytest.mark.slow
 def test_a_timed_run_takes_the_same_steps_in_all_processes(workdir: Path, small: list[str]) -> None:
-    """The number of steps is corrected during the run; processes that disagreed on it would deadlock."""
+    """The number of steps is planned anew during the run; processes that disagreed on it would deadlock."""
     small = [word for word in small if not word.startswith("trainer.max_steps")]
     done = torchrun(2, *small, "run_dir=run", "trainer.max_minutes=0.03", "trainer.eval_every=0", "trainer.log_every=5")
     assert done.returncode == 0, done.stderr
     state = json.loads(Path("run/checkpoints/latest/trainer_state.json").read_text())
     assert state["step"] == state["num_steps"] > 5
-    assert state["num_steps_final"]
+    plans = json.loads(Path("run/decisions.json").read_text())["plans"]
+    assert len(plans) > 5
+    assert plans[-1] == [state["step"], state["step"]]
 
 
 @pytest.mark.machines

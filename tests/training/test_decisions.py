@@ -27,7 +27,7 @@ def make_old(run_dir: Path) -> None:
 
 
 def test_decisions_are_read_as_they_were_saved(tmp_path: Path) -> None:
-    decisions = RunDecisions(device="cpu", backend="cpu", num_threads=2, num_steps=9, finished=True)
+    decisions = RunDecisions(device="cpu", backend="cpu", num_threads=2, plans=((0, 9), (4, 8)), finished=True)
     decisions.save(tmp_path)
     write_old(tmp_path, {"compile": "true"})  # of no account any more
     assert RunDecisions.load(tmp_path, ModelConfig()) == decisions
@@ -56,7 +56,29 @@ def test_old_file_is_read(tmp_path: Path, device: str, compiled: str, attention:
     assert RunDecisions.load(tmp_path, ModelConfig(attention=attention)) == expected
 
 
-@pytest.mark.parametrize("content", [{"num_steps": -1}, {"num_steps": "9"}, {"finished": 1}, {"compile": 3}])
+@pytest.mark.parametrize(
+    ("numbers", "plans"),
+    [
+        ({"num_steps": 9}, ((0, 9),)),
+        ({"num_steps": 9, "corrected_at": 3, "corrected_num_steps": 7}, ((0, 7),)),
+        ({"num_steps": 0, "corrected_at": 0, "corrected_num_steps": 0}, ()),
+    ],
+)
+def test_numbers_of_steps_of_an_old_file_are_read(
+    tmp_path: Path, numbers: dict[str, int], plans: tuple[tuple[int, int], ...]
+) -> None:
+    write_old(tmp_path, numbers)
+    assert RunDecisions.load(tmp_path, ModelConfig()).plans == plans
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"num_steps": -1}, {"num_steps": "9"}, {"finished": 1}, {"compile": 3}),
+        *({"plans": plans} for plans in (3, None, [3], [[0]], [[0, 0]], [[1, 9]], [[0, 9], [9, 8]], [[0, 9], [0, 9]])),
+        *({"plans": plans} for plans in ([[0, "9"]], [[0, True]], [[0, 9.0]], [[0, 1 << 53]], {"0": 9})),
+    ],
+)
 def test_damaged_file_is_named(tmp_path: Path, content: dict[str, Any]) -> None:
     write_old(tmp_path, content)
     with pytest.raises(MinitfError, match=r"choices\.json is damaged"):

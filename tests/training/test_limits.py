@@ -1,18 +1,23 @@
-"""When a run ends, and how often it logs, evaluates and saves until then."""
+"""When a run ends, and how often it logs, evaluates and saves until then. `test_budget.py` simulates more machines."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import rows, train_here
+from helpers import assert_same_run, rows, train_here
 
 from minitf.checkpoints.checkpoint import load_checkpoint
-from minitf.checkpoints.train_state import TrainState
-from minitf.training.budget import estimate_num_steps
+from minitf.training.decisions import RunDecisions
 from minitf.training.step import TrainingStep
 from minitf.training.trainer import Trainer
-from minitf.training.trainer_config import TrainerConfig
 
 STEP_S = 0.02  # of a step on the simulated machine
+# Without limits and intervals of their own.
+BY_TIME = ["trainer.max_steps=null", "trainer.max_minutes=0.05", "trainer.eval_every=0", "trainer.log_every=0"]
+
+Simulate = Callable[[Callable[[int], float]], None]
 
 
 class Clock:
@@ -26,61 +31,129 @@ class Clock:
 
 
 @pytest.fixture
-def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every training step takes STEP_S, whatever else the machine does."""
+def simulate(monkeypatch: pytest.MonkeyPatch) -> Simulate:
+    """Call it with a function: the seconds of a training step by its number, whatever else this machine does."""
     clock = Clock()
     train_one_step = Trainer.train_one_step
-
-    def timed_step(self: Trainer) -> None:
-        train_one_step(self)
-        clock.now_s += STEP_S
-
     monkeypatch.setattr("minitf.training.clock.time", clock)
-    monkeypatch.setattr(Trainer, "train_one_step", timed_step)
+
+    def simulate(step_s: Callable[[int], float]) -> None:
+        def timed_step(self: Trainer) -> None:
+            train_one_step(self)
+            clock.now_s += step_s(self.state.step)
+
+        monkeypatch.setattr(Trainer, "train_one_step", timed_step)
+        monkeypatch.setattr(TrainingStep, "measure", lambda *_, **__: step_s(0))
+
+    return simulate
 
 
-def warm_up_measures(step_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrainingStep, "measure", lambda *_, **__: step_s)
-
-
-@pytest.mark.usefixtures("simulated_clock")
 @pytest.mark.parametrize("max_steps", ["null", "1000000"])
-def test_run_ends_at_its_time_limit(
-    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, max_steps: str
-) -> None:
-    warm_up_measures(STEP_S, monkeypatch)
-    limits = [f"trainer.max_steps={max_steps}", "trainer.max_minutes=0.1"]
-    assert train_here(*tiny, *limits, "run_dir=run", "trainer.eval_every=0", "trainer.log_every=0") == 0
+def test_run_ends_at_its_time_limit(workdir: Path, tiny: list[str], simulate: Simulate, max_steps: str) -> None:
+    simulate(lambda step: STEP_S)
+    assert train_here(*tiny, *BY_TIME, f"trainer.max_steps={max_steps}", "run_dir=run") == 0
     state = load_checkpoint("run", prefer="latest").state
     assert state["step"] == state["num_steps"] == rows("run")[-1]["step"]
-    assert state["train_s"] == pytest.approx(6, abs=2 * STEP_S)
-    assert 100 <= len(rows("run", "train")) <= 200
+    assert state["train_s"] == pytest.approx(3, abs=2 * STEP_S)
+    assert 70 <= len(rows("run", "train")) <= 200
     assert len(rows("run", "val")) == 8
 
 
-@pytest.mark.usefixtures("simulated_clock")
-@pytest.mark.parametrize("measured_s", [0.1 * STEP_S, 5 * STEP_S])
-def test_number_of_steps_is_corrected_by_the_speed_of_training(
-    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, measured_s: float
+@pytest.mark.parametrize("measured", [0.1, 5])
+def test_time_that_the_warm_up_measures_decides_nothing(
+    workdir: Path, tiny: list[str], simulate: Simulate, measured: float
 ) -> None:
-    warm_up_measures(measured_s, monkeypatch)
-    limits = ["trainer.max_steps=null", "trainer.max_minutes=0.05", "trainer.eval_every=0", "trainer.log_every=2"]
-    assert train_here(*tiny, *limits, "run_dir=run") == 0
+    simulate(lambda step: STEP_S * (1 if step else measured))
+    assert train_here(*tiny, *BY_TIME, "run_dir=run") == 0
     state = load_checkpoint("run", prefer="latest").state
-    assert state["num_steps_final"]
-    assert state["step"] == state["num_steps"] == pytest.approx(3 / STEP_S, abs=1)
+    assert state["step"] == state["num_steps"] == pytest.approx(3 / STEP_S, abs=2)
     rates = [row["lr"] for row in rows("run", "train")]
-    assert rates[-1] < 0.2 * max(rates)  # the schedule ends with the run
+    assert rates[-1] < 0.05 * max(rates)  # the schedule ends with the run
+    assert sum(rate > 0.99 * max(rates) for rate in rates) / len(rates) == pytest.approx(0.6, abs=0.05)
 
 
-def test_estimated_number_of_steps_respects_both_limits() -> None:
-    state = TrainState(step=100, train_s=30.0)
-    by_time, by_both = TrainerConfig(max_minutes=1), TrainerConfig(max_minutes=1, max_steps=250)
-    assert estimate_num_steps(by_time, state, step_s=0.1) == 400
-    assert estimate_num_steps(by_both, state, step_s=0.1) == 250
-    assert estimate_num_steps(by_both, state, step_s=1.0) == 130
-    assert estimate_num_steps(by_time, TrainState(step=100, train_s=90.0), step_s=0.1) == 101  # one more, at least
-    assert estimate_num_steps(TrainerConfig(max_steps=7), state, step_s=0.1) == 7
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_resumed_run_repeats_all_plans_whatever_the_speed_is_then(
+    workdir: Path, tiny: list[str], simulate: Simulate, schedule: str
+) -> None:
+    """From a checkpoint in its middle and from its start, on a machine four times as slow."""
+    simulate(lambda step: STEP_S * (3 if step < 20 or 70 < step < 80 else 1))
+    settings = ["model.dropout=0.1", f"optim.schedule={schedule}", "trainer.keep_checkpoints=99", "run_dir=whole"]
+    assert train_here(*tiny, *BY_TIME, *settings) == 0
+    checkpoints = sorted(Path("whole/checkpoints").glob("step_*"))
+    simulate(lambda step: 4 * STEP_S)
+    for kept in (3, 0):
+        shutil.rmtree("parts", ignore_errors=True)
+        shutil.copytree("whole", "parts", symlinks=True)
+        for checkpoint in checkpoints[kept:]:
+            shutil.rmtree(Path("parts/checkpoints") / checkpoint.name)
+        for link in ("latest", "best"):
+            Path(f"parts/checkpoints/{link}").unlink()
+        decisions = Path("parts/decisions.json")
+        decisions.write_text(decisions.read_text().replace('"finished": true', '"finished": false'))
+        assert train_here("resume=parts") == 0
+        assert_same_run("parts", "whole")
+
+
+def test_plan_is_saved_before_it_takes_effect(
+    workdir: Path, tiny: list[str], simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies right after the first step that follows a plan: the plan is on disk."""
+    simulate(lambda step: STEP_S * (1 if step else 5))
+    followed: list[int] = []
+    timed_step = Trainer.train_one_step
+
+    def step_with_the_saved_plan(self: Trainer) -> None:
+        saved = RunDecisions.load(self.context.run_dir, self.context.model.config)
+        assert saved.plans == self.budget.plans
+        assert saved.plans[-1][1] == self.budget.rate.num_steps == self.state.num_steps
+        followed.append(len(saved.plans))
+        timed_step(self)
+
+    monkeypatch.setattr(Trainer, "train_one_step", step_with_the_saved_plan)
+    assert train_here(*tiny, *BY_TIME, "run_dir=run") == 0
+    assert followed[-1] > 50
+
+
+def test_share_of_the_decay_is_reported_where_time_won(
+    workdir: Path, tiny: list[str], simulate: Simulate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate(lambda step: STEP_S * (3 if step > 100 else 1))
+    assert train_here(*tiny, *BY_TIME, "run_dir=run") == 0
+    assert "the learning rate fell over the last 23% of them, not 40%" in capsys.readouterr().err
+    simulate(lambda step: STEP_S)
+    assert train_here(*tiny, *BY_TIME, "run_dir=steady") == 0
+    assert "the learning rate fell" not in capsys.readouterr().err
+
+
+def test_time_left_is_that_of_the_limit(
+    workdir: Path, tiny: list[str], simulate: Simulate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate(lambda step: STEP_S * (4 if step < 30 else 1))
+    assert train_here(*tiny, *BY_TIME, "run_dir=run") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" s left")]
+    train_s = {row["step"]: row["train_s"] for row in rows("run", "train")}
+    assert len(lines) > 10
+    for line in lines:
+        step, left_s = int(line.split()[1].partition("/")[0]), int(line.split()[-3])
+        assert left_s == pytest.approx(3 - train_s[step], abs=1), line
+
+
+def test_old_timed_run_is_resumed_to_its_time_limit(workdir: Path, tiny: list[str], simulate: Simulate) -> None:
+    """Versions before 2026-12 corrected the number of steps once, and kept it in choices.json."""
+    simulate(lambda step: STEP_S)
+    assert train_here(*tiny, *BY_TIME, "run_dir=run") == 0
+    for checkpoint in sorted(Path("run/checkpoints").glob("step_*"))[1:]:
+        shutil.rmtree(checkpoint)
+    path = Path("run/decisions.json")
+    content = json.loads(path.read_text())
+    old = {"compile": "false", "num_steps": 700, "corrected_at": 16, "corrected_num_steps": 140, "finished": False}
+    del content["plans"], content["backend"]
+    Path("run/choices.json").write_text(json.dumps(content | old))
+    path.unlink()
+    assert train_here("resume=run") == 0
+    state = load_checkpoint("run", prefer="latest").state
+    assert state["step"] == state["num_steps"] == pytest.approx(3 / STEP_S, abs=2)
 
 
 def test_short_runs_evaluate_less_often_but_save_as_often(workdir: Path, tiny: list[str]) -> None:

@@ -1,5 +1,6 @@
 """A training step: its kernels, its threads, and no waiting for the device."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -53,7 +54,21 @@ def test_threads_are_halved_while_that_is_faster(
     monkeypatch.setattr(step, "measure", lambda most: seconds[torch.get_num_threads()])
     assert step._choose_threads(seconds[16]) == seconds[chosen]
     assert torch.get_num_threads() == chosen
-    assert step.threads == ("16 threads" if chosen == 16 else f"{chosen} of 16 threads, which is faster")
+    times = f"{seconds[16] / seconds[chosen]:.2g} times as fast"
+    assert step.threads == ("16 threads" if chosen == 16 else f"{chosen} of 16 threads, {times}")
+
+
+@pytest.mark.parametrize("busy", [(0,), (1,), (0, 1)])
+def test_choice_of_threads_survives_a_burst_of_other_work(
+    step: TunedStep, monkeypatch: pytest.MonkeyPatch, busy: tuple[int, ...]
+) -> None:
+    seconds, count = {16: 0.10, 8: 0.06, 4: 0.07}, itertools.count()
+    monkeypatch.setattr(
+        step, "measure", lambda most: seconds[torch.get_num_threads()] * (4 if next(count) in busy else 1)
+    )
+    assert step._choose_threads(seconds[16]) == seconds[8]
+    assert torch.get_num_threads() == 8
+    assert step.doubtful_threads == (8, 4)  # 0.07 instead of 0.06: too close to be sure
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class LogAttention:
         self.skipped: set[str] = set()  # probes that were reported
 
     def due(self, trainer: Trainer) -> bool:
-        at_interval = trainer.state.step % trainer.schedule.attention == 0
+        at_interval = trainer.schedule.attention.includes(trainer.state.step)
         return trainer.state.step == 0 or (trainer.advanced and (at_interval or trainer.last))
 
     def __call__(self, trainer: Trainer) -> None:
@@ -63,7 +63,7 @@ class LogAlignment:
     def due(self, trainer: Trainer) -> bool:
         state = trainer.state
         wanted = trainer.context.task.data.kind == "pairs" and not state.aligned
-        return wanted and trainer.advanced and state.step % trainer.schedule.align == 0
+        return wanted and trainer.advanced and trainer.schedule.align.includes(state.step)
 
     def __call__(self, trainer: Trainer) -> None:
         model = trainer.context.parallel.full_model()
@@ -74,6 +74,9 @@ class LogAlignment:
 
 def _log_scores(model: Transformer, trainer: Trainer) -> HeadScores:
     scores = head_scores(model, trainer.context.task.window(model.config.context_length))
+    trainer.reporter.head_scores(scores, trainer.state.step)
+    if not trainer.context.config.attention.scalars:
+        return scores
     values = {
         f"heads/{name}/layer{layer}_head{head}": float(score)
         for name, score_LH in scores.items()

@@ -14,7 +14,7 @@ class SaveCheckpoint:
         self.evaluate = evaluate
 
     def due(self, trainer: Trainer) -> bool:
-        at_interval = trainer.state.step % trainer.schedule.save == 0
+        at_interval = trainer.schedule.save.includes(trainer.state.step)
         return trainer.advanced and (at_interval or trainer.last or trainer.stopping or self._is_best(trainer))
 
     def __call__(self, trainer: Trainer) -> None:

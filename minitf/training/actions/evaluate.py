@@ -34,7 +34,7 @@ class Evaluate:
         self.sample: tuple[str, str] | None = None  # a prompt and what the model wrote, of the last evaluation with one
 
     def due(self, trainer: Trainer) -> bool:
-        return trainer.advanced and (trainer.state.step % trainer.schedule.evaluate == 0 or trainer.last)
+        return trainer.advanced and (trainer.schedule.evaluate.includes(trainer.state.step) or trainer.last)
 
     def __call__(self, trainer: Trainer) -> None:
         context, state = trainer.context, trainer.state
