@@ -123,17 +123,18 @@ class ReferenceScores:
         """What was found, in short lines for someone who reads this for the first time."""
         value = {name: score.value for name, score in self.scores.items()}
         exact, guess = self.scores["exact"], _percent(self.scores["knockout"].chance)
-        found = f"{_percent(exact.value)} of {exact.n:,} sentences it has never seen are completed right"
         if not self.learnt:
             best = _percent(max(self.pick_LH.flatten().tolist()))
             return _lines(
-                f"{found} (a guess: {guess}). The head that prefers the noun that is meant most often does so in "
-                f"{best} (by chance: 50 %). Who is meant is not learnt."
+                f"Who is meant is not learnt. The right one of the possible answers is the likeliest in "
+                f"{_percent(value['right'])} of {exact.n:,} sentences the model has never seen (a guess: {guess}); the "
+                f"head that most often prefers the noun that is meant does so in {best} (a guess: 50 %)."
             )
         heads, one = describe_heads(self.heads), len(self.heads) == 1
         who = f"One head, {heads}, looks" if one else f"{len(self.heads)} heads look"
         return _lines(
-            f"{found}. {who} back at the noun that is meant, with {value['weight']:.2f} of "
+            f"{_percent(exact.value)} of {exact.n:,} sentences the model has never seen are completed right. "
+            f"{who} back at the noun that is meant, with {value['weight']:.2f} of "
             f"{'its' if one else 'their'} weight{'' if one else ' on average (' + heads + ')'}. When forbidden to, "
             f"{_percent(value['knockout'])} are right (a guess: {guess}); when forbidden to look at the other noun, "
             f"{_percent(value['control'])}."
