@@ -106,14 +106,15 @@ def _mean_loss(
 @torch.no_grad()
 def evaluate_checkpoint(
     checkpoint: Checkpoint,
-    tokens: Tokens,
+    tokens: Tokens | PairIds,
     num_bytes: int,
     max_tokens: int | None = None,
     edits: Sequence[Placed] = (),
 ) -> HeldOut:
     """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes, read as in training.
 
-    `edits` change what every head and feed-forward layer they name computes.
+    Of pairs the completions count, each given its prompt. `edits` change what the heads and feed-forward layers that
+    they name compute.
     """
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
@@ -126,6 +127,9 @@ def evaluate_checkpoint(
         return model.cross_entropy(x_BTD, model.vocabulary_VD, targets_BT)  # type: ignore[no-any-return]
 
     with editing(model, changed):
+        if isinstance(tokens, PairIds):
+            long_pairs = data_of(checkpoint).long_pairs
+            return evaluate_pairs(loss_of, tokens, long_pairs, context, batch_size, model.device, max_tokens)
         return evaluate(loss_of, tokens, num_bytes, context, batch_size, model.device, max_tokens, document_end)
 
 
@@ -145,15 +149,15 @@ def pairs_of(checkpoint: Checkpoint) -> TokenizedPairs:
     return prepare_pairs(data_of(checkpoint), TokenizerConfig(), checkpoint.tokenizer, recorded=recorded)
 
 
-def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:
-    """The ids of the held-out part of the text that a checkpoint was trained on, and its bytes.
+def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens | PairIds, int]:
+    """The held-out part of the text or the pairs that a checkpoint was trained on, and its bytes.
 
     Raises MinitfError without a record of the text; RequestError if it is neither in the cache nor in its files.
     """
     data = data_of(checkpoint)
-    if data.kind == "pairs":  # as one stream, which shows what a head is worth as well
+    if data.kind == "pairs":
         pairs = pairs_of(checkpoint).val
-        return pairs.ids, int(pairs.completion_bytes.sum())
+        return pairs, int(pairs.completion_bytes.sum())
     recorded = checkpoint.state.get("text_fingerprint", "")
     text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer, recorded=recorded)
     return text.val, text.val_bytes

@@ -10,8 +10,8 @@ from typing import Any
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.data.sources.files import kind_of
 from minitf.data.sources.tables import TABLES
-from minitf.data.tokenized_pairs import read_all_pairs
-from minitf.data.tokenized_text import read_whole
+from minitf.data.tokenized_pairs import PairIds, read_all_pairs
+from minitf.data.tokenized_text import Tokens, read_whole
 from minitf.errors import CommandParser, RequestError
 from minitf.evaluate import HeldOut, data_of, evaluate_checkpoint, held_out_part, pairs_of
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
@@ -77,20 +77,23 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
-    # Pairs are answered; other text, and what --heads and --keep-heads ask, is a stream of tokens.
-    of_heads = args.heads or args.keep_heads
-    answering = checkpoint.answers and not of_heads and (not args.file or kind_of(args.file) in TABLES)
+    # Pairs are answered; other text, and what --heads asks, is a stream of tokens.
+    streamed = args.heads or args.keep_heads or args.reference
+    answering = checkpoint.answers and not streamed and (not args.file or kind_of(args.file) in TABLES)
     _check_flags(args, answering)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
-    exercise = args.reference or (None if args.file or of_heads else own_exercise(checkpoint))
-    content, text = _reference(checkpoint, exercise) if exercise else ({}, "")
     if args.reference:
-        _print(args, checkpoint, content, text.strip())
+        content, text = _reference(checkpoint, args.reference)
     elif answering:
-        report = _answers(args, checkpoint)
-        _print(args, checkpoint, report.to_json() | content, _answers_text(report) + text)
+        content, text = _answers(args, checkpoint)
     else:
-        _evaluate_stream(args, checkpoint, content, text)
+        content, text = _text(args, checkpoint)
+    if not args.file and not streamed and (exercise := own_exercise(checkpoint)):
+        more, table = _reference(checkpoint, exercise)
+        content, text = content | more, f"{text}\n\n{table}"
+    print(
+        json.dumps({"checkpoint": str(checkpoint.directory), "step": checkpoint.step} | content) if args.json else text
+    )
     return 0
 
 
@@ -104,24 +107,17 @@ def _check_combination(args: argparse.Namespace) -> None:
         raise RequestError(f"{first} and {second} do not go together; leave one out")
 
 
-def _check_flags(args: argparse.Namespace, answering: bool) -> None:
-    """Refuse flags that have no effect on what is evaluated."""
-    without_effect = ("max_tokens",) if answering else ("max_pairs", "beam")
-    for name in without_effect:
-        if getattr(args, name) is not None:
-            what = "answers to pairs" if answering else "the loss of a text"
-            raise RequestError(f"--{name.replace('_', '-')} has no effect on {what}; leave it out")
-
-
-def _answers(args: argparse.Namespace, checkpoint: Checkpoint) -> AnswerReport:
-    """Answers to the pairs of a file, or to the held-out ones of the run."""
+def _answers(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    """Answers to held-out pairs, or to those of a file, for JSON and as text; as all below."""
     data = data_of(checkpoint)
     val = read_all_pairs(args.file, data, checkpoint.tokenizer) if args.file else pairs_of(checkpoint).val
-    return evaluate_answers(checkpoint, val, data.long_pairs, 1 if args.beam is None else args.beam, args.max_pairs)
+    report = evaluate_answers(checkpoint, val, data.long_pairs, args.beam or 1, args.max_pairs)
+    return report.to_json(), _answers_text(report)
 
 
-def _evaluate_stream(args: argparse.Namespace, checkpoint: Checkpoint, content: dict[str, Any], text: str) -> None:
-    """Print the loss of a text, or what the heads do in it; `content` and `text` are added to the loss."""
+def _text(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    """The loss of held-out text or of a file, or what the heads are worth on it."""
+    tokens: Tokens | PairIds
     if args.file:
         column = checkpoint.state.get("data", {}).get("text_column", "text")
         tokens, num_bytes = read_whole(args.file, column, checkpoint.tokenizer)
@@ -130,19 +126,27 @@ def _evaluate_stream(args: argparse.Namespace, checkpoint: Checkpoint, content: 
     if args.heads:
         heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
         _record(heads, checkpoint)
-        _print(args, checkpoint, heads.to_json(), heads.table())
-    elif args.keep_heads:
+        return heads.to_json(), heads.table()
+    if args.keep_heads:
         kept = order_heads(checkpoint, tokens, num_bytes, args.max_tokens or ORDER_TOKENS)
-        _print(args, checkpoint, kept.to_json(), kept.table())
-    else:
-        result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
-        _print(args, checkpoint, asdict(result) | content, _held_out_text(result) + text)
+        return kept.to_json(), kept.table()
+    result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
+    return asdict(result), _held_out_text(result)
 
 
 def _reference(checkpoint: Checkpoint, exercise: str) -> tuple[dict[str, Any], str]:
     """The scores in reference, for JSON and as text."""
     scores = evaluate_reference(checkpoint, exercise)
-    return {"reference": scores.to_json()}, "\n\n" + "\n".join([scores.table(), "", *scores.sentences()])
+    return {"reference": scores.to_json()}, "\n".join([scores.table(), "", *scores.sentences()])
+
+
+def _check_flags(args: argparse.Namespace, answering: bool) -> None:
+    """Refuse flags that have no effect on what is evaluated."""
+    without_effect = ("max_tokens",) if answering else ("max_pairs", "beam")
+    for name in without_effect:
+        if getattr(args, name) is not None:
+            what = "answers to pairs" if answering else "the loss of a text"
+            raise RequestError(f"--{name.replace('_', '-')} has no effect on {what}; leave it out")
 
 
 def _record(report: HeadReport, checkpoint: Checkpoint) -> None:
@@ -153,13 +157,6 @@ def _record(report: HeadReport, checkpoint: Checkpoint) -> None:
         return
     record_heads(report, run_dir, checkpoint.step)
     print(f"wrote {run_dir / 'heads'} for TensorBoard", file=sys.stderr)
-
-
-def _print(args: argparse.Namespace, checkpoint: Checkpoint, content: dict[str, Any], text: str) -> None:
-    if args.json:
-        print(json.dumps({"checkpoint": str(checkpoint.directory), "step": checkpoint.step} | content))
-    else:
-        print(text)
 
 
 def _held_out_text(result: HeldOut) -> str:

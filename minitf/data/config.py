@@ -17,7 +17,7 @@ class DataConfig:
 
     kind: str = "text"  # text: predict the next token everywhere; pairs: turn one text into another
     source: str = "kjv"  # text: kjv, web (embedded), pronouns, files, hub; pairs: kjv_to_web, an exercise, files, hub
-    language: str = "en"  # of the exercises pronouns and winograd: en, or zh (a word is a character: tokenizer=char)
+    language: str = "en"  # of the exercises pronouns and winograd: en, or zh (every word is a character)
     files: list[str] = field(default_factory=list)  # for source=files: files, globs, folders; text or tables
     hub_path: str | None = None  # dataset on the Hugging Face hub, or a folder, or json, csv, parquet with data.files
     hub_name: str | None = None  # configuration of that dataset, e.g. wikitext-2-raw-v1
@@ -30,7 +30,7 @@ class DataConfig:
     prompt_loss_share: float = 0.0  # pairs: weight of a prompt token in the loss; a completion token weighs 1
     long_pairs: str = "drop"  # pairs longer than the context: drop | truncate (cuts the end of the completion)
     bad_rows: str = "error"  # rows that cannot be used: error (stop at the first) | skip (and count them)
-    num_pairs: int = 50_000  # pairs to generate for an exercise (copy, reverse, sort, addition)
+    num_pairs: int = 50_000  # pairs to generate for an exercise (copy, reverse, sort, addition, winograd)
     rows_are_documents: bool = True  # false: rows are consecutive lines of one text, nothing marks their ends
     document_mask: bool = False  # text: attention stays inside a document; false: it sees those before it too
     val_fraction: float = 0.1  # share held out: of the documents, or the end of a single file

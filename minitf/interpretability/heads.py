@@ -59,7 +59,7 @@ def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScor
     # The token at t occurred before at t - half; the token after that is at t - half + 1.
     for name, distance, skipped in (("same_word", half, 0), ("induction", half - 1, 1)):
         values = [layer.weights_BHTS.diagonal(-distance, -2, -1)[..., skipped:].mean((0, 2)) for layer in random]
-        scores[name] = torch.stack(values).float().nan_to_num()
+        scores[name] = torch.stack(values).float().nan_to_num().clamp(0, 1)
     return {name: values.cpu() for name, values in scores.items()}
 
 
@@ -72,12 +72,15 @@ def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
       t >= 2, where these keys differ.
     - nearby: the weight on keys t - 4 to t - 1 together, for queries t >= 8, which have at least as many other keys.
 
-    A score is 0 if the text is too short for it.
+    A score is 0 if the text is too short for it. In a variant whose rows do not sum to 1, the entropy is that of the
+    positive weights as shares of their sum.
     """
     weights_xBTS = weights_xBTS.float()
+    shares_xBTS = weights_xBTS.clamp(min=0)
+    shares_xBTS = shares_xBTS / shares_xBTS.sum(-1, keepdim=True).clamp(min=1e-30)
     max_entropy_T = torch.arange(2, weights_xBTS.shape[-2] + 1, device=weights_xBTS.device).log()
     scores = {
-        "entropy": torch.special.entr(weights_xBTS[..., 1:, :]).sum(-1) / max_entropy_T,
+        "entropy": torch.special.entr(shares_xBTS[..., 1:, :]).sum(-1) / max_entropy_T,
         "previous_token": weights_xBTS.diagonal(-1, -2, -1)[..., 1:],
         "first_token": weights_xBTS[..., 2:, 0],
         "this_token": weights_xBTS.diagonal(0, -2, -1)[..., 2:],

@@ -93,6 +93,24 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(workdir: Path, tiny: list[str])
     assert steps == list(range(1, step + 3))
 
 
+@pytest.mark.slow
+def test_timed_run_repeats_all_steps_that_it_had_logged_before_it_was_killed(workdir: Path, tiny: list[str]) -> None:
+    """Whatever the clock said then and says now: its plans were saved before they took effect."""
+    limits = ["trainer.max_steps=null", "trainer.max_minutes=0.1", "trainer.save_every=40", "trainer.eval_every=0"]
+    command = [sys.executable, "-m", "minitf.train", *tiny, *limits, "model.dropout=0.1", "run_dir=run"]
+    with subprocess.Popen([*command, "optim.schedule=cosine"], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (Path("run/metrics.jsonl").exists() and len(rows("run")) > 130):
+            time.sleep(0.02)
+        process.kill()
+    logged = {row["step"]: (row["loss"], row["lr"]) for row in rows("run", "train")}
+    decided = json.loads(Path("run/decisions.json").read_text())["plans"]
+    assert len(logged) > 120
+    assert train_here("resume=run") == 0
+    again = {row["step"]: (row["loss"], row["lr"]) for row in rows("run", "train")}
+    assert {step: again[step] for step in logged} == logged
+    assert json.loads(Path("run/decisions.json").read_text())["plans"][: len(decided)] == decided
+
+
 def test_complete_run_is_resumed_only_with_a_later_end(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
