@@ -24,7 +24,7 @@ pathlib.Path("imported").touch()
 
 
 class MyAttention(Attention):
-    """*weigh*: weights = softmax(scores / 3)"""
+    """weigh: weights = softmax(scores / 3)"""
 
     def weigh(self, scores_BHTS: Tensor) -> Tensor:
         return super().weigh(scores_BHTS / 3)
