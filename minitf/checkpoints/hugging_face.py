@@ -18,7 +18,8 @@ from minitf.variants import STANDARD, attention_class, name_of
 INDEX = "model.safetensors.index.json"
 # The files downloaded of a hub model, all from its top folder.
 DOWNLOADED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "README.md",
     "model.safetensors", INDEX, "model-*-of-*.safetensors",
 )  # fmt: skip
 WINDOWED = "sliding_window"  # the variant that transformers has too

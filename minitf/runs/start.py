@@ -1,5 +1,6 @@
 """Start a new run."""
 
+import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,6 +30,7 @@ def train(
     """
     if config.model.attention_class:  # named by the user, not by a run
         trust(config.model.attention_class)
+    config = replace(config, data=config.data.located())
     context = prepare(config, run_dir, group, RunDecisions())
     if config.trainer.dry_run:
         dry_run(context)
@@ -43,5 +45,7 @@ def new_run_dir(config: Config) -> Path:
         return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     run_dir = Path(config.run_dir)
     if (run_dir / "checkpoints").exists():
-        raise RequestError(f"run_dir={run_dir} holds an earlier run: continue it with resume={run_dir}")
+        raise RequestError(
+            f"run_dir={run_dir} holds an earlier run: continue it with {shlex.quote(f'resume={run_dir}')}"
+        )
     return run_dir
