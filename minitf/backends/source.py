@@ -124,9 +124,9 @@ def edited(roots: Iterable[str], package: Path = PACKAGE) -> list[str]:
 
 
 def file_hash(module: str, package: Path = PACKAGE) -> str:
-    """One hash of a file of the package, for example `variants/sink`, without comments, docstrings and layout."""
+    """One hash of a file of the package, for example `variants/sink`."""
     source = (package / f"{module}.py").read_text(encoding="utf-8")
-    return hashlib.sha256(content(ast.parse(source), source).encode()).hexdigest()[:16]
+    return hashlib.sha256(content(ast.parse(source).body, source).encode()).hexdigest()[:16]
 
 
 def core_hash(package: Path = PACKAGE) -> str:

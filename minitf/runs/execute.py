@@ -56,7 +56,7 @@ def finish(trainer: Trainer, compared: Mapping[str, Any] | None) -> None:
     if trainer.config.attention_every >= 0:
         reporter.write_attention_page(f"Attention in {os.path.relpath(context.run_dir)}")
     if state.last_val:
-        metrics = {f"final/{name}": float(state.last_val[name]) for name in TAGS["val"] if name in state.last_val}
+        metrics = [name for name in TAGS["val"] if name in state.last_val]
         reporter.hyperparameters(compared or changed_settings(context.config), metrics, state.step)
     if context.group.is_main:
         replace(trainer.decisions, finished=not trainer.stopping).save(context.run_dir)

@@ -67,8 +67,9 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
         other = LIMITS[1] if limits[0].startswith(LIMITS[0]) else LIMITS[0]
         overrides = [f"{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
+    config = replace(config, data=config.data.located())
     own = copy_in(config.model.attention_class, run_dir)  # wherever it was then: what was trained is here
-    config = replace(config, model=replace(config.model, attention_class=own), data=config.data.located())
+    config = replace(config, model=replace(config.model, attention_class=own))
     loaded = asdict(RunDecisions.load(run_dir, config.model)) if group.is_main else {}
     decisions = RunDecisions.of(group.broadcast(loaded))
     checkpoint = _newest_checkpoint(run, run_dir, group)

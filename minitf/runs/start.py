@@ -28,9 +28,9 @@ def train(
     Raises RequestError before the directory is made. Of several processes rank 0 alone writes. `compared`: the settings
     in which the runs of a sweep differ, by key.
     """
+    config = replace(config, data=config.data.located())
     if config.model.attention_class:  # named by the user, not by a run
         trust(config.model.attention_class)
-    config = replace(config, data=config.data.located())
     context = prepare(config, run_dir, group, RunDecisions())
     if config.trainer.dry_run:
         dry_run(context)

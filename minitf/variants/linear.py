@@ -17,7 +17,7 @@ BLOCK = 64  # positions whose pairs are computed at once
 
 
 class LinearAttention(Attention):
-    """match, weigh: weights = phi(q) phi(k)^T / sum(phi(q) phi(k)^T), phi(x) = elu(x) + 1; training makes no map"""
+    """*match*, *weigh*: weights = phi(q) phi(k)^T / sum(phi(q) phi(k)^T), phi(x) = elu(x) + 1; training makes no map"""
 
     def rotate(self, x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
         return x_BHTK
@@ -35,7 +35,7 @@ class LinearAttention(Attention):
         group = q_BHTK.shape[1] // k_BHSK.shape[1]
         k_BHSK, v_BHSK = k_BHSK.repeat_interleave(group, dim=1), v_BHSK.repeat_interleave(group, dim=1)
         mixed, total_BH1K = [], torch.zeros_like(k_BHSK[:, :, :1])
-        state_BHKK = total_BH1K.mT @ total_BH1K
+        state_BHKK = torch.zeros_like(k_BHSK[:, :, :1].mT @ v_BHSK[:, :, :1])
         for start in range(0, q_BHTK.shape[2], BLOCK):
             q, k, v = (x[:, :, start : start + BLOCK] for x in (F.elu(q_BHTK) + 1, F.elu(k_BHSK) + 1, v_BHSK))
             scores = (q @ k.mT).tril()
