@@ -44,4 +44,4 @@ class Differential(Attention):
         mixed_BHTK = edited("gather", layer, mixed_BHTK)
         if context.record is not None:
             context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
-        return mixed_BHTK  # type: ignore[no-any-return]
+        return mixed_BHTK

@@ -27,7 +27,7 @@ class Gated(Attention):
         mask, edited = context.mask(), context.edits or (lambda step, layer, result: result)
         scores_BHTS = edited("match", layer, self.match(q_BHTK, k_BHSK, mask))
         weights_BHTS = edited("weigh", layer, self.weigh(scores_BHTS))
-        gate_BHTK = context.shared.pop("gate").unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        gate_BHTK = context.shared.pop("gate").view(*q_BHTK.transpose(1, 2).shape).transpose(1, 2)
         mixed_BHTK = edited("gather", layer, self.gather(weights_BHTS, v_BHSK) * gate_BHTK)
         if context.record is not None:
             context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
