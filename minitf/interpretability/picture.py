@@ -132,7 +132,7 @@ def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
 
 def _blocks(maps: AttentionMaps) -> tuple[Pixels, int]:
     """Palette indices of the weights, (L, H, blocks, blocks), background above the diagonal, and pixels per block."""
-    weights_LHTS = maps.weights_LHTS.nan_to_num()
+    weights_LHTS = maps.weights_LHTS.nan_to_num().clamp(0, 1)  # a variant of attention may have negative ones
     num_layers, num_heads, num_tokens, _ = weights_LHTS.shape
     side = _panel_side(num_layers, num_heads, MAX_SIDE)
     if side // num_tokens < MIN_LABELLED_CELL:
