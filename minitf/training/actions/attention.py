@@ -73,7 +73,7 @@ class LogAlignment:
 
 
 def _log_scores(model: Transformer, trainer: Trainer) -> HeadScores:
-    scores = head_scores(model, trainer.context.task.window(model.config.context_length))
+    scores = head_scores(model, *trainer.context.task.window(model.config.context_length))
     values = {
         f"heads/{name}/layer{layer}_head{head}": float(score)
         for name, score_LH in scores.items()
