@@ -55,7 +55,7 @@ class LanguageModel:
         max_tokens: int = 200,
         num_samples: int = 1,
         seed: int | None = None,
-        stop: tuple[str, ...] = (),
+        stop: str | Sequence[str] = (),
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -64,7 +64,7 @@ class LanguageModel:
     ) -> str | list[str]:
         """The continuation of `prompt`, without the prompt; a list of continuations if `num_samples` is above 1."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        options = Options(max_tokens, seed, stop, sampling)
+        options = Options(max_tokens, seed, (stop,) if isinstance(stop, str) else tuple(stop), sampling)
         texts = generate_text(self.model, self.tokenizer, prompt, options, num_samples)
         return texts[0] if num_samples == 1 else texts
 

@@ -5,6 +5,8 @@ Status 0: done. 1: the work failed (`MinitfError`, a full disk, ...). 2: the req
 
 import argparse
 import difflib
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -50,8 +52,13 @@ def read_text_argument(text: str | None, what: str) -> str:
         return text
     if sys.stdin.isatty():
         raise RequestError(f"no {what}: give it as an argument, or pipe it in")
+    return decoded_argument(sys.stdin.buffer.read())
+
+
+def decoded_argument(data: bytes) -> str:
+    """A text from standard input without the newline at its end."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from None
 
@@ -70,7 +77,10 @@ def out_of_memory(error: Exception) -> bool:
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and return its exit status; an error a user can act on becomes one line on stderr."""
     try:
-        return main() or 0
+        _prepare_streams()
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except MinitfError as error:
         print(f"minitf: {error}", file=sys.stderr)
         return error.exit_status
@@ -80,13 +90,41 @@ def run_command(main: Callable[[], int | None]) -> int:
         where = str(error).strip().splitlines()[0][:200] if str(error) else "Python found no more"
         print(f"minitf: out of memory: {where}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:  # of a file's name: Python encodes names as the locale says
+        if error.encoding.lower().replace("-", "") == "utf8":
+            raise
+        text = error.object[error.start : error.end]
+        print(f"minitf: {text!r} cannot be written in {error.encoding}: set LC_ALL=C.UTF-8", file=sys.stderr)
+        return RequestError.exit_status
     except BrokenPipeError:  # `generate.py ... | head` closes our stdout: not a failure
         sys.stderr.close()
         return 0
     except OSError as error:  # a full disk, a read-only directory: the system's message with the file
         where = f": {error.filename}" if error.filename else ""
         print(f"minitf: {error.strerror or error}{where}", file=sys.stderr)
+        _discard_output()
         return 1
     except KeyboardInterrupt as interruption:  # its text may say what was saved
         print(f"minitf: {interruption}" if str(interruption) else "minitf: interrupted", file=sys.stderr)
         return 130
+
+
+def _prepare_streams() -> None:
+    """Standard streams that exist and take every character: closed ones lead nowhere, others get replacements."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # the next file to be opened would be taken for it
+        pass
+    os.close(descriptor)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream.errors == "strict" else stream.errors)
+
+
+def _discard_output() -> None:
+    """What could not be written must not be tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ from minitf.checkpoints.checkpoint import Checkpoint
 from minitf.data.batches import Batch, evaluation_batch_size, evenly_spaced, held_out_batches
 from minitf.data.config import DataConfig
 from minitf.data.packing import fit, held_out_pairs
-from minitf.data.tokenized_pairs import PairIds, prepare_pairs
+from minitf.data.tokenized_pairs import PairIds, TokenizedPairs, prepare_pairs
 from minitf.data.tokenized_text import Tokens, prepare
 from minitf.edits import Placed, combined, editing
 from minitf.errors import MinitfError
@@ -106,14 +106,15 @@ def _mean_loss(
 @torch.no_grad()
 def evaluate_checkpoint(
     checkpoint: Checkpoint,
-    tokens: Tokens,
+    tokens: Tokens | PairIds,
     num_bytes: int,
     max_tokens: int | None = None,
     edits: Sequence[Placed] = (),
 ) -> HeldOut:
     """Evaluate a loaded model in float32 on `tokens`, the ids of a text of `num_bytes` bytes, read as in training.
 
-    `edits` change what every head and feed-forward layer they name computes.
+    Of pairs the completions count, each given its prompt. `edits` change what the heads and feed-forward layers that
+    they name compute.
     """
     model = checkpoint.model
     context = min(model.config.context_length, LONGEST_WINDOW)
@@ -126,24 +127,39 @@ def evaluate_checkpoint(
         return model.cross_entropy(x_BTD, model.vocabulary_VD, targets_BT)  # type: ignore[no-any-return]
 
     with editing(model, changed):
+        if isinstance(tokens, PairIds):
+            long_pairs = data_of(checkpoint).long_pairs
+            return evaluate_pairs(loss_of, tokens, long_pairs, context, batch_size, model.device, max_tokens)
         return evaluate(loss_of, tokens, num_bytes, context, batch_size, model.device, max_tokens, document_end)
 
 
-def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens, int]:
-    """The ids of the held-out part of the text the checkpoint was trained on, and its bytes.
-
-    Raises MinitfError if the checkpoint has no record of its text.
-    """
+def data_of(checkpoint: Checkpoint) -> DataConfig:
+    """The data that a checkpoint was trained on. MinitfError if it has no record of them."""
     try:
-        data = DataConfig(**checkpoint.state["data"])
+        return DataConfig(**checkpoint.state["data"])
     except (KeyError, TypeError):
         raise MinitfError(
             f"{checkpoint.directory} has no record of the text it was trained on: give one with --file"
         ) from None
-    if data.kind == "pairs":  # as one stream, which shows what a head is worth as well
-        pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer).val
-        return pairs.ids, int(pairs.completion_bytes.sum())
-    text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer)
+
+
+def pairs_of(checkpoint: Checkpoint) -> TokenizedPairs:
+    """The pairs that a checkpoint was trained on; RequestError if they are neither in the cache nor in their files."""
+    recorded = checkpoint.state.get("text_fingerprint", "")
+    return prepare_pairs(data_of(checkpoint), TokenizerConfig(), checkpoint.tokenizer, recorded=recorded)
+
+
+def held_out_part(checkpoint: Checkpoint) -> tuple[Tokens | PairIds, int]:
+    """The held-out part of the text or the pairs that a checkpoint was trained on, and its bytes.
+
+    Raises MinitfError without a record of the text; RequestError if it is neither in the cache nor in its files.
+    """
+    data = data_of(checkpoint)
+    if data.kind == "pairs":
+        pairs = pairs_of(checkpoint).val
+        return pairs, int(pairs.completion_bytes.sum())
+    recorded = checkpoint.state.get("text_fingerprint", "")
+    text = prepare(data, TokenizerConfig(), tokenizer_from=checkpoint.tokenizer, recorded=recorded)
     return text.val, text.val_bytes
 
 

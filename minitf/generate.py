@@ -117,9 +117,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, options: Options) -> Iterator[str]:
     """Pieces of the continuation as soon as they are certain: whole characters, ending before a stop string."""
-    stream = tokenizer.decode_stream()
+    prompt_T = encode_prompt(tokenizer, prompt)
+    stream = tokenizer.decode_stream(after=prompt_T)
     waiting = ""
-    steps = generate(model, options.request(encode_prompt(tokenizer, prompt)))
+    steps = generate(model, options.request(list(prompt_T)))
     for count, step in enumerate(steps, start=1):
         token = int(step.ids_B[0])
         ended = token == tokenizer.end_id or count == options.max_tokens
@@ -155,23 +156,27 @@ def generate_text(
     """`num_samples` continuations of one prompt, computed as one batch."""
     if num_samples < 1:
         raise RequestError(f"--num-samples {num_samples} must be at least 1")
-    rows: list[list[int]] = [[] for _ in range(num_samples)]
-    texts: list[str | None] = [None] * num_samples
-    steps = generate(model, options.request(encode_prompt(tokenizer, prompt), num_samples))
+    prompt_T = encode_prompt(tokenizer, prompt)
+    streams = [tokenizer.decode_stream(after=prompt_T) for _ in range(num_samples)]
+    texts = [""] * num_samples
+    unfinished = set(range(num_samples))
+    steps = generate(model, options.request(list(prompt_T), num_samples))
     for count, step in enumerate(steps, start=1):
-        for row, token in enumerate(step.ids_B.tolist()):
-            if texts[row] is not None:
-                continue
-            if token != tokenizer.end_id:
-                rows[row].append(token)
-            ended = token == tokenizer.end_id or count == options.max_tokens
-            text = tokenizer.decode(rows[row]) if ended or options.stop else ""
-            cut = _first_stop(text, options.stop)
+        tokens = step.ids_B.tolist()
+        for row in sorted(unfinished):
+            ended = tokens[row] == tokenizer.end_id or count == options.max_tokens
+            if tokens[row] != tokenizer.end_id:
+                texts[row] += streams[row].step(tokens[row]) or ""
+            if ended:
+                texts[row] += streams[row].flush()
+            cut = _first_stop(texts[row], options.stop)
+            if cut >= 0:
+                texts[row] = texts[row][:cut]
             if cut >= 0 or ended:
-                texts[row] = text[:cut] if cut >= 0 else text
-        if all(text is not None for text in texts):
+                unfinished.remove(row)
+        if not unfinished:
             break
-    return [text or "" for text in texts]
+    return texts
 
 
 if __name__ == "__main__":

@@ -3,17 +3,21 @@
 Decoding gives back exactly the text that was encoded. The files are those of Hugging Face `tokenizers`.
 """
 
+import contextlib
+import functools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from minitf.errors import MinitfError, RequestError
+from minitf.system.files import expand_user
 from minitf.system.safe_io import check_size
 
 END_OF_TEXT = "<|endoftext|>"
@@ -22,8 +26,10 @@ JOINED_MESSAGES = "{% for message in messages %}{{ message['content'] }}{% endfo
 START_OF_CHAT = "{{ bos_token }}"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 NUM_BYTES = 256
+BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # a token that is a byte, for characters the vocabulary lacks
 MAX_FILE_BYTES = 256 << 20  # of a tokenizer.json; the largest in use have some 40 MB
 MAX_UNUSED_IDS = 1 << 16
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass
@@ -76,6 +82,13 @@ class Tokenizer:
         # Tokens that a pretrained model expects before every text, such as Llama's <s>.
         self.start_ids: list[int] = backend.encode("").ids
         self.vocab_size = max(tokens.values()) + 1
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)  # never decoded to text
+        # All of them control but the unknown token, which text that the vocabulary lacks becomes.
+        unknown = {tokens.get(getattr(backend.model, "unk_token", None) or "")}
+        unknown |= set(backend.encode("\U0010ffff", add_special_tokens=False).ids)
+        self._control = {id_: added[id_].content for id_ in self._special_ids - unknown}
+        self._byte_ids = frozenset(id_ for token, id_ in tokens.items() if BYTE_FALLBACK.fullmatch(token))
         own = self.target_id is not None or template.removeprefix(START_OF_CHAT) == JOINED_MESSAGES
         self._template = "" if own else template
         # Without a pre-tokenizer and merges BPE is an alphabet, and silently drops other characters.
@@ -92,7 +105,37 @@ class Tokenizer:
         for text in texts:
             self._check(text)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        rows = [encoding.ids for encoding in encodings]
+        if self.is_exact:
+            return rows
+        return [
+            self._encode_apart(text) if not self._control.keys().isdisjoint(ids) else ids
+            for text, ids in zip(texts, rows, strict=True)
+        ]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """The ids of a text in which the vocabulary finds a control token, such as a typed "</s>": cut within it."""
+        names = sorted(map(re.escape, self._control.values()), key=len, reverse=True)
+        cuts = [match.start() + 1 for match in re.finditer("|".join(names), text)]
+        parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        ids = [id_ for part in parts for id_ in self.backend.encode(part, add_special_tokens=False).ids]
+        if not self._control.keys().isdisjoint(ids):
+            raise RequestError(f"{text[:60]!r} holds a control token of this tokenizer; leave it out")
+        return ids
+
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        """Whether decoding gives back every text that can be encoded, by construction; else that is to be checked."""
+        if self.by_character:
+            return True
+        step = self.backend.pre_tokenizer
+        plain = isinstance(step, pre_tokenizers.ByteLevel) and not step.add_prefix_space
+        by_bytes = plain and self.backend.normalizer is None and isinstance(self.backend.decoder, decoders.ByteLevel)
+        return by_bytes and all(self.backend.token_to_id(char) is not None for char in _BYTE_OF_CHAR)
+
+    def kept(self, text: str, ids: Sequence[int]) -> str:
+        """What `ids`, those of `text`, can write of it."""
+        return text if self.is_exact else self.decode(ids)
 
     def for_pairs(self) -> "Tokenizer":
         """This tokenizer with the marks of source and target; existing ids stay."""
@@ -104,15 +147,21 @@ class Tokenizer:
         """The ids of a pair up to the start of its completion. Raises RequestError where `encode` does."""
         if self.source_id is None or self.target_id is None:
             raise RequestError("this model was not trained on pairs: its tokenizer has no marks of source and target")
-        return [self.source_id, *self.encode(prompt), self.target_id]
+        return [self.source_id, *self.encode(prompt.strip()), self.target_id]  # as the pairs that were trained on
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens; invalid UTF-8 becomes U+FFFD."""
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text of `ids`, without special tokens; invalid UTF-8 becomes U+FFFD.
+
+        `after`: the ids of a text that `ids` continue; some tokenizers write no space before the first word.
+        """
+        if after:
+            stream = self.decode_stream(after)
+            return "".join(stream.step(id_) or "" for id_ in ids) + stream.flush()
         return str(self.backend.decode(list(ids), skip_special_tokens=True))
 
-    def decode_stream(self) -> "TextStream":
-        """A decoder that takes one id at a time, to show text while it is generated."""
-        return TextStream(self)
+    def decode_stream(self, after: Sequence[int] = ()) -> "TextStream":
+        """A decoder that takes one id at a time, to show text while it is generated; `after` as in `decode`."""
+        return TextStream(self, after)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """The span of each token in `text`: (first character, the one after its last)."""
@@ -170,14 +219,14 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
         """Read a tokenizer.json, or the directory holding it. Raises RequestError when that fails."""
-        file = Path(path).expanduser()
+        file = expand_user(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise RequestError(f"{file}: no such file; name a tokenizer.json or its directory")
         try:
             check_size(file, MAX_FILE_BYTES)
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-            tokenizer = cls(backend, False, *_declared(file.with_name("tokenizer_config.json")))
+            tokenizer = cls(backend, False, *_declared(file.parent))
             num_tokens = tokenizer.backend.get_vocab_size(with_added_tokens=True)
             if tokenizer.vocab_size > 2 * num_tokens + MAX_UNUSED_IDS:  # each id is a row of the embedding
                 raise ValueError(f"{num_tokens:,} tokens, but an id of {tokenizer.vocab_size - 1:,}")
@@ -219,7 +268,7 @@ class Tokenizer:
 
     def _readable_bytes(self, token: str) -> str:
         """The text of a token with incomplete characters, whose bytes are in hexadecimal."""
-        if fallback := re.fullmatch("<0x([0-9A-F]{2})>", token):
+        if fallback := BYTE_FALLBACK.fullmatch(token):
             return f"⟨{fallback[1].lower()}⟩"
         if not all(char in _BYTE_OF_CHAR for char in token):
             return token
@@ -228,33 +277,64 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes ids one by one; a character appears once all its bytes are there."""
+    """Decodes ids one by one; text appears once later ids cannot change it. All of it is what `decode` gives.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    A decoder looks at neighbours: it drops the space of the first word, joins bytes to characters. So each new id is
+    decoded together with those since an earlier place in the text, whose own text is then left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = decoders.DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._num_emitted = 0
+        self._ids = [id_ for id_ in after if id_ not in tokenizer._special_ids]
+        self._known = tokenizer.decode(self._ids)  # the text of the ids that were decoded with `_ids` and shown
+        self._num_known = len(self._ids)
 
     def step(self, id_: int) -> str | None:
         """Add one id; returns the text it completes, or None."""
+        if id_ in self._tokenizer._special_ids:
+            return None
         self._ids.append(id_)
-        text = self._stream.step(self._tokenizer.backend, id_)
-        self._num_emitted += len(text or "")
-        return text
+        if id_ in self._tokenizer._byte_ids:  # more bytes may follow, and make this one part of a character or invalid
+            return None
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd") or not text.startswith(self._known):
+            return None
+        return self._advance(text) or None
+
+    def _advance(self, text: str) -> str:
+        """Take `text`, of all ids, as shown; the ids whose text was known before are needed no more."""
+        new = text[len(self._known) :]
+        rest = self._ids[self._num_known :]
+        shown = self._tokenizer.decode(rest)
+        # Kept as neighbours of what follows: ids that by themselves begin with a word.
+        if shown.strip() and not shown.startswith("\ufffd"):
+            self._ids, text = rest, shown
+        self._known, self._num_known = text, len(self._ids)
+        return new
 
     def flush(self) -> str:
-        """After the last id: the bytes of an incomplete character, as U+FFFD."""
-        return self._tokenizer.decode(self._ids)[self._num_emitted :]
+        """After the last id: the rest of the text, incomplete characters as U+FFFD."""
+        text = self._tokenizer.decode(self._ids)
+        return self._advance(text) if text.startswith(self._known) else ""
 
 
-def _declared(file: Path) -> tuple[str, str]:
-    """The `eos_token` and the `chat_template` of a tokenizer_config.json, each "" if there is none."""
+def _declared(directory: Path) -> tuple[str, str]:
+    """The end-of-text token and the chat template that the files of a tokenizer declare, each "" if there is none.
+
+    They stand in tokenizer_config.json, and the template in a file of its own where there is one.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
         end, template = content.get("eos_token"), content.get("chat_template")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return "", ""
+        end = template = None
+    if isinstance(template, list):  # several by name
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    own_file = directory / "chat_template.jinja"
+    with contextlib.suppress(OSError, ValueError, MinitfError):
+        check_size(own_file, MAX_TEMPLATE_BYTES)
+        template = own_file.read_text(encoding="utf-8")
     end = end.get("content") if isinstance(end, dict) else end
     return end if isinstance(end, str) else "", template if isinstance(template, str) else ""
 

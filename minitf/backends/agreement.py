@@ -9,17 +9,18 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minitf.attention import AttentionContext
 from minitf.backends import Backend, Reference, source
-from minitf.backends.engine import DecodingEngine, TorchEngine
+from minitf.backends.engine import TorchEngine
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
+from minitf.system.threads import single_thread
 
 # Largest relative error (norm of the difference over norm of the reference), about ten times what rounding gives.
 OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -75,14 +76,21 @@ def differences(backend: Backend, case: Case) -> Iterator[Difference]:
         model = _seeded(case.config, vocab_size).to(case.device)
         model.compute_dtype = case.dtype
         for packed in kinds:
-            batch = _Batch.random(num_rows, T, model, packed)
-            found = {}
-            for one in (Reference(), backend):
-                one.install(model)
-                found[one.name] = _outputs_and_gradients(model, batch)
-            yield from _compare(found["reference"], found[backend.name], case.dtype)
+            batch = _random_batch(num_rows, T, model, packed)
+            Reference().install(model)
+            expected = _outputs_and_gradients(model, batch)
+            backend.install(model)
+            found = _outputs_and_gradients(model, batch)
+            for part, tensors in expected.items():
+                tolerance = (GRADIENT_TOLERANCE if "gradient" in part else OUTPUT_TOLERANCE)[case.dtype]
+                errors = torch.tensor(list(map(relative_error, found[part], tensors)))
+                yield Difference(part, float(errors.max()), tolerance)  # nan if one of them is
         if any(name.startswith("optim.") for name in backend.replaces):
-            yield from _updates(model, backend, case)
+            moves, moved = (_updates(model, one, case) for one in (Reference(), backend))
+            # One matrix of each shape.
+            for name in {move.shape: name for name, move in moves.items() if "layers" in name}.values():
+                part = f"the update of {name.removeprefix('model.layers.0.')}"
+                yield Difference(part, relative_error(moved[name], moves[name]), UPDATE_TOLERANCE[case.dtype])
 
 
 def _seeded(config: ModelConfig, vocab_size: int) -> Transformer:
@@ -98,50 +106,54 @@ def _seeded(config: ModelConfig, vocab_size: int) -> Transformer:
     return model
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     x_BTD: Tensor
     dy_BTD: Tensor
     targets_BT: Tensor
     segments_BT: Tensor | None
 
-    @staticmethod
-    def random(num_rows: int, num_positions: int, model: Transformer, packed: bool) -> "_Batch":
-        shape = (num_rows, num_positions, model.config.hidden_size)
-        x_BTD, dy_BTD = (torch.randn(shape).to(model.device, model.compute_dtype) for _ in range(2))
-        targets_BT = torch.randint(model.vocab_size, shape[:2]).to(model.device)
-        segments_BT = torch.arange(num_positions).expand(shape[:2]) // -(-2 * num_positions // 3)
-        return _Batch(x_BTD, dy_BTD, targets_BT, segments_BT.to(model.device) if packed else None)
+
+def _random_batch(num_rows: int, num_positions: int, model: Transformer, packed: bool) -> _Batch:
+    shape = (num_rows, num_positions, model.config.hidden_size)
+    x_BTD, dy_BTD = (torch.randn(shape).to(model.device, model.compute_dtype) for _ in range(2))
+    targets_BT = torch.randint(model.vocab_size, shape[:2]).to(model.device)
+    segments_BT = torch.arange(num_positions).expand(shape[:2]) // -(-2 * num_positions // 3)
+    return _Batch(x_BTD, dy_BTD, targets_BT, segments_BT.to(model.device) if packed else None)
 
 
 def _outputs_and_gradients(model: Transformer, batch: _Batch) -> dict[str, list[Tensor]]:
     """Of each part its outputs, and its gradients with respect to its input and weights."""
     context = AttentionContext(model.rotary[:, : batch.x_BTD.shape[1]], model.compute_dtype, batch.segments_BT)
-    x_BTD = batch.x_BTD.detach().requires_grad_()
-    found = {}
-    for part, module, others in (
-        ("a block", model.model.layers[0], (context, 0)),  # type: ignore[index]
-        ("the final norm", model.model.norm, ()),
-    ):
-        assert isinstance(module, torch.nn.Module)
+    x_BTD, found = batch.x_BTD.detach().requires_grad_(), {}
+    modules: list[Any] = [model.model.layers[0], model.model.norm]  # type: ignore[index]
+    for part, module, others in zip(("a block", "the final norm"), modules, ((context, 0), ()), strict=True):
         y_BTD = module(x_BTD, *others)
         found[f"the output of {part}"] = [y_BTD]
-        inputs = [x_BTD, *module.parameters()]
         # Of a sum, since PyTorch imports half a second of symbolic algebra for a gradient that starts with a tensor.
-        found[f"the gradient of {part}"] = list(torch.autograd.grad((y_BTD * batch.dy_BTD).sum(), inputs))
+        gradients = torch.autograd.grad((y_BTD * batch.dy_BTD).sum(), [x_BTD, *module.parameters()])
+        found[f"the gradient of {part}"] = list(gradients)
     loss = model.cross_entropy(x_BTD, model.vocabulary_VD, batch.targets_BT)
     found["the loss"] = [loss]
     found["the gradient of the loss"] = list(torch.autograd.grad(loss, [x_BTD, model.vocabulary_VD]))
     return found
 
 
-def _compare(
-    expected: dict[str, list[Tensor]], found: dict[str, list[Tensor]], dtype: torch.dtype
-) -> Iterator[Difference]:
-    for part, tensors in expected.items():
-        tolerance = (GRADIENT_TOLERANCE if "gradient" in part else OUTPUT_TOLERANCE)[dtype]
-        error = max(relative_error(a, b) for a, b in zip(found[part], tensors, strict=True))
-        yield Difference(part, error, tolerance)
+def _updates(model: Transformer, backend: Backend, case: Case) -> dict[str, Tensor]:
+    """How the parameters move: the same weights by the same gradients."""
+    torch.manual_seed(1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = Optimizer(model, case.optim, case.dtype)
+    backend.install(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape).to(case.device)
+    # The C kernels give whole matrices to each thread, and leave fewer matrices than threads to PyTorch.
+    with single_thread():
+        optimizer.step()
+    moved = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name])
+    return moved
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -150,56 +162,17 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """The C kernels give whole matrices to each thread, and leave fewer matrices than threads to PyTorch."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _updates(model: Transformer, backend: Backend, case: Case) -> Iterator[Difference]:
-    """The update of each shape of matrix, from the same gradients and weights."""
-    named = {name: parameter for name, parameter in model.named_parameters() if "layers" in name}
-    before = {name: parameter.detach().clone() for name, parameter in named.items()}
-    gradients = {name: torch.randn(parameter.shape).to(case.device) for name, parameter in named.items()}
-    moved: dict[str, dict[str, Tensor]] = {}
-    norms = {}
-    for one in (Reference(), backend):
-        optimizer = Optimizer(model, case.optim, case.dtype)
-        one.install(model, optimizer)
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(before[name])
-                parameter.grad = gradients[name].clone()
-        with _single_thread():
-            norms[one.name] = optimizer.step()
-        moved[one.name] = {name: parameter.detach() - before[name] for name, parameter in named.items()}
-    yield Difference(
-        "the gradient's norm", relative_error(norms[backend.name], norms["reference"]), OUTPUT_TOLERANCE[case.dtype]
-    )
-    shapes: set[torch.Size] = set()
-    for name, expected in moved["reference"].items():
-        if expected.shape not in shapes:
-            shapes.add(expected.shape)
-            part = f"the update of {name.removeprefix('model.layers.0.')}"
-            yield Difference(part, relative_error(moved[backend.name][name], expected), UPDATE_TOLERANCE[case.dtype])
-
-
-def engine_disagreement(engine: type[DecodingEngine], model: Transformer) -> str | None:
+def engine_disagreement(engine: type[TorchEngine], model: Transformer) -> str | None:
     """Why an engine that implements decoding anew does not compute what the core says, or None."""
     if not engine.replaces:
         return None
     if names := source.edited(engine.replaces):
         return f"{names[0]} is edited"
-    return _engine_difference(engine, json.dumps(asdict(model.config)), min(model.vocab_size, MAX_WORDS))
+    return _engine_difference(engine, json.dumps(asdict(model.config)), min(model.vocab_size, MAX_WORDS))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _engine_difference(engine: type[DecodingEngine], config: str, vocab_size: int) -> str | None:
+def _engine_difference(engine: type[TorchEngine], config: str, vocab_size: int) -> str | None:
     """The first thing that `engine` computes differently for models of a shape (ModelConfig as JSON), or None."""
     with torch.random.fork_rng(devices=[]):
         model = _seeded(ModelConfig(**json.loads(config)), vocab_size)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minitf.backends import Backend, Reference
 from minitf.backends.compile import Compile
-from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.cpu.kernels import CpuKernels
 from minitf.backends.sdpa import Sdpa
 from minitf.errors import RequestError, out_of_memory
 from minitf.model import Transformer
@@ -39,7 +39,7 @@ def backends(model: Transformer) -> dict[str, Backend]:
     """All backends for the device of `model`, by name."""
     found: list[Backend] = [Reference(), Sdpa(), Compile(), CpuKernels()]
     if model.device.type == "cuda":  # elsewhere Triton need not even be importable
-        from minitf.backends.cuda.triton_blocks import TritonKernels
+        from minitf.backends.cuda.triton_kernels import TritonKernels
 
         found.append(TritonKernels())
     return {backend.name: backend for backend in found}

@@ -2,53 +2,26 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from minitf.attention import AttentionRecord, KeyValueCache
+from minitf.attention import AttentionRecord
 from minitf.errors import MinitfError
 from minitf.model import Transformer
 
 Step = TypeVar("Step")
 
 
-class DecodingEngine(Protocol):
-    """Reads texts into a key/value cache of `batch_size` rows and `capacity` positions and scores their next tokens."""
-
-    name: ClassVar[str]  # as in --engine NAME
-    replaces: ClassVar[tuple[str, ...]]  # definitions of the core it implements anew
-    cache: KeyValueCache
-
-    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None: ...
-
-    @staticmethod
-    def unsupported(model: Transformer) -> str | None:
-        """The reason why this engine cannot decode with this model on this machine, or None."""
-
-    def prefill(self, texts: Sequence[Sequence[int]], record: list[AttentionRecord] | None = None) -> Tensor:
-        """Empty the cache and read `texts`, lists of ids of any lengths; returns next-token logits_BV in float32.
-
-        Each of N texts is read once and fills B / N consecutive rows. A `record` list gets one `AttentionRecord` of the
-        N texts a layer.
-        """
-
-    def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
-        """Read one more token of each row; returns next-token logits_BV in float32. `record` as in `prefill`."""
-
-    def reorder(self, rows_B: Tensor) -> None:
-        """Let row i continue the text of row `rows_B[i]`."""
-
-    def run_ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The same steps, a device's next one queued before the caller waits for the result of this one."""
-
-
 class TorchEngine:
-    """The model as it is written, over its key/value cache: the reference."""
+    """Reads texts into a key/value cache of `batch_size` rows and `capacity` positions and scores their next tokens.
 
-    name: ClassVar[str] = "torch"
-    replaces: ClassVar[tuple[str, ...]] = ()
+    This is the model as it is written, the reference; faster engines override a part of it.
+    """
+
+    name: ClassVar[str] = "torch"  # as in --engine NAME
+    replaces: ClassVar[tuple[str, ...]] = ()  # definitions of the core it implements anew
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
         self.model = model
@@ -57,10 +30,16 @@ class TorchEngine:
 
     @staticmethod
     def unsupported(model: Transformer) -> str | None:
+        """The reason why this engine cannot decode with this model on this machine, or None."""
         return None
 
     @torch.no_grad()
     def prefill(self, texts: Sequence[Sequence[int]], record: list[AttentionRecord] | None = None) -> Tensor:
+        """Empty the cache and read `texts`, lists of ids of any lengths; returns next-token logits_BV in float32.
+
+        Each of N texts is read once and fills B / N consecutive rows. A `record` list gets one `AttentionRecord` of the
+        N texts a layer.
+        """
         longest, copies = max(map(len, texts)), self.batch_size // len(texts)
         ids_NT = torch.zeros(len(texts), longest, dtype=torch.long)
         for row, text in enumerate(texts):  # aligned at their ends, so the next tokens of all share a position
@@ -70,17 +49,19 @@ class TorchEngine:
         read.length, read.starts_B = 0, starts_N if min(map(len, texts)) < longest else None
         x_NTD = self.model.hidden(ids_NT.to(self.model.device), read, record)
         if copies > 1:
-            self.cache.keys[:, :, :, :longest] = read.keys.repeat_interleave(copies, 1)
-            self.cache.values[:, :, :, :longest] = read.values.repeat_interleave(copies, 1)
+            for part, own in ((self.cache.keys, read.keys), (self.cache.values, read.values)):
+                part[:, :, :, :longest] = own.repeat_interleave(copies, 1)
             self.cache.length = longest
             self.cache.starts_B = None if read.starts_B is None else read.starts_B.repeat_interleave(copies)
         return self.model.logits(x_NTD[:, -1]).repeat_interleave(copies, 0)
 
     @torch.no_grad()
     def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
+        """Read one more token of each row; returns next-token logits_BV in float32. `record` as in `prefill`."""
         return self.model.logits(self.model.hidden(ids_B[:, None], self.cache, record)[:, -1])
 
     def reorder(self, rows_B: Tensor) -> None:
+        """Let row i continue the text of row `rows_B[i]`."""
         for part in (self.cache.keys, self.cache.values):  # in place: C functions and CUDA graphs keep their addresses
             filled = part[:, :, :, : self.cache.length]
             filled.copy_(filled.index_select(1, rows_B))
@@ -88,6 +69,7 @@ class TorchEngine:
             self.cache.starts_B = self.cache.starts_B[rows_B]
 
     def run_ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The same steps, a device's next one queued before the caller waits for the result of this one."""
         return steps
 
 

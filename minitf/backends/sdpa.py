@@ -18,8 +18,8 @@ class SdpaAttention(Attention):
         if not context.plain:
             return super().attend(q_BHTK, k_BHSK, v_BHSK, context, layer)
         causal, grouped = context.segments_BT is None, k_BHSK.shape[1] != q_BHTK.shape[1]
-        visible = None if causal else context.visible().unsqueeze(-3)
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, visible, is_causal=causal, enable_gqa=grouped)
+        mask = None if causal else context.mask().unsqueeze(-3)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, is_causal=causal, enable_gqa=grouped)
 
 
 class Sdpa:

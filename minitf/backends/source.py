@@ -1,7 +1,7 @@
 """What attention.py, model.py, loss.py, optim.py and rope.py say, as hashes: an edit of theirs never goes unnoticed.
 
 Rounding hides small edits (`softmax(0.99 * scores)` in bfloat16), so a backend that implements a part of these files
-anew is recorded as an implementation of a certain text of it. The hashes are of the tokens without comments,
+anew is recorded as an implementation of a certain text of it. The hashes are of the syntax tree, without comments,
 docstrings and layout, one for each function, method and constant, the same on every version of Python.
 
 After an edit that the backends follow: `python -m minitf.backends.source` records the files as they are.
@@ -10,11 +10,8 @@ After an edit that the backends follow: `python -m minitf.backends.source` recor
 import ast
 import functools
 import hashlib
-import io
 import json
 import re
-import tokenize
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,44 +23,29 @@ MODULES = ("rope", "attention", "loss", "model", "optim")
 FORWARD = ("model.Block", "model.Transformer.hidden", "model.Transformer.logits")
 # All of the core, with what trains it.
 CORE = (*FORWARD, "loss.LinearCrossEntropy", "optim.Optimizer")
-LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
-STRUCTURE = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A function, a constant, or a member of a class: the hash of its tokens and the definitions it names."""
+    """A function, a constant, or a member of a class: the hash of its syntax and the definitions it names."""
 
     digest: str
     names: frozenset[str]
 
 
-def tokens(source: str) -> Iterator[tuple[int, str]]:
-    """Tokens with their lines, without comments, docstrings and layout; of indentation only that there is some."""
-    lines = source.splitlines(keepends=True)
-    found = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    depth, start, previous = 0, (0, 0), "NEWLINE"
-    for token, following in zip(found, [*found[1:], found[-1]], strict=True):
-        kind = tokenize.tok_name[token.type]
-        if kind in ("FSTRING_START", "TSTRING_START"):  # before Python 3.12 a formatted string was one token
-            start = token.start if depth == 0 else start
-            depth += 1
-        elif kind in ("FSTRING_END", "TSTRING_END"):
-            depth -= 1
-            if depth == 0:
-                yield start[0], _between(lines, start, token.end)
-        elif depth == 0 and token.type not in LAYOUT:
-            is_docstring = kind == "STRING" and previous in ("NEWLINE", "INDENT", "DEDENT")
-            if not (is_docstring and following.type == tokenize.NEWLINE):
-                yield token.start[0], kind if token.type in STRUCTURE else token.string
-            previous = kind
-
-
-def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    part = lines[start[0] - 1 : end[0]]
-    part[-1] = part[-1][: end[1]]
-    part[0] = part[0][start[1] :]
-    return "".join(part)
+def content(part: object, source: str) -> str:
+    """A part of a syntax tree as text, without docstrings, comments and layout: the same on every Python."""
+    match part:
+        case ast.JoinedStr():  # Python 3.12 parses formatted strings in another way
+            return ast.get_source_segment(source, part) or ""
+        case ast.Expr(value=ast.Constant(value=str())):  # a docstring
+            return ""
+        case ast.AST():
+            given = [(name, value) for name, value in ast.iter_fields(part) if value is not None and value != []]
+            return f"{type(part).__name__}({', '.join(f'{name}={content(value, source)}' for name, value in given)})"
+        case list():
+            return f"[{', '.join(content(one, source) for one in part)}]"
+    return repr(part)
 
 
 @functools.cache
@@ -75,16 +57,10 @@ def definitions(package: Path = PACKAGE) -> dict[str, Definition]:
     found = {}
     for module, tree in trees.items():
         scope = {name: f"{module}.{name}" for name, _ in _statements(tree)} | _imported(tree, known)
-        by_line: dict[int, list[str]] = defaultdict(list)
-        for line, token in tokens(sources[module]):
-            by_line[line].append(token)
         for name, statement in _statements(tree):
-            for member, lines, nodes in _members(statement):
-                content = [token for line in lines for token in by_line[line]]
-                while content and content[0] in ("NEWLINE", "INDENT", "DEDENT"):  # of the definition before it
-                    content.pop(0)
+            for member, nodes in _members(statement):
                 words = {node.id for part in nodes for node in ast.walk(part) if isinstance(node, ast.Name)}
-                digest = hashlib.sha256("\x00".join(content).encode()).hexdigest()[:12]
+                digest = hashlib.sha256(content(nodes, sources[module]).encode()).hexdigest()[:12]
                 names = frozenset(scope[word] for word in words & scope.keys())
                 found[f"{module}.{name}{member and '.'}{member}"] = Definition(digest, names)
     return found
@@ -100,25 +76,18 @@ def _statements(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
             yield statement.target.id, statement
 
 
-def _members(statement: ast.stmt) -> Iterator[tuple[str, list[int], list[ast.AST]]]:
-    """The parts of a statement, their lines and nodes: a class's methods, and `class` for the rest of it."""
+def _members(statement: ast.stmt) -> Iterator[tuple[str, list[ast.AST]]]:
+    """The parts of a statement: a class's methods, and `class` for the rest of it."""
     if not isinstance(statement, ast.ClassDef):
-        yield "", _lines(statement), [statement]
+        yield "", [statement]
         return
-    others = set(_lines(statement))
-    nodes: list[ast.AST] = [*statement.bases, *statement.decorator_list]
+    rest: list[ast.AST] = [*statement.bases, *statement.keywords, *statement.decorator_list]
     for member in statement.body:
         if isinstance(member, ast.FunctionDef):
-            others -= set(_lines(member))
-            yield member.name, _lines(member), [member]
+            yield member.name, [member]
         else:
-            nodes.append(member)
-    yield "class", sorted(others), nodes
-
-
-def _lines(statement: ast.stmt) -> list[int]:
-    first = min([statement.lineno, *(one.lineno for one in getattr(statement, "decorator_list", []))])
-    return list(range(first, (statement.end_lineno or first) + 1))
+            rest.append(member)
+    yield "class", rest
 
 
 def _imported(tree: ast.Module, known: set[str]) -> dict[str, str]:

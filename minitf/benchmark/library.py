@@ -128,8 +128,7 @@ def step_parts(
 
     hardware = choose_hardware(device, "auto")
     torch.manual_seed(0)
-    config = ModelConfig(**shape)
-    model = Transformer(config, vocab_size).to(hardware.device)
+    model = Transformer(config := ModelConfig(**shape), vocab_size).to(hardware.device)
     model.compute_dtype = hardware.dtype
     tokens = np.random.default_rng(0).integers(vocab_size, size=200 * config.context_length * batch_size)
     batches = Batches(tokens.astype(np.uint32), config.context_length, batch_size, 0)

@@ -105,7 +105,8 @@ def save_checkpoint(
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = checkpoints / f"step_{state['step']:08d}"
     partial = checkpoints / f".{final.name}.partial"
-    for stale in (*checkpoints.glob(".step_*.partial"), *checkpoints.glob(".shards_*")):
+    stale_names = (".step_*.partial", ".latest.replaced.partial", ".best.replaced.partial", ".shards_*")
+    for stale in (path for name in stale_names for path in checkpoints.glob(name)):
         if stale != shards:  # left by a run that was killed while saving
             shutil.rmtree(stale, ignore_errors=True)
     try:
@@ -162,7 +163,7 @@ def _write(
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_state(directory: Path) -> dict[str, Any]:
@@ -186,7 +187,11 @@ def _point(link: Path, target: str) -> None:
     temporary = link.with_name(f".{link.name}.new")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
+    copied = link.with_name(f".{link.name}.replaced.partial")
+    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed its links
+        os.replace(link, copied)
     os.replace(temporary, link)
+    shutil.rmtree(copied, ignore_errors=True)
 
 
 def _prune(checkpoints: Path, keep: int) -> None:

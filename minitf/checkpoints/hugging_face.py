@@ -17,7 +17,8 @@ from minitf.system.safe_io import read_json, read_tensors
 INDEX = "model.safetensors.index.json"
 # The files downloaded of a hub model, all from its top folder.
 DOWNLOADED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "README.md",
     "model.safetensors", INDEX, "model-*-of-*.safetensors",
 )  # fmt: skip
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")

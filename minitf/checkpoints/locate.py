@@ -13,10 +13,15 @@ LINKS = ("latest", "best")
 
 def newest_run(runs: Path = RUNS) -> Path:
     """The run directory under `runs` with the newest checkpoint."""
-    links = [path for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/checkpoints/latest")]
-    if not links:
+    found = [path for pattern in ("*/*", "*/*/*") for path in _checkpoints_below(runs, pattern)]
+    if not found:
         raise RequestError(f"no run with a checkpoint under {runs.absolute()}: train one with python -m minitf.train")
-    return max(links, key=_modified).parent.parent
+    return max(found, key=_modified).parent.parent
+
+
+def _checkpoints_below(folder: Path, runs: str) -> list[Path]:
+    """A checkpoint of each of the `runs`, a glob, in a folder: `latest`, or any, as a copy may have lost its links."""
+    return [path for name in ("latest", "step_*") for path in folder.glob(f"{runs}/checkpoints/{name}")]
 
 
 def _modified(path: Path) -> float:
@@ -63,8 +68,8 @@ def find_checkpoints(run: str | Path, prefer: str = "best") -> list[Path]:
         return [path.resolve()]
     if found := _all_checkpoints(path / "checkpoints", prefer):
         return found
-    if path.is_dir() and any(path.glob("*/checkpoints/latest")):  # runs/NAME: the newest run of that name
-        return find_checkpoints(max(path.glob("*/checkpoints/latest"), key=_modified).parent.parent, prefer)
+    if path.is_dir() and (inside := _checkpoints_below(path, "*")):  # runs/NAME: its newest run
+        return find_checkpoints(max(inside, key=_modified).parent.parent, prefer)
     if is_hub_name(str(run)):
         return [fetch_model(str(run))]
     if not path.exists():

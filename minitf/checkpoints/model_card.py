@@ -125,10 +125,15 @@ def _data(data: DataConfig) -> dict[str, Any]:
     """The settings that identify the data, without local paths."""
     settings = {"kind": data.kind, "source": data.source, "val_fraction": data.val_fraction}
     if data.source == "files":
-        settings["files"] = [re.split(r"[/\\]", name)[-1] for name in data.files]
+        settings["files"] = [_name_of(path) for path in data.files]
     if data.source == "hub":
         settings |= {key: getattr(data, key) for key in ("hub_path", "hub_name", "hub_split", "hub_revision")}
+        settings["hub_path"] = str(data.hub_path) if is_hub_name(str(data.hub_path)) else _name_of(str(data.hub_path))
     return settings
+
+
+def _name_of(path: str) -> str:
+    return re.split(r"[/\\]", path)[-1]
 
 
 def _yaml(sections: Mapping[str, Mapping[str, Any]]) -> str:

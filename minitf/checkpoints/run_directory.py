@@ -1,6 +1,7 @@
 """A run's directory: creating it, locking it, and keeping writes inside it."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,7 +43,9 @@ def create_run_dir(run_dir: Path, numbered: bool) -> Iterator[Path]:
             run_dir = _claim(run_dir)
         stack.enter_context(lock_run_dir(run_dir))
         if (run_dir / "checkpoints").exists():  # another process may have trained in it since it was checked
-            raise RequestError(f"run_dir={run_dir} holds an earlier run: continue it with resume={run_dir}")
+            raise RequestError(
+                f"run_dir={run_dir} holds an earlier run: continue it with {shlex.quote(f'resume={run_dir}')}"
+            )
         yield run_dir
 
 

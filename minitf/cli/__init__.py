@@ -13,6 +13,6 @@ def run(command: str) -> int:
     return run_command(main)
 
 
-run_train, run_generate, run_evaluate, run_attention, run_export, run_benchmark = (
+run_train, run_generate, run_evaluate, run_attention, run_export, run_benchmark, run_completion = (
     partial(run, command) for command in COMMANDS
 )

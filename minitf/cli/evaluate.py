@@ -7,20 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.data.config import DataConfig
-from minitf.data.sources.files import read_text
-from minitf.data.tokenized_pairs import prepare_pairs
-from minitf.data.tokenized_text import Tokens
+from minitf.data.sources.files import kind_of
+from minitf.data.sources.tables import TABLES
+from minitf.data.tokenized_pairs import PairIds, read_all_pairs
+from minitf.data.tokenized_text import Tokens, read_whole
 from minitf.errors import CommandParser, RequestError
-from minitf.evaluate import HeldOut, evaluate_checkpoint, held_out_part
+from minitf.evaluate import HeldOut, data_of, evaluate_checkpoint, held_out_part, pairs_of
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
 from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, order_heads, record_heads
 from minitf.evaluation.reference import compare_seeds, evaluate_reference, own_exercise, seeds_table
 from minitf.system.threads import set_threads
-from minitf.tokenizer import TokenizerConfig
 
 # The difference a head makes on the same tokens settles long before the loss itself does.
 HEADS_TOKENS = 20_000
@@ -30,14 +27,14 @@ ORDER_TOKENS = 4_000  # of some hundred evaluations
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(description="Held-out loss, perplexity and bits per byte of a run, and what each head does.")
     p.add_argument("--run", default="latest", help="a run, a checkpoint, OWNER/NAME of the hub, or latest (default)")
-    p.add_argument("--file", help="evaluate on this text instead of the held-out part of the run's own")
+    p.add_argument(
+        "--file", type=Path, help="evaluate on this text, or table, instead of the held-out part of the run's own"
+    )
     p.add_argument(
         "--max-tokens", metavar="N", type=int, help="evaluate on about N tokens, evenly spread (default: all)"
     )
     p.add_argument("--max-pairs", metavar="N", type=int, help="answer N held-out pairs, evenly spread (default: all)")
-    p.add_argument(
-        "--beam", metavar="N", type=int, default=1, help="answer pairs by a beam search of width N (default: greedy)"
-    )
+    p.add_argument("--beam", metavar="N", type=int, help="answer pairs by a beam search of width N (default: greedy)")
     p.add_argument("--device", default="auto", help="cpu, cuda or mps; auto (default): the fastest available")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument(
@@ -71,60 +68,85 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if (args.reference or args.seeds) and (args.file or args.heads or (args.reference and args.seeds)):
-        raise RequestError("--reference and --seeds each stand alone: leave out --file, --heads or the other one")
+    _check_combination(args)
+    if args.file and not args.file.is_file():
+        raise RequestError(f"--file {args.file}: no such file")
     if args.seeds:
         rows = compare_seeds(Path(args.seeds))
         print(json.dumps({"seeds": rows}) if args.json else seeds_table(rows))
         return 0
     set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
-    if args.reference:
-        print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
-        content, text = _reference(checkpoint, args.reference)
-        _print(args, checkpoint, content, text.strip())
-        return 0
-    answering = checkpoint.answers and not args.file and not args.heads and not args.keep_heads
-    if not answering:
-        tokens, num_bytes = _read_file(checkpoint, args.file) if args.file else held_out_part(checkpoint)
+    # Pairs are answered; other text, and what --heads asks, is a stream of tokens.
+    streamed = args.heads or args.keep_heads or args.reference
+    answering = checkpoint.answers and not streamed and (not args.file or kind_of(args.file) in TABLES)
+    _check_flags(args, answering)
     print(f"{checkpoint.directory}, step {checkpoint.step}", file=sys.stderr)
-    exercise = None if args.file or args.heads or args.keep_heads else own_exercise(checkpoint)
-    content, text = _reference(checkpoint, exercise) if exercise else ({}, "")
-    if answering:
-        data = DataConfig(**checkpoint.state["data"])
-        pairs = prepare_pairs(data, TokenizerConfig(), checkpoint.tokenizer)
-        report = evaluate_answers(checkpoint, pairs, data.long_pairs, args.beam, args.max_pairs)
-        _print(args, checkpoint, report.to_json() | content, _answers_text(report) + text)
-    elif args.heads:
+    if args.reference:
+        content, text = _reference(checkpoint, args.reference)
+    elif answering:
+        content, text = _answers(args, checkpoint)
+    else:
+        content, text = _text(args, checkpoint)
+    if not args.file and not streamed and (exercise := own_exercise(checkpoint)):
+        more, table = _reference(checkpoint, exercise)
+        content, text = content | more, f"{text}\n\n{table}"
+    print(
+        json.dumps({"checkpoint": str(checkpoint.directory), "step": checkpoint.step} | content) if args.json else text
+    )
+    return 0
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    """Refuse flags of which one would be ignored."""
+    asked = [name for name in ("heads", "keep_heads", "reference", "seeds") if getattr(args, name)]
+    limits = [name for name in ("file", "max_tokens", "max_pairs", "beam") if getattr(args, name) is not None]
+    clash = asked[:2] if len(asked) > 1 else [*asked, *limits] if asked and asked[0] in ("reference", "seeds") else []
+    if len(clash) > 1:
+        first, second, *_ = (f"--{name.replace('_', '-')}" for name in clash)
+        raise RequestError(f"{first} and {second} do not go together; leave one out")
+
+
+def _answers(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    """Answers to held-out pairs, or to those of a file, for JSON and as text; as all below."""
+    data = data_of(checkpoint)
+    val = read_all_pairs(args.file, data, checkpoint.tokenizer) if args.file else pairs_of(checkpoint).val
+    report = evaluate_answers(checkpoint, val, data.long_pairs, args.beam or 1, args.max_pairs)
+    return report.to_json(), _answers_text(report)
+
+
+def _text(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    """The loss of held-out text or of a file, or what the heads are worth on it."""
+    tokens: Tokens | PairIds
+    if args.file:
+        column = checkpoint.state.get("data", {}).get("text_column", "text")
+        tokens, num_bytes = read_whole(args.file, column, checkpoint.tokenizer)
+    else:
+        tokens, num_bytes = held_out_part(checkpoint)
+    if args.heads:
         heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
         _record(heads, checkpoint)
-        _print(args, checkpoint, heads.to_json(), heads.table())
-    elif args.keep_heads:
+        return heads.to_json(), heads.table()
+    if args.keep_heads:
         kept = order_heads(checkpoint, tokens, num_bytes, args.max_tokens or ORDER_TOKENS)
-        _print(args, checkpoint, kept.to_json(), kept.table())
-    else:
-        result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
-        _print(args, checkpoint, asdict(result) | content, _held_out_text(result) + text)
-    return 0
+        return kept.to_json(), kept.table()
+    result = evaluate_checkpoint(checkpoint, tokens, num_bytes, args.max_tokens)
+    return asdict(result), _held_out_text(result)
 
 
 def _reference(checkpoint: Checkpoint, exercise: str) -> tuple[dict[str, Any], str]:
     """The scores in reference, for JSON and as text."""
     scores = evaluate_reference(checkpoint, exercise)
-    return {"reference": scores.to_json()}, "\n\n" + "\n".join([scores.table(), "", *scores.sentences()])
+    return {"reference": scores.to_json()}, "\n".join([scores.table(), "", *scores.sentences()])
 
 
-def _read_file(checkpoint: Checkpoint, name: str) -> tuple[Tokens, int]:
-    """The ids of a text file, and its bytes."""
-    path = Path(name)
-    if not path.is_file():
-        raise RequestError(f"--file {name}: no such file")
-    ids: list[int] = []
-    num_bytes = 0
-    for piece in read_text(path):
-        ids += checkpoint.tokenizer.encode(piece)
-        num_bytes += len(piece.encode())
-    return np.array(ids, dtype=np.uint32), num_bytes
+def _check_flags(args: argparse.Namespace, answering: bool) -> None:
+    """Refuse flags that have no effect on what is evaluated."""
+    without_effect = ("max_tokens",) if answering else ("max_pairs", "beam")
+    for name in without_effect:
+        if getattr(args, name) is not None:
+            what = "answers to pairs" if answering else "the loss of a text"
+            raise RequestError(f"--{name.replace('_', '-')} has no effect on {what}; leave it out")
 
 
 def _record(report: HeadReport, checkpoint: Checkpoint) -> None:
@@ -135,13 +157,6 @@ def _record(report: HeadReport, checkpoint: Checkpoint) -> None:
         return
     record_heads(report, run_dir, checkpoint.step)
     print(f"wrote {run_dir / 'heads'} for TensorBoard", file=sys.stderr)
-
-
-def _print(args: argparse.Namespace, checkpoint: Checkpoint, content: dict[str, Any], text: str) -> None:
-    if args.json:
-        print(json.dumps({"checkpoint": str(checkpoint.directory), "step": checkpoint.step} | content))
-    else:
-        print(text)
 
 
 def _held_out_text(result: HeldOut) -> str:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.errors import CommandParser, RequestError, read_text_argument
+from minitf.errors import CommandParser, RequestError, decoded_argument, read_text_argument
 from minitf.generate import Options, generate_text, stream_text
 from minitf.inference.decoder import ENGINES
 from minitf.inference.sampling import Sampling
@@ -108,6 +108,17 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise RequestError("--file IN and --out OUT go together")
     if args.num_samples < 1:
         raise RequestError(f"--num-samples {args.num_samples} must be at least 1")
+    given = {
+        "a prompt": args.prompt is not None,
+        "--interactive": args.interactive,
+        "--file": args.file is not None,
+    }
+    if len(sources := [name for name, is_given in given.items() if is_given]) > 1:
+        raise RequestError(f"{' and '.join(sources)} do not go together: each says what to read; give one")
+    if args.file and args.num_samples != 1:
+        raise RequestError("--num-samples does not go with --file: each line gets one answer")
+    if args.length_penalty is not None and (args.beam or 1) == 1:
+        raise RequestError("--length-penalty has an effect with --beam only: give both")
 
 
 def _check_kind(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
@@ -151,14 +162,14 @@ def _interact(
     """Reply to each line of standard input."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        data = sys.stdin.buffer.readline()
+        if not data:
             return
-        if checkpoint.answers and not line.strip():
-            continue
         try:
-            _reply(checkpoint, line.rstrip("\n"), options, answer_options, args)
-        except RequestError as error:  # such as a character the tokenizer cannot encode: the session goes on
+            line = decoded_argument(data)
+            if line.strip() or not checkpoint.answers:
+                _reply(checkpoint, line, options, answer_options, args)
+        except RequestError as error:  # such as a character the tokenizer cannot encode: the next line may do
             print(f"minitf: {error}", file=sys.stderr)
 
 

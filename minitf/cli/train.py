@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _prepare_environment()
     from minitf.distributed.process_group import process_group
 
-    # Hydra would make its run.dir before anything is checked.
-    overrides = [re.sub(r"^\+*hydra\.run\.dir=", "run_dir=", word) for word in args.overrides]
+    # Hydra would make its run.dir before anything is checked, and takes letters beyond ASCII in quotes only.
+    overrides = [re.sub(r"^\+*hydra\.run\.dir=", "run_dir=", _readable(word)) for word in args.overrides]
     with process_group() as group:
         if not action:
             start(overrides, search, group)
@@ -107,6 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return sweep(overrides, search)
         return show(overrides, search, action)
+
+
+def _readable(word: str) -> str:
+    """A setting as Hydra can read it; `resume=` never comes to it."""
+    from minitf.config.overrides import quote_letters
+
+    return word if word.startswith("resume=") else quote_letters(word)
 
 
 def _prepare_environment() -> None:

@@ -134,7 +134,11 @@ def check_sweep(overrides: Sequence[str], flags: Sequence[str] = ()) -> list[str
     """The keys that a sweep varies. RequestError if one of its runs would be refused, as far as one value shows it."""
     parsed = check_overrides(overrides, flags, sweep=True)
     fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    own_sweeper = any(override.key_or_group == "hydra/sweeper" for override in parsed)
     for override in parsed:
+        if override.is_interval_sweep() and not own_sweeper:
+            key, word = override.key_or_group, override.input_line
+            raise RequestError(f"{word}: a sweep takes values, as in {key}=0.1,0.2, or {key}=range(1,5)")
         if override.is_choice_sweep():
             for value in override.sweep_string_iterator():
                 word = f"{override.get_key_element()}={value}"

@@ -23,6 +23,7 @@ COMMANDS = {
     "attention": "interpretability.page",
     "export": "checkpoints.gguf",
     "benchmark": "benchmark.__main__",
+    "completion": "config.shell_completion",
 }
 GROUPS = ("experiment", "data", "tokenizer", "model", "optim", "trainer")
 # Section of the config -> the module and the dataclass that own it.

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minitf.config.overrides import check_overrides, explain
+from minitf.config.overrides import check_overrides, escape_interpolation, explain
 from minitf.config.presets import AUTO, CONF, DERIVED_SIZE, GROUPS, MODEL_SIZE
 from minitf.data.config import DataConfig
 from minitf.errors import MinitfError, RequestError
@@ -175,12 +175,15 @@ def save_config(config: Config, path: Path) -> None:
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of an earlier run, with `overrides` (`key=value` only) on top."""
-    for override in check_overrides(overrides):
-        if override.key_or_group in GROUPS:
-            raise RequestError(f"{override.input_line}: a resumed run keeps its presets; single keys may change")
+    changes = OmegaConf.create()
     try:
-        saved = OmegaConf.create(_read_plain_yaml(path))
-        return config_of(checked_values(saved, OmegaConf.from_dotlist(list(overrides))))
+        for override in check_overrides(overrides):
+            if override.key_or_group in GROUPS:
+                raise RequestError(f"{override.input_line}: a resumed run keeps its presets; single keys may change")
+            if override.is_delete():
+                raise RequestError(f"{override.input_line}: a setting of a resumed run may change, not disappear")
+            OmegaConf.update(changes, override.key_or_group, override.value())
+        return config_of(checked_values(OmegaConf.create(_as_text(_read_plain_yaml(path))), changes))
     except (OmegaConfBaseException, OSError) as error:
         raise RequestError(f"{path}: {explain(error)}") from None
     except MinitfError:
@@ -192,8 +195,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def _read_plain_yaml(path: Path) -> dict[str, Any]:
     """A run's config.yaml, perhaps from an untrusted source: plain values only.
 
-    No tags (objects), no anchors and aliases (a few lines that expand to gigabytes), and no interpolations:
-    `${oc.env:X}` would read this user's environment.
+    No tags (objects), no anchors and aliases (a few lines that expand to gigabytes).
     """
     check_size(path, MAX_CONFIG_BYTES)
     text = path.read_text(encoding="utf-8")
@@ -203,16 +205,16 @@ def _read_plain_yaml(path: Path) -> dict[str, Any]:
     content = yaml.safe_load(text)
     if not isinstance(content, dict):
         raise MinitfError(f"{path} is damaged: it holds no settings")
-    pending: list[Any] = [content]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str) and "${" in value:
-            raise MinitfError(f"{path} is refused: {value[:60]!r} is an interpolation")
-        if isinstance(value, dict):
-            pending += [*value.keys(), *value.values()]
-        elif isinstance(value, list):
-            pending += value
     return content
+
+
+def _as_text(value: Any) -> Any:
+    """`value` for OmegaConf with all text as it stands: `${oc.env:X}` of a stranger reads nobody's environment."""
+    if isinstance(value, dict):
+        return {key: _as_text(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_text(inner) for inner in value]
+    return escape_interpolation(value) if isinstance(value, str) else value
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -147,6 +147,9 @@ def _flags(command: str) -> dict[str, list[str] | None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """`bash`, `zsh` or `fish`: print the code it evaluates. `query LINE`: print the candidates."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(args[:1]):
+        print(f"{(__doc__ or '').splitlines()[0]}\nusage: minitf-completion {'|'.join(SHELLS)}")
+        return 0
     if args[:1] == ["query"] and len(args) == 2:
         print("\n".join(candidates(args[1])))
         return 0

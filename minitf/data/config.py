@@ -1,11 +1,14 @@
 """Which text or pairs to train on, and which part of them is held out: the settings of `data.`."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 
 from minitf.data.sources.books import BOOKS
+from minitf.data.sources.files import absolute_entry
 from minitf.data.sources.references import EXAMPLES, LANGUAGES, REFERENCES, Example
 from minitf.data.sources.synthetic import EXERCISES, MAX_PAIRS
 from minitf.errors import RequestError
+from minitf.system.files import expand_user
 
 
 @dataclass
@@ -14,9 +17,11 @@ class DataConfig:
 
     kind: str = "text"  # text: predict the next token everywhere; pairs: turn one text into another
     source: str = "kjv"  # text: kjv, web (embedded), pronouns, files, hub; pairs: kjv_to_web, an exercise, files, hub
-    language: str = (
-        "en"  # of the exercises pronouns and winograd: en, or zh (one character a word, with tokenizer=char)
-    )
+<<<<<<< HEAD
+    language: str = "en"  # of the exercises pronouns and winograd: en, or zh (every word is a character)
+=======
+    language: str = "en"  # of the exercises pronouns and winograd: en, or zh (a word is a character: tokenizer=char)
+>>>>>>> inputs
     files: list[str] = field(default_factory=list)  # for source=files: files, globs, folders; text or tables
     hub_path: str | None = None  # dataset on the Hugging Face hub, or a folder, or json, csv, parquet with data.files
     hub_name: str | None = None  # configuration of that dataset, e.g. wikitext-2-raw-v1
@@ -29,7 +34,7 @@ class DataConfig:
     prompt_loss_share: float = 0.0  # pairs: weight of a prompt token in the loss; a completion token weighs 1
     long_pairs: str = "drop"  # pairs longer than the context: drop | truncate (cuts the end of the completion)
     bad_rows: str = "error"  # rows that hold no pair: error (stop at the first) | skip (and count them)
-    num_pairs: int = 50_000  # pairs to generate for an exercise (copy, reverse, sort, addition)
+    num_pairs: int = 50_000  # pairs to generate for an exercise (copy, reverse, sort, addition, winograd)
     rows_are_documents: bool = True  # false: rows are consecutive lines of one text, nothing marks their ends
     document_mask: bool = False  # text: attention stays inside a document; false: it sees those before it too
     val_fraction: float = 0.1  # share held out: of the documents, or the end of a single file
@@ -79,6 +84,19 @@ class DataConfig:
         """The exercise in reference that this is, if it is one."""
         return self.source if self.source in REFERENCES else None
 
+<<<<<<< HEAD
+=======
+    def located(self) -> "DataConfig":
+        """The same data, with paths that are found from any directory."""
+        hub_path, cache_dir = self.hub_path, self.cache_dir
+        if hub_path and not self.files and os.path.isdir(hub_path):
+            hub_path = os.path.abspath(hub_path)
+        if cache_dir:
+            cache_dir = os.path.abspath(expand_user(cache_dir))
+        files = [absolute_entry(entry) for entry in self.files]
+        return replace(self, files=files, hub_path=hub_path, cache_dir=cache_dir)
+
+>>>>>>> inputs
     @property
     def example(self) -> Example | None:
         """The sentence to look at in an exercise in reference."""
@@ -88,6 +106,19 @@ class DataConfig:
     def relations(self) -> list[str]:
         """The relations to watch, if `attention.watch` does not name others."""
         return self.watch or (self.example.relations if self.example else [])
+<<<<<<< HEAD
+
+    def located(self) -> "DataConfig":
+        """The same data, with paths that are found from any directory."""
+        hub_path, cache_dir = self.hub_path, self.cache_dir
+        if hub_path and not self.files and os.path.isdir(hub_path):
+            hub_path = os.path.abspath(hub_path)
+        if cache_dir:
+            cache_dir = os.path.abspath(expand_user(cache_dir))
+        files = [absolute_entry(entry) for entry in self.files]
+        return replace(self, files=files, hub_path=hub_path, cache_dir=cache_dir)
+=======
+>>>>>>> inputs
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from minitf.data.cache import Log, Partial, naming_write_errors
 from minitf.data.config import DataConfig
-from minitf.data.fingerprint import cache_key
+from minitf.data.fingerprint import cache_key, check_reading, fingerprint
 from minitf.data.progress import Progress, amount_done
 from minitf.data.resumable import ResumableIterator
 from minitf.data.sources.corpus import Corpus, Item
@@ -44,18 +44,26 @@ class Preparation:
     config: TokenizerConfig
     tokenizer: Tokenizer | None
     log: Log
+    recorded: str = ""  # the fingerprint that a run has kept of its text, which is then used if it is in the cache
 
     @property
     def directory(self) -> Path:
         """The cache entry."""
         root = cache_root(self.data.cache_dir)
-        trained = root / cache_key(self.data, self.config, None)
+        text = self.recorded or fingerprint(self.data)
+        trained = root / cache_key(text, self.config, None)
         if self.tokenizer is None:
             return trained
         with contextlib.suppress(MinitfError, OSError):
             if Tokenizer.load(trained).to_json() == self.tokenizer.to_json():  # it was trained on these very data
                 return trained
-        return root / cache_key(self.data, self.config, self.tokenizer)
+        return root / cache_key(text, self.config, self.tokenizer)
+
+    def open(self, source: Callable[[DataConfig], Corpus]) -> Corpus:
+        """The corpus that `source` reads; RequestError if it is another than the recorded one."""
+        if self.recorded:
+            check_reading(self.data, self.recorded)
+        return source(self.data)
 
     def make_tokenizer(self, corpus: Corpus) -> Tokenizer:
         train, val = ((item.text for item in items) for items in (corpus.train, corpus.val))
@@ -72,9 +80,9 @@ def tokenize(job: Preparation, corpus: Corpus, encode: Encode, partial: Partial)
     with Progress(job.log, "training the tokenizer") as progress, _saving_on_failure(partial):
         if partial.state:
             tokenizer = Tokenizer.load(partial.directory)
-            job.log(f"resuming {corpus.description}: {_amount_saved(partial)} were prepared before")
+            job.log(f"resuming {corpus.summary}: {_amount_saved(partial)} were prepared before")
         else:
-            job.log(f"preparing {corpus.description}")
+            job.log(f"preparing {corpus.summary}")
             tokenizer = job.make_tokenizer(corpus)
             with naming_write_errors(partial.directory.parent):
                 tokenizer.save(partial.directory)

@@ -5,6 +5,7 @@ A pair is `<|source|> prompt <|target|> completion <|endoftext|>`.
 
 import functools
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import numpy.typing as npt
 
 from minitf.data.cache import Builder, Log, Meta, Partial, get_or_build
 from minitf.data.config import DataConfig
+from minitf.data.losses import describe_losses, losses
+from minitf.data.sources.columns import PairReader
 from minitf.data.sources.corpus import Item, num_bytes_of
-from minitf.data.sources.pairs import open_pairs
+from minitf.data.sources.pairs import open_pairs, pairs_of_file
+from minitf.data.sources.tables import LeftOut
 from minitf.data.tokenize import Arrays, Counts, Preparation, ids_dtype, to_stderr, tokenize
 from minitf.data.tokenized_text import Tokens
 from minitf.data.tokenizer_training import load_pretrained
@@ -60,39 +64,55 @@ class TokenizedPairs:
 
 
 def prepare_pairs(
-    data: DataConfig, config: TokenizerConfig, tokenizer_from: Tokenizer | None = None, log: Log = to_stderr
+    data: DataConfig,
+    config: TokenizerConfig,
+    tokenizer_from: Tokenizer | None = None,
+    log: Log = to_stderr,
+    recorded: str = "",
 ) -> TokenizedPairs:
     """The pairs of `data` as ids, as `prepare` does with text; `tokenizer_from` must be one made for pairs."""
-    job = Preparation(data, config, tokenizer_from or load_pretrained(config, for_pairs=True), log)
-    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), _load), log)
+    job = Preparation(data, config, tokenizer_from or load_pretrained(config, for_pairs=True), log, recorded)
+    load = functools.partial(_load, tokenizer=job.tokenizer)
+    return get_or_build(job.directory, Builder(FILES, functools.partial(_build, job), load), log)
 
 
 def _build(job: Preparation, partial: Partial) -> tuple[Meta, str]:
-    corpus = open_pairs(job.data)
+    corpus = job.open(open_pairs)
     tokenizer, counts = tokenize(job, corpus, encode_pairs, partial)
     for part, name in (("train", "to train on"), ("val", "held out")):
         if not counts.get(f"{part}_pairs"):
-            raise RequestError(f"no pairs {name}; use more pairs, or another data.val_fraction")
-    num_skipped = corpus.bad_rows.num_skipped
-    skipped = f", {num_skipped:,} bad rows left out" if num_skipped else ""
+            raise RequestError(f"{corpus.summary}: no pairs {name}; use more pairs, or another data.val_fraction")
+    lost = describe_losses(counts)
     meta = {
         "train_pairs": counts["train_pairs"],
         "val_pairs": counts["val_pairs"],
-        "description": corpus.description + skipped,
+        "description": corpus.summary + lost,
         "dtype": ids_dtype(tokenizer).name,
     }
-    return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out{skipped}"
+    return meta, f"{counts['train_pairs']:,} pairs to train on, {counts['val_pairs']:,} held out{lost}"
 
 
-def _load(directory: Path, meta: Meta) -> TokenizedPairs:
+def read_all_pairs(path: Path, data: DataConfig, tokenizer: Tokenizer) -> PairIds:
+    """All pairs in a table as ids, found in its columns as `data` says."""
+    items = [Item(texts, held_out=True) for texts in pairs_of_file(path, PairReader(data), LeftOut())]
+    if not items:
+        raise RequestError(f"{path}: no rows with a pair")
+    arrays, _ = encode_pairs(items, tokenizer)
+    return _pair_ids(arrays["val_ids.bin"], *(arrays[f"val_{name}.bin"] for name in COLUMNS))
+
+
+def _load(directory: Path, meta: Meta, tokenizer: Tokenizer | None = None) -> TokenizedPairs:
     train, val = (_load_part(directory, part, meta["dtype"]) for part in ("train", "val"))
-    return TokenizedPairs(Tokenizer.load(directory), train, val, meta["description"], directory)
+    return TokenizedPairs(tokenizer or Tokenizer.load(directory), train, val, meta["description"], directory)
 
 
 def _load_part(directory: Path, part: str, ids_dtype: str) -> PairIds:
     ids = np.memmap(directory / f"{part}_ids.bin", dtype=ids_dtype, mode="r")
     columns = (np.memmap(directory / f"{part}_{name}.bin", dtype=np.int32, mode="r") for name in COLUMNS)
-    lengths, prompts, num_bytes = columns
+    return _pair_ids(ids, *columns)
+
+
+def _pair_ids(ids: Tokens, lengths: Lengths, prompts: Lengths, num_bytes: Lengths) -> PairIds:
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return PairIds(ids, starts, prompts, num_bytes)
 
@@ -101,8 +121,15 @@ def encode_pairs(items: list[Item], tokenizer: Tokenizer) -> tuple[Arrays, Count
     """The ids and lengths of pairs for each file, and counts."""
     prompts = tokenizer.encode_batch([item.texts[0] for item in items])
     completions = tokenizer.encode_batch([item.texts[1] for item in items])
+    kept = [
+        tuple(tokenizer.kept(text, ids) for text, ids in zip(item.texts, pair, strict=True))
+        for item, *pair in zip(items, prompts, completions, strict=True)
+    ]
     arrays: Arrays = {}
-    counts = {}
+    counts: Counter[str] = Counter()
+    for item, texts in zip(items, kept, strict=True):
+        for text, kept_text in zip(item.texts, texts, strict=True):
+            counts.update(losses(text, kept_text))
     for part in ("train", "val"):
         rows = [row for row, item in enumerate(items) if item.held_out == (part == "val")]
         marked = [[tokenizer.source_id, *prompts[row], tokenizer.target_id] for row in rows]
@@ -112,7 +139,7 @@ def encode_pairs(items: list[Item], tokenizer: Tokenizer) -> tuple[Arrays, Count
         columns = {
             "lengths": list(map(len, ids)),
             "prompts": list(map(len, marked)),
-            "bytes": [num_bytes_of(items[row].texts[1]) for row in rows],
+            "bytes": [num_bytes_of(kept[row][1]) for row in rows],
         }
         arrays |= {f"{part}_{name}.bin": np.asarray(values, np.int32) for name, values in columns.items()}
         counts[f"{part}_pairs"] = len(rows)

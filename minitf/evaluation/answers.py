@@ -10,7 +10,7 @@ import torch
 from minitf.checkpoints.checkpoint import Checkpoint
 from minitf.data.batches import evaluation_batch_size, evenly_spaced
 from minitf.data.packing import fit
-from minitf.data.tokenized_pairs import TokenizedPairs
+from minitf.data.tokenized_pairs import PairIds
 from minitf.evaluate import HeldOut, evaluate_pairs
 from minitf.evaluation.text_metrics import AnswerScores, score_answers
 from minitf.inference.seq2seq import AnswerOptions, answer
@@ -34,13 +34,13 @@ class AnswerReport:
 
 
 def evaluate_answers(
-    checkpoint: Checkpoint, pairs: TokenizedPairs, long_pairs: str, beam: int = 1, max_pairs: int | None = None
+    checkpoint: Checkpoint, val: PairIds, long_pairs: str, beam: int = 1, max_pairs: int | None = None
 ) -> AnswerReport:
-    """Answer the held-out pairs that fit into the context and score the answers.
+    """Answer the held-out pairs `val` that fit into the context and score the answers.
 
     `max_pairs` takes that many pairs, evenly spread, instead of all.
     """
-    model, tokenizer, val = checkpoint.model, pairs.tokenizer, pairs.val
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     context = model.config.context_length
     batch_size = evaluation_batch_size(context)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoints.checkpoint import Checkpoint
+from minitf.data.tokenized_pairs import PairIds
 from minitf.data.tokenized_text import Tokens
 from minitf.edits import Head, without
 from minitf.evaluate import HeldOut, evaluate_checkpoint
@@ -75,7 +76,9 @@ class HeadReport:
         return "\n".join(lines)
 
 
-def evaluate_heads(checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int | None = None) -> HeadReport:
+def evaluate_heads(
+    checkpoint: Checkpoint, tokens: Tokens | PairIds, num_bytes: int, max_tokens: int | None = None
+) -> HeadReport:
     """Score every head and ablate each head and feed-forward layer in turn, by zero and by its mean.
 
     A mean is that over a batch of held-out text (some 4,000 tokens).
@@ -95,8 +98,9 @@ def evaluate_heads(checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_t
                 by_heads[by][layer, head] = importance([(layer, head)], None, by)
             by_mlps[by][layer] = importance(None, layer, by)
         print(f"layer {layer}: {c.num_heads} heads and the MLP ablated, one at a time", file=sys.stderr)
-    windows = max(len(tokens) // c.context_length, 1)
-    text_BT = torch.from_numpy(tokens[: min(windows, 4) * c.context_length].astype("int64"))
+    ids = tokens.ids if isinstance(tokens, PairIds) else tokens
+    windows = max(len(ids) // c.context_length, 1)
+    text_BT = torch.from_numpy(ids[: min(windows, 4) * c.context_length].astype("int64"))
     scores = head_scores(checkpoint.model, text_BT.view(min(windows, 4), -1))
     return HeadReport(whole, by_heads["zero"], by_heads["mean"], by_mlps["zero"], by_mlps["mean"], scores)
 
@@ -131,7 +135,9 @@ class KeptHeads:
         return "\n".join(lines)
 
 
-def order_heads(checkpoint: Checkpoint, tokens: Tokens, num_bytes: int, max_tokens: int, by: str = "zero") -> KeptHeads:
+def order_heads(
+    checkpoint: Checkpoint, tokens: Tokens | PairIds, num_bytes: int, max_tokens: int, by: str = "zero"
+) -> KeptHeads:
     """Remove the head that costs least, again and again, until none is left: greedy, as Michel et al. (2019) do.
 
     With more than MAX_TRIED heads left, only those that cost least by themselves are tried.

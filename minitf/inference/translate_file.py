@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from minitf.checkpoints.checkpoint import Checkpoint
-from minitf.data.sources.files import read_text
+from minitf.data.sources.files import kind_of, read_text
+from minitf.data.sources.tables import TABLES
 from minitf.errors import RequestError
 from minitf.inference.seq2seq import AnswerOptions, answer_ids, room_for_answer
 from minitf.system.files import write_whole
@@ -18,9 +20,10 @@ def translate_file(checkpoint: Checkpoint, source: Path, target: Path, options: 
     """Write the answer to each line of `source` to the same line of `target`; returns a summary in one line.
 
     Finished answers are kept in a file next to `target` until all are there. Empty lines, and lines that leave no room
-    for an answer in the context, become empty lines. Raises RequestError if there is no `source`.
+    for an answer in the context, become empty lines. Raises RequestError if there is no `source`, or if `target` is it.
     """
     lines = _lines_of(source)
+    _check_target(source, target)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     journal = _Journal(target, [lines, str(checkpoint.directory), checkpoint.step, asdict(options)])
     done = journal.read()
@@ -31,7 +34,7 @@ def translate_file(checkpoint: Checkpoint, source: Path, target: Path, options: 
     found = answer_ids(model, tokenizer.end_id, [prompts[index] for index in left], options)
     for position, ids in _with_progress(found, num_resumed, num_resumed + len(left)):
         index = left[position]
-        done[index] = " ".join(tokenizer.decode(ids).split("\n"))
+        done[index] = re.sub(r"\r*\n|\r+\Z", " ", tokenizer.decode(ids))
         journal.add(index, done[index])
     write_whole(target, "".join(done.get(index, "") + "\n" for index in range(len(lines))))
     journal.path.unlink()
@@ -56,7 +59,7 @@ class _Journal:
         A line that was cut off is left out.
         """
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []:
             try:
                 rows.append(json.loads(line))
             except ValueError:
@@ -74,9 +77,21 @@ class _Journal:
 
 
 def _lines_of(path: Path) -> list[str]:
+    """The lines of a text file; each ends with \\n or \\r\\n, and with nothing else."""
     if not path.is_file():
         raise RequestError(f"--file {path}: no such file")
-    return "".join(read_text(path)).splitlines()
+    if kind_of(path) in TABLES:
+        raise RequestError(f"--file {path}: a table; give a text with one source a line")
+    *lines, rest = "".join(read_text(path)).split("\n")
+    return [line.removesuffix("\r") for line in (*lines, *([rest] if rest else []))]
+
+
+def _check_target(source: Path, target: Path) -> None:
+    """RequestError if the answers could not be written in the end, or would replace the sources."""
+    if target.exists() and target.samefile(source):
+        raise RequestError(f"--out {target} is the file that --file names: its sources would be lost")
+    if target.is_dir():
+        raise RequestError(f"--out {target} is a directory; name a file")
 
 
 def _with_progress(found: Iterable[tuple[int, list[int]]], done: int, total: int) -> Iterator[tuple[int, list[int]]]:

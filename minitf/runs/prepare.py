@@ -50,7 +50,8 @@ def prepare(
     flops = group.broadcast(measure_quiet_matmul(hardware)) * group.size if config.size_is_auto else 0.0
     with group.main_first():
         initial = resumed or (load_checkpoint(config.init_from, device="cpu") if config.init_from else None)
-        task = open_task(config.data, config.tokenizer, initial.tokenizer if initial else None)
+        recorded = resumed.state.get("text_fingerprint", "") if resumed else ""
+        task = open_task(config.data, config.tokenizer, initial.tokenizer if initial else None, recorded)
         if resumed is not None:
             sized = Sized(config)
         elif initial is not None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.locate import find_run
 from minitf.checkpoints.run_directory import lock_run_dir
+from minitf.config.overrides import setting
 from minitf.config.schema import Config, load_config
-from minitf.data.fingerprint import fingerprint
+from minitf.data.fingerprint import is_text_of
 from minitf.distributed.process_group import ProcessGroup
 from minitf.errors import RequestError
 from minitf.runs.dry_run import dry_run
@@ -19,7 +20,8 @@ from minitf.runs.prepare import prepare
 from minitf.training.context import RunContext
 from minitf.training.decisions import RunDecisions
 
-# The data position counts in batches, and the optimiser's state fits its own kind alone.
+# The data position counts in batches, and the optimiser's state fits its own kind alone. Text may be named by another
+# path, if it is the same text.
 FIXED = (
     "model",
     "tokenizer",
@@ -32,6 +34,7 @@ FIXED = (
     "trainer.batch_size",
     "trainer.grad_accumulation",
 )
+MOVABLE = ("data.files=", "data.hub_path=", "data.cache_dir=")
 LIMITS = ("trainer.max_steps", "trainer.max_minutes")
 
 
@@ -41,9 +44,11 @@ def resume(run: str, overrides: Sequence[str], group: ProcessGroup) -> None:
     Raises RequestError if they cannot be changed, or if the run is complete and they do not extend it.
     """
     for override in overrides:
-        if override.lstrip("+~").startswith(FIXED):
+        if override.lstrip("+~").startswith(FIXED) and not override.startswith(MOVABLE):
             raise RequestError(
-                f"{override}: a resumed run keeps its text, model and directory; trainer.* may be changed"
+                f"{override}: a resumed run keeps its model, text and batches; there may change: data.files (where the "
+                "same text is now), attention.*, optim.* but optim.kind, trainer.* but trainer.batch_size and "
+                "trainer.grad_accumulation"
             )
     run_dir = Path(group.broadcast(str(find_run(run) if group.is_main else "")))
     # Before anything is read: another process may be about to write it.
@@ -61,6 +66,7 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
         other = LIMITS[1] if limits[0].startswith(LIMITS[0]) else LIMITS[0]
         overrides = [f"{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
+    config = replace(config, data=config.data.located())
     loaded = asdict(RunDecisions.load(run_dir, config.model)) if group.is_main else {}
     decisions = RunDecisions.of(group.broadcast(loaded))
     checkpoint = _newest_checkpoint(run, run_dir, group)
@@ -77,9 +83,10 @@ def _check_can_continue(
 ) -> None:
     """RequestError if the text has changed, or if there is nothing left to train."""
     step, state = checkpoint.step or 0, checkpoint.state
-    if state.get("text_fingerprint") != fingerprint(config.data):
+    if not _is_same_text(config, state.get("text_fingerprint", "")):
         raise RequestError(
-            f"the text of {run_dir} has changed since: train on it as it is now with init_from={run_dir}"
+            f"the text of {run_dir} has changed since: train on it as it is now with "
+            f"{setting('init_from', str(run_dir))}, or say where the text is that it was trained on with data.files"
         )
     max_steps, max_minutes = config.trainer.max_steps, config.trainer.max_minutes
     if not extended:
@@ -90,6 +97,14 @@ def _check_can_continue(
         raise RequestError(f"{run_dir} is already at step {step:,}: trainer.max_steps={max_steps} must be larger")
     if max_minutes is not None and max_minutes * 60 <= state.get("train_s", 0):
         raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={max_minutes}: it must be larger")
+
+
+def _is_same_text(config: Config, recorded: str) -> bool:
+    """Whether the text is the recorded one; also if it is gone, as the prepared text may still be in the cache."""
+    try:
+        return is_text_of(config.data, recorded)
+    except RequestError:
+        return True
 
 
 def _newest_checkpoint(run: str, run_dir: Path, group: ProcessGroup) -> Checkpoint | None:

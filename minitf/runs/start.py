@@ -1,5 +1,6 @@
 """Start a new run."""
 
+import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ def train(
     Raises RequestError before the directory is made. Of several processes rank 0 alone writes. `compared`: the settings
     in which the runs of a sweep differ, by key.
     """
+    config = replace(config, data=config.data.located())
     context = prepare(config, run_dir, group, RunDecisions())
     if config.trainer.dry_run:
         dry_run(context)
@@ -40,5 +42,7 @@ def new_run_dir(config: Config) -> Path:
         return RUNS / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     run_dir = Path(config.run_dir)
     if (run_dir / "checkpoints").exists():
-        raise RequestError(f"run_dir={run_dir} holds an earlier run: continue it with resume={run_dir}")
+        raise RequestError(
+            f"run_dir={run_dir} holds an earlier run: continue it with {shlex.quote(f'resume={run_dir}')}"
+        )
     return run_dir

@@ -86,8 +86,9 @@ def conclusion(trainer: Trainer) -> list[str]:
     """The results, where they are, and what to type next."""
     context, state = trainer.context, trainer.state
     run_dir = os.path.relpath(context.run_dir)
+    resume = shlex.quote(f"resume={run_dir}")
     if trainer.stopping:
-        return [f"stopped after step {state.step:,}; resume with: python -m minitf.train resume={run_dir}"]
+        return [f"stopped after step {state.step:,}; resume with: python -m minitf.train {resume}"]
     speed = f"{state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s"
     times = f"{clock(state.train_s)} ({speed}), total {clock(state.elapsed_s)}"
     lines = [
@@ -108,7 +109,7 @@ def conclusion(trainer: Trainer) -> list[str]:
         *lines,
         line("next", f"python {generate} {shlex.quote(context.task.example_prompt())}{run}"),
         line("", f"tensorboard --logdir {logdir}"),
-        line("", f"python -m minitf.train resume={run_dir} trainer.max_steps={2 * state.step}"),
+        line("", f"python -m minitf.train {resume} trainer.max_steps={2 * state.step}"),
     ]
 
 

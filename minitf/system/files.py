@@ -3,17 +3,39 @@
 import hashlib
 import os
 import secrets
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minitf.errors import MinitfError
+
+
+def expand_user(path: str | Path) -> Path:
+    """`path` with its `~` or `~user` replaced; unchanged if it exists as it is, or if there is no such home."""
+    return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
+
 
 def cache_root(chosen: str | None = None) -> Path:
-    """`chosen`, else $MINITF_CACHE, else minitf in $XDG_CACHE_HOME or ~/.cache."""
+    """`chosen`, else $MINITF_CACHE, else minitf in $XDG_CACHE_HOME or ~/.cache.
+
+    A user without a home, as in some containers, has it in a private directory among the temporary files.
+    """
     if chosen := chosen or os.environ.get("MINITF_CACHE"):
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "minitf"
+        return expand_user(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return (_private_directory() if home.startswith("~") else Path(home)) / "minitf"
+
+
+def _private_directory() -> Path:
+    """A directory that only this user can write to: compiled libraries are loaded from it."""
+    path = Path(tempfile.gettempdir()) / f"minitf-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise MinitfError(f"{path} belongs to others: set MINITF_CACHE to a directory of your own")
+    return path
 
 
 def flush(path: Path) -> None:

@@ -1,6 +1,8 @@
 """CPU threads: how many this process may use, and how many PyTorch does."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,3 +43,14 @@ def set_threads(wanted: int = 0, group: ProcessGroup = SINGLE) -> bool:
     elif not from_environment:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     return bool(wanted or from_environment)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """PyTorch on one thread inside."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

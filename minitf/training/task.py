@@ -53,9 +53,9 @@ class Task(ABC):
     tokenizer: Tokenizer
     description: str
 
-    def __init__(self, data: DataConfig) -> None:
+    def __init__(self, data: DataConfig, recorded: str = "") -> None:
         self.data = data
-        self.fingerprint = fingerprint(data)
+        self.fingerprint = recorded or fingerprint(data)
 
     @abstractmethod
     def batches(self, context_length: int, batch_size: int, seed: int) -> BatchSource:
@@ -120,8 +120,8 @@ class Task(ABC):
 class TextTask(Task):
     """Continues text."""
 
-    def __init__(self, data: DataConfig, text: TokenizedText) -> None:
-        super().__init__(data)
+    def __init__(self, data: DataConfig, text: TokenizedText, recorded: str = "") -> None:
+        super().__init__(data, recorded)
         self.text, self.tokenizer, self.description = text, text.tokenizer, text.description
         self.document_end = self.tokenizer.end_id if data.document_mask else None
 
@@ -180,8 +180,8 @@ class TextTask(Task):
 class PairsTask(Task):
     """Turns one text into another."""
 
-    def __init__(self, data: DataConfig, pairs: TokenizedPairs) -> None:
-        super().__init__(data)
+    def __init__(self, data: DataConfig, pairs: TokenizedPairs, recorded: str = "") -> None:
+        super().__init__(data, recorded)
         self.pairs, self.tokenizer, self.description = pairs, pairs.tokenizer, pairs.description
         self._notes: list[str] = []
 
@@ -265,9 +265,11 @@ class PairsTask(Task):
         return find_aligning_heads(model, self.tokenizer, self.pairs.val, self.chosen(NUM_ALIGNED))
 
 
-def open_task(data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None = None) -> Task:
-    """The task that `data` describes, with its data prepared; `tokenizer_from` as in `prepare`."""
+def open_task(
+    data: DataConfig, tokenizer: TokenizerConfig, tokenizer_from: Tokenizer | None = None, recorded: str = ""
+) -> Task:
+    """The task that `data` describes, with its data prepared; `tokenizer_from` and `recorded` as in `prepare`."""
     if data.kind == "pairs":
         own = tokenizer_from.for_pairs() if tokenizer_from else None
-        return PairsTask(data, prepare_pairs(data, tokenizer, own))
-    return TextTask(data, prepare(data, tokenizer, tokenizer_from))
+        return PairsTask(data, prepare_pairs(data, tokenizer, own, recorded=recorded), recorded)
+    return TextTask(data, prepare(data, tokenizer, tokenizer_from, recorded=recorded), recorded)

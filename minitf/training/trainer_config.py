@@ -43,7 +43,7 @@ class TrainerConfig:
         if self.strategy not in STRATEGIES:
             raise RequestError(f"trainer.strategy={self.strategy} must be one of {', '.join(STRATEGIES)}")
         if self.max_minutes is not None and not 0 < self.max_minutes < 1e6:
-            raise RequestError(f"trainer.max_minutes={self.max_minutes} must be above 0")
+            raise RequestError(f"trainer.max_minutes={self.max_minutes} must be a number above 0 and below 1,000,000")
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"trainer.max_steps={self.max_steps} must be at least 1")
         least = {"batch_size": 1, "grad_accumulation": 1, "keep_checkpoints": 1, "eval_tokens": 1, "sample_tokens": 0}

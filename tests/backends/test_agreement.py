@@ -11,7 +11,8 @@ from minitf.backends import Backend, Reference, custom_module, substitute
 from minitf.backends.agreement import Case, differences, disagreement
 from minitf.backends.autotune import select
 from minitf.backends.compile import Compile
-from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.cpu.kernels import CpuKernels
+from minitf.backends.cpu.muon import CpuMuon
 from minitf.backends.sdpa import Sdpa, SdpaAttention
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer
@@ -77,24 +78,22 @@ def test_the_verdict_leaves_no_trace() -> None:
     ],
 )
 def test_a_broken_kernel_is_not_used(function: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import minitf.backends.cpu.blocks as blocks
-
     case = case_of()
     usable(CpuKernels(), case)
-    original = getattr(blocks, function)
+    original = getattr(CpuKernels, function)
 
     def broken(*arguments: Any) -> Any:
         found = original(*arguments)
         return tuple(part * 1.001 for part in found) if isinstance(found, tuple) else found * 1.001
 
-    monkeypatch.setattr(blocks, function, broken)
+    monkeypatch.setattr(CpuKernels, function, broken)
     assert str(disagreement(CpuKernels(), case)).startswith(f"{part} differs by 0.")
 
 
 def test_a_kernel_that_gives_no_number_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of()
     usable(CpuKernels(), case)
-    monkeypatch.setattr("minitf.backends.cpu.blocks.swiglu", lambda x: x[..., ::2] * torch.nan)
+    monkeypatch.setattr(CpuKernels, "swiglu", lambda self, x: x[..., ::2] * torch.nan)
     assert disagreement(CpuKernels(), case) == "the output of a block is not finite"
 
 
@@ -102,7 +101,7 @@ def test_a_broken_update_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(BF16)
     usable(CpuKernels(), case)
     monkeypatch.setattr(
-        "minitf.backends.cpu.muon.muon_move", lambda weights, updates, decay, rate: [w.mul_(decay) for w in weights]
+        CpuMuon, "move_weights", lambda self, weights, updates, decay, rate: [w.mul_(decay) for w in weights]
     )
     assert "the update of self_attn." in str(disagreement(CpuKernels(), case))
 
@@ -169,7 +168,7 @@ class Clock:
 
     def measure(self, warm: bool) -> float:
         names = {type(part).__name__ for part in self.model.modules()}
-        self.tried.append("cpu" if "CpuBlock" in names else "compile" if "CompiledBlock" in names else "reference")
+        self.tried.append("cpu" if "FusedBlock" in names else "compile" if "CompiledBlock" in names else "reference")
         return self.seconds[self.tried[-1]] * (5 if len(self.tried) - 1 in self.busy else 1)
 
     def select(self, wanted: str, left_s: float = 1e9, **disagreeing: str) -> Any:

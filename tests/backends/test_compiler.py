@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minitf.backends.cpu import build, compiler
-from minitf.backends.cpu.compiler import CLibrary, LoadOnce
+from minitf.backends.cpu.compiler import CLibrary
 from minitf.errors import Unavailable
 from minitf.system import cpuinfo
 
@@ -101,22 +101,14 @@ while not Path("pid").exists() or not Path("pid").read_text():
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
-def test_failures_are_cached_too(library: CLibrary) -> None:
-    attempts: list[int] = []
-
-    @LoadOnce
-    def load(number: int) -> None:  # type: ignore[arg-type]
-        attempts.append(number)
-        raise Unavailable(f"no library {number}")
-
-    for _ in range(2):
-        with pytest.raises(Unavailable, match="no library 3"):
-            load(3)
-    assert attempts == [3]
-    load.cache_clear()
-    with pytest.raises(Unavailable, match="no library 3"):
-        load(3)
-    assert attempts == [3, 3]
+def test_a_failure_is_not_repeated(library: CLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.sources[0].write_text("oops\n")
+    with pytest.raises(Unavailable, match="error") as first:
+        library.load()
+    monkeypatch.setattr(compiler, "_Compilation", no_compiler)
+    with pytest.raises(Unavailable) as second:
+        library.load()
+    assert str(first.value) == str(second.value)
 
 
 @pytest.mark.parametrize(("flags", "kernels"), [({"avx512_bf16"}, "bf16"), (set(), "fp32")])

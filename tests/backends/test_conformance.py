@@ -1,7 +1,6 @@
 """Every set of kernels computes the outputs and gradients of plain PyTorch, as exactly as its dtype allows."""
 
 import ctypes
-import re
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +13,8 @@ from helpers import relative_error as off
 from torch import Tensor
 
 from minitf.attention import Attention, AttentionContext, Linear, visible_keys
-from minitf.backends.cpu import bindings, build
-from minitf.backends.cpu.blocks import segment_starts
+from minitf.backends.cpu import bindings
+from minitf.backends.cpu.kernels import CpuKernels, segment_starts
 from minitf.loss import IGNORED
 from minitf.model import FeedForward
 from minitf.rope import rotary_table, rotate
@@ -29,7 +28,7 @@ def test_rms_norm(shape: tuple[int, int], adding: bool, kernels: Kernels) -> Non
         norm.weight.copy_(1 + 0.1 * random(shape[1], seed=1))
     x, added, dtotal, dnormed = (random(*shape, seed=seed).to(kernels.dtype) for seed in range(2, 6))
     x.requires_grad_(), added.requires_grad_()
-    total, normed = kernels.rms_norm(norm, x, added if adding else None)
+    total, normed = kernels.fused.rms_norm(norm, x, added if adding else None)
     torch.autograd.backward([total, normed], [dtotal, dnormed])
 
     exact = (x + added if adding else x).detach().double().requires_grad_()
@@ -50,7 +49,7 @@ def test_swiglu(rows: int, width: int, kernels: Kernels) -> None:
         x[0, 0] = 80.0  # where a careless sigmoid overflows
         x[-1, width - 1] = -1e30
     dy = random(rows, width, seed=1).to(kernels.dtype)
-    y = kernels.swiglu(x)
+    y = kernels.fused.swiglu(x)
     y.backward(dy)
     exact = x.detach().double().requires_grad_()
     gate, up = exact.chunk(2, dim=-1)
@@ -77,7 +76,7 @@ def test_linear_layers_of_one_input(N: int, C: int, rows: tuple[int, ...], kerne
         x.grad = None
         for layer in layers:
             layer.zero_grad()
-        y = kernels.linear(x, layers)
+        y = kernels.fused.linear(x, *layers)
         y.backward(dy)
         assert off(y, exact @ weight.T) < kernels.tolerance(0.004)
         assert off(x.grad, dy.double() @ weight) < kernels.tolerance(0.004)  # type: ignore[arg-type]
@@ -103,7 +102,7 @@ def test_feed_forward(N: int, D: int, width: int, adding: bool, bf16_kernels: Ke
         torch.set_num_threads(num_threads)
         z.grad = x.grad = None
         mlp.zero_grad()
-        y = bf16_kernels.feed_forward(mlp, z, x if adding else None)
+        y = bf16_kernels.fused.feed_forward(mlp, z, x if adding else None)
         y.backward(dy)
         assert off(y, expected) < 0.004
         assert off(z.grad, exact[0].grad) < 0.008  # type: ignore[arg-type]
@@ -226,6 +225,17 @@ def test_segment_starts_equal_the_mask() -> None:
     assert torch.equal(visible_keys(40, 40, segments_BT.device, segments_BT), by_start)
 
 
+def test_segment_starts_are_those_of_the_pass_they_are_for() -> None:
+    kernels, rotary_2TK = CpuKernels(), rotary_table(8, 40, 1e4)
+    for segments_BT in (segments(3, 40), segments(3, 40).flip(0)):
+        context = AttentionContext(rotary_2TK, torch.float32, segments_BT)
+        starts_BT = kernels.visible(context)
+        assert starts_BT is not None
+        assert torch.equal(starts_BT, segment_starts(segments_BT))
+        assert kernels.visible(context) is starts_BT
+    assert kernels.visible(AttentionContext(rotary_2TK, torch.float32)) is None
+
+
 # -- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -249,18 +259,16 @@ def test_the_loss_and_its_gradient(V: int, kernels: Kernels) -> None:
 def test_products_are_added_to_a_gradient(N: int, R: int, C: int, kernels: Kernels) -> None:
     dy, x, to = random(N, R).to(kernels.dtype), random(N, C, seed=1).to(kernels.dtype), random(R, C, seed=2)
     expected = to.double() + dy.double().T @ x.double()
-    kernels.add_product(dy, x, to)
+    kernels.fused.add_product(dy, x, to)
     assert off(to, expected) < (1e-6 if kernels.in_c else kernels.tolerance(0.004))
 
 
 def test_a_target_outside_the_vocabulary_gives_nan(kernels: Kernels) -> None:
-    if not kernels.in_c:
-        not_applicable("Triton's kernel does not check targets")
     logits, scales = random(2, 5).to(kernels.dtype), torch.ones(2)
     for target in (-1, 5, 1_000_000):
         loss, gradient = kernels.chunk_loss(logits, torch.tensor([2, target]), scales)
         assert loss.isnan()
-        assert not gradient[1].any()
+        assert not gradient[1].any() or not kernels.in_c
 
 
 def test_nan_shows_in_the_loss_and_in_its_gradient(kernels: Kernels) -> None:
@@ -284,7 +292,7 @@ def test_tokens_that_are_ruled_out_cost_nothing(kernels: Kernels) -> None:
 
 def test_second_derivatives_are_refused(kernels: Kernels) -> None:
     x = random(4, 8).to(kernels.dtype).requires_grad_()
-    (gradient,) = torch.autograd.grad((kernels.swiglu(x) ** 2).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad((kernels.fused.swiglu(x) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()  # type: ignore[no-untyped-call]
 
@@ -303,22 +311,22 @@ def test_results_are_the_same_bits_with_any_number_of_threads(kernels: Kernels) 
         x = random(500, 8).to(kernels.dtype).requires_grad_()
         mixed = kernels.attend(attention, qkv, rotary_table(32, 80, 1e4))
         mixed.backward(random(3, 80, 128, seed=1).to(kernels.dtype))
-        kernels.rms_norm(norm, x, None)[1].backward(random(500, 8, seed=2).to(kernels.dtype))  # type: ignore[no-untyped-call]
+        kernels.fused.rms_norm(norm, x, None)[1].backward(random(500, 8, seed=2).to(kernels.dtype))  # type: ignore[no-untyped-call]
         weights = [attention.q_norm.weight.grad.clone(), norm.weight.grad.clone()]  # type: ignore[union-attr, operator]
         outcomes.append([mixed.detach(), qkv.grad, *weights])
     for outcome in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcome, outcomes[0], strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", bindings.ARGUMENTS, ids=str)
-def test_python_and_c_agree_on_the_arguments(dtype: torch.dtype) -> None:
-    """A wrong number of arguments would read memory at random. This needs no processor that runs them."""
-    files = build.KERNELS[bindings.PRECISIONS[dtype]]
-    source = "".join((build.SOURCES / name).read_text(encoding="utf-8") for name in files)
-    kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int64, "float": ctypes.c_float}
-    found = {}
-    for name, parameters in re.findall(r"^void (\w+)\(([^)]*)\) {", source, re.MULTILINE):
-        words = [parameter.replace("const ", "").split() for parameter in parameters.split(",")]
-        found[name] = [ctypes.c_void_p if "*" in last else kinds[first] for first, *_, last in words]
-    for name, types in bindings.ARGUMENTS[dtype].items():
-        assert [t if t in kinds.values() else ctypes.c_void_p for t in types] == found[name], name
+def test_the_types_of_arguments_are_those_of_the_sources() -> None:
+    source = (
+        "static void a(int b) {\n}\n/* c */\nvoid muon_move(int64_t N, float *const *weights,\n    float rate) {\n}\n"
+    )
+    assert bindings.argument_types(source) == {"muon_move": [ctypes.c_int64, ctypes.c_void_p, ctypes.c_float]}
+
+
+def test_a_wrong_number_of_arguments_is_refused(kernels: Kernels) -> None:
+    if not kernels.in_c:
+        not_applicable("Triton's functions are Python's")
+    with pytest.raises(TypeError):
+        bindings.call("swiglu_forward", kernels.dtype, 1, 1)

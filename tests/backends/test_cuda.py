@@ -12,7 +12,7 @@ from helpers import train_here
 from torch import Tensor
 
 from minitf.backends import Backend, Reference
-from minitf.backends.cuda.triton_blocks import TritonKernels
+from minitf.backends.cuda.triton_kernels import TritonKernels
 from minitf.data.batches import Batches
 from minitf.model import ModelConfig, Transformer
 from minitf.optim import OptimConfig, Optimizer

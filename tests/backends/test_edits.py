@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import SHAPE, make_text, not_applicable
 
-from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.cpu.kernels import CpuKernels
 from minitf.model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parents[2]

@@ -1,5 +1,6 @@
 """The hashes of the core: an edit of what a file says shows, an edit of how it looks does not."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from minitf.backends import source
 from minitf.backends.autotune import backends
-from minitf.backends.cuda.triton_blocks import TritonKernels
+from minitf.backends.cuda.triton_kernels import TritonKernels
 from minitf.model import ModelConfig, Transformer
 
 
@@ -100,15 +101,19 @@ def test_functions_and_constants_are_followed_across_modules() -> None:
     assert "loss.chunk_loss" not in source.reached(["model.Block"])
 
 
-def test_indentation_counts_and_formatted_strings_are_one_token() -> None:
-    def words(text: str) -> list[str]:
-        return [token for _, token in source.tokens(text)]
+def test_nesting_counts_and_formatted_strings_are_text() -> None:
+    def content(text: str) -> str:
+        return source.content(ast.parse(text).body, text)
 
-    assert words("if a:\n    b\nc\n") != words("if a:\n    b\n    c\n")
-    assert words('x = f"{a}  # {b!r:>{c}}"\n') == ["x", "=", 'f"{a}  # {b!r:>{c}}"', "NEWLINE"]
-    assert words('def f():\n    """What."""\n    return "text"\n') == [
-        *("def", "f", "(", ")", ":", "NEWLINE", "INDENT", "NEWLINE", "return", '"text"', "NEWLINE", "DEDENT")
-    ]
+    assert content("if a:\n    b\nc\n") != content("if a:\n    b\n    c\n")
+    assert (
+        content('x = f"{a}  # {b!r:>{c}}"\n')
+        == """[Assign(targets=[Name(id='x', ctx=Store())], value=f"{a}  # {b!r:>{c}}")]"""
+    )
+    assert content('def f():\n    """What."""\n    return 1, 2\n') == content(
+        "def f():\n    'How.'\n    return (1,\n 2)\n"
+    )
+    assert content("x = 1") != content("x = 1.0") != content("x = True")
 
 
 def test_checkpoints_of_another_core_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from minitf.attention import AttentionRecord
 from minitf.backends import Reference
 from minitf.backends.cpu import bindings
-from minitf.backends.cpu.blocks import CpuKernels
+from minitf.backends.cpu.kernels import CpuKernels
 from minitf.errors import Unavailable
 from minitf.loss import IGNORED
 from minitf.model import ModelConfig, Transformer
@@ -69,7 +69,7 @@ def test_losses_and_gradients_are_those_of_plain_pytorch(
     loss, exact = gradients_of(model, packed, length)
     model.compute_dtype = kernels.dtype
     plain_loss, plain = gradients_of(model, packed, length)
-    kernels.install(model)
+    kernels.fused.install(model)
     found_loss, found = gradients_of(model, packed, length)
     assert found_loss == pytest.approx(loss, rel=kernels.tolerance(0.003))
     assert plain_loss == pytest.approx(loss, rel=kernels.tolerance(0.003))
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_those_of_plain_pytorch(
 
 @pytest.mark.backends
 def test_triton_kernels_in_bfloat16_differ_by_rounding_alone() -> None:
-    from minitf.backends.cuda.triton_blocks import TritonKernels
+    from minitf.backends.cuda.triton_kernels import TritonKernels
 
     if not pytest.importorskip("triton").knobs.runtime.interpret:
         not_applicable("on a CUDA device test_cuda.py tests the compiled kernels")
@@ -100,7 +100,7 @@ def test_nan_in_a_weight_shows_in_the_loss(place: str, kernels: Kernels) -> None
     if place == "k_norm" and not kernels.in_c:
         not_applicable("PyTorch's attention on a processor takes a query without any finite score for a masked one")
     model = model_of()
-    kernels.install(model)
+    kernels.fused.install(model)
     with torch.no_grad():
         if place == "embedding":
             model.model.embed_tokens.weight[49] = float("nan")  # type: ignore[index, union-attr]
@@ -189,7 +189,7 @@ def test_a_run_resumes_with_them(
     def missing(dtype: torch.dtype) -> None:
         raise Unavailable("no gcc found")
 
-    monkeypatch.setattr("minitf.backends.cpu.blocks.library", missing)
+    monkeypatch.setattr("minitf.backends.cpu.kernels.library", missing)
     assert not train_here("resume=moved", "trainer.compile=auto")  # on another machine it resumes without, and says so
     assert "backend reference instead of cpu" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import yaml
 from helpers import assert_one_line, train_here
 
 from minitf.config.compose import compose_config
+from minitf.config.overrides import own_text
 from minitf.config.presets import CONF, GROUPS
 from minitf.config.schema import load_config, written_values
+from minitf.data.config import DataConfig
+from minitf.data.sources.files import find_files
 
 
 @pytest.fixture
@@ -219,6 +223,12 @@ def test_a_primary_config_may_set_the_directory_of_the_run(presets: Path, tiny: 
         (["-m", "trainer.max_steps=5,0"], ["trainer.max_steps=0"]),
         (["-m", "model=nano,nanno"], ["model=nanno: no such option", "did you mean nano?"]),
         (["-m", "model=nano,null"], ["model=null: no such option"]),
+        (["seed=1,2"], ["several values of a key are a sweep, which needs -m"]),
+        (["-m", "seed=interval(1,2)"], ["seed=interval(1,2): a sweep takes values", "seed=0.1,0.2"]),
+        (["-m", "seed=1,2", "hydra/launcher=jblib"], ["hydra/launcher=jblib: no such option"]),
+        (["-m", "seed=1,2", "hydra/launcher=absent"], ["others come with packages", "'minitf[sweep]'"]),
+        (["trainer.max_minutes=inf"], ["trainer.max_minutes=inf must be a number above 0 and below"]),
+        (["attention.probes=['cost ${price}']"], ["write \\${ for the characters themselves"]),
         (["hydra.output_subdir=x"], ["hydra.output_subdir has no effect"]),
         (["data=text", "data.files=[absent.txt]"], ["absent.txt"]),
     ],
@@ -256,3 +266,54 @@ def test_the_error_of_a_run_is_its_own_and_not_hydras(
 
 def test_every_group_is_one_of_conf() -> None:
     assert sorted(GROUPS) == sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+NAMES = [
+    "book (1).txt", "Hello, World.txt", "Alice's.txt", "日本.txt", "[x].txt", "~draft.txt", '"q".txt', "a\\.txt",
+    "a=b.txt", "null", "${x}.txt", "#a.txt", "1.5", " a .txt", "{a}.txt", "a:b.txt", "é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_suggested_command_can_be_pasted(workdir: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    Path(name).write_text("words " * 100)
+    if "=" not in name:
+        assert train_here(f"./{name}") == 2
+        suggested = capsys.readouterr().err.split("for your own text: ")[1]
+    else:
+        suggested = own_text(f"./{name}")
+    config = compose_config([*shlex.split(suggested)])
+    assert [path.name for path in find_files(config.data.files).paths] == [name]
+    located = config.data.located()
+    assert find_files(located.files).paths == [workdir / name]
+
+
+@pytest.mark.parametrize("name", ["book (1).txt", "Alice's.txt", "{a}.txt"])
+def test_a_name_that_cannot_be_read_is_shown_in_quotes(
+    workdir: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert train_here("data=text", f"data.files=[a.txt, {name}]") == 2
+    err = capsys.readouterr().err
+    assert_one_line(err, "cannot be read; values with spaces and signs stand in quotes, as in ")
+    (word,) = shlex.split(err.split("as in ")[1])
+    assert compose_config(["data=text", word]).data.files == ["a.txt", name]
+
+
+def test_letters_beyond_ascii_need_no_quotes(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(capsys, "data=text", "data.files=[日本.txt, b é.txt,'x 日']", "name=日本", "--cfg", "job")
+    assert yaml.safe_load(shown)["data"]["files"] == ["日本.txt", "b é.txt", "x 日"]
+    assert yaml.safe_load(shown)["name"] == "日本"
+
+
+def test_entries_of_files_are_found_from_any_directory(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = workdir / "[a]"
+    (place / "sub").mkdir(parents=True)
+    for name in ("one.txt", "two.txt", "sub/three.txt"):
+        (place / name).write_text(name)
+    monkeypatch.chdir(place)
+    config = DataConfig(source="files", files=["*.txt", "./sub", "one.txt"], cache_dir="cache")
+    found = find_files(config.files).paths
+    located = config.located()
+    monkeypatch.chdir(workdir)
+    assert find_files(located.files).paths == [place / path for path in found]
+    assert located.cache_dir == str(place / "cache")

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from minitf.config.compose import compose_config
+from minitf.config.overrides import quoted
 from minitf.config.presets import AUTO, all_keys
 from minitf.config.schema import changed_settings, flat, load_config, resolve_size, save_config
 from minitf.errors import MinitfError, RequestError
@@ -109,7 +110,7 @@ def test_a_damaged_config_file_is_named(tmp_path: Path, content: str) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("line", ["name: ${oc.env:HOME}", "name: !!python/object:os.system x", "a: &a 1", "b: *a"])
+@pytest.mark.parametrize("line", ["seed: ${oc.env:HOME}", "name: !!python/object:os.system x", "a: &a 1", "b: *a"])
 def test_a_config_file_holds_plain_values_only(tmp_path: Path, line: str) -> None:
     (tmp_path / "config.yaml").write_text(f"{OLD}{line}\n")
     with pytest.raises(MinitfError, match=r"config\.yaml"):
@@ -135,3 +136,15 @@ def test_runs_are_compared_by_the_settings_that_differ_from_the_defaults() -> No
     assert any(key.startswith("model.") for key in found)
     assert set(found) < set(flat(config)) | {"data"}
     assert changed_settings(compose_config(["trainer.max_steps=4"])) == {"data": "kjv", "trainer.max_steps": 4}
+
+
+@pytest.mark.parametrize(
+    "text", ["cost ${price} now", "\\${x", "${oc.env:HOME}", "a\\\\${b}", "日本 'x' \"y\"", "~[x]"]
+)
+def test_text_in_a_config_is_text(tmp_path: Path, text: str) -> None:
+    config = compose_config([f"attention.probes=[{quoted(text)}]", "model=nano"])
+    assert config.attention.probes == [text]
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml").attention.probes == [text]
+    changed = load_config(tmp_path / "config.yaml", [f"data.probes=[{quoted(text)},b]"])
+    assert (changed.attention.probes, changed.data.probes) == ([text], [text, "b"])

@@ -1,13 +1,20 @@
 """Batches of text: nothing lost, nothing twice, the same again after a restart."""
 
+import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import train_here
 
-from minitf.data.batches import IGNORED, Batches, evenly_spaced, held_out_batches
+from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.data.batches import IGNORED, Batches, document_segments, evenly_spaced, held_out_batches
 from minitf.errors import RequestError
+from minitf.evaluate import evaluate, evaluate_checkpoint, held_out_part
+from minitf.model import Transformer
 
 
 @pytest.mark.parametrize(
@@ -102,3 +109,54 @@ def test_max_tokens_takes_evenly_spaced_windows() -> None:
     assert sum(len(inputs_BT) for inputs_BT, *_ in held_out_batches(tokens, 16, 4, max_tokens=1)) == 1
     with pytest.raises(RequestError, match="too few"):
         list(held_out_batches(tokens[:1], 16, 4))
+
+
+def documents(*lengths: int) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+    """Random documents of these lengths, each ended by token 0."""
+    ids = np.random.default_rng(0)
+    return np.concatenate([[*ids.integers(1, 50, length - 1), 0] for length in lengths]).astype(np.uint16)
+
+
+def test_segments_number_the_documents_of_each_row() -> None:
+    inputs_BT = torch.tensor([[5, 6, 0, 7, 8, 9, 0, 1], [0, 0, 3, 3, 3, 3, 3, 0]])
+    segments_BT = document_segments(inputs_BT, 0)
+    assert segments_BT is not None
+    assert segments_BT.tolist() == [[1, 1, 1, 2, 2, 2, 2, 3], [1, 2, 3, 3, 3, 3, 3, 3]]
+    assert document_segments(inputs_BT, None) is None
+    tokens = documents(*[9] * 40)
+    assert Batches(tokens, 16, 4, seed=0).batch(0).segments_BT is None
+    batch = Batches(tokens, 16, 4, seed=0, document_end=0).batch(0)
+    assert batch.segments_BT is not None
+    assert torch.equal(batch.segments_BT, document_segments(batch.inputs_BT, 0))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_document_is_predicted_as_if_it_were_alone(make_model: Callable[..., Transformer]) -> None:
+    model, lengths = make_model(), [9, 4, 1, 12]
+    tokens = documents(*lengths)
+    targets = np.append(tokens[1:], np.uint16(7))
+    ids_BT, targets_BT = (torch.from_numpy(values.astype(np.int64))[None] for values in (tokens, targets))
+    together = float(model.loss(ids_BT, targets_BT, document_segments(ids_BT, 0))) * len(tokens)
+    ends = np.cumsum(lengths)
+    alone = sum(
+        float(model.loss(ids_BT[:, end - length : end], targets_BT[:, end - length : end])) * length
+        for end, length in zip(ends, lengths, strict=True)
+    )
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert together != pytest.approx(float(model.loss(ids_BT, targets_BT)) * len(tokens), rel=1e-3)
+    found = evaluate(model.loss, np.append(tokens, np.uint16(7)), 99, 26, 3, model.device, document_end=0)
+    assert found.loss == pytest.approx(alone / len(tokens), rel=1e-5)
+
+
+def test_a_checkpoint_is_evaluated_as_it_was_trained(workdir: Path, tiny: list[str]) -> None:
+    masked, own = ["data.document_mask=true", "run_dir=masked"], [w for w in tiny if not w.startswith("data")]
+    rows = "".join(json.dumps({"text": f"The cat sat on mat {number}."}) + "\n" for number in range(80))
+    (workdir / "text.jsonl").write_text(rows, encoding="utf-8")
+    assert train_here("data=text", "data.files=[text.jsonl]", *own, *masked, "trainer.eval_tokens=100000") == 0
+    last = [json.loads(line) for line in Path("masked/metrics.jsonl").read_text().splitlines()][-1]
+    checkpoint = load_checkpoint("masked")
+    assert checkpoint.document_mask
+    tokens, num_bytes = held_out_part(checkpoint)
+    assert evaluate_checkpoint(checkpoint, tokens, num_bytes).loss == pytest.approx(last["loss"], rel=1e-4)
+    del checkpoint.state["data"]["document_mask"]
+    assert evaluate_checkpoint(checkpoint, tokens, num_bytes).loss != pytest.approx(last["loss"], rel=1e-4)

@@ -98,7 +98,7 @@ def test_interrupted_pairs_resume_to_the_same_files(tmp_path: Path, monkeypatch:
         "kind": "pairs", "source": "files", "files": [str(tmp_path / "a.jsonl")], "bad_rows": "skip",
     }  # fmt: skip
     whole = prepare_pairs(DataConfig(cache_dir=str(tmp_path / "a"), **settings), BPE, log=lambda _: None)
-    assert "13 bad rows left out" in whole.description
+    assert "; left out: 13 bad rows" in whole.description
     data = DataConfig(cache_dir=str(tmp_path / "b"), **settings)
     encode, groups = tokenized_pairs.encode_pairs, iter(range(100))
 

@@ -25,8 +25,11 @@ def write(path: Path, column: str = "text") -> Path:
 
         pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(TEXTS))), column: TEXTS}), path)
         return path
-    if kind == "jsonl":
-        content = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(TEXTS))
+    rows = [{"id": i, column: text} for i, text in enumerate(TEXTS)]
+    if kind == "json":
+        content = json.dumps(rows, indent=2)
+    elif kind in ("jsonl", "ndjson"):
+        content = "".join(json.dumps(row) + "\n" for row in rows)
     else:
         import io
 
@@ -53,7 +56,10 @@ def read(config: DataConfig) -> tuple[list[str], list[str]]:
     return parts[0], parts[1]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.zst", "A.JSONL"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.json.gz", "a.csv.zst", "A.JSONL"],
+)
 def test_a_row_of_a_table_is_a_document(tmp_path: Path, name: str) -> None:
     config = DataConfig(source="files", files=[str(write(tmp_path / name.lower()).rename(tmp_path / name))])
     train, val = read(config)
@@ -67,8 +73,9 @@ def test_folders_globs_and_files_together(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("a plain text")
     (tmp_path / "d.log").write_text("not asked for")
     (tmp_path / "e.tar.gz").write_bytes(b"nor this")
-    train, val = read(DataConfig(source="files", files=[str(tmp_path)]))
-    assert sorted([*train, *val]) == sorted([*KEPT, *KEPT, "a plain text"])
+    corpus = open_text(DataConfig(source="files", files=[str(tmp_path)]))
+    assert sorted(item.text for item in corpus) == sorted([*KEPT, *KEPT, "a plain text"])
+    assert corpus.summary.endswith("; left out: 2 empty rows, 2 other files")
     train, val = read(DataConfig(source="files", files=[f"{tmp_path}/a.*"], max_documents=5))
     assert [*train, *val] == KEPT[:5]
 
@@ -101,7 +108,7 @@ def test_the_text_column_can_be_chosen(tmp_path: Path) -> None:
     named = DataConfig(source="files", files=[str(file)], text_column="body")
     assert read(named)[1] == [KEPT[9]]
     assert fingerprint(named) != fingerprint(DataConfig(source="files", files=[str(file)]))
-    with pytest.raises(RequestError, match=r"row 1: no column 'text', only id, body; set data\.text_column"):
+    with pytest.raises(RequestError, match=r"line 1: no column 'text', only id, body; set data\.text_column"):
         read(DataConfig(source="files", files=[str(file)]))
     with pytest.raises(RequestError, match="id holds int"):
         read(DataConfig(source="files", files=[str(file)], text_column="id"))
@@ -109,10 +116,11 @@ def test_the_text_column_can_be_chosen(tmp_path: Path) -> None:
         read(DataConfig(source="files", files=[str(write(tmp_path / "a.parquet", column="body"))]))
 
 
-def test_short_and_long_rows_of_a_table_are_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('id,text\n1\n2,"two ""quoted""\nlines",more\n\n3,three\n')
-    train, val = read(DataConfig(source="files", files=[str(tmp_path / "a.csv")]))
-    assert [*train, *val] == ['two "quoted"\nlines', "three"]
+def test_quoted_lines_and_empty_lines_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,\n2,"two ""quoted""\nlines"\n\n3,three\n')
+    corpus = open_text(DataConfig(source="files", files=[str(tmp_path / "a.csv")]))
+    assert sorted(item.text for item in corpus) == ["three", 'two "quoted"\nlines']
+    assert corpus.summary.endswith("; left out: 1 empty row")
 
 
 def test_parquet_with_invalid_utf8_is_refused(tmp_path: Path) -> None:
@@ -126,15 +134,39 @@ def test_parquet_with_invalid_utf8_is_refused(tmp_path: Path) -> None:
         read(DataConfig(source="files", files=[str(path)]))
 
 
+def test_bad_rows_of_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text,label\none,1\nHello, world,2\nonly text\n"Yes" he said,3\n\xff,4\ntwo,5\n,6\n')
+    corpus = open_text(DataConfig(source="files", files=[str(path)], bad_rows="skip"))
+    for _ in range(2):
+        assert [item.text for item in corpus] == ["one", "two"]
+        assert corpus.summary.endswith("; left out: 4 bad rows, 1 empty row")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"row 2: not JSON \("),
-        ("a.jsonl", b'"a"\n', "row 1: not a JSON object"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "row 2: text holds half a surrogate pair"),
-        ("a.csv", b'text\n"a\n', "unexpected end"),
-        ("a.csv", b'"a\nb",c\n1,2\n', "row 3: no column 'text', only a b, c; set"),
-        ("a.csv", b"text\n\xff\xfe\n", "row 2: invalid UTF-8 at byte 0 of the line"),
+        ("a.csv", b"text\nHello, world\n", "line 2: 2 columns, the header has 1"),
+        ("a.csv", b"text,label\na,1\nonly text\n", "line 3: 1 column, the header has 2"),
+        ("a.tsv", b"text\tlabel\na\t1\nonly text\n", "line 3: 1 column, the header has 2"),
+        ("a.csv", b"text,text\na,b\n", "line 1: several columns are called 'text'"),
+        ("a.csv", b'text\n"a\nb\n', "line 2: a field whose quotation marks do not match, up to line 3"),
+        (
+            "a.csv",
+            b'text\n"a" b\n',
+            "line 2: ',' expected after '\"'; inside a quoted field each",
+        ),
+        ("a.tsv", b'text\tx\n"a" b\tc\n', "line 2: .* expected after"),
+        ("a.csv", b"text\na\rb\n", "line 2: new-line character seen in unquoted field"),
+        ("a.json", b'[{"text": "a"}, 3]', "row 2: not a JSON object"),
+        ("a.json", b'{\n"text": "a"}', "line 1: not JSON .*; write one object a line, or one array of objects"),
+        ("a.jsonl", b'{"text": Infinity}\n', "line 1: text holds float, not text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2: not JSON \("),
+        ("a.jsonl", b'"a"\n', "line 1: not a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: text holds half a surrogate pair"),
+        ("a.csv", b'text\n"a\n', "unexpected end of data"),
+        ("a.csv", b'"a\nb",c\n1,2\n', "line 3: no column 'text', only a b, c; set"),
+        ("a.csv", b"text\n\xff\xfe\n", "line 2: invalid UTF-8 at byte 0 of the line"),
         ("a.parquet", b"no", "cannot be read as parquet"),
         ("a.jsonl.gz", b"no", "damaged"),
         ("a.jsonl", b'{"text": "a"}\n', "1 documents with text are too few"),

@@ -46,7 +46,7 @@ def test_empty_documents_are_skipped(tmp_path: Path, name: str) -> None:
     path = write_empty(tmp_path / name)
     with path.open("a") as file:
         for number in range(20):
-            file.write('{"text": "some text"}\n' if name == "a.jsonl" else f"{number},some text\n")
+            file.write(f'{{"text": "text {number:04}"}}\n' if name == "a.jsonl" else f"{number},text {number:04}\n")
     found = prepare(config(path, cache_dir=str(tmp_path / "cache")), TokenizerConfig(kind="byte"), log=lambda _: None)
     assert (found.train_bytes, found.val_bytes) == (18 * 9, 2 * 9)
 

@@ -326,4 +326,4 @@ def test_hub_pairs_resume_and_count_bad_rows_once(tmp_path: Path, monkeypatch: p
         pairs = open_pairs(config)
         seen += ResumableIterator(pairs.read, json.loads(json.dumps(reader.state)))
         assert seen == whole
-        assert pairs.bad_rows.num_skipped == 10
+        assert pairs.left_out.rows == {"bad": 10}

@@ -102,7 +102,9 @@ def test_packed_rows_are_nearly_full() -> None:
 
 
 def test_long_pairs_are_reported_and_dropped_or_truncated(tmp_path: Path) -> None:
-    rows = [("short", "one"), ("s" * 10, "c" * 60), ("p" * 80, "c")] * 10
+    rows = [(f"{text}{i}", completion) for i in range(10) for text, completion in (
+        ("shor", "one"), ("s" * 9, "c" * 60), ("p" * 79, "c"),
+    )]  # fmt: skip
     pairs = prepare_pairs(data_of(tmp_path, rows), BYTE, log=quiet).train
     lengths, report = fit(pairs, 32, "drop")
     assert set(lengths.tolist()) == {0, len("short") + len("one") + 2}
@@ -187,7 +189,7 @@ def test_a_given_tokenizer_is_used_for_pairs(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_marks_in_a_text_are_plain_text(tmp_path: Path) -> None:
-    rows = [("<|source|> a <|target|>", "b <|endoftext|>")] * 20
+    rows = [(f"<|source|> {i} <|target|>", "b <|endoftext|>") for i in range(20)]
     found = prepare_pairs(data_of(tmp_path, rows), BYTE, log=quiet)
     assert found.train.texts(0, found.tokenizer)[0]
     ids, prompt_length = found.train.pair(0)

@@ -90,7 +90,7 @@ def test_quotes_newlines_and_tabs_are_kept(tmp_path: Path) -> None:
         ({"source": "s", "target": "t"}, "s", "t", "source -> target"),
         ({"id": 3, "question": "q", "answer": 42}, "q", "42", "question -> answer"),
         ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n1 2", "3", "instruction and input -> output"),
-        ({"instruction": "Sing.", "input": "", "output": "La"}, "Sing.", "La", "instruction and input -> output"),
+        ({"instruction": "Sing.", "input": "", "output": "La"}, "Sing.", "La", "instruction -> output"),
         ({"translation": {"en": "cat", "fr": "chat"}}, "cat", "chat", "translation, en -> fr"),
         (
             {
@@ -117,25 +117,53 @@ def test_usual_columns_are_recognised(
 ) -> None:
     corpus = open_pairs(config_of(write_json(tmp_path / "a.jsonl", [row, row])))
     assert [pair.texts for pair in corpus] == [(prompt, completion)] * 2
-    assert f"({said})" in corpus.description
+    assert corpus.summary.endswith(said + ("; not used: id" if "id" in row else ""))
+
+
+def test_columns_are_decided_for_each_row(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Say hello.", "output": "Hello!"},
+        {"instruction": "Translate.", "input": "cat", "output": "chat", "id": 7},
+        {"instruction": "Sing.", "input": float("nan"), "output": "La"},
+        {"question": "Who did it?", "context": "Ann did it.", "answer": "Ann", "input": ""},
+        {"translation": {"en": "dog", "fr": "chien"}},
+        {"translation": {"fr": "chat", "en": "cat"}},
+    ]
+    pairs = [
+        ("Say hello.", "Hello!"), ("Translate.\ncat", "chat"), ("Sing.", "La"), ("Who did it?\nAnn did it.", "Ann"),
+        ("dog", "chien"), ("cat", "chat"),
+    ]  # fmt: skip
+    said = (
+        "instruction -> output, instruction and input -> output, question and context -> answer, "
+        "translation, en -> fr; not used: id"
+    )
+    corpus = open_pairs(config_of(write_json(tmp_path / "a.jsonl", rows)))
+    assert [pair.texts for pair in corpus] == pairs
+    assert corpus.summary.endswith(said)
+    hub = DataConfig(kind="pairs", source="hub", hub_path="json", files=[str(tmp_path / "a.jsonl")])
+    assert [pair.texts for pair in open_pairs(hub)] == pairs
 
 
 def test_the_columns_can_be_chosen(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.jsonl", [{"prompt": "no", "old": "thou", "new": "you", "completion": "no"}] * 2)
     assert read(path, prompt_column="old", completion_column="new")[0].texts == ("thou", "you")
-    with pytest.raises(RequestError, match=r"has no column 'older' \(data\.prompt_column\); it has: prompt, old, new"):
+    with pytest.raises(RequestError, match=r"no column 'older' \(data\.prompt_column\), only prompt, old, new"):
         read(path, prompt_column="older")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": " ", "completion": "x"}', "row 2: prompt is empty"),
-        ('{"prompt": "x"}', "row 2: completion is missing"),
-        ('{"prompt": "x", "completion": ["y"]}', "row 2: completion holds list, not text"),
-        ('{"prompt": "x"', "row 2: not JSON"),
-        ("[1]", "row 2: not a JSON object"),
-        ('{"prompt": "x\\udc00", "completion": "y"}', "row 2: prompt holds half a surrogate pair"),
+        ('{"prompt": " ", "completion": "x"}', "line 2: prompt is empty"),
+        ('{"prompt": "x"}', "line 2: completion is missing"),
+        ('{"prompt": "x", "completion": NaN}', "line 2: completion is missing"),
+        ('{"prompt": null, "completion": "y"}', "line 2: prompt is missing"),
+        ('{"prompt": "x", "completion": -Infinity}', "line 2: completion is -inf, which is no value"),
+        ('{"prompt": "x", "completion": true}', "line 2: completion holds bool, not text"),
+        ('{"prompt": "x", "completion": ["y"]}', "line 2: completion holds list, not text"),
+        ('{"prompt": "x"', "line 2: not JSON"),
+        ("[1]", "line 2: not a JSON object"),
+        ('{"prompt": "x\\udc00", "completion": "y"}', "line 2: prompt holds half a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named_or_left_out(tmp_path: Path, line: str, message: str) -> None:
@@ -145,28 +173,51 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, line: str, message: str)
     with pytest.raises(RequestError, match=message):
         read(path)
     corpus = open_pairs(config_of(path, bad_rows="skip"))
-    assert len(list(corpus)) == 2
-    assert corpus.bad_rows.num_skipped == 1
-    assert len(list(corpus)) == 2
-    assert corpus.bad_rows.num_skipped == 1
+    for _ in range(2):
+        assert len(list(corpus)) == 2
+        assert corpus.left_out.rows == {"bad": 1}
+
+
+def test_a_missing_number_of_a_parquet_file_is_a_bad_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"prompt": ["a", "b", "c"], "completion": pyarrow.array([1.0, float("nan"), None])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(RequestError, match="row 2: completion is missing"):
+        read(tmp_path / "a.parquet")
+    assert [pair.texts for pair in read(tmp_path / "a.parquet", bad_rows="skip")] == [("a", "1.0")]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_stray_quotation_mark_is_refused_with_its_line(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / {",": "a.csv", "\t": "a.tsv"}[delimiter]
+    path.write_text('prompt,completion\na,b\nc,"d\ne,f\ng,h\n'.replace(",", delimiter))
+    for bad_rows in ("error", "skip"):  # which rows are whole is unknown: they are not left out either
+        with pytest.raises(RequestError, match="line 3: a field whose quotation marks do not match, up to line 5"):
+            read(path, bad_rows=bad_rows)
+    path.write_text('prompt,completion\n"Yes" he said,"Oui" dit-il\nb,c\n'.replace(",", delimiter))
+    with pytest.raises(RequestError, match=r"line 2: .* expected after"):
+        read(path)
+    assert [pair.texts for pair in read(path, bad_rows="skip")] == [("b", "c")]
 
 
 def test_invalid_utf8_is_reported_with_its_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("prompt,completion\na,b\ncafé,d\n".encode("latin-1"))
-    with pytest.raises(RequestError, match=r"row 3: invalid UTF-8 at byte 3 of the line"):
+    with pytest.raises(RequestError, match=r"line 3: invalid UTF-8 at byte 3 of the line"):
         read(path)
     path.write_bytes(b"prompt,completion\na,b,c\n")
-    with pytest.raises(RequestError, match=r"row 2: 3 columns, the header has 2"):
+    with pytest.raises(RequestError, match=r"line 2: 3 columns, the header has 2"):
         read(path)
 
 
 def test_invalid_utf8_inside_a_quoted_field_makes_its_row_bad(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(b'prompt,completion\na,b\n"c\n\xff\nc",d\n' + b"e,f\n" * 20)
-    with pytest.raises(RequestError, match="row 5: invalid UTF-8 at byte 0 of the line"):
+    path.write_bytes(b'prompt,completion\na,b\n"c\n\xff\nc",d\n' + b"".join(b"e,%d\n" % i for i in range(20)))
+    with pytest.raises(RequestError, match="line 4: invalid UTF-8 at byte 0 of the line"):
         read(path)
-    assert [pair.texts for pair in read(path, bad_rows="skip")] == [("a", "b")] + [("e", "f")] * 20
+    assert [pair.texts for pair in read(path, bad_rows="skip")] == [("a", "b"), *(("e", str(i)) for i in range(20))]
 
 
 def test_files_without_pairs_are_refused(tmp_path: Path) -> None:
@@ -184,6 +235,13 @@ def test_files_without_pairs_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "d.jsonl", [{"a": "1", "b": "2"}])
     with pytest.raises(RequestError, match=r"none of its columns .*\(a, b\); set data\.prompt_column"):
         read(tmp_path / "d.jsonl")
+
+
+def test_a_pair_that_is_trained_on_is_not_held_out_too(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i % 15}", "completion": "x"} for i in range(30)]
+    pairs = read(write_json(tmp_path / "a.jsonl", rows))
+    assert [pair.texts[0] for pair in pairs if pair.held_out] == ["9", "9"]
+    assert len(pairs) == 30
 
 
 def test_a_hub_data_set_of_pairs(tmp_path: Path) -> None:

@@ -149,6 +149,36 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
     assert split_of(files_config(many, max_documents=3))[0] == "00\n01\n"
 
 
+def test_what_is_hidden_in_a_folder_is_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md", ".ipynb_checkpoints/a-checkpoint.txt", ".git/x/description.txt", "sub/.c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "._a.txt").write_bytes(b"\0\5\26\7\0Mac OS X")
+    corpus = open_text(files_config(tmp_path))
+    assert [item.text for item in corpus] == ["text of a.txt", "text of b.md"]
+    assert corpus.summary == "2 files, 0.5 of them held out; left out: 4 hidden files"
+    named = open_text(files_config(tmp_path / ".git/x", tmp_path / "sub/.c.txt"))
+    assert text_of(named) == "text of .git/x/description.txttext of sub/.c.txt"
+
+
+def test_a_file_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(name)
+    Path("link.txt").symlink_to("a.txt")
+    entries = ["a.txt", "./a.txt", str(tmp_path / "a.txt"), "link.txt", "*.txt", "."]
+    assert text_of(open_text(files_config(*entries))) == "a.txtb.txt"
+
+
+def test_a_text_that_is_trained_on_is_not_held_out_too(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02}.txt").write_text(f"text {number % 15}\n")
+    corpus = open_text(files_config(tmp_path))
+    assert text_of(corpus.val) == "text 9\n" * 2
+    assert len(list(corpus)) == 30
+    assert "every tenth held out, 3 repeated ones where the first is" in corpus.description
+
+
 def test_newlines_are_kept_and_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n\xef\xbb\xbf")
     assert "".join(split_of(files_config(tmp_path / "a.txt"))) == "one\r\ntwo\rthree\n\ufeff"
@@ -205,7 +235,7 @@ def test_local_json_lines_through_the_hub_loader(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"no column 'texts'.*text, label"):
         open_text(config)
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "x.jsonl")], text_column="label")
-    with pytest.raises(RequestError, match=r"column label holds int; set data\.text_column"):
+    with pytest.raises(RequestError, match=r"row 1: label holds int, not text; set data\.text_column"):
         list(open_text(config).train)
     (tmp_path / "y.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
     config = DataConfig(source="hub", hub_path="json", files=[str(tmp_path / "y.jsonl")])
@@ -272,6 +302,15 @@ def test_presets_fit_the_config() -> None:
         else:
             data = OmegaConf.to_object(composed)
             assert data.probes or data.kind == "pairs", path
+
+
+def test_a_renamed_file_is_the_same_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    before = fingerprint(files_config(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").rename(tmp_path / "b.md")
+    assert fingerprint(files_config(tmp_path / "b.md")) == before
+    (tmp_path / "b.md").rename(tmp_path / "b.json")  # read as a table
+    assert fingerprint(files_config(tmp_path / "b.json")) != before
 
 
 def test_the_fingerprint_depends_only_on_the_text(tmp_path: Path) -> None:

@@ -117,22 +117,22 @@ def test_a_cache_hit_loads_no_source_and_prints_nothing(tmp_path: Path) -> None:
 def test_settings_that_change_the_ids_change_the_cache_key(tmp_path: Path) -> None:
     data = text_config(tmp_path, sample_text(3000))
     keys = [
-        cache_key(data, BYTE, None),
-        cache_key(data, TokenizerConfig(vocab_size=300), None),
-        cache_key(data, TokenizerConfig(vocab_size=301), None),
-        cache_key(text_config(tmp_path, sample_text(3001)), BYTE, None),
-        cache_key(text_config(tmp_path, sample_text(3000), val_fraction=0.2), BYTE, None),
+        cache_key(fingerprint(data), BYTE, None),
+        cache_key(fingerprint(data), TokenizerConfig(vocab_size=300), None),
+        cache_key(fingerprint(data), TokenizerConfig(vocab_size=301), None),
+        cache_key(fingerprint(text_config(tmp_path, sample_text(3001))), BYTE, None),
+        cache_key(fingerprint(text_config(tmp_path, sample_text(3000), val_fraction=0.2)), BYTE, None),
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == cache_key(
-        text_config(tmp_path, sample_text(3000)), TokenizerConfig(kind="byte", vocab_size=9), None
+        fingerprint(text_config(tmp_path, sample_text(3000))), TokenizerConfig(kind="byte", vocab_size=9), None
     )
 
 
 def test_cache_keys_are_those_of_earlier_versions() -> None:
     pairs = DataConfig(kind="pairs", source="addition", num_pairs=1000, val_fraction=0.2)
-    assert cache_key(pairs, TokenizerConfig(vocab_size=500), None) == "0f8bf4adbb95af532132"
-    assert cache_key(pairs, BYTE, None) == "9e943829d8c361a63186"
+    assert cache_key(fingerprint(pairs), TokenizerConfig(vocab_size=500), None) == "0f8bf4adbb95af532132"
+    assert cache_key(fingerprint(pairs), BYTE, None) == "9e943829d8c361a63186"
     streamed = DataConfig(source="hub", hub_path="a/b", shuffle_buffer=10, streaming=True)
     assert fingerprint(streamed) == "5f8e34834ad06bbc6a5d0373137cc1e1d03e6ce8f16e25735dca03d2a51729fc"
 

@@ -13,7 +13,7 @@ from minitf.attention import Attention, AttentionRecord
 from minitf.backends.cpu import decode_bindings
 from minitf.backends.cpu.decoding import MAX_PREFILL, CpuEngine, ThreadChoice
 from minitf.backends.cuda.decoding import GraphEngine
-from minitf.backends.engine import DecodingEngine, TokenFuture, TorchEngine
+from minitf.backends.engine import TokenFuture, TorchEngine
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.decoder import Decoder, choose_engine
 from minitf.model import ModelConfig, Transformer
@@ -32,7 +32,7 @@ def random_model(**shape: int | bool | float) -> Transformer:
     return model
 
 
-def logits_token_by_token(engine: DecodingEngine, ids_BT: Tensor, num_prompt: int) -> Tensor:
+def logits_token_by_token(engine: TorchEngine, ids_BT: Tensor, num_prompt: int) -> Tensor:
     """Logits_BTV after the prompt and after each token that follows it."""
     steps = [engine.prefill(ids_BT[:, :num_prompt].tolist())]
     steps += [engine.decode(ids_B) for ids_B in ids_BT[:, num_prompt:].unbind(1)]
@@ -57,7 +57,7 @@ SHAPES = [
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("shape", "batch_size"), list(itertools.product(SHAPES, (1, 2, 5, 9))))
 @torch.no_grad()
-def test_an_engine_computes_the_model(engine: type[DecodingEngine], shape: dict[str, int], batch_size: int) -> None:
+def test_an_engine_computes_the_model(engine: type[TorchEngine], shape: dict[str, int], batch_size: int) -> None:
     model = random_model(**shape)
     ids_BT = torch.randint(VOCABULARY, (batch_size, CONTEXT))
     found = logits_token_by_token(engine(model, batch_size, CONTEXT), ids_BT, 7)
@@ -66,7 +66,7 @@ def test_an_engine_computes_the_model(engine: type[DecodingEngine], shape: dict[
 
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.no_grad()
-def test_texts_of_unequal_lengths_decode_as_each_alone(engine: type[DecodingEngine]) -> None:
+def test_texts_of_unequal_lengths_decode_as_each_alone(engine: type[TorchEngine]) -> None:
     model = random_model()
     texts = [torch.randint(VOCABULARY, (length,)).tolist() for length in (3, 9, 1)]
     decoding = engine(model, 3, CONTEXT)
@@ -82,7 +82,7 @@ def test_texts_of_unequal_lengths_decode_as_each_alone(engine: type[DecodingEngi
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("lengths", [(7,), (4, 4), (4, 9), (1, 2, 3)])
 @torch.no_grad()
-def test_a_prefilled_text_fills_consecutive_rows(engine: type[DecodingEngine], lengths: tuple[int, ...]) -> None:
+def test_a_prefilled_text_fills_consecutive_rows(engine: type[TorchEngine], lengths: tuple[int, ...]) -> None:
     model = random_model()
     texts = [torch.randint(VOCABULARY, (length,)).tolist() for length in lengths]
     decoding, next_B = engine(model, 6, CONTEXT), torch.randint(VOCABULARY, (6,))
@@ -95,7 +95,7 @@ def test_a_prefilled_text_fills_consecutive_rows(engine: type[DecodingEngine], l
 
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.no_grad()
-def test_a_reordered_row_continues_another_text(engine: type[DecodingEngine]) -> None:
+def test_a_reordered_row_continues_another_text(engine: type[TorchEngine]) -> None:
     model = random_model()
     texts = [torch.randint(VOCABULARY, (length,)).tolist() for length in (5, 3, 8)]
     decoding = engine(model, 3, CONTEXT)
@@ -108,7 +108,7 @@ def test_a_reordered_row_continues_another_text(engine: type[DecodingEngine]) ->
 
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.no_grad()
-def test_a_second_prefill_starts_from_an_empty_cache(engine: type[DecodingEngine]) -> None:
+def test_a_second_prefill_starts_from_an_empty_cache(engine: type[TorchEngine]) -> None:
     model = random_model()
     ids_BT = torch.randint(VOCABULARY, (2, 12))
     decoding = engine(model, 2, CONTEXT)
@@ -119,7 +119,7 @@ def test_a_second_prefill_starts_from_an_empty_cache(engine: type[DecodingEngine
 
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.no_grad()
-def test_captured_weights_are_those_of_the_model(engine: type[DecodingEngine]) -> None:
+def test_captured_weights_are_those_of_the_model(engine: type[TorchEngine]) -> None:
     model, decoding = random_model(), engine(random_model(), 2, CONTEXT)
     ids_BT = torch.randint(VOCABULARY, (2, 9))
     expected = recorded_weights(model, ids_BT)
@@ -159,8 +159,7 @@ def test_any_number_of_threads_gives_the_same_bits(batch_size: int) -> None:
     for num_threads in (1, 2, 3, 7):
         engine = CpuEngine(model, batch_size, CONTEXT)
         engine.threads = ThreadChoice(num_threads)
-        engine.threads.TRIALS = 0
-        engine.threads.fastest_s[num_threads] = 0.0
+        engine.threads.trials = [num_threads] * CONTEXT
         found.append(logits_token_by_token(engine, ids_BT, 4))
     for logits in found[1:]:
         torch.testing.assert_close(logits, found[0], rtol=0, atol=0)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import recorded_weights
+from helpers import assert_one_line, recorded_weights
 from torch import Tensor
 
+import minitf
 from minitf.cli.generate import main
 from minitf.errors import RequestError, run_command
 from minitf.generate import GenerationRequest, Options, generate, generate_text, stream_text
@@ -398,7 +399,7 @@ def test_num_samples_explain_and_stop_flags(trained_run: Path, capsys: pytest.Ca
 def test_interactive_replies_to_every_line(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The cat\nA dog, a bird\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The cat\nA dog\xff\r\nA dog, a bird\r\n")))
     assert command("--run", str(trained_run), "--max-tokens", "3", "--interactive", "--temperature", "0") == 0
     out = capsys.readouterr().out
     assert out.startswith("The cat")
@@ -463,3 +464,27 @@ def test_the_script_writes_only_text_to_stdout(trained_run: Path) -> None:
     failed = subprocess.run([*script, "x", "--top-p", "7"], capture_output=True, text=True, timeout=60)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "minitf: --top-p 7.0 must be above 0 and at most 1\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["x", "--interactive"], "a prompt and --interactive do not go together"),
+        (["x", "--file", "in.txt", "--out", "out.txt"], "a prompt and --file do not go together"),
+        (["--interactive", "--file", "in.txt", "--out", "out.txt"], "--interactive and --file do not go together"),
+        (["--file", "in.txt", "--out", "out.txt", "--num-samples", "2"], "--num-samples does not go with --file"),
+        (["x", "--length-penalty", "2"], "--length-penalty has an effect with --beam only"),
+    ],
+)
+def test_an_argument_that_would_be_dropped_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert command(*arguments) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def test_one_stop_string_needs_no_tuple(trained_run: Path) -> None:
+    lm = minitf.load(trained_run)
+    whole = lm.generate("The cat", max_tokens=12, temperature=0)
+    assert isinstance(whole, str)
+    assert lm.generate("The cat", max_tokens=12, temperature=0, stop=whole[3:5]) == whole.partition(whole[3:5])[0]

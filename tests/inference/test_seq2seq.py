@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import train_here
 
+import minitf
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.cli.evaluate import main as evaluate_main
 from minitf.cli.generate import main as generate_main
@@ -137,7 +138,7 @@ def test_generate_answers(copying_run: Path, capsys: pytest.CaptureFixture[str])
 def test_generate_answers_lines_and_files(
     copying_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nxyz\ncc\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\nxyz\ncc\n")))
     assert generate_main(["--interactive", "--run", str(copying_run)]) == 0
     captured = capsys.readouterr()
     assert captured.out == "ab\ncc\n"
@@ -180,7 +181,14 @@ def test_evaluate_scores_held_out_answers(copying_run: Path, capsys: pytest.Capt
 
 
 def test_a_run_on_pairs_starts_from_a_run_on_text(trained_run: Path, workdir: Path) -> None:
-    (workdir / "pairs.jsonl").write_text('{"source": "The cat", "target": "sat"}\n' * 40, encoding="utf-8")
+<<<<<<< HEAD
+    (workdir / "pairs.jsonl").write_text(
+        "".join(f'{{"source": "The cat {i}", "target": "sat"}}\n' for i in range(40)), encoding="utf-8"
+    )
+=======
+    lines = (f'{{"source": "The cat {number}", "target": "sat"}}\n' for number in range(40))
+    (workdir / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+>>>>>>> inputs
     arguments = ["data=pairs", "data.files=[pairs.jsonl]", f"init_from={trained_run}", "trainer.batch_size=2"]
     small = ["trainer.max_steps=3", "trainer.eval_answers=2", "trainer.compile=false", "run_dir=run"]
     assert train_here(*arguments, *small) == 0
@@ -196,3 +204,9 @@ def test_a_run_on_pairs_starts_from_a_run_on_text(trained_run: Path, workdir: Pa
     assert train_here("resume=run", "trainer.max_steps=5") == 0
     assert train_here(*arguments[:2], "init_from=run", *small[:3], "run_dir=next") == 0
     assert load_checkpoint("next").tokenizer.vocab_size == after.tokenizer.vocab_size
+
+
+def test_spaces_around_a_source_are_left_out_as_in_training(copying_run: Path) -> None:
+    lm = minitf.load(copying_run)
+    assert lm.tokenizer.encode_prompt(" abc\n") == lm.tokenizer.encode_prompt("abc")
+    assert lm.answer(["  abc ", "abc"]) == ["abc", "abc"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from minitf.errors import RequestError
 from minitf.inference import seq2seq, translate_file
 from minitf.inference.seq2seq import AnswerOptions
 
@@ -87,3 +88,40 @@ def test_answers_of_other_work_are_not_reused(checkpoint: Checkpoint, tmp_path: 
     translate(checkpoint, tmp_path)
     assert answering.asked == [28]
     assert (tmp_path / "out.txt").read_text().splitlines()[0] == "a"
+
+
+def test_a_line_ends_with_a_newline_and_nothing_else(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """`str.splitlines` would also split at form feeds, U+0085 and U+2028. The model's alphabet is a to d."""
+    for text, lines in {"ab\ncd": 2, "ab\r\ncd\r\n": 2, "\n\nab\n": 3, "": 0}.items():
+        (tmp_path / "in.txt").write_bytes(text.encode())
+        translate(checkpoint, tmp_path)
+        assert (tmp_path / "out.txt").read_bytes().count(b"\n") == lines
+    assert translate_file._lines_of(write(tmp_path, "a\u2028b\x0cc\x85d\re\r\nf")) == ["a\u2028b\x0cc\x85d\re", "f"]
+
+
+def write(directory: Path, text: str) -> Path:
+    (directory / "lines.txt").write_bytes(text.encode())
+    return directory / "lines.txt"
+
+
+@pytest.mark.parametrize("target", ["in.txt", "link.txt", "folder/../in.txt"])
+def test_the_file_of_sources_is_never_replaced(checkpoint: Checkpoint, tmp_path: Path, target: str) -> None:
+    write_lines(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.txt").symlink_to("in.txt")
+    before = (tmp_path / "in.txt").read_bytes()
+    with pytest.raises(RequestError, match="is the file that --file names"):
+        translate_file.translate_file(checkpoint, tmp_path / "in.txt", tmp_path / target, AnswerOptions())
+    assert (tmp_path / "in.txt").read_bytes() == before
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_any_answer(
+    checkpoint: Checkpoint, tmp_path: Path, answering: Interrupting
+) -> None:
+    write_lines(tmp_path)
+    with pytest.raises(RequestError, match="is a directory; name a file"):
+        translate_file.translate_file(checkpoint, tmp_path / "in.txt", tmp_path, AnswerOptions())
+    (tmp_path / "in.csv").write_text("source\nab\n")
+    with pytest.raises(RequestError, match="a table; give a text with one source a line"):
+        translate_file.translate_file(checkpoint, tmp_path / "in.csv", tmp_path / "out.txt", AnswerOptions())
+    assert answering.asked == []

@@ -71,7 +71,8 @@ def text_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
 def pairs_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """The same on pairs."""
     root = tmp_path_factory.mktemp("readme_pairs")
-    (root / "pairs.jsonl").write_text('{"prompt": "The cat", "completion": "sat"}\n' * 40, encoding="utf-8")
+    lines = (f'{{"prompt": "The cat {number}", "completion": "sat"}}\n' for number in range(40))
+    (root / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
     own = [word for word in tiny if not word.startswith("data")]
     changes = ["model.context_length=128", "trainer.max_steps=2", f"run_dir={root / 'run'}"]
     assert train_here("data=pairs", f"data.files=[{root / 'pairs.jsonl'}]", *own, *changes) == 0

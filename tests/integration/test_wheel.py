@@ -6,12 +6,15 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from minitf.config.presets import COMMANDS as PRESETS
+
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "generate", "evaluate", "attention", "export", "benchmark")
+COMMANDS = ("train", "generate", "evaluate", "attention", "export", "benchmark", "completion")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,14 @@ def run(installed: Path, place: Path, *commands: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
+def run_module(installed: Path, place: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """`python -m minitf.COMMAND`, with minitf from the unpacked wheel."""
+    return subprocess.run(
+        [sys.executable, "-m", *shlex.split(f"minitf.{command}")], cwd=place,
+        env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_every_console_command_prints_its_help(installed: Path, workdir: Path) -> None:
     done = run(installed, workdir, *(f"{command} --help" for command in COMMANDS))
@@ -62,6 +73,23 @@ def test_every_console_command_prints_its_help(installed: Path, workdir: Path) -
         assert f"minitf-{command}" in done.stdout or command == "train"
     assert "trainer.max_steps" in done.stdout
     assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_a_module_with_a_help(installed: Path, workdir: Path, command: str) -> None:
+    done = run_module(installed, workdir, f"{command} --help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage" in done.stdout.lower() or "trainer.max_steps" in done.stdout
+    assert list(workdir.iterdir()) == []
+
+
+def test_every_script_is_a_command(installed: Path) -> None:
+    development = {"fuzz", "crash_test"}
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} - development < set(COMMANDS) == set(PRESETS)
+    for command in COMMANDS:
+        name = installed / "minitf" / command
+        assert name.with_suffix(".py").is_file() or (name / "__main__.py").is_file()
 
 
 @pytest.mark.slow
@@ -75,6 +103,13 @@ def test_a_model_is_trained_and_used_in_an_empty_folder(installed: Path, workdir
     assert used.returncode == 0, used.stderr
     assert used.stdout.startswith("And"), used.stderr
     assert "<canvas" in (workdir / "look.html").read_text() or (workdir / "look.html").stat().st_size > 50_000
+    commands = ["evaluate --json --max-tokens 200", "completion bash", "attention 'And God' --json"]
+    if find_spec("gguf"):
+        commands.append("export --out model.gguf")
+    for command in commands:
+        used = run_module(installed, workdir, command)
+        assert used.returncode == 0, used.stderr
+    assert not find_spec("gguf") or (workdir / "model.gguf").stat().st_size > 1000
     wrong = run(installed, workdir, "train model=huge")
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1

@@ -359,7 +359,7 @@ def test_a_checkpoint_cannot_name_files_outside_itself(make_save: Callable[..., 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("name: ${oc.env:HOME}", "is an interpolation"),
+        ("seed: ${oc.env:HOME}", "could not be converted to Integer"),
         ("name: !!python/object/apply:os.system [true]", "no plain value"),
         ("name: &a [x, x]\nseed: *a", "no plain value"),
         ("data:\n  _target_: os.system", "_target_"),

@@ -67,7 +67,7 @@ def test_time_limit_decides_the_number_of_steps(
 
 def test_likely_mistakes_are_warned_of(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b", "c"):
-        (workdir / f"{name}.txt").write_text("A few words. " * 30, encoding="utf-8")
+        (workdir / f"{name}.txt").write_text(f"{name.upper()} few words. " * 30, encoding="utf-8")
     settings = [word for word in tiny if not word.startswith(("data.files", "model.context"))]
     files = "data.files=[a.txt,b.txt,c.txt]"
     assert train_here(*settings, files, "model.context_length=512", "trainer.dry_run=true") == 0

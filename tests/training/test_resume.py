@@ -92,6 +92,24 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(workdir: Path, tiny: list[str])
     assert steps == list(range(1, step + 3))
 
 
+@pytest.mark.slow
+def test_timed_run_repeats_all_steps_that_it_had_logged_before_it_was_killed(workdir: Path, tiny: list[str]) -> None:
+    """Whatever the clock said then and says now: its plans were saved before they took effect."""
+    limits = ["trainer.max_steps=null", "trainer.max_minutes=0.1", "trainer.save_every=40", "trainer.eval_every=0"]
+    command = [sys.executable, "-m", "minitf.train", *tiny, *limits, "model.dropout=0.1", "run_dir=run"]
+    with subprocess.Popen([*command, "optim.schedule=cosine"], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (Path("run/metrics.jsonl").exists() and len(rows("run")) > 130):
+            time.sleep(0.02)
+        process.kill()
+    logged = {row["step"]: (row["loss"], row["lr"]) for row in rows("run", "train")}
+    decided = json.loads(Path("run/decisions.json").read_text())["plans"]
+    assert len(logged) > 120
+    assert train_here("resume=run") == 0
+    again = {row["step"]: (row["loss"], row["lr"]) for row in rows("run", "train")}
+    assert {step: again[step] for step in logged} == logged
+    assert json.loads(Path("run/decisions.json").read_text())["plans"][: len(decided)] == decided
+
+
 def test_complete_run_is_resumed_only_with_a_later_end(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,3 +238,58 @@ def test_resuming_uses_the_token_cache(workdir: Path, tiny: list[str]) -> None:
     assert len(list(cache.iterdir())) == 1
     assert train_here("resume=run", "trainer.max_steps=9") == 0
     assert len(list(cache.iterdir())) == 1
+
+
+def test_a_text_may_move_if_it_stays_the_same(
+    workdir: Path, tiny: list[str], text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.txt").write_text(text_file.read_text())
+    settings = [*tiny, "data.files=[own.txt]", "trainer.max_steps=2", "data.cache_dir=cache"]
+    assert train_here(*settings, "run_dir=a run") == 0
+    assert "train 'resume=a run' trainer.max_steps=4" in capsys.readouterr().err
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert train_here("resume=../a run", "trainer.max_steps=3") == 0  # found from another directory
+    monkeypatch.chdir(workdir)
+    Path("own.txt").rename("renamed.txt")
+    assert train_here("resume=a run", "trainer.max_steps=4") == 0  # by its prepared text
+    shutil.rmtree("cache")
+    assert train_here("resume=a run", "trainer.max_steps=5") == 2
+    assert_one_line(capsys.readouterr().err, "own.txt does not exist", "resume the run with data.files=[FILE]")
+    Path("other.txt").write_text("Other words. " * 200)
+    assert train_here("resume=a run", "trainer.max_steps=5", "data.files=[other.txt]") == 2
+    assert_one_line(capsys.readouterr().err, "the text of a run has changed since", "'init_from=\"a run\"'")
+    assert train_here("resume=a run", "trainer.max_steps=5", "data.files=[renamed.txt]") == 0
+    assert train_here("resume=a run", "trainer.max_steps=6") == 0  # the new name is kept
+    assert rows("a run", "train")[-1]["step"] == 6
+
+
+def test_a_copy_that_follows_links_is_resumed(workdir: Path, tiny: list[str]) -> None:
+    """As zip, `rsync -L`, cloud drives and Windows copy: `latest` and `best` become directories."""
+    assert train_here(*tiny, "run_dir=runs/a/one") == 0
+    shutil.copytree("runs/a/one", "runs/a/copy")  # follows links
+    assert not Path("runs/a/copy/checkpoints/latest").is_symlink()
+    assert train_here("resume=runs/a/copy", "trainer.max_steps=8") == 0
+    assert train_here("resume=runs/a/one", "trainer.max_steps=8") == 0
+    assert_same_run("runs/a/copy", "runs/a/one")
+    for name in ("latest", "best"):
+        link = Path("runs/a/copy/checkpoints", name)
+        assert link.is_symlink() or name == "best"
+    left = {path.name for path in Path("runs/a/copy/checkpoints").iterdir()}
+    assert left <= {"latest", "best"} | {path.name for path in Path("runs/a/copy/checkpoints").glob("step_*")}
+
+
+def test_a_copy_without_links_is_found_and_resumed(workdir: Path, tiny: list[str]) -> None:
+    assert train_here(*tiny, "run_dir=runs/a/one") == 0
+    for link in ("latest", "best"):
+        Path("runs/a/one/checkpoints", link).unlink()
+    assert load_checkpoint("latest").step == load_checkpoint("runs/a").step == 6
+    assert train_here("resume=runs/a/one", "trainer.max_steps=7") == 0
+    assert Path("runs/a/one/checkpoints/latest").is_symlink()
+
+
+def test_what_a_resumed_run_keeps_and_what_may_change_are_said_without_contradiction(
+    trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(f"resume={trained_run}", "trainer.batch_size=8") == 2
+    assert_one_line(capsys.readouterr().err, "trainer.* but trainer.batch_size and trainer.grad_accumulation")

@@ -8,11 +8,9 @@ import platform
 import secrets
 import shutil
 import subprocess
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec
 
 from minitf.errors import Unavailable
 from minitf.system import cpuinfo as processor
@@ -28,30 +26,6 @@ FLAGS = (
     "-ffp-contract=fast",
 )
 TIMEOUT_S = 60.0
-
-Arguments = ParamSpec("Arguments")
-
-
-class LoadOnce(Generic[Arguments]):
-    """Decorator like functools.cache that caches a failure too: Unavailable is raised again."""
-
-    def __init__(self, load: Callable[Arguments, ctypes.CDLL]) -> None:
-        self._load = load
-        self._outcomes: dict[tuple[Any, ...], ctypes.CDLL | Unavailable] = {}
-
-    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> ctypes.CDLL:
-        if args not in self._outcomes:
-            try:
-                self._outcomes[args] = self._load(*args, **kwargs)
-            except Unavailable as error:
-                self._outcomes[args] = error
-        outcome = self._outcomes[args]
-        if isinstance(outcome, Unavailable):
-            raise Unavailable(str(outcome))
-        return outcome
-
-    def cache_clear(self) -> None:
-        self._outcomes.clear()
 
 
 @dataclass(frozen=True)
@@ -71,15 +45,16 @@ class CLibrary:
         if not (command := self._command()):
             raise Unavailable(f"no {self.compiler or 'C compiler'} found")
         built = self._built(command)
-        try:
-            if library := _load(built):
-                return library
-            compilation = _ahead.pop(built, None) or _Compilation(command, built)
-            compilation.finish()
+        with suppress(OSError):  # missing or damaged
             return ctypes.CDLL(str(built))
-        except (Unavailable, OSError, subprocess.SubprocessError) as error:
-            reason = str(error).splitlines()[0]
-            raise Unavailable(f"{command[0]} did not compile {self.sources[0].name}: {reason}") from None
+        if built not in _failures:
+            try:
+                compilation = _ahead.pop(built, None) or _Compilation(command, built)
+                compilation.finish()
+                return ctypes.CDLL(str(built))
+            except (Unavailable, OSError, subprocess.SubprocessError) as error:
+                _failures[built] = str(error).splitlines()[0]
+        raise Unavailable(f"{command[0]} did not compile {self.sources[0].name}: {_failures[built]}")
 
     def compile_ahead(self) -> None:
         """Start a compiler in the background unless the library is cached; `load` waits for it and reports errors."""
@@ -139,10 +114,4 @@ class _Compilation:
 
 
 _ahead: dict[Path, _Compilation] = {}  # by the file they make
-
-
-def _load(built: Path) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(built))
-    except OSError:  # missing or damaged
-        return None
+_failures: dict[Path, str] = {}  # the reason why a file could not be made, which takes as long to find out again

@@ -1,47 +1,42 @@
 """decode.c as a Python function: compiled once for this machine, bound to a model's weights and a cache."""
 
 import ctypes
-from collections.abc import Mapping
+import functools
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from minitf.attention import KeyValueCache
 from minitf.backends.cpu import build
-from minitf.backends.cpu.compiler import LoadOnce
 from minitf.errors import Unavailable
-from minitf.model import Transformer
+from minitf.model import Block, Transformer
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+# The fields of `Layer` in decode.c, and the parameters of a block they point to.
+_WEIGHTS = {
+    "input_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "o": "self_attn.o_proj",
+    "post_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [
-        (name, _POINTER)
-        for name in ("input_norm", "q", "k", "v", "q_norm", "k_norm", "o", "post_norm", "gate", "up", "down")
-    ]
-
-
-# Parameters of a block, in the order of the fields of `Layer`.
-_LAYER_WEIGHTS = (
-    "input_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.q_norm.weight",
-    "self_attn.k_norm.weight",
-    "self_attn.o_proj.weight",
-    "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-)
+    _fields_ = [(name, _POINTER) for name in _WEIGHTS]
 
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *[(name, _INT) for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")],
-        *[(name, _INT) for name in ("intermediate_size", "vocab_size", "batch_size", "capacity", "num_positions")],
+        *[(name, _INT) for name in (*_SIZES, "vocab_size", "batch_size", "capacity", "num_positions")],
         ("norm_eps", ctypes.c_float),
         *[(name, _POINTER) for name in ("embedding", "final_norm", "vocabulary", "rotary", "keys", "values")],
         ("layers", ctypes.POINTER(_Layer)),
@@ -55,7 +50,7 @@ class _Step(ctypes.Structure):
     ]
 
 
-@LoadOnce
+@functools.cache
 def library() -> ctypes.CDLL:
     """decode.c as a library, compiled when first needed. Raises Unavailable."""
     found = build.decoding().load()
@@ -82,37 +77,22 @@ class DecodeFunction:
         self._cache = cache
         self._kept: list[Tensor] = []  # tensors that C holds pointers to
         self._scratch, self._num_threads = torch.empty(0), 0
-        weights, c = dict(model.named_parameters()), model.config
-        layers = [self._layer(weights, f"model.layers.{layer}.") for layer in range(c.num_layers)]
-        self._model = _Model(
-            num_layers=c.num_layers,
-            hidden_size=c.hidden_size,
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            intermediate_size=c.intermediate_size,
-            vocab_size=model.vocab_size,
-            batch_size=cache.keys.shape[1],
-            capacity=cache.capacity,
-            num_positions=model.rotary.shape[1],
-            norm_eps=c.rms_norm_eps,
-            embedding=self._pointer(weights["model.embed_tokens.weight"]),
-            final_norm=self._pointer(weights["model.norm.weight"]),
-            vocabulary=self._pointer(model.vocabulary_VD),
-            rotary=self._pointer(model.rotary),
-            keys=cache.keys.data_ptr(),
-            values=cache.values.data_ptr(),
-            layers=(_Layer * c.num_layers)(*layers),
-        )
+        c, core = model.config, cast("Any", model.model)
+        sizes = [getattr(c, name) for name in _SIZES]
+        sizes += [model.vocab_size, cache.keys.shape[1], cache.capacity, model.rotary.shape[1]]
+        tensors = [core.embed_tokens.weight, core.norm.weight, model.vocabulary_VD, model.rotary]
+        pointers = map(self._pointer, [*tensors, cache.keys, cache.values])
+        layers = (_Layer * c.num_layers)(*map(self._layer, core.layers))
+        self._model = _Model(*sizes, c.rms_norm_eps, *pointers, layers)
         self._step = _Step()
 
     def _pointer(self, tensor: Tensor) -> int:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1].data_ptr()
 
-    def _layer(self, weights: Mapping[str, Tensor], prefix: str) -> _Layer:
-        found = [weights.get(prefix + name) for name in _LAYER_WEIGHTS]
-        return _Layer(*[None if weight is None else self._pointer(weight) for weight in found])
+    def _layer(self, block: Block) -> _Layer:
+        weights = [getattr(block.get_submodule(name), "weight", None) for name in _WEIGHTS.values()]
+        return _Layer(*[None if weight is None else self._pointer(weight) for weight in weights])
 
     def __call__(self, ids_BT: Tensor, num_threads: int) -> Tensor:
         """Read ids_BT into the first B rows of the cache, whose length it advances; returns next-token logits_BV."""

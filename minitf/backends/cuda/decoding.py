@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minitf.attention import AttentionRecord, KeyValueCache
 from minitf.backends.agreement import OUTPUT_TOLERANCE, relative_error
+from minitf.backends.cuda.graph import record as record_graph
 from minitf.backends.engine import Step, TorchEngine
 from minitf.model import Transformer
 from minitf.system.hardware import compiled, compiler_missing
@@ -76,51 +77,29 @@ class GraphEngine(TorchEngine):
         self.ids_B = torch.zeros(batch_size, dtype=torch.long, device=model.device)
         self.starts_B = torch.zeros_like(self.ids_B)
         self.position_1 = torch.zeros(1, dtype=torch.long, device=model.device)
-        self.logits_BV: Tensor | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.step: Callable[..., Tensor] = fixed_step
+        self.captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         if model.device.type == "cuda":
-            if compiler_missing(model.device) is None:
-                self.step = compiled_step()
             self._capture()
 
     @staticmethod
     def unsupported(model: Transformer) -> str | None:
         return None if model.device.type == "cuda" else "CUDA graphs need a CUDA device"
 
-    def _run(self) -> Tensor:
+    def _run(self, step: Callable[..., Tensor]) -> Tensor:
         cache = self.cache
-        return self.step(self.cast_model, cache.keys, cache.values, self.ids_B, self.starts_B, self.position_1)
+        return step(self.cast_model, cache.keys, cache.values, self.ids_B, self.starts_B, self.position_1)
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Record the kernels of a step; the warm-up runs on a stream of its own, as capturing requires."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits_BV = self._run()
-        if self.step is not fixed_step and not self._agrees():
-            self.step = fixed_step
-            self._capture()
-
-    def _agrees(self) -> bool:
-        """Whether the compiled step computes what the model as written does."""
-        assert self.graph is not None
-        assert self.logits_BV is not None
-        self.graph.replay()
-        expected_BV = fixed_step(
-            self.cast_model, self.cache.keys, self.cache.values, self.ids_B, self.starts_B, self.position_1
-        )
-        error = relative_error(self.logits_BV, expected_BV)
-        if error <= OUTPUT_TOLERANCE[self.model.compute_dtype]:
-            return True
-        print(f"minitf: decoding without torch.compile, whose logits differ by {error:.1%}", file=sys.stderr)
-        return False
+        """Record a step: compiled, if it then computes what the model as written does."""
+        steps = [fixed_step] if compiler_missing(self.model.device) else [compiled_step(), fixed_step]
+        for step in steps:
+            self.captured = graph, logits_BV = record_graph(functools.partial(self._run, step))
+            graph.replay()
+            error = relative_error(logits_BV, self._run(fixed_step))
+            if step is fixed_step or error <= OUTPUT_TOLERANCE[self.model.compute_dtype]:
+                return
+            print(f"minitf: decoding without torch.compile, whose logits differ by {error:.1%}", file=sys.stderr)
 
     @torch.no_grad()
     def decode(self, ids_B: Tensor, record: list[AttentionRecord] | None = None) -> Tensor:
@@ -128,15 +107,16 @@ class GraphEngine(TorchEngine):
             return super().decode(ids_B, record)
         self.ids_B.copy_(ids_B)
         self.position_1.fill_(self.cache.length)
-        if self.cache.starts_B is not None:
-            self.starts_B.copy_(self.cache.starts_B)
-        else:
+        if self.cache.starts_B is None:
             self.starts_B.zero_()
+        else:
+            self.starts_B.copy_(self.cache.starts_B)
         self.cache.length += 1
-        if self.graph is None or self.logits_BV is None:
-            return self._run()
-        self.graph.replay()
-        return self.logits_BV.clone()
+        if self.captured is None:
+            return self._run(fixed_step)
+        graph, logits_BV = self.captured
+        graph.replay()
+        return logits_BV.clone()
 
     def run_ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The device computes the next step while the host reads the ids of this one: neither waits for the other."""

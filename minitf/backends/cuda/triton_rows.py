@@ -4,17 +4,15 @@ Each goes over its data once, computes in float32, and rounds once to the dtype 
 when it is first called, in a fraction of a second, and kept by Triton.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 ROWS_EACH = 32  # that one program of a backward pass goes over, summing up its part of a weight's gradient
 LOGITS = 4096  # of a row taken at a time
 
 
 @triton.jit
-def _rms_norm_forward(
+def rms_norm_forward(
     x, added, weight, total, normed, rstd, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_ADDED: tl.constexpr
 ):
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -32,7 +30,7 @@ def _rms_norm_forward(
 
 
 @triton.jit
-def _rms_norm_backward(
+def rms_norm_backward(
     total, weight, rstd, dnormed, dtotal, dx, parts, num_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, AT_ONCE: tl.constexpr, HAS_DTOTAL: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +54,7 @@ def _rms_norm_backward(
 
 
 @triton.jit
-def _swiglu_forward(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_forward(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = f < WIDTH
     gate = tl.load(x + row * 2 * WIDTH + f, mask=mask, other=0.0).to(tl.float32)
@@ -65,7 +63,7 @@ def _swiglu_forward(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(x, dy, dx, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_backward(x, dy, dx, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = f < WIDTH
     gates, ups = row * 2 * WIDTH + f, row * 2 * WIDTH + WIDTH + f
@@ -78,7 +76,7 @@ def _swiglu_backward(x, dy, dx, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _cross_entropy(logits, targets, scales, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy(logits, targets, scales, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits += row * VOCABULARY
     # The largest logit so far in every lane, and the sum of the exponentials relative to it: one exponential a logit
@@ -96,7 +94,8 @@ def _cross_entropy(logits, targets, scales, losses, VOCABULARY: tl.constexpr, BL
     total = tl.where(largest == float("-inf"), total * 0.0, total * tl.exp(largest - most))
     log_sum = most + tl.log(tl.sum(total, axis=0))
     scale, target = tl.load(scales + row), tl.load(targets + row)
-    wanted = tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32)
+    inside = (target >= 0) & (target < VOCABULARY)
+    wanted = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
     tl.store(losses + row, tl.where(scale != 0, (log_sum - wanted) * scale, 0.0))
     tl.debug_barrier()  # the wanted logit is read before its place is written
     for start in range(0, VOCABULARY, BLOCK):
@@ -111,56 +110,6 @@ def block_of(size: int) -> int:
     return int(triton.next_power_of_2(size))
 
 
-def rms_norm_forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`x + added` (or x), its norm, and what it was multiplied with, for each row; x is contiguous."""
-    width = x.shape[-1]
-    total = x if added is None else torch.empty_like(x)
-    normed, rstd = torch.empty_like(x), torch.empty(x.numel() // width, device=x.device)
-    arguments = (x, x if added is None else added, weight, total, normed, rstd, eps)
-    _rms_norm_forward[(len(rstd),)](*arguments, width, block_of(width), added is not None, num_warps=_warps(width))
-    return total, normed, rstd
-
-
-def rms_norm_backward(
-    total: Tensor, weight: Tensor, rstd: Tensor, dnormed: Tensor, dtotal: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x (and of what was added to it) and of the weight."""
-    width, dx = total.shape[-1], torch.empty_like(total)
-    parts = torch.empty(-(-len(rstd) // ROWS_EACH), width, device=total.device)
-    at_once = 4 if width <= 1024 else 1
-    _rms_norm_backward[(len(parts),)](
-        total, weight, rstd, dnormed, dnormed if dtotal is None else dtotal, dx, parts, len(rstd),
-        width, block_of(width), ROWS_EACH, at_once, dtotal is not None, num_warps=_warps(width * at_once),
-    )  # fmt: skip
-    return dx, parts.sum(0)
-
-
-def _warps(width: int) -> int:
+def warps_of(width: int) -> int:
+    """Groups of 32 threads for a row."""
     return min(16, max(1, block_of(width) // 256))
-
-
-def swiglu_forward(x: Tensor) -> Tensor:
-    """`silu(gate) * up`; each row of x holds the gates, then the ups."""
-    width = x.shape[-1] // 2
-    y = x.new_empty(*x.shape[:-1], width)
-    block = min(1024, block_of(width))
-    _swiglu_forward[(y.numel() // width, triton.cdiv(width, block))](x, y, width, block)
-    return y
-
-
-def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of x."""
-    width, dx = dy.shape[-1], torch.empty_like(x)
-    block = min(1024, block_of(width))
-    _swiglu_backward[(dy.numel() // width, triton.cdiv(width, block))](x, dy, dx, width, block)
-    return dx
-
-
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor, scales_N: Tensor) -> Tensor:
-    """Losses_N in nats, times `scales_N`; the gradient takes the logits' place. A target below 0 needs a scale of 0."""
-    (N, V), losses_N = logits_NV.shape, torch.empty(len(logits_NV), device=logits_NV.device)
-    block = min(LOGITS, block_of(V))
-    _cross_entropy[(N,)](
-        logits_NV, targets_N, scales_N, losses_N, V, block, num_warps=min(8, max(1, block // 256))
-    )  # fmt: skip
-    return losses_N

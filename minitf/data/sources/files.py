@@ -5,13 +5,17 @@ import glob
 import gzip
 import importlib
 import io
+import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from minitf.errors import RequestError
+from minitf.system.files import expand_user
 
 PLAIN = (".txt", ".md")
 COMPRESSED = (".gz", ".zst")
@@ -60,16 +64,26 @@ def naming_damage(path: Path) -> Iterator[None]:
         raise RequestError(f"{path}: damaged: {error}") from None
 
 
-def find_files(entries: list[str], suffixes: tuple[str, ...]) -> list[Path]:
+@dataclass(frozen=True)
+class FoundFiles:
+    """The files that the entries of `data.files` name, and how many files or folders in named folders are left out."""
+
+    paths: list[Path]
+    left_out: Counter[str]  # by the reason: "hidden", "other"
+
+
+def find_files(entries: list[str], suffixes: tuple[str, ...] = ()) -> FoundFiles:
     """The files named by `entries`, in their order, each once.
 
-    An entry is a file, a glob, or a folder: its files with one of `suffixes`. RequestError where an entry names none.
+    An entry is a file, a glob, or a folder: its files with one of `suffixes` (none: all), without what is hidden.
+    RequestError where an entry names none.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
+    left_out: Counter[str] = Counter()
     for entry in entries:
-        path = Path(entry).expanduser()
+        path = expand_user(entry)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if kind_of(p) in suffixes and p.is_file())
+            inside = _files_of(path, suffixes, left_out)
             if not inside:
                 raise RequestError(
                     f"data.files: no {' or '.join(suffixes)} file in {entry}; name the files, e.g. '{entry}/*.log'"
@@ -80,8 +94,30 @@ def find_files(entries: list[str], suffixes: tuple[str, ...]) -> list[Path]:
             inside = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
             if not inside:
                 raise RequestError(f"data.files: {entry} does not exist; check the path (relative to {Path.cwd()})")
-        found |= dict.fromkeys(inside)
-    return list(found)
+        for file in inside:
+            found.setdefault(os.path.realpath(file), file)
+    return FoundFiles(list(found.values()), left_out)
+
+
+def _files_of(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -> list[Path]:
+    """The files of a folder with one of `suffixes`; counts those it leaves out. A hidden folder counts as one."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        hidden = [name for name in (*folders, *names) if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [path for name in names if not name.startswith(".") and (path := Path(root, name)).is_file()]
+        wanted = [path for path in files if not suffixes or kind_of(path) in suffixes]
+        left_out.update({"hidden": len(hidden), "other": len(files) - len(wanted)})
+        found += wanted
+    return sorted(found)
+
+
+def absolute_entry(entry: str) -> str:
+    """An entry of `data.files` that names the same files from any directory."""
+    path = expand_user(entry)
+    if path.exists() or not glob.has_magic(entry):
+        return os.path.abspath(path)
+    return str(path if path.is_absolute() else Path(glob.escape(os.getcwd()), path))
 
 
 def read_text(path: Path) -> Iterator[str]:

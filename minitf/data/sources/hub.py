@@ -13,10 +13,10 @@ from minitf.data.resumable import Position
 from minitf.data.sources.corpus import is_held_out, which_held_out
 from minitf.data.sources.files import PLAIN, find_files
 from minitf.data.sources.hub_errors import describe_error, is_unreachable, naming_errors
-from minitf.data.sources.tables import PAIR_TABLES
+from minitf.data.sources.tables import TABLES
 from minitf.errors import MinitfError, RequestError
 
-LOADABLE = (*PAIR_TABLES, *PLAIN)  # files of a folder, for data.hub_path=json and the like
+LOADABLE = (*TABLES, *PLAIN)  # files of a folder, for data.hub_path=json and the like
 BLOCK_ROWS = 64  # read at once where rows are not shuffled
 READ_RETRIES = 2  # after a connection dropped; before each the hub's client has itself tried six times, in 23 s
 
@@ -213,7 +213,7 @@ def _open(config: DataConfig, split: str, commit: str | None, unreachable: Minit
         datasets.disable_progress_bars()
     options: dict[str, Any] = {"revision": commit, "streaming": config.streaming}
     if config.files:
-        options["data_files"] = [str(path) for path in find_files(config.files, LOADABLE)]
+        options["data_files"] = [str(path) for path in find_files(config.files, LOADABLE).paths]
     if config.hub_path == "text":
         options["sample_by"] = "document"  # the default drops the newlines
     before = datasets.config.HF_HUB_OFFLINE

@@ -74,7 +74,7 @@ EXAMPLES = {
     ("pronouns", "en"): Example(
         "The cat followed the queen. It purred.", "The cat followed the queen. It", ("It>cat", "It>queen")
     ),
-    ("pronouns", "zh"): Example("猫追后。它喵。", "猫追后。它", ("它>猫", "它>后")),
+    ("pronouns", "zh"): Example("猫追娘。它喵。", "猫追娘。它", ("它>猫", "它>娘")),
     ("winograd", "en"): Example(
         "The cat sat on the mat because it was tired. => The cat sat on the mat because the cat was tired.",
         "The cat sat on the mat because it was tired.",

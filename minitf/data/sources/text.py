@@ -7,22 +7,24 @@ without a single newline.
 import itertools
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minitf.data.config import DataConfig
 from minitf.data.resumable import Position
 from minitf.data.sources.books import BOOKS, book_chapters
-from minitf.data.sources.corpus import Corpus, Item, is_held_out, num_bytes_of, which_held_out
-from minitf.data.sources.files import COMPRESSED, PLAIN, find_files, kind_of, read_text
+from minitf.data.sources.corpus import Corpus, Item, Split, num_bytes_of
+from minitf.data.sources.files import PLAIN, find_files, kind_of, read_text
 from minitf.data.sources.hub import HubData
 from minitf.data.sources.references import LANGUAGES, REFERENCES, pronoun_sentences
-from minitf.data.sources.tables import TEXT_TABLES, documents
+from minitf.data.sources.tables import TABLES, BadRowError, LeftOut, documents, text_of
 from minitf.errors import RequestError
 
 PIECE_CHARS = 1 << 17  # the longest text of an item
-TEXT_SUFFIXES = (*PLAIN, *TEXT_TABLES)
+TEXT_SUFFIXES = (*PLAIN, *TABLES)
 
 
 def open_text(config: DataConfig) -> Corpus:
@@ -34,22 +36,15 @@ def open_text(config: DataConfig) -> Corpus:
     return _open_files(config) if config.source == "files" else _open_hub(config)
 
 
-def _documents_corpus(
-    read: Callable[[], Iterator[Iterable[str]]],
-    count: int,
-    val_fraction: float,
-    description: str,
-    num_bytes: int | None,
-) -> Corpus:
-    """`count` documents, each read as its chunks; at least one is held out, more are evenly spaced."""
-    share = max(val_fraction, 1 / count)
+def _documents_corpus(read: Callable[[], Iterator[Iterable[str]]], split: Split, description: str) -> Corpus:
+    """Documents, each read as its chunks."""
 
     def read_items(_: Any) -> Iterator[Item]:
         for index, chunks in enumerate(read()):
-            yield from _pieces(chunks, is_held_out(index, share))
+            yield from _pieces(chunks, split.is_held_out(index))
 
-    description = f"{description}, {which_held_out(val_fraction)} held out"
-    return Corpus(read_items, description, num_bytes, num_documents=count, separated=True)
+    description = f"{description}, {split}"
+    return Corpus(read_items, description, split.num_bytes, split.num_documents, separated=True)
 
 
 def _open_book(config: DataConfig) -> Corpus:
@@ -58,11 +53,9 @@ def _open_book(config: DataConfig) -> Corpus:
         raise RequestError(
             f"data.max_documents={config.max_documents} must be at least 2: one to train on, one held out"
         )
+    split = Split(([chapter] for chapter in chapters), config.val_fraction)
     description = f"{BOOKS[config.source]}, {len(chapters):,} chapters"
-    num_bytes = sum(map(num_bytes_of, chapters))
-    return _documents_corpus(
-        lambda: ([chapter] for chapter in chapters), len(chapters), config.val_fraction, description, num_bytes
-    )
+    return _documents_corpus(lambda: ([chapter] for chapter in chapters), split, description)
 
 
 def _open_pronouns(config: DataConfig) -> Corpus:
@@ -81,46 +74,45 @@ def _open_pronouns(config: DataConfig) -> Corpus:
 
 def _open_files(config: DataConfig) -> Corpus:
     """Documents: the rows of tables, and every other file."""
-    paths = [path for path in find_files(config.files, TEXT_SUFFIXES) if path.stat().st_size > 0]
-    tables = any(kind_of(path) in TEXT_TABLES for path in paths)
-    if not tables:
-        paths = paths[: config.max_documents]
+    found = find_files(config.files, TEXT_SUFFIXES)
+    left_out = LeftOut(config.bad_rows == "skip", found.left_out)
+    paths = [path for path in found.paths if path.stat().st_size > 0]
+    left_out.files["empty"] += len(found.paths) - len(paths)
+    tables = any(kind_of(path) in TABLES for path in paths)
     if not paths:
         raise RequestError(f"data.files={config.files}: the files are empty; name files with text")
     if len(paths) == 1 and not tables:
-        return _open_file(config, paths[0])
+        return replace(_open_file(config, paths[0]), left_out=left_out)
 
     def read() -> Iterator[Iterable[str]]:
-        every = itertools.chain.from_iterable(_documents(path, config.text_column) for path in paths)
+        left_out.rows.clear()
+        every = itertools.chain.from_iterable(_documents(path, config.text_column, left_out) for path in paths)
         return itertools.islice(every, config.max_documents)
 
+    split = Split(read(), config.val_fraction)
+    if split.num_documents < 2:
+        raise RequestError(
+            f"data.files={config.files}: {split.num_documents} documents with text are too few: one to train on, "
+            "one held out"
+        )
     if tables:
-        count, num_bytes = _measure(read())
-        if count < 2:
-            raise RequestError(
-                f"data.files={config.files}: {count} documents with text are too few: one to train on, one held out"
-            )
-        description = f"{count:,} documents of {len(paths):,} files"
-        return _documents_corpus(read, count, config.val_fraction, description, num_bytes)
-    compressed = any(path.suffix.lower() in COMPRESSED for path in paths)
-    size = None if compressed else sum(path.stat().st_size for path in paths)
-    return _documents_corpus(read, len(paths), config.val_fraction, f"{len(paths):,} files", size)
+        description = f"{split.num_documents:,} documents of {len(paths):,} files"
+    else:
+        description = f"{split.num_documents:,} files"
+    return replace(_documents_corpus(read, split, description), left_out=left_out)
 
 
-def _documents(path: Path, column: str) -> Iterable[Iterable[str]]:
+def items_of_file(path: Path, column: str) -> Iterator[Item]:
+    """All text of a file, to be scored: one document, or the rows of a table."""
+    for chunks in _documents(path, column, LeftOut()):
+        yield from _pieces(chunks, held_out=True)
+
+
+def _documents(path: Path, column: str, left_out: LeftOut) -> Iterable[Iterable[str]]:
     """The documents of a file, each as its chunks."""
-    if kind_of(path) in TEXT_TABLES:
-        return ([text] for text in documents(path, column))
+    if kind_of(path) in TABLES:
+        return ([text] for text in documents(path, column, left_out))
     return [read_text(path)]
-
-
-def _measure(documents: Iterable[Iterable[str]]) -> tuple[int, int]:
-    """The number of documents, and their bytes in UTF-8."""
-    count = num_bytes = 0
-    for chunks in documents:
-        count += 1
-        num_bytes += sum(map(num_bytes_of, chunks))
-    return count, num_bytes
 
 
 def _open_file(config: DataConfig, path: Path) -> Corpus:
@@ -138,7 +130,8 @@ def _open_file(config: DataConfig, path: Path) -> Corpus:
         for held_out, chunks in parts:
             yield from _pieces((text for text, _ in chunks), held_out)
 
-    description = f"{path.name}, {num_chars:,} characters, the last {config.val_fraction:.0%} held out"
+    # Without the file's name: the same text may have been prepared under another.
+    description = f"one file, {num_chars:,} characters, the last {config.val_fraction:.0%} held out"
     return Corpus(read_items, description, num_bytes)
 
 
@@ -163,16 +156,24 @@ def _open_hub(config: DataConfig) -> Corpus:
     if num_rows == 1 and not config.hub_val_split:
         raise RequestError(f"{config.hub_path} has one document; name a split to hold out with data.hub_val_split")
     share = max(config.val_fraction, 1 / num_rows) if num_rows else config.val_fraction
+    left_out = LeftOut(config.bad_rows == "skip")
 
     def read_items(state: Any) -> Iterator[Item | Position]:
-        for row in data.read(state, share):
+        counts, inner = state or ({}, None)
+        left_out.rows = Counter(counts)
+        for row in data.read(inner, share):
             if isinstance(row, Position):
-                yield row
-            elif (text := row.values[column]) is not None and not isinstance(text, str):
-                kind = type(text).__name__
-                raise RequestError(f"{config.hub_path}: column {column} holds {kind}; set data.text_column")
-            elif text:
+                yield Position([dict(left_out.rows), row.state])
+                continue
+            try:
+                text = text_of(row.values, column, hint="; set data.text_column")
+            except BadRowError as reason:
+                left_out.reject(reason, f"{config.hub_path}, {row.where}")
+                continue
+            if text:
                 yield from _pieces([text], row.held_out, end=config.rows_are_documents)
+            else:
+                left_out.rows["empty"] += 1
 
     count = f", {num_rows:,} rows" if num_rows else ""
     return Corpus(
@@ -181,6 +182,7 @@ def _open_hub(config: DataConfig) -> Corpus:
         num_bytes=data.num_bytes(column),
         num_documents=data.num_documents,
         separated=config.rows_are_documents and num_rows != 1,
+        left_out=left_out,
     )
 
 

@@ -10,18 +10,6 @@ int has_fast_products(void) {
 #endif
 }
 
-/* Weights of `count` layers, of `sizes` elements each, rounded and concatenated. */
-void join_weights(int64_t count, const float *const *weights, const int64_t *sizes, scalar *to) {
-#pragma omp parallel firstprivate(to)
-    for (int64_t i = 0; i < count; to += sizes[i++])
-#pragma omp for schedule(static) nowait
-        for (int64_t from = 0; from < sizes[i]; from += ELEMENTS_AT_ONCE)
-            for (int64_t k = from; k < MIN(sizes[i], from + ELEMENTS_AT_ONCE); k += LANES) {
-                lanes some = first(sizes[i] - k);
-                store(to + k, some, load_floats(weights[i] + k, some));
-            }
-}
-
 /* y = x w^T of N rows of K with weights w of M rows of K, or with `transposed` 0 y = x w of weights w of K rows of
  * M; K and M are multiples of 32. */
 void linear(int64_t N, int64_t K, int64_t M, const scalar *x, const scalar *w, int64_t transposed, scalar *y) {

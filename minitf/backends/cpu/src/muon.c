@@ -1,29 +1,7 @@
-/* The update: the norm of the gradient, and Muon's step in three parts: average the gradients, orthogonalise the
- * result, move the weights. Weights and averages are float32; products are bfloat16.
+/* Muon's update in three parts: average the gradients, orthogonalise the result, move the weights. Weights and averages
+ * are float32; products are bfloat16.
  */
 #include "gemm_blocks.h"
-
-/* The square root of the sum of all squares of `count` arrays, of `sizes` floats each. */
-void gradient_norm(int64_t count, const float *const *gradients, const int64_t *sizes, float *norm) {
-    int64_t pieces = 0;
-    for (int64_t i = 0; i < count; i++) pieces += (sizes[i] + ELEMENTS_AT_ONCE - 1) / ELEMENTS_AT_ONCE;
-    float *sums = scratch(pieces * sizeof *sums), *at = sums;
-#pragma omp parallel firstprivate(at)
-    for (int64_t i = 0; i < count; at += (sizes[i++] + ELEMENTS_AT_ONCE - 1) / ELEMENTS_AT_ONCE)
-#pragma omp for schedule(static) nowait
-        for (int64_t piece = 0; piece < (sizes[i] + ELEMENTS_AT_ONCE - 1) / ELEMENTS_AT_ONCE; piece++) {
-            int64_t from = piece * ELEMENTS_AT_ONCE, to = MIN(sizes[i], from + ELEMENTS_AT_ONCE);
-            vec squares = all(0);
-            for (int64_t k = from; k < to; k += LANES) {
-                vec g = load_floats(gradients[i] + k, first(to - k));
-                squares += g * g;
-            }
-            at[piece] = sum_of(squares);
-        }
-    double total = 0;
-    for (int64_t piece = 0; piece < pieces; piece++) total += sums[piece];
-    *norm = (float)sqrt(total);
-}
 
 /* average += (1 - momentum) (gradient - average), of N matrices of `count` floats, whose gradients are separate arrays;
  * ahead = gradient + momentum (average - gradient), Nesterov's. */
