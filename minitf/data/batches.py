@@ -147,15 +147,6 @@ def evenly_spaced(total: int, count: int | None = None) -> npt.NDArray[np.int64]
     return np.arange(taken, dtype=np.int64) * total // max(taken, 1)
 
 
-def first_windows(tokens: Tokens, context_length: int, max_tokens: int) -> torch.Tensor:
-    """The beginning of a text, ids_BT: whole windows of at most `max_tokens` tokens together, but at least one.
-
-    Where the text is shorter than the context, the window is.
-    """
-    num_rows = max(1, min(max_tokens, len(tokens)) // context_length)
-    return torch.from_numpy(tokens[: num_rows * context_length].astype(np.int64)).view(num_rows, -1)
-
-
 def evaluation_batch_size(context_length: int) -> int:
     """Rows of a batch that is evaluated without gradients."""
     return max(1, EVALUATION_TOKENS // context_length)

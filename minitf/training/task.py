@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitf.data.batches import Batches, BatchSource, document_segments, evenly_spaced, first_windows
+from minitf.data.batches import Batches, BatchSource, evenly_spaced
 from minitf.data.config import DataConfig
 from minitf.data.fingerprint import fingerprint
-from minitf.data.packing import PairBatches, fit, held_out_pairs
+from minitf.data.packing import PairBatches, fit
+from minitf.data.scored import Scored, scored_pairs, scored_text
 from minitf.data.sources.references import cases_of
 from minitf.data.tokenized_pairs import TokenizedPairs, prepare_pairs
 from minitf.data.tokenized_text import TokenizedText, prepare
@@ -34,8 +35,6 @@ from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig
 
 NUM_PROBES = 3  # held-out pairs whose attention is logged, if no probes are set
-SCORED_TOKENS = 512  # on which heads are scored, about
-SCORED_PAIRS = 64  # the most of them
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,8 @@ class Task(ABC):
         """A prompt to try the trained model with."""
 
     @abstractmethod
-    def window(self, context_length: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Held-out (ids_BT, targets_BT, segments_BT), read as in training, on which heads are scored.
-
-        Targets are None where all count. Call `batches` first.
-        """
+    def window(self, context_length: int) -> Scored:
+        """Held-out text on which heads are scored; call `batches` first."""
 
     @abstractmethod
     def probes(self, wanted: list[str] | None) -> list[str]:
@@ -160,9 +156,8 @@ class TextTask(Task):
     def _beginning(self) -> str:
         return self.tokenizer.decode(self.text.val[:24].tolist())
 
-    def window(self, context_length: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        ids_BT = first_windows(self.text.val, context_length, SCORED_TOKENS)
-        return ids_BT, None, document_segments(ids_BT, self.document_end)
+    def window(self, context_length: int) -> Scored:
+        return scored_text(self.text.val, context_length, self.document_end)
 
     def probes(self, wanted: list[str] | None) -> list[str]:
         if wanted is not None:
@@ -241,10 +236,8 @@ class PairsTask(Task):
             return self.probes(None)[0].split(ARROW)[0]
         return self.texts(self.chosen(1)[0])[0]
 
-    def window(self, context_length: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        indices, rows = self.chosen(SCORED_PAIRS), max(1, SCORED_TOKENS // context_length)
-        batch = next(held_out_pairs(self.pairs.val, self._lengths, indices, context_length, rows))
-        return batch.inputs_BT, batch.targets_BT, batch.segments_BT
+    def window(self, context_length: int) -> Scored:
+        return scored_pairs(self.pairs.val, self._lengths, context_length)
 
     def probes(self, wanted: list[str] | None) -> list[str]:
         if wanted is not None:
