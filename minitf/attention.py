@@ -14,7 +14,7 @@ Change a line and train: what is written here is what trains, what the maps show
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -155,6 +155,7 @@ class AttentionContext:
     cache: KeyValueCache | None = None
     record: list[AttentionRecord] | None = None
     edits: Edits | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)  # a variant's own: for its other steps, for later layers
     _mask: Tensor | None = None
 
     @property
@@ -196,7 +197,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
 
-    # The three steps, which a variant of attention may override.
+    # The three steps, and the positions of queries and keys, which a variant of attention may override.
+
+    def rotate(self, x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
+        return rotate(x_BHTK, rotary_2TK)
 
     def match(self, q_BHTK: Tensor, k_BHSK: Tensor, mask: Tensor) -> Tensor:
         return match(q_BHTK, k_BHSK, mask)
@@ -214,7 +218,7 @@ class Attention(nn.Module):
         q_BHTK = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
         k_BHSK = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
         v_BHSK = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q_BHTK, k_BHSK = rotate(q_BHTK, context.rotary_2TK), rotate(k_BHSK, context.rotary_2TK)
+        q_BHTK, k_BHSK = self.rotate(q_BHTK, context.rotary_2TK), self.rotate(k_BHSK, context.rotary_2TK)
         if context.cache is not None:
             k_BHSK, v_BHSK = context.cache.append(layer, k_BHSK, v_BHSK)
         mixed_BHTK = self.attend(q_BHTK, k_BHSK, v_BHSK, context, layer)
@@ -222,22 +226,18 @@ class Attention(nn.Module):
 
     def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, context: AttentionContext, layer: int) -> Tensor:
         """Match, weigh and gather; returns mixed_BHTK. The queries are the last of the keys."""
-        mask = context.mask()
-        if context.record is not None or context.edits is not None:
-            edited = context.edits or (lambda step, layer, result: result)
-            scores_BHTS = edited("match", layer, self.match(q_BHTK, k_BHSK, mask))
-            weights_BHTS = edited("weigh", layer, self.weigh(scores_BHTS))
-            mixed_BHTK = edited("gather", layer, self.gather(weights_BHTS, v_BHSK))
-            if context.record is not None:
-                context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
-            return mixed_BHTK
+        mask, edited = context.mask(), context.edits or (lambda step, layer, result: result)
         T, S = mask.shape[-2:]
+        size = QUERY_BLOCK if context.record is None and context.edits is None else T
         blocks = []
-        for start in range(0, T, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, T)
+        for start in range(0, T, size):
+            end = min(start + size, T)
             seen = S - T + end
             scores_BHTS = self.match(q_BHTK[:, :, start:end], k_BHSK[:, :, :seen], mask[..., start:end, :seen])
-            blocks.append(self.gather(self.weigh(scores_BHTS), v_BHSK[:, :, :seen]))
+            weights_BHTS = edited("weigh", layer, self.weigh(edited("match", layer, scores_BHTS)))
+            blocks.append(edited("gather", layer, self.gather(weights_BHTS, v_BHSK[:, :, :seen])))
+            if context.record is not None:
+                context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, blocks[0]))
         return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
 
 

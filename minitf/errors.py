@@ -28,6 +28,10 @@ class DeviceError(RequestError):
     """The requested device does not exist on this machine."""
 
 
+class UntrustedCode(RequestError):  # noqa: N818
+    """A run brings code of its own that this user has not asked for."""
+
+
 class Unavailable(MinitfError):  # noqa: N818
     """This machine or this model cannot do it: why. A caller with an alternative takes that instead."""
 

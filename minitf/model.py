@@ -1,7 +1,6 @@
 """The transformer around the attention block: token ids in, logits out.
 
-The architecture is Qwen3's (`qk_norm=false`: Llama's) and the parameters carry their Hugging Face names, so a
-checkpoint is a Hugging Face model as it stands.
+The architecture is Qwen3's (`qk_norm=false`: Llama's), and the parameters carry their Hugging Face names.
 
 Axes in tensor names, here and everywhere:
 
@@ -31,6 +30,7 @@ from minitf.attention import (
 from minitf.errors import RequestError
 from minitf.loss import LinearCrossEntropy
 from minitf.rope import check_scaling, rotary_table
+from minitf.variants import attention_class, check_variant
 
 
 @dataclass
@@ -49,6 +49,8 @@ class ModelConfig:
     tie_embeddings: bool = True  # one matrix embeds the input tokens and scores the output tokens
     dropout: float = 0.0  # share of each block's output dropped in training, 0 to below 1
     attention: str = "auto"  # auto | explicit (match, weigh, gather as written) | sdpa (PyTorch's fused attention)
+    variant: str = "softmax"  # another way to attend, a file of minitf/variants: sliding_window, sink, gated, ...
+    attention_class: str = ""  # your own way, FILE.py:CLASS: a subclass of minitf.attention.Attention
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "context_length"):
@@ -69,6 +71,7 @@ class ModelConfig:
         self._check("rope_theta", 0 < self.rope_theta < float("inf"), "must be positive")
         self._check("rms_norm_eps", 0 < self.rms_norm_eps < 1, "must be between 0 and 1")
         check_scaling(self.rope_scaling)
+        check_variant(self.variant, self.attention_class)
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:
@@ -105,7 +108,8 @@ class Block(nn.Module):
         super().__init__()
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.rms_norm_eps)
+        attention: type[Attention] = attention_class(c.variant, c.attention_class)
+        self.self_attn = attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = FeedForward(c.hidden_size, c.intermediate_size)
         self.dropout = nn.Dropout(c.dropout)
@@ -222,11 +226,7 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids_BT, *reading, **named))
 
     def loss(
-        self,
-        ids_BT: Tensor,
-        targets_BT: Tensor,
-        segments_BT: Tensor | None = None,
-        weights_BT: Tensor | None = None,
+        self, ids_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None, weights_BT: Tensor | None = None
     ) -> Tensor:
         """Mean cross-entropy in nats a token, of a `Batch`; targets of -100 do not count."""
         x_BTD = self.hidden(ids_BT, segments_BT=segments_BT)

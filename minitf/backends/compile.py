@@ -16,9 +16,17 @@ from minitf.optim import Optimizer
 from minitf.system.hardware import compiled, compiler_missing
 
 
-def _block(block: Block, x_BTD: Tensor, rotary_2TK: Tensor, mask: Tensor | None, segments_BT: Tensor | None) -> Tensor:
-    context = AttentionContext(rotary_2TK, x_BTD.dtype, segments_BT, _mask=mask)
-    return Block.forward(block, x_BTD, context)
+def _block(
+    block: Block,
+    x_BTD: Tensor,
+    rotary_2TK: Tensor,
+    mask: Tensor | None,
+    segments_BT: Tensor | None,
+    layer: int,
+    shared: dict[str, Tensor],
+) -> Tensor:
+    context = AttentionContext(rotary_2TK, x_BTD.dtype, segments_BT, shared=shared, _mask=mask)
+    return Block.forward(block, x_BTD, context, layer)
 
 
 def _norm(norm: RMSNorm, x_BTD: Tensor) -> Tensor:
@@ -53,7 +61,7 @@ class CompiledBlock(Block):
             return super().forward(x_BTD, context, layer)
         fused = isinstance(self.self_attn, SdpaAttention)
         mask, segments_BT = (None, context.segments_BT) if fused else (context.mask(), None)
-        return _as_in_training(_block, self, x_BTD, context.rotary_2TK, mask, segments_BT)
+        return _as_in_training(_block, self, x_BTD, context.rotary_2TK, mask, segments_BT, layer, context.shared)
 
 
 class CompiledRMSNorm(RMSNorm):

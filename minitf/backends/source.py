@@ -123,6 +123,12 @@ def edited(roots: Iterable[str], package: Path = PACKAGE) -> list[str]:
     return [name for name in reached(roots, package) if known[name].digest != before.get(name)]
 
 
+def file_hash(module: str, package: Path = PACKAGE) -> str:
+    """One hash of a file of the package, for example `variants/sink`."""
+    source = (package / f"{module}.py").read_text(encoding="utf-8")
+    return hashlib.sha256(content(ast.parse(source).body, source).encode()).hexdigest()[:16]
+
+
 def core_hash(package: Path = PACKAGE) -> str:
     """One hash of the forward pass: what a checkpoint is a checkpoint of."""
     known = definitions(package)

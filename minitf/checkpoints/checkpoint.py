@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Required, TypedDict, Unpack
 
@@ -25,14 +25,16 @@ from torch import Tensor
 from minitf.backends import source
 from minitf.checkpoints.hugging_face import from_hugging_face, is_hub_name, load_weights, to_hugging_face
 from minitf.checkpoints.locate import LINKS, STEP_NAME, find_checkpoints, step_of
-from minitf.errors import DeviceError, MinitfError, RequestError, one_line
+from minitf.errors import DeviceError, MinitfError, RequestError, UntrustedCode, one_line
 from minitf.model import ModelConfig, Transformer
 from minitf.system.files import flush, sha256
 from minitf.system.hardware import choose_device
 from minitf.system.safe_io import read_json, read_tensors, write_tensors
 from minitf.tokenizer import Tokenizer
+from minitf.variants import STANDARD, attention_class, copy_in, keep_copy
 
 CORE = "minitf_core"  # in config.json: the hash of the forward pass that the weights were trained with
+VARIANT = "minitf_variant"  # in config.json: the hash of the file of minitf/variants, if the model has one
 MAX_ROTARY_ENTRIES = 1 << 27  # positions x head_dim of the rotary table, which every model allocates: 1 GB
 
 
@@ -142,7 +144,8 @@ def _write(
     digests = {"model.safetensors": write_tensors(directory / "model.safetensors", weights)}
     start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
     config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
-    _write_json(directory / "config.json", config | {CORE: source.core_hash()})
+    _write_json(directory / "config.json", config | {CORE: source.core_hash(), **_variant_hash(model.config)})
+    keep_copy(model.config.attention_class, directory)
     ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
     _write_json(directory / "generation_config.json", ids)
     tokenizer.save(directory)
@@ -223,7 +226,7 @@ def load_checkpoint(
     for directory, following in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             return _load(directory, device, is_of_run, log or _to_stderr)
-        except DeviceError:
+        except (DeviceError, UntrustedCode):
             raise
         except (MinitfError, OSError) as error:
             if following is None:
@@ -250,6 +253,8 @@ def _load(directory: Path, device: str, is_of_run: bool, log: Callable[[str], No
         config, vocab_size = from_hugging_face(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RequestError) as error:
         raise MinitfError(f"{directory / 'config.json'}: cannot use this model: {one_line(error, 300)}") from None
+    config = replace(config, attention_class=copy_in(config.attention_class, directory))
+    attention_class(config.variant, config.attention_class)  # refuses code that is not trusted
     weights = load_weights(directory, config.tie_embeddings)
     _check_shapes(directory, config, vocab_size, weights)
     tokenizer = Tokenizer.load(directory)
@@ -267,7 +272,13 @@ def _load(directory: Path, device: str, is_of_run: bool, log: Callable[[str], No
     model = model.to(choose_device(device)).eval()
     if difference := source.other_core(content.get(CORE)):
         log(f"{directory}: {difference}")
+    elif any(content.get(key, now) != now for key, now in _variant_hash(config).items()):
+        log(f"{directory}: minitf/variants/{config.variant}.py was another file then: it computes something else now")
     return Checkpoint(model, tokenizer, directory, state.get("step"), state)
+
+
+def _variant_hash(config: ModelConfig) -> dict[str, str]:
+    return {} if config.variant == STANDARD else {VARIANT: source.file_hash(f"variants/{config.variant}")}
 
 
 def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int, weights: Mapping[str, Tensor]) -> None:

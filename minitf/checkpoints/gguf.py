@@ -18,6 +18,7 @@ from minitf.model import ModelConfig
 from minitf.rope import scaled_frequencies
 from minitf.system.files import atomic_replace
 from minitf.tokenizer import Tokenizer, chars_of_bytes
+from minitf.variants import STANDARD, name_of
 
 FORMATS = ("gguf",)
 TYPES = ("f32", "f16", "q8_0")
@@ -134,6 +135,9 @@ def write_gguf(
     name: str = "",
 ) -> None:
     """Write a model as GGUF with weights of a type in TYPES; RequestError if llama.cpp cannot compute the same."""
+    if config.variant != STANDARD or config.attention_class:
+        what = f"class {name_of(config.attention_class)}" if config.attention_class else f"variant {config.variant}"
+        raise RequestError(f"--format gguf: llama.cpp does not have the attention of this model, the {what}")
     try:
         import gguf
     except ImportError:

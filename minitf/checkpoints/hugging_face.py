@@ -13,6 +13,7 @@ from torch import Tensor
 from minitf.errors import MinitfError, RequestError, one_line
 from minitf.model import ModelConfig
 from minitf.system.safe_io import read_json, read_tensors
+from minitf.variants import STANDARD, attention_class, name_of
 
 INDEX = "model.safetensors.index.json"
 # The files downloaded of a hub model, all from its top folder.
@@ -21,8 +22,9 @@ DOWNLOADED = (
     "README.md",
     "model.safetensors", INDEX, "model-*-of-*.safetensors",
 )  # fmt: skip
+WINDOWED = "sliding_window"  # the variant that transformers has too
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
-# The defaults of transformers for what a config.json leaves out.
+# The defaults of transformers for what a config.json leaves out. Ours leaves nothing out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -32,14 +34,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768,
     },
+    "minitf": {},
 }  # fmt: skip
 
 
 def to_hugging_face(config: ModelConfig, vocab_size: int, end_id: int, start_id: int) -> dict[str, Any]:
-    """The `config.json` of this architecture: Qwen3's, or Llama's without QK-norm."""
+    """The `config.json` of this architecture: Qwen3's, or Llama's without QK-norm; else `minitf`, which no other
+    program takes for a model it knows."""
+    kind = "minitf" if why_not_hugging_face(config) else "qwen3" if config.qk_norm else "llama"
     return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
+        "architectures": [f"{kind.title()}ForCausalLM"],
+        "model_type": kind,
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -60,8 +65,44 @@ def to_hugging_face(config: ModelConfig, vocab_size: int, end_id: int, start_id:
         "eos_token_id": end_id,
         "pad_token_id": end_id,
         "torch_dtype": "float32",
-        "minitf": {"dropout": config.dropout},
+        **(_window(config) if config.variant == WINDOWED else {}),
+        "minitf": {"dropout": config.dropout, **_attention(config)},
     }
+
+
+def why_not_hugging_face(config: ModelConfig) -> str | None:
+    """Why transformers has no such model, in a sentence; None if it has."""
+    if config.attention_class:
+        what = f"the class {name_of(config.attention_class)}"
+    elif config.variant == STANDARD or (config.variant == WINDOWED and config.qk_norm):
+        return None
+    else:
+        what = f"the variant {config.variant}"
+    return f"this is a minitf checkpoint and no model of transformers, since its attention is {what}"
+
+
+def _attention(config: ModelConfig) -> dict[str, Any]:
+    """What `from_hugging_face` needs to know of an attention that is not the standard one."""
+    if config.variant == STANDARD and not config.attention_class:
+        return {}
+    own = {"attention_class": name_of(config.attention_class)} if config.attention_class else {}
+    note = why_not_hugging_face(config)
+    return {"variant": config.variant, **own, "qk_norm": config.qk_norm, **({"note": note} if note else {})}
+
+
+def _window(config: ModelConfig) -> dict[str, Any]:
+    """The same window in every layer, in Qwen3's terms."""
+    return {
+        "use_sliding_window": True,
+        "sliding_window": window_of(config),
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention"] * config.num_layers,
+    }
+
+
+def window_of(config: ModelConfig) -> int | None:
+    """The positions that a query looks back on, its own included; None for all."""
+    return getattr(attention_class(config.variant), "window", None)
 
 
 def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
@@ -72,6 +113,7 @@ def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
     kind = config["model_type"]
     if kind not in DEFAULTS:
         raise ValueError(f"model_type {kind!r} is not supported: only qwen3 and llama are")
+    own = dict(config.get("minitf") or {})
     config = {**DEFAULTS[kind], **{name: value for name, value in config.items() if value is not None}}
     _refuse_unsupported(config)
     try:
@@ -85,12 +127,16 @@ def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
             context_length=int(config["max_position_embeddings"]),
             **_rope(config),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            qk_norm=kind == "qwen3",
+            qk_norm=bool(own.get("qk_norm", kind == "qwen3")),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            dropout=float(config.get("minitf", {}).get("dropout", 0.0)),
+            dropout=float(own.get("dropout", 0.0)),
+            variant=str(own.get("variant", STANDARD)),
+            attention_class=str(own.get("attention_class", "")),
         )
     except RequestError as error:  # of a setting; here the file is wrong, not the request
         raise ValueError(str(error)) from None
+    if model.variant == WINDOWED and config.get("sliding_window", window_of(model)) != window_of(model):
+        raise ValueError(f"its sliding window is {config['sliding_window']}, here it is {window_of(model)}")
     return model, int(config["vocab_size"])
 
 
@@ -106,7 +152,8 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         quantisation = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(f"its weights are quantised ({quantisation}), which is not supported: take the original")
     windows = {str(layer) for layer in config.get("layer_types") or ()} - {"full_attention"}
-    if config.get("use_sliding_window") or windows:
+    ours = dict(config.get("minitf") or {}).get("variant") == WINDOWED
+    if (config.get("use_sliding_window") or windows) and not ours:
         raise ValueError(f"sliding windows are not supported ({', '.join(sorted(windows)) or 'use_sliding_window'})")
 
 

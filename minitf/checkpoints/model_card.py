@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minitf.checkpoints.hugging_face import HUB_NAME, is_hub_name
+from minitf.checkpoints.hugging_face import HUB_NAME, is_hub_name, why_not_hugging_face
 from minitf.checkpoints.train_state import TrainState
 from minitf.data.config import DataConfig
 from minitf.errors import MinitfError
@@ -15,6 +15,14 @@ from minitf.model import Transformer
 from minitf.system.safe_io import check_size
 
 MAX_CARD_BYTES = 1 << 20
+TRANSFORMERS = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""
 USE = {  # by data.kind
     "text": "It continues text; it was not trained to follow instructions.",
     "pairs": "It turns one text into another: it reads the source between `<|source|>` and `<|target|>`, then writes "
@@ -38,16 +46,15 @@ def model_card(
     prompt and the model's continuation; `origin` comes from `origin_of`.
     """
     c = model.config
-    architecture = "Qwen3" if c.qk_norm else "Llama"
+    other = why_not_hugging_face(c)
+    architecture = "minitf" if other else "Qwen3" if c.qk_norm else "Llama"
     parts = [
-        _front_matter(name, data, state, origin or {}),
+        _front_matter(name, data, state, origin or {}, "minitf" if other else "transformers"),
         f"# {name}\n",
         f"A small language model of {model.num_parameters() / 1e6:.2f}M parameters in the {architecture} architecture: "
         f"{c.num_layers} layers of {c.hidden_size}, {c.num_heads} heads, a context of {c.context_length} tokens, "
         f"a vocabulary of {model.vocab_size:,}. Trained with minitf.\n",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n',
+        f"{other[0].upper()}{other[1:]}. Load it with `minitf.load`.\n" if other else TRANSFORMERS,
         f"{USE[data.kind]}\n",
         f"## Data\n\n{description}.\n",
         _figures(state),
@@ -74,9 +81,9 @@ def origin_of(init_from: str | None, directory: Path | None) -> dict[str, str]:
     return known
 
 
-def _front_matter(name: str, data: DataConfig, state: TrainState, origin: Mapping[str, str]) -> str:
+def _front_matter(name: str, data: DataConfig, state: TrainState, origin: Mapping[str, str], library: str) -> str:
     """YAML for the hub and its tools; JSON strings and lists are valid YAML."""
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [minitf]"]
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [minitf]"]
     lines += [f"{key}: {value}" for key, value in origin.items()]
     on_hub = data.source == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.hub_path or "")
     if on_hub:

@@ -17,11 +17,7 @@ class DataConfig:
 
     kind: str = "text"  # text: predict the next token everywhere; pairs: turn one text into another
     source: str = "kjv"  # text: kjv, web (embedded), pronouns, files, hub; pairs: kjv_to_web, an exercise, files, hub
-<<<<<<< HEAD
     language: str = "en"  # of the exercises pronouns and winograd: en, or zh (every word is a character)
-=======
-    language: str = "en"  # of the exercises pronouns and winograd: en, or zh (a word is a character: tokenizer=char)
->>>>>>> inputs
     files: list[str] = field(default_factory=list)  # for source=files: files, globs, folders; text or tables
     hub_path: str | None = None  # dataset on the Hugging Face hub, or a folder, or json, csv, parquet with data.files
     hub_name: str | None = None  # configuration of that dataset, e.g. wikitext-2-raw-v1
@@ -84,8 +80,6 @@ class DataConfig:
         """The exercise in reference that this is, if it is one."""
         return self.source if self.source in REFERENCES else None
 
-<<<<<<< HEAD
-=======
     def located(self) -> "DataConfig":
         """The same data, with paths that are found from any directory."""
         hub_path, cache_dir = self.hub_path, self.cache_dir
@@ -96,7 +90,6 @@ class DataConfig:
         files = [absolute_entry(entry) for entry in self.files]
         return replace(self, files=files, hub_path=hub_path, cache_dir=cache_dir)
 
->>>>>>> inputs
     @property
     def example(self) -> Example | None:
         """The sentence to look at in an exercise in reference."""
@@ -106,19 +99,6 @@ class DataConfig:
     def relations(self) -> list[str]:
         """The relations to watch, if `attention.watch` does not name others."""
         return self.watch or (self.example.relations if self.example else [])
-<<<<<<< HEAD
-
-    def located(self) -> "DataConfig":
-        """The same data, with paths that are found from any directory."""
-        hub_path, cache_dir = self.hub_path, self.cache_dir
-        if hub_path and not self.files and os.path.isdir(hub_path):
-            hub_path = os.path.abspath(hub_path)
-        if cache_dir:
-            cache_dir = os.path.abspath(expand_user(cache_dir))
-        files = [absolute_entry(entry) for entry in self.files]
-        return replace(self, files=files, hub_path=hub_path, cache_dir=cache_dir)
-=======
->>>>>>> inputs
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:

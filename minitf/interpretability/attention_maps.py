@@ -41,6 +41,7 @@ MAX_EXACT_VECTOR_BYTES = 16_000_000
 class AttentionConfig:
     probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and one of the data
     watch: list[str] | None = None  # relations to watch: "TEXT | it>cat"; null: those of the data
+    scalars: bool = False  # log the scores of the heads as scalars too: one chart in TensorBoard for each head
     heads: bool = True  # score every head for known patterns (previous token, first token, induction, ...)
 
 

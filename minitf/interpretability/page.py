@@ -4,6 +4,7 @@ python scripts/attention.py "The cat did not cross the road because it was tired
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minitf.checkpoints.checkpoint import load_checkpoint
+from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.errors import CommandParser, RequestError, read_text_argument, run_command
 from minitf.interpretability import experiments
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
@@ -23,15 +24,16 @@ from minitf.viewer import viewer_page
 DEFAULT_PAGE = "attention.html"
 
 
-def attention_page(maps: Sequence[AttentionMaps], title: str) -> str:
+def attention_page(maps: Sequence[AttentionMaps], title: str, scored_on: str = "held_out") -> str:
     """One self-contained HTML page (no network, opens from a file) with `maps`, of any number of texts and steps.
 
     Maps of the same text are the steps of one sentence, in the order given. A map takes 2/3 of a byte for each entry of
-    its square of weights: 2 kB for 24 heads on 10 tokens, 30 kB for 48 heads on 30 tokens.
+    its square of weights: 2 kB for 24 heads on 10 tokens, 30 kB for 48 heads on 30 tokens. `scored_on` says where the
+    scores of the maps were measured, see `viewer_page`.
     """
     if not maps:
         raise ValueError("a page needs at least one map")
-    return viewer_page([one.to_viewer() for one in maps], title)
+    return viewer_page([one.to_viewer() for one in maps], title, scored_on=scored_on)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,9 +75,18 @@ def main(argv: list[str] | None = None) -> int:
         json.dump(maps.to_json(), sys.stdout, allow_nan=False)
         print()
     else:
-        _write(out, attention_page([maps], title="What each word looks at"))
+        _write(out, attention_page([maps], _title(checkpoint, arguments.run), scored_on="sentence"))
         print(f"{checkpoint.directory}: wrote {out}", file=sys.stderr)
     return 0
+
+
+def _title(checkpoint: Checkpoint, run: str) -> str:
+    """The model and its step: a page that is passed on says what it is of."""
+    if checkpoint.step is None:  # a model of the hub
+        return f"Attention of {run}"
+    place = checkpoint.directory
+    name = os.path.relpath(place.parent.parent if place.parent.name == "checkpoints" else place)
+    return f"Attention of {name}, step {checkpoint.step:,}"
 
 
 def _write(file: Path, page: str) -> None:

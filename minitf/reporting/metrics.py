@@ -1,6 +1,7 @@
 """Files of JSON rows in a run's directory: metrics.jsonl and attention.jsonl."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,4 +52,31 @@ def loss_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
     for row in metrics:
         if row["split"] in curves:
             curves[row["split"]].append((row["step"], round(row["loss"], 4)))
-    return {split: points[:: -(-len(points) // MAX_CURVE_POINTS) or 1] for split, points in curves.items()}
+    return _thinned(curves)
+
+
+def other_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every number in the rows of other splits, by the tag that TensorBoard has: "alignment/score".
+
+    A row of a relation that the run watches has a number for each head, "watch/it>cat/layer0_head1".
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in metrics:
+        if row["split"] not in ("train", "val"):
+            for name, value in _numbers(row):
+                curves.setdefault(name, []).append((row["step"], round(value, 4)))
+    return _thinned(curves)
+
+
+def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    place = "/".join([row["split"], *([row["relation"]] if "relation" in row else [])])
+    for column, value in row.items():
+        if column == "weight" and isinstance(value, list):
+            for layer, values in enumerate(value):
+                yield from ((f"{place}/layer{layer}_head{head}", one) for head, one in enumerate(values))
+        elif column != "step" and isinstance(value, int | float) and math.isfinite(value):
+            yield f"{place}/{'probability_blocked' if column == 'blocked' else column}", value
+
+
+def _thinned(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {name: points[:: -(-len(points) // MAX_CURVE_POINTS) or 1] for name, points in curves.items()}

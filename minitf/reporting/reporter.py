@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from minitf.interpretability.alignment import AligningHeads
+from minitf.interpretability.heads import HeadScores
 from minitf.interpretability.interventions import Watched
 from minitf.interpretability.reference import ReferenceScores
 from minitf.reporting.console import TrainingConsole
-from minitf.reporting.metrics import JsonRows, loss_curves
+from minitf.reporting.metrics import JsonRows, loss_curves, other_curves
 from minitf.reporting.tensorboard import TAGS, TensorBoardWriter
 from minitf.system.files import write_whole
-from minitf.viewer import viewer_page
+from minitf.viewer import heads_found, viewer_page
 
 
 class Reporter:
@@ -48,6 +49,9 @@ class Reporter:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Numbers for TensorBoard alone."""
 
+    def head_scores(self, scores: HeadScores, step: int) -> None:
+        """The scores of all heads, for the Attention tab."""
+
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         """The heads that align source and target, and their score."""
 
@@ -63,8 +67,8 @@ class Reporter:
     def attention(self, maps: Mapping[str, Any], png: bytes, step: int) -> None:
         """The attention maps of one probe, and a picture of them."""
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """The run's settings with its final metrics."""
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
+        """The run's settings, and the columns of held-out rows that they are compared by."""
 
     def write_attention_page(self, title: str) -> None:
         """Write attention.html: all maps so far, and the loss curves."""
@@ -122,10 +126,14 @@ class RunReporter(Reporter):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.tensorboard.scalars(values, step)
 
+    def head_scores(self, scores: HeadScores, step: int) -> None:
+        self.tensorboard.head_scores(scores, step)
+
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         heads = [list(head) for head in aligning.heads]
         row = {"score": round(aligning.score, 4), "chance": round(aligning.chance, 4), "heads": heads}
         self._record("alignment", {"step": step, **row})
+        self.tensorboard.chances({TAGS["alignment"]["score"]: row["chance"]}, step)
 
     def reference(self, scores: ReferenceScores, step: int) -> None:
         self._record("reference", {"step": step, **scores.row()})
@@ -144,11 +152,12 @@ class RunReporter(Reporter):
         self.maps.append(maps)
         self.tensorboard.attention(maps, png, step)
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
         self.tensorboard.hyperparameters(settings, metrics, step)
 
     def write_attention_page(self, title: str) -> None:
-        page = viewer_page(list(self.maps), title, loss_curves(self.metrics))
+        curves, others = loss_curves(self.metrics), other_curves(self.metrics)
+        page = viewer_page(list(self.maps), title, curves, others, heads_found(self.metrics))
         write_whole(self.run_dir / "attention.html", page)
 
     def flush(self) -> None:

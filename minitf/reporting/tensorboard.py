@@ -5,26 +5,44 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from minitf.interpretability.heads import HeadScores
 from minitf.interpretability.reference import SCORES
-from minitf.tensorboard.summary import attention_summary, picture_summary
+from minitf.tensorboard.summary import (
+    attention_summary,
+    hyperparameter_summaries,
+    picture_summary,
+    scores_summary,
+)
 
-CHANCE = "chance"  # a folder in the run: TensorBoard shows it as a run of its own, so as a line in the same charts
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 EVENT_FILES = "events.out.tfevents.*"
-# The tags of the columns of metrics.jsonl, by its `split`. They are part of the contract.
+# Folders in the run. TensorBoard shows each as a run of its own, so that training and held-out loss, which have the
+# same tag, are two lines of one chart; and what guessing comes to is a line in the chart of each score.
+PICTURES = "pictures"  # the group of all images
+TRAIN, HELD_OUT, CHANCE = "train", "held_out", "chance"
+FOLDERS = {"train": TRAIN, "val": HELD_OUT, "alignment": HELD_OUT}  # by the `split` of metrics.jsonl
+# The tags of the columns of metrics.jsonl, by its `split`. They are part of the contract. TensorBoard sorts the groups
+# (what is before "/") by name and opens the first two: the loss is the first.
 TAGS = {
     "train": {
-        "loss": "train/loss",
-        "lr": "train/learning_rate",
-        "grad_norm": "train/grad_norm",
-        "tokens_per_s": "perf/tokens_per_second",
-        "mfu": "perf/mfu",
+        "loss": "loss",
+        "lr": "optimizer/learning_rate",
+        "grad_norm": "optimizer/gradient_norm",
+        "tokens_per_s": "speed/tokens_per_second",
+        "mfu": "speed/mfu",
     },
-    "val": {name: f"val/{name}" for name in ("loss", "bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")},
+    "val": {
+        "loss": "loss",
+        **{name: f"quality/{name}" for name in ("bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")},
+    },
     "reference": {name: f"reference/{name}" for name in SCORES},
-    "alignment": {"score": "alignment/score", "chance": "alignment/chance"},
+    "alignment": {"score": "quality/alignment"},
 }
 
 
@@ -33,38 +51,33 @@ class TensorBoardWriter:
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         """Drop the events after `start_step`, all of them if it is 0, and open a new file."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        cut_events(run_dir, start_step or -1)
-        cut_events(run_dir / CHANCE, start_step or -1)
+        for folder in ("", TRAIN, HELD_OUT, CHANCE):
+            cut_events(run_dir / folder, start_step or -1)
         self.run_dir = run_dir
-        self.chance_writer: Any = None  # opened when the first chance is logged
         # Without a purge step TensorBoard shows the steps logged by an earlier process twice. Its Python loader takes
         # the first purge for the beginning of the run, so a new run writes one too.
-        purge_step = start_step + 1 if start_step else 0
-        self.writer = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=15)
+        self.purge_step = start_step + 1 if start_step else 0
+        self.writers: dict[str, SummaryWriter] = {}  # by folder, opened when there is something to write
+        self.writer = self._writer("")
         # TensorBoard writes in a thread. An OSError there is raised by the next write as well: it needs no traceback.
         self.excepthook = threading.excepthook
         threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self.excepthook(args)
 
     def row(self, split: str, row: Mapping[str, Any]) -> None:
         """The columns of a row of metrics.jsonl that have a tag."""
-        self.scalars({tag: row[column] for column, tag in TAGS[split].items() if column in row}, row["step"])
+        values = {tag: row[column] for column, tag in TAGS[split].items() if column in row}
+        self.scalars(values, row["step"], FOLDERS.get(split, ""))
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
+    def scalars(self, values: Mapping[str, float], step: int, folder: str = "") -> None:
         """Many scalars as one record."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._add(summary, step, folder)
 
     def chances(self, values: Mapping[str, float], step: int) -> None:
         """What guessing comes to, by the tag of the score."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.chance_writer is None:
-            self.chance_writer = SummaryWriter(str(self.run_dir / CHANCE), flush_secs=15)
-        for tag, value in values.items():
-            self.chance_writer.add_scalar(tag, value, step)
+        self.scalars(values, step, CHANCE)
 
     def sample(self, prompt: str, text: str, step: int) -> None:
         """A prompt and its continuation, as Markdown."""
@@ -79,7 +92,7 @@ class TensorBoardWriter:
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image already encoded as PNG."""
-        self._add(picture_summary(tag, png), step)
+        self._add(picture_summary(f"{PICTURES}/{tag}", png), step)
 
     def attention(self, maps: Mapping[str, Any], png: bytes, step: int) -> None:
         """The maps of one probe, for the Attention tab and as a picture."""
@@ -88,31 +101,39 @@ class TensorBoardWriter:
         self._add(attention_summary(maps["text"], json.dumps({**maps, "vectors": None})), step)
         self.picture(f"attention/{maps['text']}", png, step)
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """The run's settings with its final metrics, for the HParams tab."""
-        from torch.utils.tensorboard.summary import hparams
+    def head_scores(self, scores: HeadScores, step: int) -> None:
+        """The scores of all heads, for the Attention tab."""
+        self._add(scores_summary({name: values.tolist() for name, values in scores.items()}), step)
 
-        for summary in hparams(dict(settings), dict(metrics)):  # type: ignore[no-untyped-call]
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
+        """The run's settings, for the HParams tab; `metrics` are the columns of held-out rows to show with them."""
+        for summary in hyperparameter_summaries(settings, [TAGS["val"][name] for name in metrics], HELD_OUT):
             self._add(summary, step)
-        self.scalars(metrics, step)
 
     def flush(self) -> None:
-        """Write every event to the file."""
-        self.writer.flush()
-        if self.chance_writer is not None:
-            self.chance_writer.flush()
+        """Write every event to the files."""
+        for writer in self.writers.values():
+            writer.flush()
 
     def close(self) -> None:
-        """Write every event and close the file. Raises OSError."""
+        """Write every event and close the files. Raises OSError."""
         try:
-            self.writer.close()
-            if self.chance_writer is not None:
-                self.chance_writer.close()
+            with ExitStack() as stack:  # closes all of them, whatever fails
+                for writer in self.writers.values():
+                    stack.callback(writer.close)
         finally:
             threading.excepthook = self.excepthook
 
-    def _add(self, summary: Any, step: int) -> None:
-        self.writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+    def _writer(self, folder: str) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter
+
+        if folder not in self.writers:
+            path = str(self.run_dir / folder)
+            self.writers[folder] = SummaryWriter(path, purge_step=self.purge_step, flush_secs=15)
+        return self.writers[folder]
+
+    def _add(self, summary: Any, step: int, folder: str = "") -> None:
+        self._writer(folder)._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
 
 
 def cut_events(run_dir: Path, last_step: int) -> None:

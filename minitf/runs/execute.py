@@ -14,6 +14,7 @@ from minitf.runs.summary import conclusion, describe_setup, introduction
 from minitf.training.actions import default_actions
 from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
+from minitf.variants import keep_copy
 
 
 def execute(context: RunContext, compared: Mapping[str, Any] | None = None) -> None:
@@ -23,6 +24,7 @@ def execute(context: RunContext, compared: Mapping[str, Any] | None = None) -> N
         if context.group.is_main:  # decisions first: a run killed in between still ends where it was to end
             context.decisions.save(context.run_dir)
             save_config(context.config, context.run_dir / "config.yaml")
+            keep_copy(context.config.model.attention_class, context.run_dir)
         with open_reporter(context) as reporter:
             trainer = Trainer(context, default_actions(context), reporter)
             begin(trainer)
@@ -54,7 +56,7 @@ def finish(trainer: Trainer, compared: Mapping[str, Any] | None) -> None:
     if trainer.config.attention_every >= 0:
         reporter.write_attention_page(f"Attention in {os.path.relpath(context.run_dir)}")
     if state.last_val:
-        metrics = {f"final/{name}": float(state.last_val[name]) for name in TAGS["val"] if name in state.last_val}
+        metrics = [name for name in TAGS["val"] if name in state.last_val]
         reporter.hyperparameters(compared or changed_settings(context.config), metrics, state.step)
     if context.group.is_main:
         replace(trainer.decisions, finished=not trainer.stopping).save(context.run_dir)

@@ -23,6 +23,7 @@ from minitf.training.decisions import RunDecisions
 from minitf.training.parallel import Parallel, check_batch_size, choose_strategy
 from minitf.training.task import Task, open_task
 from minitf.training.trainer_config import TrainerConfig
+from minitf.variants import adopt, attention_class
 
 
 class Sized(NamedTuple):
@@ -44,6 +45,9 @@ def prepare(
     All ranks call it; rank 0 of each machine prepares the data first. Raises RequestError where it cannot be done.
     """
     check_batch_size(config.trainer.batch_size, group)
+    if config.model.attention_class:  # before anything that takes time
+        adopt(config.model.attention_class)
+        attention_class(config.model.variant, config.model.attention_class)
     strategy = choose_strategy(config.trainer.strategy, group)
     hardware = find_hardware(config.trainer, decisions, group)
     # Rank 0 measures, so that all ranks choose the same size.
@@ -108,6 +112,8 @@ def settle_size(config: Config, task: Task, flops: float) -> Sized:
 
 def build_model(config: Config, task: Task, initial: Checkpoint | None) -> Transformer:
     """A model with random weights from `config.seed`, or with those of `initial`; in float32 on the CPU."""
+    if config.model.attention_class:  # of the model it starts from
+        adopt(config.model.attention_class)
     rng.seed(config.seed)
     # A pretrained model may have embeddings for more tokens than its tokenizer has.
     vocab_size = max(task.tokenizer.vocab_size, initial.model.vocab_size if initial else 0)

@@ -19,6 +19,7 @@ from minitf.runs.execute import execute
 from minitf.runs.prepare import prepare
 from minitf.training.context import RunContext
 from minitf.training.decisions import RunDecisions
+from minitf.variants import copy_in
 
 # The data position counts in batches, and the optimiser's state fits its own kind alone. Text may be named by another
 # path, if it is the same text.
@@ -67,6 +68,8 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
         overrides = [f"{other}=null", *overrides]
     config = load_config(run_dir / "config.yaml", overrides)
     config = replace(config, data=config.data.located())
+    own = copy_in(config.model.attention_class, run_dir)  # wherever it was then: what was trained is here
+    config = replace(config, model=replace(config.model, attention_class=own))
     loaded = asdict(RunDecisions.load(run_dir, config.model)) if group.is_main else {}
     decisions = RunDecisions.of(group.broadcast(loaded))
     checkpoint = _newest_checkpoint(run, run_dir, group)

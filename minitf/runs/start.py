@@ -17,6 +17,7 @@ from minitf.runs.dry_run import dry_run
 from minitf.runs.execute import execute
 from minitf.runs.prepare import prepare
 from minitf.training.decisions import RunDecisions
+from minitf.variants import trust
 
 
 def train(
@@ -28,6 +29,8 @@ def train(
     in which the runs of a sweep differ, by key.
     """
     config = replace(config, data=config.data.located())
+    if config.model.attention_class:  # named by the user, not by a run
+        trust(config.model.attention_class)
     context = prepare(config, run_dir, group, RunDecisions())
     if config.trainer.dry_run:
         dry_run(context)

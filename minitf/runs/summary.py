@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minitf.backends.autotune import Selection
+from minitf.checkpoints.hugging_face import why_not_hugging_face
 from minitf.checkpoints.train_state import TrainState
 from minitf.model import Transformer
 from minitf.training.context import RunContext
@@ -91,13 +92,14 @@ def conclusion(trainer: Trainer) -> list[str]:
         return [f"stopped after step {state.step:,}; resume with: python -m minitf.train {resume}"]
     speed = f"{state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s"
     times = f"{clock(state.train_s)} ({speed}), total {clock(state.elapsed_s)}"
+    kind = "a minitf checkpoint" if why_not_hugging_face(context.config.model) else "a Hugging Face model"
     lines = [
         "",
         *_results(context, state),
         *_findings(trainer),
         line("trained", f"{state.step:,} steps, {state.tokens / 1e6:.1f}M tokens in {times}"),
         *_decay(trainer),
-        line("saved in", f"{run_dir}/checkpoints/latest (a Hugging Face model) and best"),
+        line("saved in", f"{run_dir}/checkpoints/latest ({kind}) and best"),
     ]
     if trainer.config.attention_every >= 0:
         lines.append(line("attention", f"{run_dir}/attention.html (open it in a browser)"))

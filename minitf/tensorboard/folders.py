@@ -6,11 +6,13 @@ Everything is found by listing directories: no path ever comes from a request.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from minitf.tensorboard.summary import sentence_tag
+from minitf.viewer import heads_found
 
 STEP_NAME = re.compile(r"step_(\d{8,15})")
 ROW_START = re.compile(rb'\{"text": ("(?:[^"\\]|\\.)*"), "step": (\d+), ')
@@ -50,6 +52,18 @@ class RunFolders:
         except OSError:
             return None
 
+    def heads_found(self, run: str) -> dict[str, list[tuple[int, list[list[int]]]]]:
+        """The heads that the run found to align words or to refer to one, see `viewer.heads_found`."""
+        directory = self._directory(run)
+        path = os.path.realpath(os.path.join(directory, "metrics.jsonl")) if directory else ""
+        if not directory or not _is_within(path, directory):
+            return {}
+        try:
+            with open(path, "rb") as file:
+                return heads_found(_rows(line for line in file if b'"heads"' in line))
+        except OSError:
+            return {}
+
     def _directory(self, run: str) -> str | None:
         if self.logdir is None or "\0" in run:
             return None
@@ -70,6 +84,15 @@ class RunFolders:
         except OSError:  # no checkpoints, or not readable
             return {}
         return found
+
+
+def _rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The rows of JSON lines; damaged ones are left out."""
+    for line in lines:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
 
 
 def _index(rows: Iterable[bytes]) -> dict[tuple[str, int], tuple[int, int]]:

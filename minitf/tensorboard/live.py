@@ -40,6 +40,7 @@ class Question:
     temperature: float
     seed: int
     heads_off: tuple[Head, ...]
+    count_only: bool  # only how many tokens the text has
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Question":
@@ -62,6 +63,7 @@ class Question:
             float(temperature),
             _integer(body, "seed", 0, 2**31),
             _heads(body.get("heads_off", [])),
+            _flag(body, "count_only"),
         )
 
 
@@ -103,6 +105,8 @@ class Live:
 
     def _run(self, question: Question) -> dict[str, Any]:
         checkpoint = self._checkpoint(question)
+        if question.count_only:
+            return _count(checkpoint, question.text)
         if checkpoint.answers:
             return self._answer(checkpoint, question)
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
@@ -136,6 +140,12 @@ class Live:
         return reply
 
 
+def _count(checkpoint: Checkpoint, text: str) -> dict[str, int]:
+    """How many tokens the text has, and how many fit."""
+    limit = min(MAX_TOKENS, checkpoint.model.config.context_length)
+    return {"tokens": len(checkpoint.tokenizer.start_ids) + len(checkpoint.tokenizer.encode(text)), "limit": limit}
+
+
 def _checked(maps: AttentionMaps) -> AttentionMaps:
     if not maps.weights_LHTS.isfinite().all():
         raise RefusedError(422, "the attention weights are not finite: the training diverged, use an earlier step")
@@ -155,6 +165,13 @@ def _heads(value: Any) -> tuple[Head, ...]:
         if not isinstance(head, list) or len(head) != 2 or not all(_is_integer(index, 100_000) for index in head):
             raise RefusedError(400, "heads_off must be a list of [layer, head]")
     return tuple(sorted({(layer, head) for layer, head in value}))
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    value: Any = body.get(name, False)
+    if not isinstance(value, bool):
+        raise RefusedError(400, f"{name} must be true or false")
+    return value
 
 
 def _integer(body: dict[str, Any], name: str, default: int | None, largest: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from tensorboard import errors, plugin_util
 from tensorboard.backend import http_util
 from tensorboard.data import provider
@@ -21,14 +22,21 @@ from werkzeug import Request, Response, wrappers
 from minitf.tensorboard import PLUGIN_NAME
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import LiveGate, RefusedError
+from minitf.tensorboard.summary import SCORES_TAG
 from minitf.viewer import FOLDER, MODULES
 
 TYPES = {"js": "application/javascript", "css": "text/css"}
-CURVES = {"train": "train/loss", "val": "val/loss"}
+CURVES = {"train": ("train", "train/loss"), "val": ("held_out", "val/loss")}  # folder of the tag "loss"; older tag
 SCORE_TAG = re.compile(r"heads/(\w+)/layer(\d+)_head(\d+)")
 IMPORTANCE_TAG = re.compile(r"importance/layer(\d+)_head(\d+)")
 HEADS_RUN = "heads"  # within a run: the output of scripts/evaluate.py --heads
+# What the view Over training shows besides the scores of the heads.
+SERIES_TAG = re.compile(r"(reference|reference_weight|watch|alignment)/.+")
+NEW_TAGS = {"quality/alignment": "alignment/score"}
+SUB_RUNS = ("train", "held_out")
+CHANCE_RUN = "chance"  # within a run: what guessing comes to, under the tag of the score
 MAX_POINTS = 1000
+Scalars = Mapping[str, list[tuple[int, float]]]  # tag -> points (step, value)
 
 
 class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
@@ -88,13 +96,15 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return _respond(request, content, TYPES[name.rpartition(".")[2]])
 
     def runs(self, request: Request) -> Response:
-        """The runs with maps, oldest first, and whether typed sentences are run."""
+        """The runs with maps, oldest first, the tags of their sentences, and whether typed sentences are run."""
         context, experiment = _context(request)
         found = self.data.list_blob_sequences(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)
         started = {run.run_name: run.start_time or 0 for run in self.data.list_runs(context, experiment_id=experiment)}
         names = sorted(found, key=lambda run: (started.get(run, 0), run))
         why = self.gate.why_closed()
-        return _json(request, {"runs": names, "live": why is None, "why": why})
+        tags = {run: sorted(series) for run, series in found.items()}
+        content = {"runs": names, "tags": tags, "logdir": self.folders.logdir, "live": why is None, "why": why}
+        return _json(request, content)
 
     def run(self, request: Request) -> Response:
         """One run: its sentences with their logged steps, loss curves, head scores, checkpoints."""
@@ -104,13 +114,18 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         if not sentences:
             raise RefusedError(404, "this run has no attention maps")
         scalars = self._scalars(context, experiment, name)
-        importance = self._scalars(context, experiment, f"{name}/{HEADS_RUN}" if name != "." else HEADS_RUN)
-        curves = {split: _without_nan(scalars.get(tag, [])) for split, tag in CURVES.items()}
+        curves = {
+            split: _without_nan(scalars[folder].get("loss") or scalars[""].get(older, []))
+            for split, (folder, older) in CURVES.items()
+        }
+        series = _other_series(scalars[""]) | _other_series(scalars["held_out"])
         content = {
             "sentences": sentences,
             "curves": curves,
-            "scores": _score_series(scalars),
-            "importance": _importance(importance),
+            "scores": self._logged_scores(context, experiment, name) or _score_series(scalars[""]),
+            "series": series | _other_series(scalars[CHANCE_RUN], "/chance"),
+            "found": self.folders.heads_found(name),
+            "importance": _importance(scalars[HEADS_RUN]),
             "checkpoints": self.folders.steps(name),
         }
         return _json(request, content)
@@ -172,18 +187,38 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             for tag in by_time
         ]
 
-    def _scalars(self, context: Any, experiment: str, run: str) -> dict[str, list[tuple[int, float]]]:
+    def _scalars(self, context: Any, experiment: str, run: str) -> dict[str, Scalars]:
+        """The scalars of a run by the folder they are in, "" for the run itself."""
+        inside = "" if run == "." else f"{run}/"
+        names = {"": run} | {folder: inside + folder for folder in (*SUB_RUNS, HEADS_RUN, CHANCE_RUN)}
         found = self.data.read_scalars(
             context,
             experiment_id=experiment,
             plugin_name="scalars",
             downsample=MAX_POINTS,
-            run_tag_filter=provider.RunTagFilter(runs=[run]),
-        ).get(run, {})
-        return {tag: [(datum.step, datum.value) for datum in data] for tag, data in found.items()}
+            run_tag_filter=provider.RunTagFilter(runs=list(names.values())),
+        )
+        return {
+            folder: {tag: [(datum.step, datum.value) for datum in data] for tag, data in found.get(name, {}).items()}
+            for folder, name in names.items()
+        }
+
+    def _logged_scores(self, context: Any, experiment: str, run: str) -> dict[str, Any] | None:
+        """As `_score_series`, from the tensors that a run logs; None for an older run, which has scalars instead."""
+        wanted = provider.RunTagFilter(runs=[run], tags=[SCORES_TAG])
+        request = {"experiment_id": experiment, "plugin_name": PLUGIN_NAME, "run_tag_filter": wanted}
+        series = self.data.list_tensors(context, **request).get(run, {}).get(SCORES_TAG)
+        if series is None:
+            return None
+        data = self.data.read_tensors(context, downsample=MAX_POINTS, **request)[run][SCORES_TAG]
+        by_step = {datum.step: datum.numpy for datum in data}  # the last version of a step
+        names = json.loads(series.plugin_content)["names"]
+        values_NLHS = np.round(np.stack(list(by_step.values()), -1).astype(float), 4)
+        values = {name: values_LHS.tolist() for name, values_LHS in zip(names, values_NLHS, strict=True)}
+        return {"steps": list(by_step), "values": values}
 
 
-def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
+def _score_series(scalars: Scalars) -> dict[str, Any]:
     """{"steps": [...], "values": {score: [layer][head][index of step]}} from the scalars `heads/SCORE/layerL_headH`."""
     found = {match.groups(): points for tag, points in scalars.items() if (match := SCORE_TAG.fullmatch(tag))}
     steps = sorted({step for points in found.values() for step, _ in points})
@@ -202,7 +237,13 @@ def _score_series(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, A
     return {"steps": steps, "values": values}
 
 
-def _importance(scalars: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any] | None:
+def _other_series(scalars: Scalars, end: str = "") -> dict[str, list[tuple[int, float]]]:
+    """Scalars that are curves of their own in the view Over training, by tag and `end`."""
+    named = {NEW_TAGS.get(tag, tag): points for tag, points in sorted(scalars.items())}
+    return {tag + end: _without_nan(points) for tag, points in named.items() if SERIES_TAG.fullmatch(tag)}
+
+
+def _importance(scalars: Scalars) -> dict[str, Any] | None:
     """{"step", "values": {"layer,head": bits per byte}} of the latest measurement, or None."""
     found = {match.groups(): points[-1] for tag, points in scalars.items() if (match := IMPORTANCE_TAG.fullmatch(tag))}
     if not found:

@@ -4,11 +4,13 @@ import gzip
 import hashlib
 import json
 import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minitf.tensorboard import PLUGIN_NAME
 
 FORMAT_VERSION = 1
+SCORES_TAG = f"{PLUGIN_NAME}/scores"
 
 
 def sentence_tag(text: str) -> str:
@@ -33,6 +35,36 @@ def attention_summary(text: str, viewer_json: str) -> Any:
     blob = gzip.compress(viewer_json.encode(), compresslevel=1)
     tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[blob])
     return Summary(value=[Summary.Value(tag=sentence_tag(text), metadata=metadata, tensor=tensor)])
+
+
+def scores_summary(scores: Mapping[str, Sequence[Sequence[float]]]) -> Any:
+    """A Summary of the scores of all heads, a matrix [layer][head] each, as one tensor (scores, layers, heads)."""
+    import numpy as np
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    content = json.dumps({"version": FORMAT_VERSION, "names": list(scores)})
+    metadata = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=content.encode()),
+        data_class=DATA_CLASS_TENSOR,
+    )
+    tensor = make_tensor_proto(np.array(list(scores.values()), dtype=np.float32))
+    return Summary(value=[Summary.Value(tag=SCORES_TAG, metadata=metadata, tensor=tensor)])
+
+
+def hyperparameter_summaries(settings: Mapping[str, Any], metrics: Sequence[str], folder: str) -> tuple[Any, ...]:
+    """Summaries of a run's settings for the HParams tab, with the scalars of `folder` that runs are compared by."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    experiment, start, end = hparams(dict(settings), dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
+    plugin_data = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin_data.content)
+    for metric in data.experiment.metric_infos:
+        metric.name.group = folder
+        metric.display_name = metric.name.tag.rpartition("/")[2]
+    plugin_data.content = data.SerializeToString()
+    return experiment, start, end
 
 
 def picture_summary(tag: str, png: bytes) -> Any:

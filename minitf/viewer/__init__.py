@@ -7,27 +7,37 @@ of TensorBoard's Attention tab asks the server.
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+ROLES = {"alignment": "aligns", "reference": "refers"}  # by the split of a row of metrics.jsonl with heads
 # Each imports only those before it.
 MODULES = (
-    "texts.js", "preferences.js", "dom.js", "maps.js", "source.js", "timeline.js", "overview.js", "sentence.js",
-    "lines.js", "matrix.js", "alignment.js", "three_steps.js", "next_token.js", "over_training.js", "compare.js",
-    "prompt.js", "defaults.js", "viewer.js",
+    "texts.js", "preferences.js", "dom.js", "maps.js", "colours.js", "state.js", "source.js", "data.js", "charts.js",
+    "tooltip.js", "words.js", "timeline.js", "heads.js", "sentence.js", "head_line.js", "lines.js", "matrix.js",
+    "alignment.js", "three_steps.js", "next_token.js", "over_training.js", "compare.js", "views.js", "picture.js",
+    "save.js", "address.js", "prompt.js", "controls.js", "help.js", "viewer.js",
 )  # fmt: skip
 
 
 def viewer_page(
-    maps: list[dict[str, Any]], title: str, curves: Mapping[str, Sequence[tuple[int, float]]] | None = None
+    maps: list[dict[str, Any]],
+    title: str,
+    curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    series: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    found: Mapping[str, Any] | None = None,
+    scored_on: str = "held_out",
 ) -> str:
     """One self-contained HTML page with `maps`, each an `AttentionMaps.to_viewer()`.
 
-    `curves` are the (step, loss) points of the run, by split ("train" and "val").
+    `curves` are the (step, loss) points of the run, by split ("train" and "val"), and `series` those of anything else
+    it measured, by name ("alignment/score"). `found` are its `heads_found`. `scored_on` says what the heads' scores
+    were measured on: "held_out" text or the "sentence" itself.
     """
-    content = {"title": title, "maps": maps, "curves": curves}
+    content = {"title": title, "maps": maps, "curves": curves, "series": series or {}, "found": found or {}}
+    content["scored_on"] = scored_on
     parts = {
         "title": html.escape(title.encode("utf-8", "replace").decode()),
         "style": (FOLDER / "viewer.css").read_text(encoding="utf-8"),
@@ -37,6 +47,19 @@ def viewer_page(
     }
     template = (FOLDER / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], template)  # one pass: parts are not searched again
+
+
+def heads_found(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, list[list[int]]]]]:
+    """The heads that a run found to align words or to refer to one, of the rows of its metrics.jsonl.
+
+    {"aligns": [(step, [[layer, head], ...]), ...], "refers": ...}, without what the run did not look for.
+    """
+    found: dict[str, list[tuple[int, list[list[int]]]]] = {}
+    for row in rows:
+        role = ROLES.get(row.get("split", ""))
+        if role is not None and isinstance(row.get("heads"), list):
+            found.setdefault(role, []).append((int(row["step"]), row["heads"]))
+    return found
 
 
 def _script() -> str:

@@ -1,73 +1,101 @@
-/* The view "Alignment": for each target word the source words it comes from, as text and as a matrix. */
+/* The view "Alignment": for each target word the source words that the aligning heads look at. */
 
-import { arrow, clamp, make, percent, prepare, quoted } from "./dom.js";
+import { arrow, clamp, make, onChange, percent, prepare, quoted } from "./dom.js";
 
-const gap = (words, i) => (/^[\p{P}]$/u.test(words[i]) || words.every((word) => word.length === 1) ? "" : " ");
 const SHOWN = 0.12; // smaller shares of a source word are not listed
+const [LARGEST, READABLE] = [26, 9.5]; // pixels of a cell: at most, and to have its words
 
-export function alignmentView(map, { t }) {
+/** The word, as an index of `words`, that each token from `start` on begins in; -1 for a token of no word. */
+export function wordsOfTokens(tokens, start, end, words) {
+  const owners = words.flatMap((word, index) => [...word.replace(/\s/g, "")].map(() => index));
+  let at = 0;
+  return tokens.map((token, position) => {
+    if (position < start || position >= end) return -1;
+    const split = token.match(/\((\d+)\/\d+\)/); // a part of a character: its first part stands for it
+    const count = split ? Number(split[1] === "1") : [...token.replace(/\s/g, "")].length;
+    const owner = owners[Math.min(at, owners.length - 1)] ?? -1;
+    at += count;
+    return owner;
+  });
+}
+
+/** Where the target begins: after the last special token that is not the last of all. */
+export function targetStart(map) {
+  if (map.prompt_length !== undefined) return map.prompt_length;
+  return map.tokens.findLastIndex((token, i) => /^<\|.*\|>$/s.test(token) && i < map.size - 1) + 1;
+}
+
+export function alignmentView(map, { t, tooltip, actions }) {
   const { source, target } = map.alignment;
-  const cell = Math.min(Math.max(Math.floor(620 / Math.max(source.length, target.length)), 11), 26);
+  const start = targetStart(map);
+  const targets = wordsOfTokens(map.tokens, start, map.size, target);
   const canvas = make("canvas");
-  const row = make("div", { class: "row" });
-  const plot = make("div", { class: "plot", tabIndex: 0 }, canvas, row);
-  plot.setAttribute("role", "img");
-  const names = (list, className) => make("div", { class: className }, ...list.map((word) => make("span", {}, word)));
+  const mark = make("div", { class: "row" });
+  const plot = make("div", { class: "plot", tabIndex: 0, attributes: { role: "application", "aria-roledescription": t("tab_alignment") } }, canvas, mark);
+  const names = (list, className) => make("div", { class: className }, ...list.map((word) => make("bdi", {}, word)));
   const [rows, columns] = [names(target, "rows"), names(source, "columns")];
-  const readout = make("p", { class: "readout", ariaLive: "polite" });
-  const sentence = (list, label) => {
-    const words = list.map((word) => make("span", { class: "word" }, word));
-    const line = make("p", { class: "pair-side" }, make("b", {}, label), ...words.flatMap((word, i) => [gap(list, i), word]));
-    return { words, line };
-  };
-  const [old, made] = [sentence(source, t("source")), sentence(target, t("target"))];
-  made.words.forEach((word, i) => {
-    word.addEventListener("pointerenter", () => point(i));
-    word.addEventListener("click", () => point(i));
-  });
+  const readout = make("p", { class: "said", ariaLive: "polite" });
   const grid = make("div", { class: "alignment-matrix" }, make("div"), columns, rows, plot);
-  grid.style.setProperty("--cell", `${cell}px`);
-  const element = make("div", { class: "alignment" }, make("p", { class: "hint" }, t("alignment_lead")), old.line, made.line, readout,
-    grid, make("p", { class: "hint" }, t("alignment_axes")));
-  plot.addEventListener("pointermove", (event) => {
+  const heads = make("p", { class: "hint" });
+  const element = make("div", { class: "alignment" }, make("div", { class: "beside" }, readout, make("p", { class: "hint" }, t("alignment_lead")), heads, make("p", { class: "hint" }, t("alignment_axes"))), grid);
+  let [context, chosen, weights, cell] = [null, 0, map.alignment.weights, LARGEST];
+
+  const choose = (index) => {
+    const query = targets.indexOf(index);
+    if (query >= 0) actions.set({ query, key: null, point: null });
+  };
+  const place = (event) => {
     const box = canvas.getBoundingClientRect();
-    point(clamp(Math.floor(((event.clientY - box.top) / box.height) * target.length), target.length));
+    return [clamp(Math.floor((event.clientY - box.top) / cell), target.length), clamp(Math.floor((event.clientX - box.left) / cell), source.length)];
+  };
+  plot.addEventListener("pointermove", (event) => {
+    const [row, column] = place(event);
+    tooltip.show(event.clientX, event.clientY, [{ text: `${quoted(target[row])} → ${quoted(source[column])}`, strong: true }, percent(weights[row][column], 1)]);
   });
+  plot.addEventListener("pointerleave", tooltip.hide);
+  plot.addEventListener("click", (event) => choose(place(event)[0]));
+  rows.addEventListener("click", (event) => choose([...rows.children].indexOf(event.target)));
   plot.addEventListener("keydown", (event) => {
-    const [down] = arrow(event);
-    if (down) point(clamp(chosen + down, target.length));
+    const [down, right] = arrow(event);
+    if (down || right) choose(clamp(chosen + down + right, target.length));
   });
 
-  let [chosen, weights, palette, painted] = [0, map.alignment.weights, null, ""];
-  function point(index) {
-    chosen = index;
+  const paint = onChange((palette) => {
+    const longest = (list) => 8 * Math.max(...list.map((word) => Math.min([...word].length, 14))) + 12;
+    const { width, height } = context.space;
+    const exact = Math.min((width - 280 - longest(target)) / source.length, (height - longest(source)) / target.length, LARGEST);
+    cell = exact >= 3 ? Math.floor(exact) : Math.max(exact, 1.5);
+    grid.style.setProperty("--cell", `${cell}px`);
+    grid.classList.toggle("nameless", cell < READABLE);
+    const drawing = prepare(canvas, source.length * cell, target.length * cell);
+    weights.forEach((shares, i) => shares.forEach((share, j) => {
+      drawing.fillStyle = palette.share(share);
+      drawing.fillRect(j * cell, i * cell, cell - (cell > 4 ? 1 : 0), cell - (cell > 4 ? 1 : 0));
+    }));
+  });
+
+  function render(current) {
+    context = current;
+    const { map: shown, query, palette, space } = context;
+    element.classList.toggle("stale", !shown.alignment);
+    if (!shown.alignment) { readout.textContent = t("no_alignment_yet"); return; }
+    weights = shown.alignment.weights;
+    paint([shown.stamp, palette.theme, space.width, space.height].join("|"), palette);
+    chosen = Math.max(targets[query] >= 0 ? targets[query] : 0, 0);
     const shares = weights[chosen] ?? [];
-    rows.childNodes.forEach((name, i) => name.classList.toggle("active", i === chosen));
-    made.words.forEach((word, i) => word.classList.toggle("active", i === chosen));
-    old.words.forEach((word, i) => {
-      word.style.background = shares[i] > 0.02 ? palette.share(shares[i]) : "";
-      word.style.color = shares[i] > 0.02 ? palette.ink(shares[i]) : "";
-      columns.childNodes[i].classList.toggle("active", shares[i] >= SHOWN);
-    });
-    Object.assign(row.style, { top: `${chosen * cell}px`, width: `${source.length * cell}px`, height: `${cell}px` });
+    [...rows.children].forEach((name, i) => name.classList.toggle("active", i === chosen));
+    [...columns.children].forEach((name, i) => name.classList.toggle("active", shares[i] >= SHOWN));
+    Object.assign(mark.style, { top: `${chosen * cell}px`, width: `${source.length * cell}px`, height: `${cell}px` });
     const from = shares.map((share, i) => [share, i]).filter(([share]) => share >= SHOWN).sort((a, b) => b[0] - a[0]);
     const named = from.map(([share, i]) => `${quoted(source[i])} ${percent(share)}`).join(", ");
-    readout.textContent = t("made_from", { word: quoted(target[chosen] ?? ""), words: named || t("many_words") });
+    readout.textContent = t("aligned_with", { word: quoted(target[chosen] ?? ""), words: named || t("many_words") });
     plot.ariaLabel = readout.textContent;
+    heads.textContent = shown.found.aligns?.length
+      ? t("alignment_heads", { heads: shown.found.aligns.map(([layer, head]) => t("head_short", { layer, head })).join(", ") }) : "";
   }
-  function paint() {
-    const context = prepare(canvas, source.length * cell, target.length * cell);
-    weights.forEach((shares, i) => shares.forEach((share, j) => {
-      context.fillStyle = palette.share(share);
-      context.fillRect(j * cell, i * cell, cell - 1, cell - 1);
-    }));
+  function table({ map: shown }) {
+    const rowsOf = (shown.alignment?.weights ?? []).flatMap((shares, i) => shares.map((share, j) => [i, target[i], j, source[j], share]));
+    return { columns: ["target_position", "target", "source_position", "source", "share"], rows: rowsOf };
   }
-  function update({ map: current, palette: colours, paintKey }) {
-    if (!current.alignment) return;
-    [weights, palette] = [current.alignment.weights, colours];
-    const key = current.stamp + colours.theme;
-    if (key !== painted) { paint(); painted = key; }
-    point(clamp(chosen, target.length));
-  }
-  return { element, update };
+  return { element, render, table };
 }

@@ -1,86 +1,125 @@
-/* The view "Compare": two steps or two runs side by side, with the same head and query, and their difference. */
+/* The view "Compare": the chosen head on the same words at another step, without a head, or in another run. */
 
-import { make, percent, quoted } from "./dom.js";
-import { atPosition } from "./next_token.js";
+import { fillSelect, make, onChange, percent, quoted, range } from "./dom.js";
+import { otherOf } from "./data.js";
 import { headLook } from "./maps.js";
 import { matrix, steering } from "./matrix.js";
-import { patternName } from "./overview.js";
+import { atPosition } from "./next_token.js";
+import { strongest } from "./words.js";
 
-export function compareView(map, { t, set, other }) {
-  const runs = make("select", { ariaLabel: t("run") }, ...other.runs.map((name) => make("option", { value: name }, name || "–")));
+const [HEADINGS, PREDICTIONS, LABEL] = [76, 140, 66]; // pixels: above the matrices, below them if there is room, a word
+
+export function compareView(map, { t, tooltip, actions }) {
+  const { set } = actions;
+  const what = make("select", { ariaLabel: t("compare_with") });
   const steps = make("select", { ariaLabel: t("step") });
-  const picker = make("div", { class: "compare-with" }, make("b", {}, t("compare_with")), ...(other.runs.length > 1 ? [make("label", {}, t("run"), " ", runs)] : []), make("label", {}, t("step"), " ", steps));
-  runs.addEventListener("change", () => set({ other: { run: runs.value, look: null } }));
-  steps.addEventListener("change", () => set({ other: { run: runs.value, look: Number(steps.value) } }));
-  const [sides, readout] = [make("div", { class: "sides" }), make("p", { class: "readout", ariaLive: "polite" })];
-  const element = make("div", { class: "compare" }, picker, readout, sides);
-  let [plots, shape, painted, last, listed] = [null, "", "", { query: 0, key: null }, ""];
+  const picker = make("div", { class: "compare-with" }, make("label", {}, t("compare_with"), " ", what), make("label", {}, t("step"), " ", steps));
+  what.addEventListener("change", () => {
+    if (what.value === "head") return actions.compareHead();
+    return set({ other: what.value === "step" ? null : { kind: "run", run: what.value.slice(4), step: null } });
+  });
+  steps.addEventListener("change", () => {
+    const other = otherOf(context.state, context.run);
+    set({ other: { ...other, step: steps.value === "" ? null : Number(steps.value) } });
+  });
+  const problem = make("p", { class: "missing" });
+  const readout = make("p", { class: "said", ariaLive: "polite" });
+  const sides = make("div", { class: "sides" });
+  const element = make("div", { class: "compare" }, make("div", { class: "lead-row" }, picker, readout), problem, sides);
+  let [plots, figures, context, side] = [[], [], null, 0];
 
-  function build(second) {
-    const same = map.tokens.join("\u0000") === second.tokens.join("\u0000");
-    const side = same ? 204 : 300;
-    const controls = steering(map.size, set, () => last);
-    const foreign = { onPoint: () => {}, onLeave: () => {}, onSelect: () => {}, onArrow: () => {} };
-    plots = [matrix(map.tokens, t, side, controls), matrix(second.tokens, t, side, same ? controls : foreign)];
-    if (same) plots.push(matrix(map.tokens, t, side, controls));
-    const figures = plots.map((plot, i) => make("figure", {}, make("figcaption", {}, make("b"), make("span")), plot.element, make("div", { class: "next" })));
+  const build = onChange((second, same) => {
+    const lines = (query, key) => compareLines(t, context, lookOf(context), query, key);
+    const controls = { ...steering(map.size, actions, tooltip, () => context, lines), label: t("tab_compare") };
+    const foreign = { onPoint: () => {}, onLeave: () => {}, onSelect: () => {}, onArrow: () => {}, label: t("tab_compare") };
+    plots = [matrix(map.tokens, controls), matrix(second.tokens, same ? controls : foreign)];
+    if (same) plots.push(matrix(map.tokens, controls));
+    figures = plots.map((plot) => make("figure", {}, make("figcaption", {}, make("b"), make("span")), plot.element, make("div", { class: "next" })));
     sides.replaceChildren(...figures);
-    if (!same) sides.append(make("p", { class: "hint" }, t("no_difference")));
-    return figures;
-  }
+  });
+  const paint = onChange((lookA, lookB, same) => {
+    const { palette, space, map: shown, second } = context;
+    const wide = space.width > 560;
+    side = wide ? Math.min(space.width / plots.length - LABEL - 8, space.height - HEADINGS) : Math.min(space.width - LABEL, 300);
+    sides.style.gridTemplateColumns = `repeat(${wide ? plots.length : 1}, max-content)`;
+    const largest = Math.max(lookA.largest, lookB.largest);
+    const difference = (a, b) => (lookB.isHidden(a, b) ? 0 : (lookB.value(a, b) - lookA.value(a, b)) / largest);
+    plots.forEach((plot) => plot.fit(side, LABEL));
+    plots[0].paint(palette.shares, lookA.share);
+    plots[1].paint(palette.shares, lookB.share);
+    plots[2]?.paint(palette.signs, (a, b) => (difference(a, b) + 1) / 2);
+    [[t("side_a"), shown, ""], [t("side_b"), second, nameOfOther(t, context)]].forEach(([name, one, note], i) => {
+      figures[i].firstChild.firstChild.textContent = name;
+      figures[i].firstChild.lastChild.textContent = [one.step === null ? "" : t("step_at", { step: one.step.toLocaleString() }), note].filter(Boolean).join(" · ");
+    });
+    if (same) {
+      figures[2].firstChild.firstChild.textContent = t("difference");
+      figures[2].lastChild.replaceChildren(make("p", { class: "swatches" }, ...[["A", -0.7], ["B", 0.7]].flatMap(([name, value]) => {
+        const swatch = make("i");
+        swatch.style.background = palette.signed(value);
+        return [swatch, t("more_in", { side: name })];
+      })));
+    }
+  });
 
-  let figures = [];
-  function update({ map: current, looks: [look], query, key, palette, paintKey, state, second, secondRun, secondLooks, secondLook, step }) {
-    const listing = secondRun + JSON.stringify(secondLooks);
-    if (listing !== listed) {
-      runs.value = secondRun;
-      steps.replaceChildren(...secondLooks.map(([at], i) => make("option", { value: i }, String(at ?? "–"))));
-      listed = listing;
-    }
-    steps.value = secondLook;
-    if (secondLooks.length < 2 && other.runs.length < 2) { element.replaceChildren(make("p", { class: "hint" }, t("compare_needs"))); return; }
-    if (!second) return;
-    last = { query, key };
-    if (shape !== second.id) { figures = build(second); shape = second.id; painted = ""; }
-    const has = look.layer < second.layers && look.head < second.heads;
-    if (!has) { readout.textContent = t("no_such_head"); sides.hidden = true; return; }
-    sides.hidden = false;
-    const lookB = headLook(second, look.layer, look.head, state);
-    const largest = Math.max(look.largest, lookB.largest);
-    const difference = (a, b) => (lookB.isHidden(a, b) ? 0 : (lookB.value(a, b) - look.value(a, b)) / largest);
-    const painting = paintKey + second.stamp;
-    if (painting !== painted) {
-      plots[0].paint(palette.shares, look.share);
-      plots[1].paint(palette.shares, lookB.share);
-      plots[2]?.paint(palette.signs, (a, b) => (difference(a, b) + 1) / 2);
-      [[t("side_a"), step, current], [t("side_b"), second.step, second]].forEach(([name, at, one], i) => {
-        figures[i].firstChild.firstChild.textContent = name;
-        figures[i].firstChild.lastChild.textContent = [at === null ? "" : t("step_at", { step: at }), patternName(t, one.label(look.layer, look.head))].filter(Boolean).join(" · ");
-      });
-      if (figures[2]) {
-        figures[2].firstChild.firstChild.textContent = t("difference");
-        const key_ = [["A", -0.7], ["B", 0.7]].flatMap(([side, value]) => {
-          const swatch = make("i");
-          swatch.style.background = palette.signed(value);
-          return [swatch, t("more_in", { side })];
-        });
-        figures[2].lastChild.replaceChildren(make("p", { class: "swatches" }, ...key_));
-      }
-      painted = painting;
-    }
-    const at = key ?? strongest(look, query);
-    const say = (one) => (one.byNorm ? one.value(query, at).toFixed(2) : percent(one.weight(query, at)));
-    const words = figures[2] ? t("compare_readout", { query: quoted(map.tokens[query]), key: quoted(map.tokens[at]), a: say(look), b: say(lookB) }) : "";
-    readout.textContent = words;
-    plots.forEach((plot, i) => (figures[2] || i === 0) && plot.mark(query, key, words));
-    figures[0].lastChild.replaceChildren(...atPosition(current, query, t, [], palette));
-    figures[1].lastChild.replaceChildren(...atPosition(second, Math.min(query, second.size - 1), t, [], palette));
+  function render(current) {
+    context = current;
+    const { state, run, second, query, key, palette, looks: [look], data, source } = context;
+    const other = otherOf(state, run);
+    const tag = run.sentences[state.sentence].tag;
+    const runs = state.live ? [] : data.runs.filter((name) => name !== run.name && data.tags[name]?.includes(tag));
+    const options = [["step", t("other_step")], ...(source.live && run.checkpoints.length ? [["head", t("other_head", look)]] : []), ...runs.map((name) => [`run:${name}`, t("other_run", { run: name })])];
+    fillSelect(what, options, other.kind === "run" ? `run:${other.run}` : other.kind);
+    const theirSteps = other.kind === "run" ? (second ? [[second.step]] : []) : state.live ? run.checkpoints.map((step) => [step]) : run.sentences[state.sentence].looks;
+    steps.parentNode.hidden = other.kind !== "step";
+    fillSelect(steps, theirSteps.map(([step]) => [String(step ?? ""), String(step ?? "–")]), String(other.step ?? ""));
+    const has = second && look.layer < second.layers && look.head < second.heads;
+    problem.textContent = !second ? t("no_second") : !has ? t("no_such_head") : "";
+    const same = Boolean(second) && map.tokens.join("\u0000") === second.tokens.join("\u0000");
+    if (has && !same) problem.textContent = t("no_difference");
+    problem.hidden = !problem.textContent;
+    sides.hidden = readout.hidden = !has;
+    if (!has) return;
+    build([second.id, same].join("|"), second, same);
+    const lookB = lookOf(context);
+    paint([context.paintKey, second.stamp, context.space.width, context.space.height, nameOfOther(t, context)].join("|"), look, lookB, same);
+    const at = key ?? strongest(look, query, 1)[0] ?? 0;
+    readout.textContent = same ? [t("head_name", look), ": ", ...compareWords(t, context, lookB, query, at)].join("") : "";
+    plots.forEach((plot, i) => (same || i === 0) && plot.mark(query, key, readout.textContent));
+    const roomy = context.space.height - HEADINGS - side > PREDICTIONS || context.space.width <= 560;
+    figures[0].lastChild.replaceChildren(...(roomy ? atPosition(context.map, query, t, [], palette) : []));
+    figures[1].lastChild.replaceChildren(...(roomy && same ? atPosition({ ...second, before: undefined }, query, t, [], palette) : []));
   }
-  return { element, update };
+  function table(current) {
+    const { second, looks: [look] } = current;
+    const lookB = second && look.layer < second.layers && look.head < second.heads ? lookOf(current) : null;
+    if (!lookB || map.tokens.join("\u0000") !== second.tokens.join("\u0000")) return { columns: [], rows: [] };
+    const rows = range(map.size).flatMap((query) => range(query + 1).map((key) => {
+      const [a, b] = [look.weight(query, key), lookB.weight(query, key)];
+      return [look.layer, look.head, query, map.tokens[query], key, map.tokens[key], a, b, b - a];
+    }));
+    return { columns: ["layer", "head", "query_position", "query", "key_position", "key", "A", "B", "difference"], rows };
+  }
+  return { element, render, table };
 }
 
-function strongest(look, query) {
-  let best = 0;
-  for (let key = 1; key <= query; key++) if (look.share(query, key) > look.share(query, best)) best = key;
-  return best;
+const lookOf = ({ second, looks: [look], settings }) => headLook(second, look.layer, look.head, settings);
+
+function nameOfOther(t, { state, run, looks: [look] }) {
+  const other = otherOf(state, run);
+  return other.kind === "run" ? other.run : other.kind === "head" ? t("other_head", look) : "";
+}
+
+function compareWords(t, { map, looks: [look] }, lookB, query, key) {
+  return [t("compare_readout", { query: quoted(map.tokens[query]), key: quoted(map.tokens[key]), a: look.say(query, key), b: lookB.say(query, key) })];
+}
+
+function compareLines(t, context, lookB, query, key) {
+  const { map, looks: [look] } = context;
+  const change = lookB.weight(query, key) - look.weight(query, key);
+  return [
+    { text: `${quoted(map.tokens[query])} → ${quoted(map.tokens[key])}`, strong: true },
+    `A ${look.say(query, key, 1)}   B ${lookB.say(query, key, 1)}`,
+    look.byNorm ? "" : `B − A ${change < 0 ? "−" : "+"}${percent(Math.abs(change), 1)}`,
+  ];
 }

@@ -1,84 +1,128 @@
-/* The view "Lines": from the reading words (left) to the words they look at (right); one colour per head, width and opacity by weight. */
+/* The view "Lines": from the reading words (left) to the words they look at (right); one colour per head, width and
+ * opacity by weight. All words fit: where there are too many to write, those that matter are written. */
 
-import { arrow, clamp, make, percent, prepare, visible } from "./dom.js";
+import { arrow, clamp, make, onChange, prepare, range, visible } from "./dom.js";
+import { cellLines, queryLines, strongest } from "./words.js";
 
-const BETWEEN = 240; // pixels between the two columns
-const FAINTEST = 0.04; // smaller weights of unselected queries are not drawn
+const [LARGEST, READABLE, LINE] = [26, 10.5, 13]; // pixels per word: at most, to be written, between written ones
+const [HEAD, BETWEEN] = [20, 0.34]; // pixels of the headings; share of the width between the columns
+const [FAINTEST, WRITTEN] = [0.04, 0.005]; // smaller weights of other queries, and of the chosen one, are not drawn
+const [MANY, FAINTEST_OF_MANY] = [80, 0.3]; // tokens
 
-export function linesView(map, { t, set }) {
-  const pitch = map.size > 60 ? 18 : map.size > 30 ? 22 : 26;
-  const column = (side, role) => {
-    const items = map.tokens.map((token, i) => {
-      const item = make("li", {}, make("span", {}, visible(token)), make("small"));
-      item.addEventListener("pointerenter", () => set({ point: side === "left" ? { query: i, key: null } : { query: api.query, key: Math.min(i, api.query) } }));
-      item.addEventListener("click", () => set(side === "left" ? { query: i, key: null, point: null } : { key: Math.min(i, api.query), point: null }));
-      return item;
-    });
-    const list = make("ol", { class: side, ariaLabel: role }, ...items);
-    list.addEventListener("pointerleave", () => set({ point: null }));
-    return { list, items };
-  };
-  const [left, right] = [column("left", t("query_axis")), column("right", t("key_axis"))];
-  const canvas = make("canvas");
-  canvas.setAttribute("aria-hidden", "true");
-  left.list.tabIndex = 0;
-  left.list.addEventListener("keydown", (event) => {
-    const [down] = arrow(event);
-    if (down) set({ query: clamp(api.query + down, map.size), key: null, point: null });
-  });
-  const body = make("div", { class: "lines-body" }, left.list, canvas, right.list);
-  body.style.setProperty("--pitch", `${pitch}px`);
+export function linesView(map, { t, tooltip, actions }) {
+  const { set } = actions;
+  let context = null;
+  const canvas = make("canvas", { attributes: { "aria-hidden": "true" } });
+  const column = (side) => map.tokens.map((token) => make("li", { class: side }, make("bdi", {}, visible(token)), make("small")));
+  const [left, right] = [column("left"), column("right")];
+  const body = make("div", { class: "lines-body", tabIndex: 0, attributes: { role: "application", "aria-label": t("lines_label") } },
+    make("ol", { attributes: { "aria-hidden": "true" } }, ...left), canvas, make("ol", { attributes: { "aria-hidden": "true" } }, ...right));
   const element = make("div", { class: "lines" },
     make("div", { class: "lines-head" }, make("span", {}, t("query_axis")), make("span", {}, t("key_axis"))), body);
-  const api = { element, update, query: 0 };
-  let followed = -1;
+  let pitch = LARGEST;
 
-  function update({ looks, query, key, palette, selected }) {
-    api.query = query;
-    const context = prepare(canvas, BETWEEN, map.size * pitch);
+  /** The word and the side under the pointer. */
+  const at = (event) => {
+    const box = body.getBoundingClientRect();
+    const index = clamp(Math.floor((event.clientY - box.top) / pitch), map.size);
+    return (event.clientX - box.left) / box.width < 0.5 ? { query: index, key: null } : { query: null, key: index };
+  };
+  body.addEventListener("pointermove", (event) => {
+    const { query, key } = at(event);
+    const chosen = context.state.query;
+    set({ point: query === null ? { query: chosen, key: Math.min(key, chosen) } : { query, key: null } });
+    const { looks, palette } = context;
+    tooltip.show(event.clientX, event.clientY, query === null
+      ? cellLines(t, context.map, looks, chosen, Math.min(key, chosen), palette) : queryLines(t, context.map, looks, query, palette));
+  });
+  body.addEventListener("pointerleave", () => { tooltip.hide(); set({ point: null }); });
+  body.addEventListener("click", (event) => {
+    const { query, key } = at(event);
+    set(query === null ? { key: Math.min(key, context.state.query), point: null } : { query, key: null, point: null });
+  });
+  body.addEventListener("keydown", (event) => {
+    const [down, across] = arrow(event);
+    const { query, key } = context.state;
+    if (across) set({ key: clamp((key ?? strongest(context.looks[0], query, 1)[0] ?? query) + across, query + 1), point: null });
+    else if (down) set({ query: clamp(query + down, map.size), key: null, point: null });
+  });
+
+  function draw({ looks, query, palette, space }) {
+    const width = Math.max(Math.round(body.clientWidth * BETWEEN), 90);
+    const drawing = prepare(canvas, width, map.size * pitch);
     const y = (i) => (i + 0.5) * pitch;
-    const line = (from, to, colour, share, alpha) => {
-      context.beginPath();
-      context.moveTo(0, y(from));
-      context.bezierCurveTo(BETWEEN * 0.4, y(from), BETWEEN * 0.6, y(to), BETWEEN, y(to));
-      context.lineWidth = 0.6 + 4.4 * share;
-      context.strokeStyle = colour;
-      context.globalAlpha = alpha;
-      context.stroke();
+    const line = (from, to, look, share, alpha) => {
+      drawing.beginPath();
+      drawing.moveTo(0, y(from));
+      drawing.bezierCurveTo(width * 0.4, y(from), width * 0.6, y(to), width, y(to));
+      drawing.lineWidth = 0.6 + Math.min(4.4, space.height / map.size / 3 + 2) * share;
+      drawing.strokeStyle = palette.heads[look.colour];
+      drawing.globalAlpha = alpha;
+      drawing.stroke();
     };
-    const few = map.size <= 80;
-    looks.forEach((look, i) => {
-      if (!few) return;
+    const faintest = map.size > MANY ? FAINTEST_OF_MANY : FAINTEST;
+    for (const look of looks)
       for (let from = 0; from < map.size; from++)
         for (let to = 0; from !== query && to <= from; to++) {
           const share = look.share(from, to);
-          if (share >= FAINTEST) line(from, to, palette.heads[i], share * 0.5, 0.04 + 0.12 * share);
+          if (share >= faintest) line(from, to, look, share * 0.5, 0.05 + 0.12 * share);
         }
-    });
-    looks.forEach((look, i) => {
+    for (const look of looks)
       for (let to = 0; to <= query; to++) {
         const share = look.share(query, to);
-        if (share >= 0.005) line(query, to, palette.heads[i], share, 0.25 + 0.75 * share);
+        if (share >= WRITTEN) line(query, to, look, share, 0.25 + 0.75 * share);
       }
-    });
-    left.items.forEach((item, i) => item.classList.toggle("active", i === query));
-    right.items.forEach((item, i) => {
+  }
+
+  const painted = onChange(draw);
+  function render(current) {
+    context = current;
+    const { looks, query, key, palette, space } = context;
+    const room = space.height - HEAD;
+    pitch = Math.min(room / map.size, LARGEST);
+    body.style.setProperty("--pitch", `${pitch}px`);
+    body.style.height = `${pitch * map.size}px`;
+    painted([context.paintKey, query, space.width, space.height].join("|"), context);
+    const best = (i) => (i <= query ? Math.max(...looks.map((look) => look.share(query, i))) : 0);
+    const write = (items, chosen, order) => {
+      const shown = pitch >= READABLE ? null : spaced(order, pitch, chosen);
+      items.forEach((item, i) => {
+        item.hidden = shown !== null && !shown.has(i);
+        item.style.top = `${(i + 0.5) * pitch}px`;
+        item.classList.toggle("active", i === chosen);
+      });
+    };
+    const others = range(map.size).filter((i) => i % Math.ceil(LINE / pitch) === 0);
+    write(left, query, [query, ...others]);
+    write(right, key, [...(key === null ? [] : [key]), ...range(query + 1).filter((i) => best(i) >= 0.02).sort((a, b) => best(b) - best(a)), ...others]);
+    right.forEach((item, i) => {
       const [name, small] = item.children;
       const shown = i <= query && !looks[0].isHidden(query, i);
-      const strongest = shown ? Math.max(...looks.map((look) => look.share(query, i))) : 0;
-      name.style.background = looks.length === 1 && shown ? palette.share(strongest) : "";
-      name.style.color = looks.length === 1 && shown ? palette.ink(strongest) : "";
+      name.style.background = looks.length === 1 && shown ? palette.share(best(i)) : "";
+      name.style.color = looks.length === 1 && shown ? palette.ink(best(i)) : "";
       item.classList.toggle("future", i > query);
-      item.classList.toggle("active", i === key);
-      const best = looks.findIndex((look) => look.share(query, i) === strongest);
-      small.textContent = shown && strongest >= 0.01
-        ? looks[0].byNorm ? looks[Math.max(best, 0)].value(query, i).toFixed(2) : percent(looks[Math.max(best, 0)].weight(query, i)) : "";
-      small.style.color = looks.length > 1 ? palette.heads[Math.max(best, 0)] : "";
+      const said = looks.filter((look) => shown && look.share(query, i) >= 0.01);
+      if (looks.length === 1) small.textContent = said.length ? said[0].say(query, i) : "";
+      else small.replaceChildren(...said.map((look) => {
+        const value = make("span", {}, look.say(query, i));
+        value.style.color = palette.heads[look.colour];
+        return value;
+      }));
     });
-    if (selected !== followed && body.scrollHeight > body.clientHeight + 4) {
-      body.scrollTop = y(selected) - body.clientHeight * 0.6;
-      followed = selected;
-    }
   }
-  return api;
+
+  function table({ looks, query }) {
+    const rows = looks.flatMap((look) => range(query + 1).map((i) =>
+      [look.layer, look.head, query, map.tokens[query], i, map.tokens[i], look.weight(query, i)]));
+    return { columns: ["layer", "head", "query_position", "query", "key_position", "key", "weight"], rows };
+  }
+  return { element, render, table };
+}
+
+/** Of positions in order of importance, those that can be written without touching one another. */
+export function spaced(order, pitch, chosen) {
+  const shown = new Set(chosen === null ? [] : [chosen]);
+  for (const i of order)
+    if ([...shown].every((other) => other === i || Math.abs(other - i) * pitch >= LINE)) shown.add(i);
+  return shown;
 }

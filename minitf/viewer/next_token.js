@@ -1,62 +1,70 @@
-/* The view "Next token": the prediction at each position and the probability of each word; with heads off, before and after. */
+/* The view "Next token": the prediction after each word and the probability of each word; with heads off, before and
+ * after. */
 
-import { make, percent, quoted, visible } from "./dom.js";
-import { tokenRow } from "./sentence.js";
+import { button, make, onChange, percent, quoted, visible, withBold } from "./dom.js";
 
-export function nextTokenView(map, { t, set }) {
-  const select = { onPoint: (query) => set({ point: { query, key: null } }), onLeave: () => set({ point: null }), onSelect: (query) => set({ query, key: null, point: null }) };
-  const { element: row, buttons } = tokenRow(map.tokens, select);
-  const position = make("div", { class: "here" });
-  const body = make("tbody");
+export function nextTokenView(map, { t, actions }) {
+  const { set } = actions;
+  const position = make("div", { class: "here", ariaLive: "polite" });
   const rows = map.tokens.map((token, i) => {
-    const tr = make("tr", {}, make("th", { scope: "row" }, visible(token)), make("td", { class: "guesses" }), make("td", { class: "came" }));
+    const name = button(visible(token), () => set({ query: i, key: null, point: null }), { class: "row-key" });
+    const tr = make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "guesses" }), make("td", { class: "came" }));
     tr.addEventListener("click", () => set({ query: i, key: null, point: null }));
     return tr;
   });
-  body.append(...rows);
-  const table = make("table", { class: "predictions" }, make("thead", {}, make("tr", {}, ...["position", "expects", "came"].map((key) => make("th", { scope: "col" }, t(key))))), body);
-  const element = make("div", { class: "next-token" }, make("p", { class: "hint" }, t("next_token_lead")), row, position, make("div", { class: "scroll" }, table));
-  let painted = "";
+  const heading = make("tr", {}, ...["position", "expects", "came"].map((key) => make("th", { scope: "col" }, t(key))));
+  const scroll = make("div", { class: "scroll", tabIndex: 0, attributes: { role: "region", "aria-label": t("every_position") } },
+    make("table", { class: "predictions" }, make("thead", {}, heading), make("tbody", {}, ...rows)));
+  const element = make("div", { class: "next-token" }, position, scroll);
 
-  function update({ map: current, query, selected, palette, paintKey, state }) {
-    if (painted !== paintKey) {
-      buttons.forEach((button, i) => {
-        const probability = i === 0 || !current.actual ? null : current.actual[i - 1];
-        const [name, share] = button.children;
-        name.style.background = probability === null ? "" : palette.share(probability);
-        name.style.color = probability === null ? "" : palette.ink(probability);
-        share.textContent = probability === null ? "" : percent(probability);
-      });
-      rows.forEach((tr, i) => {
-        const next = current.tokens[i + 1];
-        tr.children[1].replaceChildren(...current.next_tokens[i].slice(0, 5).map(([token, p]) => guess(token, p, token === next)));
-        tr.children[2].replaceChildren(...(next === undefined ? [t("end")] : [quoted(next), " ", make("b", {}, current.actual ? percent(current.actual[i]) : "")]));
-      });
-      painted = paintKey;
-    }
-    buttons.forEach((button, i) => { button.ariaPressed = String(i === selected); button.tabIndex = i === selected ? 0 : -1; button.classList.toggle("query", i === query); });
-    rows.forEach((tr, i) => tr.classList.toggle("active", i === query));
+  const list = onChange((current, palette) => rows.forEach((tr, i) => {
+    const next = current.tokens[i + 1];
+    tr.children[1].replaceChildren(...current.next_tokens[i].slice(0, 4).map(([token, p]) => guess(token, p, token === next)));
+    if (next === undefined) return tr.children[2].replaceChildren(t("end"));
+    const came = make("b", { class: "share" }, current.actual ? percent(current.actual[i]) : "");
+    if (current.actual) Object.assign(came.style, { background: palette.share(current.actual[i]), color: palette.ink(current.actual[i]) });
+    return tr.children[2].replaceChildren(quoted(next), " ", came);
+  }));
+  const follow = onChange((query) => {
+    const tr = rows[query];
+    const top = tr.offsetTop - 30;
+    if (top < scroll.scrollTop || top + 60 > scroll.scrollTop + scroll.clientHeight) scroll.scrollTop = top - scroll.clientHeight / 2;
+  });
+
+  function render({ map: current, query, palette, paintKey, state }) {
+    list(paintKey, current, palette);
+    rows.forEach((tr, i) => {
+      tr.classList.toggle("active", i === query);
+      tr.firstChild.firstChild.ariaPressed = String(i === state.query);
+    });
     position.replaceChildren(...atPosition(current, query, t, state.live?.off ?? [], palette));
+    follow(state.query, state.query);
   }
-  return { element, update };
+  function table({ map: current }) {
+    const rowsOf = current.tokens.flatMap((token, i) => current.next_tokens[i].map(([next, p], rank) =>
+      [i, token, rank + 1, next, p, current.tokens[i + 1] ?? "", current.actual?.[i] ?? ""]));
+    return { columns: ["position", "token", "rank", "next", "probability", "actual", "probability_of_actual"], rows: rowsOf };
+  }
+  return { element, render, table };
 }
 
 function guess(token, probability, isActual) {
-  const element = make("span", { class: isActual ? "guess actual" : "guess" }, make("i"), make("code", {}, visible(token)), make("b", {}, percent(probability)));
+  const element = make("span", { class: isActual ? "guess actual" : "guess" }, make("i"), make("code", {}, make("bdi", {}, visible(token))), make("b", {}, percent(probability)));
   element.firstChild.style.width = `${100 * probability}%`;
   return element;
 }
 
-/** The most probable tokens after one position as bars; with heads off, next to those of the unablated model. */
+/** The most probable tokens after one position as bars; with heads off, next to those of the whole model. */
 export function atPosition(map, query, t, off, palette) {
-  const title = make("h3", {}, ...t("after", { token: "\u0001" }).split("\u0001").flatMap((text, i) => (i ? [make("b", {}, quoted(map.tokens[query])), text] : [text])));
+  const title = make("h3", {}, ...withBold(t("after", { token: "\u0001" }), quoted(map.tokens[query])));
   const now = new Map(map.next_tokens[query]);
   const before = map.before ? new Map(map.before.next_tokens[query]) : null;
   const tokens = [...new Set([...(before ? before.keys() : []), ...now.keys()])].slice(0, before ? 8 : 5);
-  const rows = tokens.map((token) => make("div", { class: before ? "likely changed" : "likely" }, make("code", {}, visible(token)),
+  const rows = tokens.map((token) => make("div", { class: before ? "likely changed" : "likely" }, make("code", {}, make("bdi", {}, visible(token))),
     ...(before ? [bar(before.get(token), "whole", palette)] : []), bar(now.get(token), before ? "off" : "", palette)));
+  const heads = off.map(([layer, head]) => t("head_short", { layer, head })).join(", ");
   const legend = before ? [make("p", { class: "likely changed heading" }, make("span"), make("span", {}, t("whole")),
-    make("span", {}, t("with_off", { heads: off.map(([layer, head]) => `${layer}.${head}`).join(", ") })))] : [];
+    make("span", {}, t("with_off", { heads })))] : [];
   return [title, ...legend, ...rows];
 }
 

@@ -1,88 +1,148 @@
-/* The view "Over training": head scores below the loss, on the same steps. */
+/* The view "Over training": scores of the heads, and whatever else the run measured, below the loss on the same steps. */
 
-import { choices, make, number, svg } from "./dom.js";
-import { lossPaths, pathOf, stepsOf, valueAt } from "./timeline.js";
+import { chart, curve, lossCurves, pathOf, stepsOf, valueAt } from "./charts.js";
+import { choices, make, number, onChange, range } from "./dom.js";
 
 // A head is named after a pattern above its threshold, as in heads.py.
 const THRESHOLDS = { nearby: 0.5, entropy: 0.6 };
 const thresholdOf = (score) => THRESHOLDS[score] ?? 0.4;
-const [WIDTH, HEIGHT, LOSS_HEIGHT] = [1000, 260, 90];
-const ORDER = ["induction", "previous_token", "same_word", "nearby", "first_token", "this_token", "entropy"];
+const [HEIGHT, LOSS_HEIGHT] = [260, 70];
+const ORDER = ["refers", "aligns", "induction", "previous_token", "same_word", "nearby", "first_token", "this_token", "entropy"];
+const FEW = 8; // lines that are named at their ends
 
-export function overTrainingView(run, { t, set }) {
-  const names = ORDER.filter((name) => run.scores.values[name]);
-  const { steps } = run.scores;
-  if (!names.length || steps.length < 2)
-    return { element: make("p", { class: "hint" }, t("one_look")), update: () => {} };
-  const pick = choices("radiogroup", names.map((name) => [name, t(name)]), (score) => set({ score }));
-  const box = (height) => svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, preserveAspectRatio: "none" });
-  const [lossChart, chart] = [box(LOSS_HEIGHT), box(HEIGHT)];
-  lossChart.setAttribute("aria-hidden", "true");
-  chart.setAttribute("role", "img");
-  const wrap = (className, ...children) => make("div", { class: className }, ...children);
-  const [said, hover] = [make("p", { class: "said", ariaLive: "polite" }), make("p", { class: "hint" })];
-  const nows = [make("div", { class: "now" }), make("div", { class: "now" })];
-  const axis = [1, 0.8, 0.6, 0.4, 0.2, 0].map((value) => make("span", {}, String(value)));
-  const plot = wrap("score-plot", chart, nows[1], wrap("axis-y", ...axis));
-  const ends = wrap("axis-x", make("span"), make("span"));
-  const element = make("div", { class: "over-training" }, make("p", { class: "hint" }, t("training_lead")), pick.element,
-    wrap("loss-plot", lossChart, nows[0]), plot, ends, said, hover);
-  const span = stepsOf(run.curves, steps.map((step) => [step]));
-  [ends.firstChild.textContent, ends.lastChild.textContent] = span.map((step) => t("step_at", { step: step.toLocaleString() }));
-  if (run.curves.train.length) lossChart.replaceChildren(...lossPaths(run.curves, span, LOSS_HEIGHT).paths);
-  let drawn = "";
-  let lines = [];
-
-  function draw(score) {
-    const level = thresholdOf(score);
-    const threshold = pathOf([[span[0], level], [span[1], level]], span, [0, 1], HEIGHT);
-    lines = run.scores.values[score].flatMap((row, layer) => row.map((values, head) => {
-      const points = steps.map((step, i) => [step, values[i]]);
-      const line = svg("path", { class: "series", d: pathOf(points, span, [0, 1], HEIGHT), "vector-effect": "non-scaling-stroke" });
-      line.style.setProperty("--depth", row.length && run.scores.values[score].length > 1 ? layer / (run.scores.values[score].length - 1) : 0);
-      return { layer, head, points, line };
-    }));
-    chart.replaceChildren(svg("path", { class: "threshold", d: threshold, "vector-effect": "non-scaling-stroke" }), ...lines.map(({ line }) => line));
-    said.textContent = appeared(lines, level, run.curves.train, t);
-    chart.setAttribute("aria-label", `${t(score)}. ${said.textContent}`);
+/** What can be shown: [key, { lines, threshold }] of every score, and of every group of series. A line is
+ * { name, layer, head, points }, without layer and head if it is no head's. */
+export function curvesOf(run) {
+  const { steps, values } = run.scores;
+  const scores = [...ORDER, ...Object.keys(values).filter((name) => !ORDER.includes(name))].filter((name) => values[name]);
+  const found = scores.map((name) => [name, {
+    threshold: thresholdOf(name),
+    lines: values[name].flatMap((row, layer) => row.map((heads, head) => ({ layer, head, points: steps.map((step, i) => [step, heads[i]]) }))),
+  }]);
+  const groups = new Map();
+  for (const [tag, points] of Object.entries(run.series ?? {})) {
+    const parts = tag.split("/");
+    const depth = parts[0] === "watch" && parts.length > 2 ? parts.length - 1 : 1;
+    const [group, name] = [parts.slice(0, depth).join("/"), parts.slice(depth).join("/")];
+    const head = name.match(/^(?:.*\/)?layer(\d+)_head(\d+)$/);
+    const line = head ? { layer: Number(head[1]), head: Number(head[2]) } : { name };
+    groups.set(group, [...(groups.get(group) ?? []), { ...line, points }]);
   }
+  return [...[...groups].map(([group, lines]) => [group, { lines, threshold: null }]), ...found]
+    .filter(([, { lines }]) => lines.some(({ points }) => points.length > 1));
+}
 
-  const at = (event) => {
+export function overTrainingView(map, { t, tooltip, actions }, run) {
+  const shown = new Map(curvesOf(run));
+  const title = (key) => (key.startsWith("watch/") ? key.slice(6) : t(key));
+  const pick = choices("radiogroup", t("score"), [...shown.keys()].map((key) => [key, title(key)]), (score) => actions.set({ score }));
+  const [lossChart, scores] = [chart(LOSS_HEIGHT), chart(HEIGHT)];
+  scores.removeAttribute("aria-hidden");
+  scores.setAttribute("role", "img");
+  const wrap = (className, ...children) => make("div", { class: className }, ...children);
+  const nows = [wrap("now"), wrap("now")];
+  const [axisY, axisX] = [wrap("axis-y"), wrap("axis-x")];
+  const plot = wrap("score-plot", scores, nows[1], axisY);
+  const [said, legend] = [make("p", { class: "said", ariaLive: "polite" }), make("p", { class: "legend" })];
+  const element = make("div", { class: "over-training" }, make("div", { class: "lead-row" }, pick.element, legend), said,
+    wrap("loss-plot", lossChart, nows[0], make("span", { class: "name" }, t("loss"))), plot, axisX);
+  const allSteps = [...shown.values()].flatMap(({ lines }) => lines.flatMap(({ points }) => points.map(([step]) => [step])));
+  const span = stepsOf(run.curves, allSteps.length ? [[Math.min(...allSteps.flat())], [Math.max(...allSteps.flat())]] : [[0]]);
+  axisX.replaceChildren(...range(5).map((i) => make("span", {}, Math.round(span[0] + (i / 4) * (span[1] - span[0])).toLocaleString())));
+  axisX.lastChild.prepend(`${t("step")} `);
+  if (run.curves.train.length) lossChart.replaceChildren(...lossCurves(run.curves, span, LOSS_HEIGHT).paths);
+  let [lines, bounds, context] = [[], [0, 1], null];
+
+  const known = (name) => (t(`curve_${name}`) === `curve_${name}` ? name : t(`curve_${name}`));
+  const nameOf = ({ name, layer, head }) => (name === undefined ? t("head_name", { layer, head })
+    : name.endsWith("/chance") ? t("of_chance", { name: known(name.slice(0, -7)) }) : known(name));
+  const isSecond = ({ name }) => /chance|control|blocked/.test(name ?? "");
+  const isHead = (line) => line.layer !== undefined;
+
+  const draw = onChange((score, palette) => {
+    const { threshold, lines: found } = shown.get(score);
+    const values = found.flatMap(({ points }) => points.map(([, value]) => value)).filter((value) => value !== null);
+    bounds = [Math.min(0, ...values), Math.max(1, ...values)];
+    const layers = Math.max(...found.map((one) => one.layer ?? 0)) + 1;
+    const kinds = [...new Set(found.filter((one) => !isHead(one)).map(({ name }) => kindOf(name)))];
+    lines = found.map((one) => {
+      const path = curve("series", pathOf(one.points, span, bounds, HEIGHT));
+      const passes = threshold === null || one.points.some(([, value]) => value >= threshold);
+      path.classList.toggle("notable", passes);
+      path.classList.toggle("chance", isSecond(one));
+      const colour = isHead(one) ? palette.layer(one.layer, layers) : palette.curves[kinds.indexOf(kindOf(one.name)) % palette.curves.length];
+      return { ...one, path, colour };
+    });
+    const level = threshold === null ? [] : [curve("threshold", pathOf([[span[0], threshold], [span[1], threshold]], span, bounds, HEIGHT))];
+    scores.replaceChildren(...level, ...lines.map(({ path }) => path));
+    axisY.replaceChildren(...[1, 0.75, 0.5, 0.25, 0].map((share) => make("span", {}, number(bounds[0] + share * (bounds[1] - bounds[0])))));
+    said.textContent = threshold === null ? "" : appeared(lines, threshold, run.curves.train, t);
+    scores.setAttribute("aria-label", `${title(score)}. ${said.textContent}`);
+    const named = lines.filter((one) => !isHead(one));
+    legend.replaceChildren(...(named.length && named.length <= FEW * 2 ? named.flatMap((one) => key(one.colour, nameOf(one), isSecond(one)))
+      : lines.some(isHead) && layers > 1 ? [...key(palette.layer(0, layers), t("layer", { n: 0 })), ...key(palette.layer(layers - 1, layers), t("layer", { n: layers - 1 }))] : []));
+  });
+
+  const near = (event) => {
     const area = plot.getBoundingClientRect();
     const step = span[0] + ((event.clientX - area.left) / area.width) * (span[1] - span[0]);
-    const value = 1 - (event.clientY - area.top) / area.height;
-    const i = steps.reduce((best, one, j) => (Math.abs(one - step) < Math.abs(steps[best] - step) ? j : best), 0);
-    const near = lines.reduce((a, b) => (Math.abs((b.points[i][1] ?? 9) - value) < Math.abs((a.points[i][1] ?? 9) - value) ? b : a));
-    return { ...near, i };
+    const value = bounds[0] + (1 - (event.clientY - area.top) / area.height) * (bounds[1] - bounds[0]);
+    const at = ({ points }) => points.reduce((best, point) => (Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best), points[0] ?? [0, null]);
+    return lines.map((line) => ({ line, point: at(line) })).filter(({ point }) => point[1] !== null)
+      .reduce((a, b) => (!a || Math.abs(b.point[1] - value) < Math.abs(a.point[1] - value) ? b : a), null);
   };
   plot.addEventListener("pointermove", (event) => {
-    const { layer, head, points, i } = at(event);
-    hover.textContent = t("training_hover", { layer, head, value: number(points[i][1] ?? 0), step: steps[i] });
-    lines.forEach((one) => one.line.classList.toggle("near", one.layer === layer && one.head === head));
+    const found = near(event);
+    if (!found) return;
+    const { line, point: [step, value] } = found;
+    const loss = valueAt(run.curves.train, step);
+    tooltip.show(event.clientX, event.clientY, [{ text: nameOf(line), strong: true, colour: line.colour }, `${number(value)} · ${t("step_at", { step: step.toLocaleString() })}`,
+      loss === null ? "" : `${t("loss_train")} ${number(loss)}`]);
+    lines.forEach((one) => one.path.classList.toggle("near", one === line));
   });
+  plot.addEventListener("pointerleave", () => { tooltip.hide(); lines.forEach((one) => one.path.classList.remove("near")); });
   plot.addEventListener("click", (event) => {
-    const { layer, head } = at(event);
-    set({ heads: [[layer, head]] });
+    const line = near(event)?.line;
+    if (line && isHead(line)) actions.choose(line.layer, line.head, event.ctrlKey || event.metaKey || event.shiftKey);
   });
 
-  function update({ map, state, step, palette }) {
-    const pattern = map.label(...state.heads[0])?.[0];
+  function scoreOf({ map: current, state }) {
+    const pattern = current.label(...state.heads[0])?.[0];
     const own = pattern === "broad" ? "entropy" : pattern;
-    const score = [state.score, own].find((name) => names.includes(name)) ?? names[0];
-    if (score !== drawn) draw((drawn = score));
-    pick.update(score);
-    lines.forEach(({ layer, head, line }) => {
-      const place = state.heads.findIndex(([l, h]) => l === layer && h === head);
-      line.classList.toggle("selected", place >= 0);
-      line.style.stroke = place >= 0 ? palette.heads[place] : "";
-      if (place >= 0) chart.append(line);
-    });
-    nows.forEach((now) => {
-      now.hidden = step === null;
-      now.style.left = `${(100 * (step - span[0])) / (span[1] - span[0] || 1)}%`;
-    });
+    return [state.score, own].find((name) => shown.has(name)) ?? [...shown.keys()][0];
   }
-  return { element, update };
+  function render(current) {
+    context = current;
+    const { state, map: currentMap, palette } = context;
+    const score = scoreOf(context);
+    draw([score, palette.theme].join("|"), score, palette);
+    pick.update(score);
+    for (const { layer, head, path, colour } of lines) {
+      const chosen = state.heads.find(([l, h]) => l === layer && h === head);
+      path.classList.toggle("selected", Boolean(chosen));
+      path.style.stroke = chosen ? palette.heads[chosen[2]] : colour;
+      if (chosen) scores.append(path);
+    }
+    for (const now of nows) {
+      now.hidden = currentMap.step === null;
+      now.style.left = `${(100 * (currentMap.step - span[0])) / (span[1] - span[0] || 1)}%`;
+    }
+  }
+  function table(current) {
+    const score = scoreOf(current);
+    const rows = shown.get(score).lines.flatMap(({ name, layer, head, points }) => points.map(([step, value]) => [score, name ?? "", layer ?? "", head ?? "", step, value]));
+    return { columns: ["score", "curve", "layer", "head", "step", "value"], rows };
+  }
+  return { element, render, table };
+}
+
+/** A curve, its chance and its control have one colour; the latter two are dashed. */
+const kindOf = (name) => (name === "control" ? "knockout" : name.replace(/[/_](chance|control|blocked)$/, ""));
+
+function key(colour, text, dashed) {
+  const swatch = make("i", { class: dashed ? "dashed" : "" });
+  swatch.style.setProperty("--colour", colour);
+  return [make("span", {}, swatch, text)];
 }
 
 /** When the first head passed the threshold, and the loss at that step. */
@@ -96,6 +156,7 @@ export function appeared(lines, threshold, train, t) {
   const { layer, head, i, points } = first;
   if (i === 0) return t("appeared_start", { layer, head, threshold });
   const [from, to] = [points[i - 1][0], points[i][0]];
-  const loss = (step) => (train.length ? number(valueAt(train, step)) : "–");
-  return t("appeared", { layer, head, threshold, from, to, before: loss(from), after: loss(to) });
+  const loss = (step) => { const value = valueAt(train, step); return value === null ? "–" : number(value); };
+  const plain = t("appeared_plain", { layer, head, threshold, from, to });
+  return loss(from) === "–" ? plain : `${plain} ${t("appeared_loss", { before: loss(from), after: loss(to) })}`;
 }

@@ -1,17 +1,23 @@
-/* Preferences: the language, remembered for the next visit, and the light or dark theme. */
+/* Preferences: the language and the keys, remembered for the next visit, and the light or dark theme. */
 
 import { LANGUAGES } from "./texts.js";
 
-export function preferredLanguage() {
+export function remembered(name) {
   try {
-    const stored = localStorage.getItem("minitf-language");
-    if (stored in LANGUAGES) return stored;
-  } catch { /* a page opened from a file may have no storage */ }
-  return navigator.language.startsWith("zh") ? "zh" : "en";
+    return localStorage.getItem(`minitf-${name}`);
+  } catch { // a page opened from a file may have no storage
+    return null;
+  }
 }
 
-export function remember(language) {
-  try { localStorage.setItem("minitf-language", language); } catch { /* not remembered, then */ }
+export function remember(name, value) {
+  try { localStorage.setItem(`minitf-${name}`, value); } catch { /* not remembered, then */ }
+}
+
+export function preferredLanguage() {
+  const stored = remembered("language");
+  if (stored in LANGUAGES) return stored;
+  return navigator.language.startsWith("zh") ? "zh" : "en";
 }
 
 /** The system's theme, until the button changes it. */

@@ -1,42 +1,50 @@
-/* The prompt panel: a typed sentence, run through a checkpoint; generation token by token; heads switched off. */
+/* The typed sentence: its text, read by a checkpoint; generation token by token. */
 
-import { make } from "./dom.js";
+import { button, make, onChange } from "./dom.js";
 
-export function promptPanel({ t, ask }) {
-  const text = make("textarea", { rows: 2, placeholder: t("prompt_placeholder"), ariaLabel: t("prompt_label"), spellcheck: false });
-  const button = (key, className, onClick) => {
-    const element = make("button", { type: "button", class: className }, t(key));
-    element.addEventListener("click", onClick);
-    return element;
-  };
+const COUNT_MS = 250; // after the last key, the tokens are counted
+
+/** `count(text)` resolves to { tokens, limit }, for the counter. */
+export function promptPanel({ t, actions, count }) {
+  const { ask } = actions;
+  const text = make("textarea", { rows: 1, placeholder: t("prompt_placeholder"), ariaLabel: t("prompt_label"), spellcheck: false, dir: "auto" });
   const temperature = make("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0.8 });
   const read = () => ask({ text: text.value, new_tokens: 0, seed: Math.floor(Math.random() * 1e6) });
-  const more = (count) => ask({ text: text.value, add: count });
-  const onward = [button("prompt_next", "", () => more(1)), button("prompt_more", "", () => more(10)),
-    button("prompt_reset", "", () => ask({ new_tokens: 0 })), make("label", {}, t("prompt_temperature"), " ", temperature)];
-  const row = make("div", { class: "prompt-row" }, button("prompt_run", "primary", read), ...onward);
-  const [status, off] = [make("p", { class: "status", role: "status" }), make("div", { class: "off-heads" })];
-  const full = make("p", { class: "full" });
-  const element = make("section", { class: "prompt" }, text, row, off, full, status);
+  const one = (key, onClick, className = "plain") => button(t(key), onClick, { class: className, title: t(`${key}_why`) });
+  const remove = one("prompt_reset", () => ask({ new_tokens: 0 }));
+  const onward = [one("prompt_next", () => ask({ text: text.value, add: 1 })), one("prompt_more", () => ask({ text: text.value, add: 10 })), remove,
+    make("label", { class: "check" }, t("prompt_temperature"), " ", temperature)];
+  const counter = make("span", { class: "counter", attributes: { role: "status" } });
+  const back = button("×", actions.stopTyping, { class: "icon", title: t("prompt_back"), ariaLabel: t("prompt_back") });
+  const element = make("section", { class: "prompt", ariaLabel: t("prompt_label") }, text, counter, one("prompt_run", read, "primary"), ...onward, back);
   text.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); read(); }
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    read();
   });
   temperature.addEventListener("change", () => ask({ temperature: Number(temperature.value) }));
 
-  /** `pair`: the model answers the text as a whole, so there is no token by token generation. */
-  function update(live, message, pair) {
-    for (const one of onward) one.hidden = pair;
-    if (document.activeElement !== text && text.value !== live.text) text.value = live.text;
-    const generated = live.map?.prompt_length < live.map?.tokens.length;
-    full.replaceChildren(...(generated ? [make("span", {}, live.map.full)] : []));
-    full.title = generated ? t("prompt_new") : "";
-    off.replaceChildren(...(live.off.length ? [make("span", {}, t("off_heads")), ...live.off.map(([layer, head]) => {
-      const chip = make("button", { type: "button", class: "chip", title: t("switch_on") }, t("head_name", { layer, head }), " ×");
-      chip.addEventListener("click", () => ask({ off: live.off.filter(([l, h]) => l !== layer || h !== head) }));
-      return chip;
-    }), button("all_on", "link", () => ask({ off: [] }))] : []));
-    status.textContent = message || t(pair ? "prompt_pair" : "prompt_hint");
-    status.classList.toggle("problem", Boolean(message));
+  let timer = 0;
+  async function recount() {
+    const asked = text.value;
+    const { tokens, limit } = await count(asked).catch(() => ({}));
+    if (asked !== text.value || tokens === undefined) return;
+    counter.textContent = t("token_count", { tokens, limit });
+    counter.classList.toggle("problem", tokens > limit);
   }
-  return { element, update, focus: () => text.focus() };
+  function countSoon() {
+    clearTimeout(timer);
+    timer = setTimeout(recount, COUNT_MS);
+  }
+  text.addEventListener("input", countSoon);
+  const fill = onChange((live) => { text.value = live.text; countSoon(); });
+
+  /** `pair`: the model answers the text as a whole, so there is no token by token generation. */
+  function render(live, pair) {
+    for (const each of onward) each.hidden = pair;
+    fill(live.text, live);
+    temperature.value = live.temperature;
+    remove.disabled = !live.new_tokens;
+  }
+  return { element, render, focus: () => { text.focus(); text.select(); } };
 }

@@ -1,66 +1,71 @@
-/* The sentence, coloured by the weights of the selected query; with several heads, a bar for each. */
+/* The sentence, coloured by the weights of the chosen query; with several heads, a bar for each. */
 
-import { arrow, make, percent, visible } from "./dom.js";
+import { button, make, moved, onChange, visible } from "./dom.js";
+import { describe, queryLines } from "./words.js";
 
-/** Tokens as buttons in running text, with arrow keys to move among them, and their container. */
-export function tokenRow(tokens, { onPoint, onLeave, onSelect }) {
-  const buttons = tokens.map((token, i) => {
-    const button = make("button", { type: "button", class: "token" }, make("span", {}, visible(token)), make("small"));
-    if (token.startsWith(" ")) button.classList.add("spaced");
-    button.addEventListener("pointerenter", () => onPoint(i));
-    button.addEventListener("pointerleave", onLeave);
-    button.addEventListener("click", () => onSelect(i));
-    return button;
+const MANY = 48; // from this many tokens on, the shares are only at the pointer
+
+export function sentencePanel(map, { t, tooltip, actions }) {
+  const { set } = actions;
+  let context = null;
+  const buttons = map.tokens.map((token, i) => {
+    const one = button("", () => set({ query: i, key: null, point: null }), { class: "token" });
+    one.append(make("span", {}, visible(token)), make("small"));
+    if (token.startsWith(" ")) one.classList.add("spaced");
+    one.addEventListener("pointerenter", () => set({ point: { query: i, key: null } }));
+    one.addEventListener("pointerleave", () => set({ point: null }));
+    tooltip.attach(one, () => queryLines(t, context.map, context.looks, i, context.palette));
+    return one;
   });
-  const element = make("div", { class: "sentence" }, ...buttons);
-  element.addEventListener("keydown", (event) => {
-    const at = buttons.indexOf(document.activeElement);
-    const [down, right] = arrow(event);
-    const next = buttons[at + right + down];
-    if (at < 0 || !next) return;
-    next.focus();
-    onSelect(at + right + down);
+  const row = make("div", { class: "sentence", dir: "auto", attributes: { role: "group", "aria-label": t("pick_query") } }, ...buttons);
+  row.classList.toggle("many", map.size > MANY);
+  row.addEventListener("keydown", (event) => {
+    const next = moved(event, buttons.indexOf(document.activeElement), buttons.length);
+    if (next === null) return;
+    set({ query: next, key: null, point: null });
+    buttons[next].focus({ preventScroll: true });
   });
-  return { element, buttons };
-}
+  const readout = make("p", { class: "readout", ariaLive: "polite", dir: "auto" });
+  const element = make("section", { class: "reading", ariaLabel: t("sentence") }, row, readout);
 
-export function sentenceView(map, { t, set }) {
-  const { element: row, buttons } = tokenRow(map.tokens, {
-    onPoint: (query) => set({ point: { query, key: null } }),
-    onLeave: () => set({ point: null }),
-    onSelect: (query) => set({ query, key: null, point: null }),
+  const follow = onChange(() => {
+    const one = buttons[context.state.query];
+    const [top, bottom] = [one.offsetTop, one.offsetTop + one.offsetHeight]; // the row is their offset parent
+    if (top < row.scrollTop || bottom > row.scrollTop + row.clientHeight) row.scrollTop = (top + bottom - row.clientHeight) / 2;
   });
-  row.setAttribute("role", "group");
-  row.ariaLabel = t("pick_query");
-  const readout = make("p", { class: "readout", ariaLive: "polite" });
-  const element = make("section", { class: "reading" }, row, readout);
 
-  function update({ looks, query, selected, palette, words }) {
+  function render(current) {
+    context = current;
+    const { looks, query, palette, state } = context;
     const [look] = looks;
     const single = looks.length === 1;
-    buttons.forEach((button, key) => {
-      const [name, share] = button.children;
+    row.classList.toggle("several", !single);
+    buttons.forEach((one, key) => {
+      const [name, share] = one.children;
       const shown = key <= query && !look.isHidden(query, key);
       const strength = shown ? look.share(query, key) : 0;
       name.style.background = single && shown ? palette.share(strength) : "";
       name.style.color = single && shown ? palette.ink(strength) : "";
-      button.classList.toggle("future", key > query);
-      button.classList.toggle("query", key === query);
-      button.classList.toggle("new", map.prompt_length !== undefined && key >= map.prompt_length);
-      button.ariaPressed = String(key === selected);
-      button.tabIndex = key === selected ? 0 : -1;
+      one.classList.toggle("future", key > query);
+      one.classList.toggle("query", key === query);
+      one.classList.toggle("key", key === context.key);
+      one.classList.toggle("new", context.map.prompt_length !== undefined && key >= context.map.prompt_length);
+      one.ariaPressed = String(key === state.query);
+      one.tabIndex = key === state.query ? 0 : -1;
       if (single) {
-        share.textContent = shown && strength >= 0.01 ? (look.byNorm ? look.value(query, key).toFixed(2) : percent(look.weight(query, key))) : "";
+        share.textContent = shown && strength >= 0.01 ? look.say(query, key) : "";
       } else {
-        share.replaceChildren(...(shown ? looks : []).map((one, i) => {
+        share.replaceChildren(...(shown ? looks : []).map((each) => {
           const bar = make("i");
-          bar.style.background = palette.heads[i];
-          bar.style.height = `${Math.round(14 * one.share(query, key))}px`;
+          bar.style.background = palette.heads[each.colour];
+          bar.style.height = `${Math.round(12 * each.share(query, key))}px`;
           return bar;
         }));
       }
     });
-    readout.textContent = words;
+    readout.textContent = describe(t, context.map, looks, query, context.key);
+    follow(`${state.query}|${context.map.stamp}|${row.clientWidth}`);
   }
-  return { element, update };
+  return { element, render };
 }
+

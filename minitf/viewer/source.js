@@ -1,18 +1,19 @@
 /* The viewer's source of data within a page: the page itself. The Attention tab has another, in tab.js.
  *
- *   runs()                    -> names
- *   run(name)                 -> { sentences: [{ tag, text, looks: [[step, time]] }], curves, scores, importance, checkpoints }
+ *   runs()                    -> { names, tags }: the runs, and the tags of each run's sentences
+ *   run(name)                 -> { sentences: [{ tag, text, looks: [[step, time]] }], curves, scores, series, found, importance,
+ *                                  checkpoints }
  *   map(name, sentence, look) -> an AttentionMaps.to_viewer()
  *   live(request)             -> the same, exact; `live` is null where unavailable, and `why` is the reason
+ *   address                   -> { read(), write(text), link(text) }: where the state of the page is kept
  */
 
 export function embeddedSource(data) {
-  const byText = Map.groupBy ? Map.groupBy(data.maps, (map) => map.text) : groupByText(data.maps);
+  const byText = groupByText(data.maps);
   const sentences = [...byText.keys()].map((text) => ({
     tag: text, text, looks: byText.get(text).map((map, index) => [map.step, index]),
   }));
-  const first = byText.get(sentences[0].text);
-  const scored = first.filter((map) => Object.keys(map.scores).length);
+  const scored = byText.get(sentences[0].text).filter((map) => Object.keys(map.scores).length);
   const scores = { steps: scored.map((map) => map.step), values: {} };
   for (const name of Object.keys(scored[0]?.scores ?? {}))
     scores.values[name] = scored[0].scores[name].map((row, layer) =>
@@ -22,8 +23,10 @@ export function embeddedSource(data) {
     title: data.title,
     live: null,
     why: "page",
-    runs: async () => [""],
-    run: async () => ({ sentences, curves, scores, importance: null, checkpoints: [] }),
+    scoredOn: data.scored_on ?? "held_out",
+    address: pageAddress(),
+    runs: async () => ({ names: [""], tags: { "": sentences.map(({ tag }) => tag) } }),
+    run: async () => ({ sentences, curves, scores, series: data.series ?? {}, found: data.found ?? {}, importance: null, checkpoints: [] }),
     map: async (_, sentence, [, index]) => byText.get(sentence.text)[index],
   };
 }
@@ -32,4 +35,15 @@ function groupByText(maps) {
   const groups = new Map();
   for (const map of maps) groups.set(map.text, [...(groups.get(map.text) ?? []), map]);
   return groups;
+}
+
+/** The part of the page's own address after "#". A frame of a notebook has none that can be written. */
+function pageAddress() {
+  return {
+    read: () => location.hash.slice(1),
+    write(text) {
+      try { history.replaceState(null, "", `#${text}`); } catch { /* a frame without an address */ }
+    },
+    link: (text) => `${location.href.split("#")[0]}#${text}`,
+  };
 }

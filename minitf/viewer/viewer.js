@@ -1,319 +1,262 @@
 /* The attention viewer: `mountViewer(root, source, theme)`; for `source` see source.js.
  *
- * The state holds the selection. Events change it through `set`, which loads missing data and draws. The elements of a
- * view are created once per text and then only updated.
+ * state.js    the selection: what one looks at          data.js    loads what the selection asks for
+ * viewer.js   puts the parts on the page, and shows state and data in all of them after every change
+ *
+ * A view is made by `xView(map, api)` once per text: { element, render(context), table(context) }. `render` shows the
+ * context, and only that; `table` is what it shows as rows. Events change the state through `api.actions`.
  */
 
-import { clamp, choices, make, rich } from "./dom.js";
-import { MAX_HEADS, headLook, paletteOf, readMap } from "./maps.js";
-import { alignmentView } from "./alignment.js";
-import { compareView } from "./compare.js";
-import { nextTokenView } from "./next_token.js";
-import { overTrainingView } from "./over_training.js";
-import { linesView } from "./lines.js";
-import { matrixView } from "./matrix.js";
-import { overview, patternName } from "./overview.js";
-import { preferredLanguage, remember } from "./preferences.js";
-import { promptPanel } from "./prompt.js";
-import { describe, defaultSentence, defaultHead, defaultQuery } from "./defaults.js";
-import { sentenceView } from "./sentence.js";
-import { LANGUAGES, translator } from "./texts.js";
+import { addressKeeper } from "./address.js";
+import { controlBar } from "./controls.js";
+import { createData, liveOf, liveStep } from "./data.js";
+import { button, choices, make, onChange, rich } from "./dom.js";
+import { headLine } from "./head_line.js";
+import { headsPanel } from "./heads.js";
+import { helpDialog, listenToKeys } from "./help.js";
+import { headLook } from "./maps.js";
+import { paletteOf } from "./colours.js";
+import { preferredLanguage, remember, remembered } from "./preferences.js";
+import { saveMenu } from "./save.js";
+import { sentencePanel } from "./sentence.js";
+import { MAX_HEADS, VIEWS, clickHead, createStore, lookAt } from "./state.js";
+import { translator } from "./texts.js";
 import { timeline } from "./timeline.js";
-import { threeStepsView } from "./three_steps.js";
+import { createTooltip } from "./tooltip.js";
+import { describe } from "./words.js";
+import { MAKERS, isPossible } from "./views.js";
 
-const VIEWS = { alignment: alignmentView, lines: linesView, matrix: matrixView, three_steps: threeStepsView, next_token: nextTokenView, over_training: overTrainingView, compare: compareView };
-const OWN = "\u0000own"; // the option "type a sentence"
+const PADDING = 6; // pixels above a view
 
 /** `theme` is { now(): "light" | "dark", onChange(listener), toggle? }. */
 export async function mountViewer(root, source, theme) {
-  const state = {
-    language: preferredLanguage(), run: null, sentence: null, look: null, heads: null, query: null, key: null, point: null,
-    hideFirst: false, measure: "weight", view: null, temperature: 1, focusKey: null, score: "", live: null, other: null,
-  };
-  const known = { runs: [], run: null, map: null, second: null, otherRun: null, error: "" };
-  const [runCache, mapCache] = [new Map(), new Map()];
-  let [ui, latest, following] = [null, 0, true];
+  const store = createStore({ language: preferredLanguage() });
+  const address = addressKeeper(source.address, store);
+  const { data, reload, retry } = createData(source, store, draw);
+  let ui = null;
   root.classList.add("attention-viewer");
 
-  // -- data ---------------------------------------------------------------------------------------------------------
+  // -- actions ----------------------------------------------------------------------------------------------------------
 
-  async function loadRun(name, fresh = false) {
-    if (fresh || !runCache.has(name)) runCache.set(name, await source.run(name));
-    return runCache.get(name);
-  }
-  async function loadMap(run, sentence, look) {
-    const key = [run, sentence.tag, ...look].join("\u0000");
-    if (!mapCache.has(key)) {
-      if (mapCache.size > 300) mapCache.delete(mapCache.keys().next().value);
-      const loading = source.map(run, sentence, look).then((raw) => Object.assign(readMap(raw), { stamp: key }));
-      mapCache.set(key, loading);
-      loading.catch(() => mapCache.delete(key));
-    }
-    return mapCache.get(key);
-  }
-  const sentenceOf = (run) => run.sentences[clamp(state.sentence, run.sentences.length)];
-  const looks = () => (state.live ? known.run.checkpoints.map((step) => [step]) : sentenceOf(known.run).looks);
+  const set = (change) => store.set(change);
+  const t = (key, values) => translator(store.get().language)(key, values);
 
-  /** Load the data of the current state; if calls overlap, only the last one takes effect. */
-  async function load() {
-    const mine = ++latest;
-    try {
-      const run = await loadRun(state.run);
-      if (mine !== latest) return;
-      const changed = known.run !== run;
-      known.run = run;
-      state.sentence ??= defaultSentence(run.sentences);
-      const all = looks();
-      if (state.look === null || state.look >= all.length || (following && changed)) state.look = all.length - 1;
-      let map = known.map;
-      if (state.live) map = state.live.map ?? (await askModel());
-      else map = await loadMap(state.run, sentenceOf(run), all[state.look]);
-      if (mine !== latest || !map) return;
-      await loadSecond(mine);
-      if (mine !== latest) return;
-      Object.assign(known, { map, error: "" });
-      fit(map);
-      prefetch(all);
-    } catch (error) {
-      if (mine !== latest) return;
-      known.error = error.message === "damaged" || error instanceof SyntaxError ? translator(state.language)("damaged") : error.message;
+  function choose(layer, head, several) {
+    const heads = clickHead(store.get().heads, layer, head, several || store.get().several);
+    if (heads) set({ heads, focusKey: null });
+    else ui.say(t("heads_full", { count: MAX_HEADS }));
+  }
+
+  /** Why no sentence can be typed and no head switched off, or "". */
+  function whyNotLive() {
+    if (!source.live) return t(`why_${source.why}`).replace(/<\/?code>/g, "");
+    return data.run && !data.run.checkpoints.length ? t("no_checkpoint") : "";
+  }
+  function type(change = {}) {
+    const why = whyNotLive();
+    if (why) return ui.say(why);
+    const { live, sentence, step } = store.get();
+    set({ live: live ?? { ...liveOf(data.run.sentences[sentence].text, step), ...change } });
+    if (!Object.keys(change).length) ui.controls.focusPrompt();
+    return undefined;
+  }
+  const stopTyping = () => set({ live: null });
+  function ask({ add = 0, ...change }) {
+    const { live } = store.get();
+    const next = { ...live, ...change };
+    if (add) next.new_tokens = (next.text === live.text ? live.new_tokens : 0) + add;
+    set({ live: next, ...(add || "new_tokens" in change ? { query: Infinity, key: null } : {}) });
+  }
+  /** Switch heads off, or on again. The text stays as it is: what was generated becomes part of it. */
+  function switchOff(heads) {
+    const why = whyNotLive();
+    if (why) return ui.say(why);
+    const { live } = store.get();
+    const has = (list, [layer, head]) => list.some(([l, h]) => l === layer && h === head);
+    const off = live?.off ?? [];
+    const next = heads.every((head) => has(off, head)) ? off.filter((head) => !has(heads, head)) : [...off, ...heads.filter((head) => !has(off, head))];
+    if (!live) {
+      type({ off: next });
+      return set({ view: "next_token" });
     }
+    const frozen = live.new_tokens && data.map?.full ? { text: data.map.full, new_tokens: 0 } : {};
+    return set({ live: { ...live, ...frozen, off: next } });
+  }
+  function compareHead() {
+    if (!store.get().live) type({});
+    set({ other: { kind: "head" } });
+  }
+  async function copyLink() {
+    ui.say(t((await address.copy(data.map?.step)) ? "link_copied" : "link_not_copied"));
+  }
+  const actions = { set, choose, type, stopTyping, ask, switchOff, compareHead, copyLink };
+
+  // -- page -------------------------------------------------------------------------------------------------------------
+
+  function build() {
+    const { language } = store.get();
+    root.lang = language === "zh" ? "zh-Hans" : "en";
+    document.documentElement.lang = root.lang;
+    const tooltip = createTooltip(root);
+    const api = { t: translator(language), tooltip, actions };
+    const status = make("p", { class: "toast", attributes: { role: "status" } });
+    let timer = 0;
+    const say = (text) => {
+      status.textContent = text;
+      clearTimeout(timer);
+      timer = setTimeout(() => { status.textContent = ""; }, 6000);
+    };
+    const keysOn = () => remembered("keys") !== "off";
+    const help = helpDialog({ t: api.t, notes, isOn: keysOn, turn: (on) => remember("keys", on ? "on" : "off") });
+    const line = timeline({ t: api.t, tooltip, onStep });
+    const controls = controlBar({ ...api, source, theme, help: help.open, chooseLanguage });
+    const title = headLine(api);
+    const tabs = choices("tablist", t("views"), VIEWS.map((key) => [key, t(`tab_${key}`)]), (view) => set({ view }), "panel");
+    const save = saveMenu(api.t, saved, say);
+    const panel = make("div", { class: "panel", id: "panel", attributes: { role: "tabpanel" } });
+    const [heads, reading, problem] = [make("div", { class: "heads" }), make("div"), make("div", { class: "problem-box", role: "alert" })];
+    const busy = make("p", { class: "busy", attributes: { role: "status" } });
+    const detail = make("div", { class: "detail" }, title.element, reading, make("div", { class: "tab-row" }, tabs.element, save.element), panel);
+    const main = make("div", { class: "columns" }, heads, detail);
+    root.replaceChildren(controls.element, line.element, problem, main, busy, status, help.element, tooltip.element);
+    const resized = new ResizeObserver(draw);
+    resized.observe(panel);
+    resized.observe(heads);
+    ui = { ...api, say, help, line, controls, title, tabs, save, panel, heads, reading, problem, busy, main, keysOn, views: {}, built: "" };
+  }
+  function chooseLanguage(language) {
+    remember("language", language);
+    set({ language });
+    build();
     draw();
   }
-  async function loadSecond(mine) {
-    if (state.view !== "compare") return;
-    state.other ??= { run: known.runs.find((name) => name !== state.run) ?? state.run, look: known.runs.length > 1 ? null : 0 };
-    const other = await loadRun(state.other.run);
-    if (mine !== latest) return;
-    const text = sentenceOf(known.run).text;
-    const sentence = other.sentences.find((one) => one.text === text) ?? other.sentences[0];
-    state.other.look = state.other.look === null ? sentence.looks.length - 1 : clamp(state.other.look, sentence.looks.length);
-    known.otherRun = { looks: sentence.looks };
-    known.second = await loadMap(state.other.run, sentence, sentence.looks[state.other.look]);
-  }
-  function prefetch(all) {
-    if (state.live || !source.remote) return;
-    for (const index of [state.look + 1, state.look - 1, state.look + 2, state.look - 2])
-      if (all[index]) loadMap(state.run, sentenceOf(known.run), all[index]).catch(() => {});
-  }
-  /** Clamp the selection to the map; for the first map, choose the defaults. */
-  function fit(map) {
-    state.heads = (state.heads ?? []).filter(([layer, head]) => layer < map.layers && head < map.heads);
-    if (!state.heads.length) state.heads = [defaultHead(map)];
-    state.query = state.query === null ? defaultQuery(map, state.heads[0]) : Math.min(state.query, map.size - 1); // Infinity: the last query
-    Object.assign(state, { point: null, key: state.key !== null && state.key > state.query ? null : state.key });
-    state.view ??= map.alignment ? "alignment" : "lines"; // pairs open with the alignment
-    if (state.view === "alignment" && !map.alignment) state.view = "lines";
-  }
+  const onStep = (step) => (store.get().live ? ask({ step }) : set({ step }));
 
-  // -- the live model -----------------------------------------------------------------------------------------------
-
-  async function askModel() {
-    const live = state.live;
-    const step = known.run.checkpoints[state.look];
-    if (step === undefined) throw new Error(translator(state.language)("no_checkpoint"));
-    const request = { run: state.run, step, text: live.text, new_tokens: live.new_tokens, temperature: live.temperature, seed: live.seed, heads_off: live.off };
-    const raw = await source.live(request);
-    if (state.live !== live) return null;
-    live.map = Object.assign(readMap(raw), { stamp: JSON.stringify(request) });
-    return live.map;
-  }
-  function ask({ add = 0, ...change }) {
-    const live = { ...state.live, ...change };
-    if (add) live.new_tokens = (change.text === state.live.text ? live.new_tokens : 0) + add;
-    set({ live: { ...live, map: null }, ...(add || "new_tokens" in change ? { query: Infinity } : {}) });
-  }
-  function switchOff([layer, head]) {
-    const off = state.live?.off ?? [];
-    const rest = off.filter(([l, h]) => l !== layer || h !== head);
-    const next = rest.length < off.length ? rest : [...off, [layer, head]];
-    if (state.live) return ask({ off: next });
-    set({ live: { ...newLive(sentenceOf(known.run).text), off: next }, look: nearestCheckpoint(), view: "next_token" });
-  }
-  const newLive = (text) => ({ text, new_tokens: 0, temperature: 0.8, seed: 0, off: [], map: null });
-  function nearestCheckpoint() {
-    const step = state.live ? 0 : looks()[state.look]?.[0] ?? 0;
-    const all = known.run.checkpoints;
-    return all.reduce((best, at, i) => (Math.abs(at - step) < Math.abs(all[best] - step) ? i : best), 0);
-  }
-
-  // -- state --------------------------------------------------------------------------------------------------------
-
-  function set(change) {
-    if ("look" in change && !("live" in change)) following = change.look === looks().length - 1;
-    Object.assign(state, change);
-    if ("language" in change) { remember(change.language); ui = null; }
-    if (state.live && "look" in change && !("live" in change)) state.live = { ...state.live, map: null };
-    const loads = ["run", "sentence", "look", "live", "other"].some((key) => key in change) || (change.view === "compare" && state.view === "compare");
-    if (loads) load();
-    else draw();
-  }
-
-  // -- page ---------------------------------------------------------------------------------------------------------
-
-  function buildFrame() {
-    const t = translator(state.language);
-    root.lang = state.language === "zh" ? "zh-Hans" : "en";
-    const languages = choices("radiogroup", Object.entries(LANGUAGES).map(([key, texts]) => [key, texts.language]), (language) => set({ language }));
-    const themeButton = make("button", { type: "button", class: "icon", title: t("theme"), ariaLabel: t("theme") }, "◐");
-    themeButton.hidden = !theme.toggle;
-    themeButton.addEventListener("click", () => theme.toggle?.());
-    const runs = make("select");
-    const sentences = make("select");
-    runs.addEventListener("change", () => set({ run: runs.value, look: null, ...(state.live ? { live: { ...state.live, off: [], map: null } } : {}) }));
-    sentences.addEventListener("change", () => {
-      if (sentences.value === OWN) set({ live: newLive(sentenceOf(known.run).text), look: nearestCheckpoint() });
-      else set({ live: null, sentence: Number(sentences.value), query: null, key: null, look: state.live ? null : state.look });
-    });
-    const hideFirst = make("input", { type: "checkbox" });
-    hideFirst.addEventListener("change", () => set({ hideFirst: hideFirst.checked }));
-    const measure = choices("radiogroup", ["weight", "norm"].map((key) => [key, t(`measure_${key}`), key === "norm" ? t("measure_norm_why") : ""]), (chosen) => set({ measure: chosen }));
-    const tabs = choices("tablist", Object.keys(VIEWS).map((key) => [key, t(`tab_${key}`)]), (view) => set({ view }));
-    const line = timeline({ t, onLook: (look) => set({ look }) });
-    const prompt = promptPanel({ t, ask });
-    const parts = { t, runs, sentences, hideFirst, measure, tabs, line, prompt, languages, built: "", views: {}, painted: "" };
-    parts.error = make("p", { class: "problem", role: "alert" });
-    parts.heads = make("div");
-    parts.title = make("div", { class: "head-title" });
-    parts.reading = make("div");
-    parts.panel = make("div", { class: "panel", role: "tabpanel" });
-    parts.note = make("footer");
-    const runLabel = make("label", {}, make("span", {}, t("run")), runs);
-    runLabel.hidden = known.runs.length < 2 && !source.live;
-    parts.main = make("div", { class: "columns" }, parts.heads, make("section", { class: "detail" }, parts.title, parts.reading, tabs.element, parts.panel));
-    parts.promptBox = make("div", {}, prompt.element);
-    root.replaceChildren(
-      make("header", {}, make("div", { class: "title-row" }, make("h1", {}, source.title ?? "Attention"), make("div", { class: "corner" }, languages.element, themeButton)), rich(make("p", { class: "intro" }), t("intro"))),
-      make("div", { class: "controls" }, runLabel, make("label", { class: "grow" }, make("span", {}, t("sentence")), sentences), measure.element,
-        make("label", { class: "check", title: t("hide_first_why") }, hideFirst, t("hide_first"))),
-      parts.promptBox, line.element, parts.error, parts.main, parts.note,
-    );
-    return parts;
-  }
-
-  function buildViews(map) {
-    const api = { t: ui.t, set, other: { runs: known.runs } };
+  /** The parts that depend on the text: made anew for another one. */
+  const buildViews = (map) => {
     ui.views = {};
-    ui.makeView = (name) => (ui.views[name] ??= VIEWS[name](name === "over_training" ? known.run : map, api));
-    ui.overview = overview(map, { t: ui.t, onHead: chooseHead });
-    ui.sentence = sentenceView(map, api);
-    ui.heads.replaceChildren(ui.overview.element);
+    ui.headsPanel = headsPanel(map, ui);
+    ui.sentence = sentencePanel(map, ui);
+    ui.heads.replaceChildren(ui.headsPanel.element);
     ui.reading.replaceChildren(ui.sentence.element);
-    ui.painted = "";
+  };
+
+  function contextOf() {
+    const { map, run, second } = data;
+    const state = { ...store.get(), query: Math.min(store.get().query, map.size - 1) };
+    const settings = { hideFirst: state.hideFirst, measure: state.measure };
+    const looks = state.heads.map(([layer, head, colour]) => headLook(map, layer, head, settings, colour));
+    const point = state.point ?? state;
+    const query = Math.min(point.query, map.size - 1);
+    const key = point.key === null ? null : Math.min(point.key, query);
+    const palette = paletteOf(theme.now());
+    return {
+      t, state, data, source, map, run, second, settings, looks, query, key, palette, whyNotLive: whyNotLive(),
+      words: describe(t, map, looks, query, key),
+      paintKey: [map.stamp, JSON.stringify([settings, state.heads]), palette.theme].join("|"),
+      space: { width: ui.panel.clientWidth, height: isOneScreen() ? ui.panel.clientHeight - PADDING : 400 },
+    };
   }
-  function chooseHead(layer, head, several) {
-    const rest = state.heads.filter(([l, h]) => l !== layer || h !== head);
-    if (!several) return set({ heads: [[layer, head]], focusKey: null });
-    if (rest.length < state.heads.length) return set({ heads: rest.length ? rest : state.heads });
-    return set({ heads: [...state.heads, [layer, head]].slice(-MAX_HEADS) });
-  }
+  /** Whether the style sheet fits everything into the window; else the page scrolls and views have their own height. */
+  const isOneScreen = () => getComputedStyle(root).overflowY === "hidden";
 
   function draw() {
-    const palette = paletteOf(theme.now());
-    root.dataset.theme = palette.theme;
-    ui ??= buildFrame();
-    const { t } = ui;
-    ui.languages.update(state.language);
-    ui.error.textContent = known.error && !state.live ? t("failed", { reason: known.error }) : "";
-    ui.error.hidden = !ui.error.textContent;
-    ui.main.hidden = !known.map;
-    if (!known.run) return;
-    drawControls(palette);
-    const { map } = known;
-    if (!map) return;
-    const building = map.id + known.run.scores.steps.length + known.runs.length + (map.prompt_length ?? "");
-    if (building !== ui.built) { buildViews(map); ui.built = building; }
-    const settings = { hideFirst: state.hideFirst, measure: state.measure };
-    const paintKey = [map.stamp, JSON.stringify(settings), palette.theme, JSON.stringify(state.heads)].join("|");
-    const overviewKey = [map.stamp, JSON.stringify(settings), palette.theme].join("|");
-    if (overviewKey !== ui.painted) { ui.overview.paint(map, settings, palette); ui.painted = overviewKey; }
-    ui.overview.mark(state.heads, state.live?.off ?? [], palette);
-    const point = state.point ?? { query: state.query, key: state.key };
-    const lookList = state.heads.map(([layer, head]) => headLook(map, layer, head, settings));
-    const words = describe(t, map, lookList[0], point.query, point.key);
-    const context = {
-      map, looks: lookList, query: Math.min(point.query, map.size - 1), key: point.key, selected: state.query, palette, words, state, paintKey,
-      step: map.step, second: known.second, secondRun: state.other?.run ?? state.run, secondLooks: known.otherRun?.looks ?? [], secondLook: state.other?.look ?? 0,
-    };
-    drawTitle(map, palette);
-    ui.sentence.update(context);
-    const view = ui.makeView(state.view);
+    root.dataset.theme = theme.now();
+    if (!ui) build();
+    const state = store.get();
+    const { map, run, error } = data;
+    drawProblem(error);
+    drawBusy();
+    ui.controls.render({ state, data, whyNotLive: whyNotLive() });
+    if (run && state.sentence !== null) drawLine(state, run);
+    ui.main.hidden = !map;
+    // Until the maps of another run or sentence are there, what is shown stays as it was, dimmed.
+    if (!map || run !== data.mapRun || !state.heads || !state.view || state.query === null) return;
+    const building = [map.id, run.scores.steps.length, Object.keys(run.series ?? {}).length, map.prompt_length ?? "", run.name].join("|");
+    if (building !== ui.built) {
+      buildViews(map);
+      ui.built = building;
+    }
+    const context = contextOf();
+    ui.headsPanel.render(context);
+    ui.title.render(context);
+    ui.sentence.render(context);
+    ui.tabs.update(state.view, (view) => isPossible(view, context));
+    ui.panel.setAttribute("aria-labelledby", `tab-${state.view}`);
+    const view = (ui.views[state.view] ??= MAKERS[state.view](map, ui, run));
     if (ui.panel.firstChild !== view.element) ui.panel.replaceChildren(view.element);
-    view.update(context);
-    const notes = [t(state.live ? "note_scores_own" : "note_scores"), t("note_colour"), t(map.exact ? "note_exact" : "note_stored")].join(" ");
-    const why = source.live ? "" : t(`why_${source.why}`);
-    ui.note.replaceChildren(make("p", {}, notes), rich(make("p"), why));
+    view.render(context);
+    address.update();
   }
 
-  function drawControls(palette) {
-    const { t } = ui;
-    const list = JSON.stringify([known.runs, known.run.sentences.map((one) => one.text), known.run.checkpoints.length > 0]);
-    if (list !== ui.listed) {
-      ui.runs.replaceChildren(...known.runs.map((name) => make("option", { value: name }, name)));
-      const own = source.live && known.run.checkpoints.length ? [make("option", { value: OWN }, t("type_own"))] : [];
-      ui.sentences.replaceChildren(...known.run.sentences.map((one, i) => make("option", { value: i }, one.text.replace(/\s+/g, " "))), ...own);
-      ui.listed = list;
+  function drawLine(state, run) {
+    if (!state.live) {
+      const { looks } = run.sentences[state.sentence];
+      return ui.line.render(run.curves, looks, lookAt(looks, state.step));
     }
-    [ui.runs.value, ui.sentences.value] = [state.run, state.live ? OWN : state.sentence];
-    ui.hideFirst.checked = state.hideFirst;
-    ui.measure.update(state.measure);
-    ui.measure.element.hidden = known.map !== null && !known.map.hasNorms;
-    ui.tabs.update(state.view);
-    ui.tabs.element.firstChild.hidden = !known.map?.alignment;
-    ui.promptBox.hidden = !state.live;
-    if (state.live) ui.prompt.update(state.live, known.error, Boolean(known.map?.alignment));
-    ui.line.update(known.run.curves, looks().length ? looks() : [[null]], clamp(state.look, looks().length));
+    const steps = run.checkpoints;
+    const note = t("checkpoints_kept", { count: steps.length });
+    return ui.line.render(run.curves, steps.map((step) => [step]), Math.max(steps.indexOf(liveStep(run, state.live)), 0), note);
+  }
+  function drawBusy() {
+    ui.main.classList.toggle("stale", data.loading);
+    ui.main.ariaBusy = String(data.loading);
+    ui.busy.textContent = data.loading ? t(store.get().live ? "loading_live" : "loading") : "";
+  }
+  const drawProblem = (error) => {
+    const none = data.runs && !data.runs.length;
+    ui.problem.hidden = !error && !none;
+    ui.main.classList.toggle("failed", Boolean(error));
+    const key = none ? "no_runs" : error?.key;
+    const content = JSON.stringify([key, error?.reason]);
+    if (ui.problem.dataset.content === content || ui.problem.hidden) return;
+    ui.problem.dataset.content = content;
+    const text = rich(make("p"), t(key));
+    if (error?.reason) text.textContent = t(key, { reason: error.reason });
+    if (none && data.logdir) text.append(" ", make("code", {}, data.logdir));
+    ui.problem.replaceChildren(...(none ? [make("h2", {}, t("no_runs_title"))] : []), text, button(t("retry"), retry, { class: "plain" }));
+  };
+  const notes = () => {
+    const own = Boolean(store.get().live) || source.scoredOn === "sentence";
+    return [t(own && !data.map?.usual ? "note_scores_own" : "note_scores"), t("note_colour"), t(data.map?.exact ? "note_exact" : "note_stored"), source.live ? "" : t(`why_${source.why}`)].filter(Boolean);
+  };
+
+  /** What *Save* saves. */
+  function saved() {
+    const context = contextOf();
+    const { state, map, run, looks } = context;
+    const view = ui.views[state.view];
+    const heads = looks.map(({ layer, head }) => `${layer}.${head}`);
+    const title = [t(`tab_${state.view}`), looks.map((look) => t("head_name", look)).join(", "), run.name, map.step === null ? "" : t("step_at", { step: map.step })].filter(Boolean).join(" · ");
+    return {
+      element: view.element, table: () => view.table(context), title,
+      name: ["attention", state.view, heads[0], map.step ?? ""].filter((part) => part !== "").join("_"),
+      about: { view: state.view, run: run.name, step: map.step, text: map.text, heads, heads_off: state.live?.off ?? [], word: state.query, exact: map.exact },
+    };
   }
 
-  function drawTitle(map, palette) {
-    const { t } = ui;
-    const several = state.heads.length > 1;
-    const [layer, head] = state.heads[0];
-    const label = map.label(layer, head);
-    const scores = Object.entries(map.scores).map(([name, values]) => `${t(name)} ${values[layer][head].toFixed(2)}`).join(" · ");
-    const off = state.live?.off.some(([l, h]) => l === layer && h === head);
-    const toggle = make("button", { type: "button", class: off ? "switch is-off" : "switch" }, t(off ? "switch_on" : "switch_off"));
-    toggle.hidden = !source.live || several || !known.run.checkpoints.length;
-    toggle.addEventListener("click", () => switchOff([layer, head]));
-    const importance = known.run.importance?.values[`${layer},${head}`];
-    const names = several ? state.heads.map(([l, h], i) => {
-      const name = make("span", { class: "swatch" }, t("head_name", { layer: l, head: h }));
-      name.style.setProperty("--colour", palette.heads[i]);
-      return name;
-    }) : [t("head_name", { layer, head }), " ", make("span", { class: "badge", data: { pattern: label?.[0] ?? "" } }, patternName(t, label), ...(label ? [" ", make("b", {}, label[1].toFixed(2))] : []))];
-    const about = several ? [] : [make("p", { class: "scores" }, t(`about_${label?.[0] ?? "unclear"}`), ...(scores ? [make("br"), scores] : []),
-      ...(importance === undefined ? [] : [make("br"), t("importance", { value: importance.toFixed(4), step: known.run.importance.step })]))];
-    const content = JSON.stringify([state.heads, label, scores, off, importance, palette.theme, toggle.hidden]);
-    if (content === ui.titled) return;
-    ui.titled = content;
-    ui.title.replaceChildren(make("div", {}, make("h2", {}, ...names), toggle), ...about);
-  }
+  // -- start ------------------------------------------------------------------------------------------------------------
 
-  // -- start --------------------------------------------------------------------------------------------------------
-
-  /** Reload the lists of runs and steps, which grow during training. */
-  async function reload() {
-    try {
-      known.runs = await source.runs();
-      if (!known.runs.length) {
-        root.replaceChildren(make("p", { class: "problem" }, translator(state.language)("no_runs")));
-        ui = null;
-        return;
-      }
-      if (!known.runs.includes(state.run)) state.run = known.runs.at(-1);
-      const before = JSON.stringify(runCache.get(state.run));
-      const fresh = await source.run(state.run);
-      if (JSON.stringify(fresh) === before && known.map) return;
-      runCache.clear();
-      runCache.set(state.run, fresh);
-    } catch (error) {
-      known.error = error.message;
-      draw();
-      return;
-    }
-    await load();
-  }
+  const view = (number) => () => {
+    const shown = VIEWS.filter((one) => isPossible(one, contextOf()));
+    if (shown[number - 1]) set({ view: shown[number - 1] });
+  };
+  const nextHead = (by) => () => {
+    const { map } = data;
+    const [layer, head] = store.get().heads[0];
+    const at = (layer * map.heads + head + by + map.layers * map.heads) % (map.layers * map.heads);
+    choose(Math.floor(at / map.heads), at % map.heads, false);
+  };
+  const nextWord = (by) => () => set({ query: Math.min(Math.max(store.get().query + by, 0), data.map.size - 1), key: null });
+  const whenReady = (action) => () => data.map && store.get().heads && action();
+  listenToKeys(document, {
+    "?": () => ui.help.open(), " ": () => ui.line.toggle(), ",": () => ui.line.move(-1), ".": () => ui.line.move(1),
+    "[": whenReady(nextHead(-1)), "]": whenReady(nextHead(1)), j: whenReady(nextWord(-1)), k: whenReady(nextWord(1)),
+    t: () => type(), f: () => set({ hideFirst: !store.get().hideFirst }), s: () => ui.save.open(), c: copyLink,
+    ...Object.fromEntries(VIEWS.map((_, i) => [String(i + 1), whenReady(view(i + 1))])),
+  }, () => ui?.keysOn());
   theme.onChange(draw);
   source.onReload?.(reload);
+  draw();
   await reload();
 }

@@ -181,14 +181,9 @@ def test_evaluate_scores_held_out_answers(copying_run: Path, capsys: pytest.Capt
 
 
 def test_a_run_on_pairs_starts_from_a_run_on_text(trained_run: Path, workdir: Path) -> None:
-<<<<<<< HEAD
     (workdir / "pairs.jsonl").write_text(
         "".join(f'{{"source": "The cat {i}", "target": "sat"}}\n' for i in range(40)), encoding="utf-8"
     )
-=======
-    lines = (f'{{"source": "The cat {number}", "target": "sat"}}\n' for number in range(40))
-    (workdir / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
->>>>>>> inputs
     arguments = ["data=pairs", "data.files=[pairs.jsonl]", f"init_from={trained_run}", "trainer.batch_size=2"]
     small = ["trainer.max_steps=3", "trainer.eval_answers=2", "trainer.compile=false", "run_dir=run"]
     assert train_here(*arguments, *small) == 0

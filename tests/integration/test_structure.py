@@ -15,8 +15,8 @@ TESTS = Path(__file__).parents[1]
 ORDER = [
     "errors", "system.cgroups", "system.memory", "system.safe_io", "system.files", "system.cpuinfo",
     "distributed", "training.rng", "system",
-    "loss", "tokenizer", "data", "rope", "attention", "model", "edits", "optim", "distributed.optimizer", "backends",
-    "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
+    "loss", "tokenizer", "data", "rope", "attention", "variants", "model", "edits", "optim", "distributed.optimizer",
+    "backends", "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluate", "evaluation", "api",
     "reporting", "training", "config", "completion", "runs", "cli", "train",
 ]  # fmt: skip

@@ -101,11 +101,14 @@ def test_aligning_heads_are_scored_on_held_out_pairs(copying_run: Path) -> None:
 def test_a_run_on_pairs_logs_to_tensorboard(copying_run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(copying_run), {"images": 0, "tensors": 0, "scalars": 0})
-    events.Reload()
-    tags = events.Tags()
-    assert {"alignment/score", "val/chrf", "val/bleu", "val/exact_match"} <= set(tags["scalars"])
-    assert any(tag.startswith("alignment/") for tag in tags["images"])
+    def events_of(folder: str) -> EventAccumulator:
+        return EventAccumulator(str(copying_run / folder), {"images": 0, "tensors": 0, "scalars": 0}).Reload()
+
+    quality = {f"quality/{name}" for name in ("alignment", "chrf", "bleu", "exact_match")}
+    assert quality <= set(events_of("held_out").Tags()["scalars"])
+    assert events_of("chance").Tags()["scalars"] == ["quality/alignment"]
+    events = events_of("")
+    assert any(tag.startswith("pictures/alignment/") for tag in events.Tags()["images"])
     table = events.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert table.startswith("| source | answer | reference |")
     source, answer, reference = (cell.strip() for cell in table.splitlines()[2].strip("| ").split("|"))

@@ -28,7 +28,7 @@ from minitf.errors import MinitfError, run_command
 PHASES = ("start", "step", "evaluation", "attention", "save", "end")
 TRAINING, SAVING = 0, 1  # the two bytes of shared memory: the phase of the training loop, and of the saving thread
 CLOCK_KEYS = {"tokens_per_s", "mfu", "train_s", "warmup_s", "elapsed_s"}  # of metrics.jsonl; no two runs agree in them
-CLOCK_TAGS = ("perf/", "_hparams_", "final/")
+CLOCK_TAGS = ("speed/", "_hparams_")
 MODULES = ("datasets", "torch._dynamo", "torch.utils.tensorboard", "minitf.train", "minitf.runs.resume")
 SETTINGS = [
     "data=text", "data.files=[text.txt]", "data.cache_dir=cache", "tokenizer=byte", "model.num_layers=2",
@@ -194,7 +194,7 @@ def _events(run: Path) -> list[tuple[int, str, str]]:
 
     return sorted(  # scalars by value, maps and pictures by size: a compressed map holds the time of its compression
         (event.step, value.tag, f"{list(value.tensor.float_val)} {value.tensor.ByteSize()}")
-        for path in run.glob("events.out.tfevents.*")
+        for path in run.rglob("events.out.tfevents.*")
         for event in EventFileLoader(str(path)).Load()
         for value in event.summary.value
         if not value.tag.startswith(CLOCK_TAGS)

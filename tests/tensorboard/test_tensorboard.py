@@ -4,6 +4,7 @@ import argparse
 import base64
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
 from minitf.tensorboard.loader import Loader
-from minitf.tensorboard.plugin import AttentionPlugin
+from minitf.tensorboard.plugin import AttentionPlugin, _other_series
 from minitf.tensorboard.summary import sentence_tag
 
 TEXT = "The cat sat on the mat."
@@ -179,6 +180,20 @@ def test_live_sources_are_answered_and_aligned(tmp_path: Path, copying_run: Path
     assert ask(plugin, {**asked, "text": "xyz"}).status_code == 422
 
 
+def test_the_tokens_of_a_typed_sentence_are_counted(plugin: AttentionPlugin) -> None:
+    assert ask(plugin, {"text": "The old man", "count_only": True}).json == {"tokens": 11, "limit": 32}
+    assert ask(plugin, {"text": "a" * 300, "count_only": True}).json == {"tokens": 300, "limit": 32}
+
+
+def test_other_curves_are_taken_from_the_scalars() -> None:
+    scalars = {
+        "reference/exact": [(0, 0.1), (5, math.nan)],
+        "watch/it>cat/w": [(1, 0.5)],
+        "train/loss": [(0, 9.0)],
+    }
+    assert _other_series(scalars) == {"reference/exact": [(0, 0.1)], "watch/it>cat/w": [(1, 0.5)]}
+
+
 def test_live_generation_extends_the_previous_text(plugin: AttentionPlugin) -> None:
     replies = [ask(plugin, {"text": "The", "new_tokens": n, "seed": 3}).json for n in range(5)]
     tokens = [reply["tokens"] for reply in replies]
@@ -276,7 +291,8 @@ def test_large_bodies_are_refused(plugin: AttentionPlugin) -> None:
         {"step": True}, {"step": 10**30}, {"new_tokens": -1}, {"new_tokens": 10**9}, {"new_tokens": "1"},
         {"temperature": "hot"}, {"temperature": -1}, {"temperature": 1e999}, {"temperature": True}, {"seed": -1},
         {"seed": 2**70}, {"heads_off": 3}, {"heads_off": [1]}, {"heads_off": [[0]]}, {"heads_off": [[0, -1]]},
-        {"heads_off": [[0, "1"]]}, {"heads_off": [[0, 1]] * 2000}, {"path": "/etc/passwd"}, {"step": None},
+        {"heads_off": [[0, "1"]]}, {"heads_off": [[0, 1]] * 2000}, {"count_only": 1},
+        {"path": "/etc/passwd"}, {"step": None},
     ],
 )  # fmt: skip
 def test_invalid_arguments_are_refused(plugin: AttentionPlugin, body: dict[str, Any]) -> None:

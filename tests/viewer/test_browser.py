@@ -4,14 +4,18 @@ Playwright is found if it is installed (`pip install playwright`), and with it i
 """
 
 import base64
+import csv
+import io
 import json
 import os
 import shutil
-import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -24,9 +28,11 @@ from minitf.interpretability.page import attention_page
 pytestmark = pytest.mark.browser
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-# Elements a hover may add: the line that describes what the word looks at.
+# Elements a hover may add: the note at the pointer and the bold words of a sentence.
 ADDED_PER_HOVER = 12
 VIEWS = ("lines", "matrix", "three_steps", "next_token", "over_training", "compare")
+MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
+LAPTOP = {"width": 1366, "height": 650}  # what a laptop leaves of a window
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     """An empty page on which any error fails the test."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000}, locale="en-US")
+    context = browser.new_context(viewport=LAPTOP, locale="en-US", accept_downloads=True)
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -59,77 +65,256 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 def _is_refused(reply: Any) -> bool:
-    return bool(reply.status >= 400 and "minitf_attention" in reply.url)
+    """Apart from replies to typed sentences: too long (422), and busy (503), after which the tab asks again."""
+    return bool(reply.status >= 400 and reply.status not in (422, 503) and "minitf_attention" in reply.url)
 
 
 def _is_own(url: str) -> bool:
     return url.startswith(("file://", "data:", "blob:", "http://localhost:"))
 
 
-def open_page(page: Any, tmp_path: Path, content: str) -> None:
+def open_page(page: Any, tmp_path: Path, content: str, address: str = "") -> None:
     (tmp_path / "attention.html").write_text(content, encoding="utf-8")
-    page.goto(f"file://{tmp_path}/attention.html")
+    page.goto(f"file://{tmp_path}/attention.html{address}")
     page.wait_for_selector(".thumb")
 
 
+def show(page: Any, view: str) -> None:
+    page.click(f'.tabs [data-key="{view}"]')
+    page.wait_for_selector(f'.tabs [data-key="{view}"][aria-selected="true"]')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One screen
+
+
+def assert_one_screen(frame: Any, thumbs: int) -> None:
+    """All parts lie within the window, the view has at least 320 pixels, and every head can be hit."""
+    found = frame.evaluate(f"() => {{ {MEASURE}; return inside(); }}")
+    width, height = found["window"]
+    assert found["scrolls"] <= 0
+    for name, boxes in found["parts"].items():
+        assert len(boxes) == 1, name
+        left, top, right, bottom = boxes[0]
+        assert (left >= 0, top >= 0, right <= width, bottom <= height) == (True,) * 4, (name, boxes[0])
+    top, bottom = found["parts"][".panel"][0][1::2]
+    assert bottom - top >= 320
+    query, sentence = found["parts"][".token.query"][0], found["parts"][".sentence"][0]
+    assert sentence[1] <= query[1]
+    assert query[3] <= sentence[3] + 1
+    assert len(found["thumbs"]) == thumbs
+    for left, top, right, bottom in found["thumbs"]:
+        assert right - left >= 24
+        assert bottom - top >= 24
+        assert (right <= width, bottom <= height) == (True, True)
+
+
+@pytest.mark.parametrize(("layers", "heads", "tokens"), [(12, 12, 130), (30, 9, 30), (2, 4, 130)])
+def test_everything_is_on_one_screen(page: Any, tmp_path: Path, layers: int, heads: int, tokens: int) -> None:
+    words = [f" word{i}" for i in range(tokens)]
+    maps = maps_of(words, layers, heads)
+    open_page(page, tmp_path, attention_page([replace(maps, step=step) for step in (0, 5)], "many"))
+    for view in VIEWS:
+        if page.locator(f'.tabs [data-key="{view}"]').is_visible():
+            show(page, view)
+            assert_one_screen(page, layers * heads)
+
+
+def test_the_slider_changes_the_view_one_looks_at(page: Any, trained_run: Path) -> None:
+    page.goto(f"file://{trained_run}/attention.html")
+    show(page, "matrix")
+    image = "() => document.querySelector('.panel canvas').toDataURL()"
+    last = page.evaluate(image)
+    page.focus(".timeline input")
+    page.keyboard.press("Home")
+    page.wait_for_function("() => document.querySelector('.losses b').textContent === 'step 0'")
+    assert page.evaluate(image) != last
+    assert "training loss –" in page.inner_text(".losses")  # no loss was measured at step 0
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text(".losses b") == "step 3"
+    assert_one_screen(page, 8)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_view_opens_without_network(page: Any, trained_run: Path, tmp_path: Path, scheme: str) -> None:
+def test_every_view_opens_without_network(page: Any, trained_run: Path, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.context.set_offline(True)
     page.goto(f"file://{trained_run}/attention.html")
     page.wait_for_selector(".thumb")
     assert page.locator(".attention-viewer").get_attribute("data-theme") == scheme
-    for language in ("en", "zh"):
-        page.click(f'.choice [data-key="{language}"]')
+    for _ in ("en", "zh"):
         for view in VIEWS:
-            page.click(f'.tabs [data-key="{view}"]')
-            page.wait_for_selector(f'.tabs [data-key="{view}"][aria-selected="true"]')
-            assert len(page.inner_text(".panel")) > 20
-    page.click('.choice [data-key="en"]')
-    assert "tensorboard --logdir runs" in page.inner_text("footer")
+            show(page, view)
+            assert page.locator(".panel").bounding_box()["height"] >= 320
+        page.click(".language")
+    page.keyboard.press("?")
+    assert "tensorboard --logdir runs" in page.inner_text("dialog")
 
 
-def test_the_readout_shows_the_stored_weight(page: Any, tmp_path: Path) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+
+
+def test_the_value_of_a_cell_stands_at_the_pointer(page: Any, tmp_path: Path) -> None:
     maps = maps_of(["the", " cat", " sat", " on", " it"])
     open_page(page, tmp_path, attention_page([maps], "title"))
-    page.click('.tabs [data-key="matrix"]')
-    page.click('.thumb[title^="Layer 1, head 2"]')
+    show(page, "matrix")
+    page.click('.thumb[aria-label^="Layer 1, head 2"]')
     box = page.locator(".plot canvas").bounding_box()
     for query in range(5):
         for key in range(query + 1):
-            page.mouse.move(box["x"] + (key + 0.5) * box["width"] / 5, box["y"] + (query + 0.5) * box["height"] / 5)
-            said = page.inner_text(".readout")
-            share = float(said.split(" gives ")[1].split("%")[0]) / 100
-            assert abs(share - float(maps.weights_LHTS[1, 2, query, key])) <= 1 / 255
-            assert said.startswith(f"“{maps.tokens[query].strip()}” (query)")
-            assert f"“{maps.tokens[key].strip()}” (key)" in said
+            x, y = (box["x"] + (key + 0.5) * box["width"] / 5, box["y"] + (query + 0.5) * box["height"] / 5)
+            page.mouse.move(x, y)
+            words, share = page.inner_text(".tooltip").split("\n")
+            assert abs(float(share.rstrip("%")) / 100 - float(maps.weights_LHTS[1, 2, query, key])) <= 1 / 255
+            assert words == f"“{maps.tokens[query].strip()}” → “{maps.tokens[key].strip()}”"
+            note = page.locator(".tooltip").bounding_box()
+            assert max(abs(note["x"] - x), abs(note["y"] - y)) < 250
+            assert f"“{maps.tokens[key].strip()}” (key)" in page.inner_text(".readout")
+
+
+def test_a_cell_among_130_tokens_has_words_and_a_value(page: Any, tmp_path: Path) -> None:
+    open_page(page, tmp_path, attention_page([maps_of([f" w{i}" for i in range(130)])], "long"))
+    show(page, "matrix")
+    box = page.locator(".plot canvas").bounding_box()
+    page.mouse.move(box["x"] + 20.5 * box["width"] / 130, box["y"] + 100.5 * box["height"] / 130)
+    assert page.inner_text(".tooltip").startswith("“w100” → “w20”\n")
+    assert page.locator(".matrix .name.active").all_inner_texts() == ["w20", "w100"]
+
+
+def test_several_heads_say_which_is_which(page: Any, tmp_path: Path) -> None:
+    open_page(page, tmp_path, attention_page([maps_of(["a", "b", "c", "d"], 2, 4)], "several"))
+    page.check(".overview input[type=checkbox]")
+    for head in range(4):
+        page.click(f'.thumb[aria-label^="Layer 0, head {head}"]')
+    for head in range(4):
+        page.click(f'.thumb[aria-label^="Layer 1, head {head}"]')
+    assert page.locator('.thumb[aria-pressed="true"]').count() == 6
+    assert "At most 6 heads" in page.inner_text(".toast")
+    show(page, "matrix")
+    box = page.locator(".plot canvas").first.bounding_box()
+    page.mouse.move(box["x"] + 4, box["y"] + box["height"] - 4)
+    assert len(page.inner_text(".tooltip").split("\n")) == 7
+    assert page.inner_text(".readout").startswith("Layer ")
+
+
+def test_a_page_of_one_map_says_what_it_is_of(page: Any, tmp_path: Path) -> None:
+    open_page(page, tmp_path, attention_page([maps_of(["a", "b"])], "Attention of runs/x, step 3", "sentence"))
+    assert page.inner_text("h1") == "Attention of runs/x, step 3"
+    assert page.locator(".tabs button:visible").all_inner_texts() == ["Lines", "Matrix", "Three steps", "Next token"]
+    page.dispatch_event('button:has-text("Type a sentence")', "click")
+    assert "tensorboard --logdir runs" in page.inner_text(".toast")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharing
+
+
+def test_the_address_holds_the_view(page: Any, trained_run: Path) -> None:
+    address = f"file://{trained_run}/attention.html"
+    page.goto(f"{address}#sentence=1&step=12&head=1.2&word=3&view=matrix")
+    page.wait_for_selector(".thumb")
+    assert page.inner_text(".losses b") == "step 12"
+    assert page.inner_text(".head-title h2") == "Layer 1, head 2"
+    assert page.locator(".tabs [aria-selected=true]").inner_text() == "Matrix"
+    assert page.locator(".controls .grow select").input_value() == "1"
+    assert page.locator(".token").nth(3).get_attribute("aria-pressed") == "true"
+    page.keyboard.press("]")
+    page.wait_for_function("() => location.hash.includes('head=1.3')")
+    page.reload()
+    page.wait_for_selector(".thumb")
+    assert page.inner_text(".head-title h2") == "Layer 1, head 3"
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_can_be_saved(page: Any, trained_run: Path, view: str) -> None:
+    page.goto(f"file://{trained_run}/attention.html")
+    page.wait_for_selector(".thumb")
+    show(page, view)
+    saved = {}
+    for index, kind in enumerate(("svg", "png", "csv", "json")):
+        page.click(".menu > button")
+        with page.expect_download() as download:
+            page.locator(".menu-list button").nth(index).click()
+        assert download.value.suggested_filename.endswith(f".{kind}")
+        saved[kind] = Path(download.value.path()).read_bytes()
+    drawing = ElementTree.fromstring(saved["svg"])
+    tags = {one.tag.rpartition("}")[2] for one in drawing.iter()}
+    assert "text" in tags
+    assert tags <= {"svg", "g", "rect", "text", "image", "line", "path"}
+    assert saved["png"][:8] == b"\x89PNG\r\n\x1a\n"
+    rows = list(csv.reader(io.StringIO(saved["csv"].decode("utf-8-sig"))))
+    content = json.loads(saved["json"])
+    assert content["step"] == 40
+    assert len(rows) - 1 == len(content["rows"]) > 1
+    assert rows[0] == list(content["rows"][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keyboard and texts
 
 
 def test_the_keyboard_reaches_everything(page: Any, trained_run: Path) -> None:
     page.goto(f"file://{trained_run}/attention.html")
     page.wait_for_selector(".thumb")
-    page.focus('.thumb[aria-pressed="true"]')
-    page.click('.thumb[title^="Layer 0, head 0"]')
+    page.click('.thumb[aria-label^="Layer 0, head 0"]')
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    assert "Layer 1, head 1" in page.inner_text(".head-title h2")
+    assert page.inner_text(".head-title h2") == "Layer 1, head 1"
     page.focus(".token[aria-pressed=true]")
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
-    page.focus('input[type="range"]')
-    before = page.get_attribute('.chart input[type="range"]', "aria-valuetext")
-    page.keyboard.press("ArrowLeft")
-    page.wait_for_function(
-        "was => document.querySelector('.chart input').getAttribute('aria-valuetext') !== was", arg=before
-    )
     page.focus('.tabs [aria-selected="true"]')
-    page.keyboard.press("ArrowRight")
-    assert page.get_attribute('.tabs [data-key="matrix"]', "aria-selected") == "true"
+    for key, chosen in (
+        ("ArrowLeft", "lines"),
+        ("ArrowRight", "matrix"),
+        ("End", "compare"),
+        ("ArrowRight", "compare"),
+        ("Home", "lines"),
+    ):
+        page.keyboard.press(key)
+        assert page.get_attribute(f'.tabs [data-key="{chosen}"]', "aria-selected") == "true", key
+    page.keyboard.press("2")
+    page.focus(".plot")
+    page.keyboard.press("ArrowUp")
+    assert "(key)" in page.inner_text(".readout")
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button, input, select')].filter((e) => e.checkVisibility()"
         " && !(e.innerText || e.ariaLabel || e.title || e.labels?.length)).length"
     )
     assert unnamed == 0
+
+
+def test_single_keys_can_be_turned_off(page: Any, trained_run: Path) -> None:
+    page.goto(f"file://{trained_run}/attention.html")
+    page.wait_for_selector(".thumb")
+    page.keyboard.press("?")
+    page.uncheck("dialog input")
+    page.keyboard.press("Escape")
+    page.keyboard.press("2")
+    assert page.locator(".tabs [aria-selected=true]").inner_text() == "Lines"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_enough_contrast(page: Any, trained_run: Path, copying_run: Path, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    for run, views in ((trained_run, VIEWS), (copying_run, ("alignment", "lines"))):
+        page.goto(f"file://{run}/attention.html")
+        page.wait_for_selector(".thumb")
+        for view in views:
+            show(page, view)
+            assert page.evaluate(f"() => {{ {MEASURE}; return lowContrast(); }}") == [], view
+
+
+@pytest.mark.parametrize("size", [(1366, 650), (683, 325), (342, 163), (390, 800), (1920, 1080)])
+def test_nothing_is_cut_off_sideways(page: Any, trained_run: Path, size: tuple[int, int]) -> None:
+    """Also at 200 % and 400 % zoom, which a browser shows as a window of half and a quarter of the pixels."""
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.goto(f"file://{trained_run}/attention.html")
+    page.wait_for_selector(".thumb")
+    for view in VIEWS:
+        show(page, view)
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0], view
 
 
 def test_model_text_is_never_markup(page: Any, tmp_path: Path) -> None:
@@ -140,8 +325,8 @@ def test_model_text_is_never_markup(page: Any, tmp_path: Path) -> None:
     ]
     page.on("dialog", lambda dialog: pytest.fail("a script ran"))
     open_page(page, tmp_path, attention_page([maps_of(nasty)], "<img src=x onerror=alert(1)>"))
-    for view in VIEWS:
-        page.click(f'.tabs [data-key="{view}"]')
+    for view in VIEWS[:4]:
+        show(page, view)
     assert page.locator("img").count() == 0
     assert "<b>bold</b>" in page.inner_text(".sentence >> nth=0")
 
@@ -151,7 +336,7 @@ def test_hovering_creates_few_elements(page: Any, tmp_path: Path) -> None:
     maps = maps_of(["word"] * 256, 4, 6)
     open_page(page, tmp_path, attention_page([maps], "long"))
     for view in ("matrix", "lines"):
-        page.click(f'.tabs [data-key="{view}"]')
+        show(page, view)
         added = page.evaluate(
             """() => {
               let added = 0;
@@ -169,30 +354,32 @@ def test_hovering_creates_few_elements(page: Any, tmp_path: Path) -> None:
         assert added <= ADDED_PER_HOVER, view
 
 
-def frame_of_tab(page: Any, server: str) -> Any:
-    page.goto(server.split("/data/")[0] + "/#minitf_attention")
+# ---------------------------------------------------------------------------------------------------------------------
+# The tab
+
+
+def frame_of_tab(page: Any, server: str, state: str = "") -> Any:
+    page.goto(server.split("/data/")[0] + "/#minitf_attention" + state)
     page.wait_for_selector("iframe", timeout=60_000)
     frame = next(frame for frame in page.frames if frame != page.main_frame)
     frame.wait_for_selector(".thumb", timeout=60_000)
     return frame
 
 
-def choose_run(frame: Any, run: str) -> None:
-    frame.select_option(".controls select >> nth=0", run)
-    frame.wait_for_function("run => document.querySelector('.controls select').value === run", arg=run)
-    time.sleep(0.5)
+def choose_run(page: Any, frame: Any, run: str) -> None:
+    frame.select_option(".controls .run select", run)
+    frame.wait_for_selector("main > .columns:not(.stale)")
+    page.wait_for_function(
+        "run => decodeURIComponent(decodeURIComponent(location.hash)).includes(`run=${run}&`)", arg=run
+    )
 
 
-def test_the_tab_shows_a_run_and_runs_a_typed_sentence(
-    page: Any,
-    server: str,
-    trained_run: Path,
-) -> None:
+def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, trained_run: Path) -> None:
     frame = frame_of_tab(page, server)
-    choose_run(frame, "tiny/one")
+    choose_run(page, frame, "tiny/one")
     for view in VIEWS:
-        frame.click(f'.tabs [data-key="{view}"]')
-        frame.wait_for_selector(f'.tabs [data-key="{view}"][aria-selected="true"]')
+        show(frame, view)
+        assert_one_screen(frame, 8)
     # the slider: from the last step to an earlier one, and the page follows
     frame.focus(".chart input")
     page.keyboard.press("Home")
@@ -200,11 +387,12 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(
     page.keyboard.press("End")
     frame.wait_for_function("() => document.querySelector('.losses b').textContent.includes('step 40')")
     # a typed sentence
-    frame.select_option(".controls .grow select", label="✎ type a sentence…")
+    frame.click('button:has-text("Type a sentence")')
     frame.wait_for_selector("textarea", state="visible")
     frame.fill("textarea", "The old man sat")
-    with page.expect_response(lambda reply: reply.url.endswith("/live")) as answered:
-        frame.click(".prompt .primary")
+    frame.wait_for_function("() => document.querySelector('.counter').textContent === '15 of 32 tokens'")
+    with page.expect_response(lambda reply: reply.url.endswith("/live") and "weights" in reply.text()) as answered:
+        page.keyboard.press("Enter")
     reply = answered.value.json()
     lm = minitf.load(trained_run / "checkpoints/latest", device="cpu")
     maps = attention_maps(lm.model, lm.tokenizer, "The old man sat")
@@ -212,25 +400,49 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(
     weights = torch.frombuffer(bytearray(base64.b64decode(reply["weights"])), dtype=torch.float32)
     torch.testing.assert_close(weights, maps.weights_LHTS[:, :, query, key].flatten(), rtol=0, atol=1e-5)
     frame.wait_for_function("() => document.querySelectorAll('.reading .token').length === 15")
-    frame.click(".prompt-row button >> nth=1")
+    assert_one_screen(frame, 8)
+    frame.click('.prompt button:has-text("+1") >> nth=0')
     frame.wait_for_function("() => document.querySelectorAll('.reading .token').length === 16")
     assert frame.locator(".token.new").count() >= 1
-    # a head off: the prediction changes and is shown next to the one before
-    frame.click('.tabs [data-key="next_token"]')
-    frame.click('.thumb[title^="Layer 1, head 2"]')
+    # a head off: the text stays, and the prediction is shown next to the one before
+    written = frame.locator(".reading .token").all_inner_texts()
+    show(frame, "next_token")
+    frame.click('.thumb[aria-label^="Layer 1, head 2"]')
     frame.click(".switch")
     frame.wait_for_selector(".likely.changed .whole")
     assert frame.locator(".thumb.off").count() == 1
     assert "Layer 1, head 2" in frame.inner_text(".off-heads")
+    assert len(frame.locator(".reading .token").all_inner_texts()) == len(written)
+    # too long a text: the problem stands there, and no map of another text
+    frame.fill("textarea", "a" * 40)
+    with page.expect_response(lambda reply: reply.status == 422):
+        page.keyboard.press("Enter")
+    frame.wait_for_selector(".problem-box:has-text('40 tokens')")
+    assert frame.locator(".columns").is_hidden()
+    frame.click(".prompt .icon")
+    frame.wait_for_selector(".thumb")
+    assert frame.inner_text(".losses b") == "step 40"
+
+
+def test_the_address_of_the_tab_holds_the_view(page: Any, server: str) -> None:
+    state = quote("run=tiny/one&sentence=0&step=12&head=1.3&view=matrix", safe="")
+    frame = frame_of_tab(page, server, f"&p.minitf_attention.state={state}")
+    frame.wait_for_function("() => document.querySelector('.losses b').textContent === 'step 12'")
+    assert frame.inner_text(".head-title h2") == "Layer 1, head 3"
+    frame.focus(".thumb[aria-pressed=true]")
+    page.keyboard.press("[")
+    page.wait_for_function("() => decodeURIComponent(location.hash).includes('head=1.2')")
+    assert page.locator("iframe").count() == 1
 
 
 def test_the_tab_survives_missing_data(page: Any, server: str, logdir: Path) -> None:
     frame = frame_of_tab(page, server)
     for run in ("damaged", "gone", "hundred"):
-        choose_run(frame, run)
+        choose_run(page, frame, run)
         frame.wait_for_selector(".thumb")
-    choose_run(frame, "gone")
-    assert "type a sentence" not in frame.inner_text(".controls .grow select")
+    choose_run(page, frame, "gone")
+    frame.dispatch_event('button:has-text("Type a sentence")', "click")
+    assert "no checkpoint" in frame.inner_text(".toast")
     assert json.load(urllib.request.urlopen(f"{server}/runs"))["runs"]
     assert os.path.isdir(logdir)
 
@@ -240,21 +452,22 @@ def test_a_pair_shows_its_alignment(page: Any, copying_run: Path, tmp_path: Path
     page.emulate_media(color_scheme=scheme)
     open_page(page, tmp_path, (copying_run / "attention.html").read_text(encoding="utf-8"))
     assert page.locator(".tabs [aria-selected=true]").inner_text() == "Alignment"
-    source, target = (page.locator(".pair-side").nth(side) for side in (0, 1))
-    words = target.locator(".word").all_inner_texts()
-    assert words == source.locator(".word").all_inner_texts()
+    words = page.locator(".alignment .rows bdi").all_inner_texts()
+    assert words == page.locator(".alignment .columns bdi").all_inner_texts()
     right = 0
     for index, word in enumerate(words):
-        target.locator(".word").nth(index).hover()
-        read = page.locator(".alignment .readout").inner_text()
-        assert read.startswith(f"“{word}” was made from “")
-        right += read.startswith(f"“{word}” was made from “{word}”")
+        page.locator(".alignment .rows bdi").nth(index).click()
+        read = page.inner_text(".alignment .said")
+        assert read.startswith(f"“{word}” looks at “")
+        right += read.startswith(f"“{word}” looks at “{word}”")
+        assert page.locator(".token.query").inner_text().split("\n")[0] == word  # one selection for all views
     assert right >= len(words) / 2  # a copy: each letter comes from the one at its place
     page.locator(".alignment .plot").focus()
     page.keyboard.press("ArrowUp")
-    assert target.locator(".word.active").inner_text() == words[-2]
+    assert page.locator(".alignment .rows .active").inner_text() == words[-2]
     # At the first step nothing is aligned yet; the view stays.
-    page.locator(".timeline input").evaluate("input => { input.value = 0; input.dispatchEvent(new Event('input')) }")
+    page.focus(".timeline input")
+    page.keyboard.press("Home")
     page.wait_for_function("document.querySelector('.timeline').innerText.includes('step 0')")
     assert page.locator(".alignment, .lines").count() == 1
 

@@ -66,7 +66,8 @@ def test_both_languages_have_all_texts() -> None:
     asked = {key for source in SOURCES.values() for key in re.findall(r'\bt\("(\w+)"', source)}
     assert asked <= set(english), asked - set(english)
     assert {f"about_{name}" for name in NAMES} <= set(english)
-    signs = {"masked", "dot", "divided", "difference", "side_b", "compare_readout", "sum_of"}
+    signs = {"masked", "dot", "divided", "difference", "side_a", "side_b", "compare_readout", "sum_of", "head_short"}
+    signs |= {"prompt_next", "prompt_more"}
     assert all(re.search(r"[\u4e00-\u9fff]", text) for key, text in chinese.items() if key not in signs)
 
 
@@ -153,7 +154,8 @@ def test_the_viewer_computes_the_models_three_steps(
         torch.testing.assert_close(
             torch.tensor(row["softmax"], dtype=torch.float32), weights[: query + 1], rtol=0, atol=2 * tolerance
         )
-        norms = vectors.v_LGTK[layer, head * num_kv_heads // 4].norm(dim=-1)
+        assert maps.output_norms_LHT is not None
+        norms = maps.output_norms_LHT[layer, head]
         torch.testing.assert_close(torch.tensor(row["norms"], dtype=torch.float32), norms, rtol=1e-5, atol=1e-5)
         if exact:
             torch.testing.assert_close(
@@ -181,9 +183,9 @@ console.log(JSON.stringify(JSON.parse(readFileSync("bad.json")).map((raw) => {
 def test_the_page_is_one_script_without_name_clashes(tmp_path: Path, maps: AttentionMaps) -> None:
     page = viewer_page([maps.to_viewer()], "title", {"train": [(0, 1.0)], "val": []})
     script = re.findall(r'<script type="module">(.*?)</script>', page, re.DOTALL)[0]
-    main = script.index("const data = ")
+    main = script.rindex("const data = ")
     code = script[:main] + 'console.log(JSON.stringify(Object.keys(modules["preferences.js"])))'
-    assert run_node(code, tmp_path) == ["preferredLanguage", "remember", "systemTheme"]
+    assert run_node(code, tmp_path) == ["remembered", "remember", "preferredLanguage", "systemTheme"]
 
 
 def test_bytes_of_a_character_are_joined() -> None:
@@ -212,3 +214,15 @@ def test_vectors_of_long_texts_are_left_out(make_model: Callable[..., Transforme
     large = type(maps.vectors)(*(torch.zeros(12, 12, 200, 64) for _ in range(4)))
     assert large.to_viewer(exact=False) is None
     assert large.to_viewer(exact=True) is None
+
+
+@needs_node
+def test_the_state_and_the_layout(tmp_path: Path, maps: AttentionMaps) -> None:
+    """The tests of viewer.test.js, by node's test runner."""
+    assert NODE is not None
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    for file in [*(FOLDER / name for name in MODULES), Path(__file__).parent / "viewer.test.js"]:
+        shutil.copy(file, tmp_path / file.name)
+    (tmp_path / "map.json").write_text(json.dumps(maps.to_viewer()))
+    done = subprocess.run([NODE, "--test", "viewer.test.js"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout

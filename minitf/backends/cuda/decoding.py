@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minitf.attention import AttentionRecord, KeyValueCache
+from minitf.backends import custom_module
 from minitf.backends.agreement import OUTPUT_TOLERANCE, relative_error
 from minitf.backends.cuda.graph import record as record_graph
 from minitf.backends.engine import Step, TorchEngine
@@ -83,6 +84,8 @@ class GraphEngine(TorchEngine):
 
     @staticmethod
     def unsupported(model: Transformer) -> str | None:
+        if custom := custom_module(model):  # which may count positions by the shapes of what the cache returns
+            return f"it does not know {custom}"
         return None if model.device.type == "cuda" else "CUDA graphs need a CUDA device"
 
     def _run(self, step: Callable[..., Tensor]) -> Tensor:

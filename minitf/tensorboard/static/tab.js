@@ -5,6 +5,9 @@
 
 import { mountViewer } from "./viewer.js";
 
+const NAME = "minitf_attention";
+const STATE = `p.${NAME}.state`; // TensorBoard leaves parameters of this form to the plugin
+
 const RELOAD_MS = 15000;
 
 async function fetchJson(address, options) {
@@ -19,11 +22,16 @@ const query = (values) => new URLSearchParams(values).toString();
 async function tabSource() {
   const { live, why } = await fetchJson("./runs");
   const source = {
-    title: "Attention",
+    title: "",
     remote: true,
     live: null,
     why,
-    runs: async () => (await fetchJson("./runs")).runs,
+    scoredOn: "held_out",
+    address: tabAddress(),
+    runs: async () => {
+      const { runs, tags, logdir } = await fetchJson("./runs");
+      return { names: runs, tags, logdir };
+    },
     run: (name) => fetchJson(`./run?${query({ run: name })}`),
     // The URL contains the time of writing, so that maps rewritten by a resumed run do not come from the browser's cache.
     map: (run, sentence, [step, time]) => fetchJson(`./map?${query({ run, tag: sentence.tag, step, time })}`),
@@ -33,21 +41,38 @@ async function tabSource() {
     },
   };
   if (live) {
-    source.live = async (request) => {
-      const options = { method: "POST", body: JSON.stringify(request), headers: { "Content-Type": "application/json", "X-Minitf-Attention": "1" } };
-      for (let attempt = 0; ; attempt++) {
-        const reply = await fetch("./live", options);
-        if (reply.status === 503 && attempt < 20) { // busy: the server runs one sentence at a time
-          await new Promise((resolve) => setTimeout(resolve, 100 + 50 * attempt));
-          continue;
-        }
-        const content = await reply.json();
-        if (!reply.ok) throw new Error(content.error ?? reply.statusText);
-        return content;
-      }
-    };
+    source.live = askModel;
+    source.count = (run, step, text) => askModel({ run, step, text, count_only: true });
   }
   return source;
+}
+
+async function askModel(request) {
+  const options = { method: "POST", body: JSON.stringify(request), headers: { "Content-Type": "application/json", "X-Minitf-Attention": "1" } };
+  for (let attempt = 0; ; attempt++) {
+    const reply = await fetch("./live", options);
+    if (reply.status === 503 && attempt < 20) { // busy: the server runs one sentence at a time
+      await new Promise((resolve) => setTimeout(resolve, 100 + 50 * attempt));
+      continue;
+    }
+    const content = await reply.json();
+    if (!reply.ok) throw new Error(content.error ?? reply.statusText);
+    return content;
+  }
+}
+
+/** The state is kept in TensorBoard's own address, among the parameters that belong to this plugin. */
+function tabAddress() {
+  const page = window.parent;
+  const parameters = () => new URLSearchParams(page.location.hash.slice(1));
+  const hashWith = (text) => `#${NAME}&${STATE}=${encodeURIComponent(text)}`;
+  return {
+    read: () => parameters().get(STATE) ?? "",
+    write(text) {
+      if (parameters().has(NAME)) page.history.replaceState(page.history.state, "", hashWith(text));
+    },
+    link: (text) => page.location.href.split("#")[0] + hashWith(text),
+  };
 }
 
 /** TensorBoard sends messages to a plugin's frame over a channel that the frame opens. */
@@ -78,6 +103,8 @@ function tensorBoardTheme() {
 export async function render() {
   const style = Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL("./viewer.css", import.meta.url).href });
   const main = document.createElement("main");
+  document.title = "Attention";
+  document.documentElement.lang = "en";
   document.head.append(style);
   document.body.append(main);
   await new Promise((resolve) => { style.onload = style.onerror = resolve; });

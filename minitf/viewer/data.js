@@ -1,0 +1,171 @@
+/* Loads the data that the state asks for. `createData(source, store, changed)` calls `changed` whenever `data` changes.
+ *
+ *   runs, tags   names of the runs; the tags of each run's sentences
+ *   run          the run shown, with its name    map, second   the maps shown, and those compared with
+ *   mapRun       the run that `map` is of: not yet `run` while the maps of another run load
+ *   loading      what is loading for a while     error         { key, reason } of what failed, or null
+ */
+
+import { foundAt, readMap } from "./maps.js";
+import { fitMap, fitRun, lookAt, nearest } from "./state.js";
+
+const SLOW_MS = 150; // what loads faster is not announced
+const MAX_MAPS = 300;
+
+export function createData(source, store, changed) {
+  const data = { runs: null, tags: {}, run: null, map: null, second: null, mapRun: null, loading: false, error: null };
+  const [runs, maps] = [new Map(), new Map()];
+  let [latest, wanted] = [0, ""];
+
+  function update(change) {
+    Object.assign(data, change);
+    changed();
+  }
+
+  async function loadRun(name) {
+    if (!runs.has(name)) runs.set(name, { ...(await source.run(name)), name });
+    return runs.get(name);
+  }
+
+  /** A map with what the run says about its heads. */
+  function withRun(name, raw, stamp) {
+    const found = runs.get(name)?.found;
+    return Object.assign(readMap({ ...raw, found: foundAt(found, raw.step) }), { stamp });
+  }
+
+  function loadMap(run, sentence, look) {
+    const key = [run, sentence.tag, ...look].join("\u0000");
+    if (!maps.has(key)) {
+      if (maps.size > MAX_MAPS) maps.delete(maps.keys().next().value);
+      const loading = source.map(run, sentence, look).then((raw) => withRun(run, raw, key));
+      maps.set(key, loading);
+      loading.catch(() => maps.delete(key));
+    }
+    return maps.get(key);
+  }
+
+  /** The reply of the live model to a typed sentence; its labels are those of the run's nearest stored maps. */
+  async function loadLive(run, live, off = live.off) {
+    const step = liveStep(run, live);
+    if (step === null) throw Object.assign(new Error(), { key: "no_checkpoint" });
+    const { text, new_tokens, temperature, seed } = live;
+    const request = { run: run.name, step, text, new_tokens, temperature, seed, heads_off: off };
+    const key = JSON.stringify(request);
+    if (!maps.has(key)) {
+      const asked = source.live(request).then(async (raw) => {
+        const sentence = run.sentences[0];
+        const usual = await loadMap(run.name, sentence, sentence.looks[lookAt(sentence.looks, step)]).catch(() => null);
+        const same = usual && usual.layers === raw.layers && usual.heads === raw.heads && Object.keys(usual.scores).length;
+        return withRun(run.name, { ...raw, usual: same ? usual.labels : null }, key);
+      });
+      maps.set(key, asked);
+      asked.catch(() => maps.delete(key));
+    }
+    return maps.get(key);
+  }
+
+  async function loadSecond(state, run) {
+    if (state.view !== "compare") return null;
+    const sentence = run.sentences[state.sentence];
+    const other = otherOf(state, run);
+    if (other.kind === "head") {
+      if (!source.live) return null;
+      const live = state.live ?? liveOf(sentence.text, null);
+      const off = state.heads?.map(([layer, head]) => [layer, head]) ?? [];
+      return loadLive(run, { ...live, step: live.step ?? state.step }, [...live.off, ...off]);
+    }
+    if (state.live) return loadLive(run, { ...state.live, step: other.step });
+    const theirs = other.kind === "run" ? await loadRun(other.run) : run;
+    const found = theirs.sentences.find((one) => one.tag === sentence.tag);
+    return found ? loadMap(theirs.name, found, found.looks[lookAt(found.looks, other.step)]) : null;
+  }
+
+  /** Load what the state asks for; if calls overlap, only the last one takes effect. */
+  async function load() {
+    const mine = ++latest;
+    const timer = setTimeout(() => mine === latest && update({ loading: true }), SLOW_MS);
+    try {
+      const run = await loadRun(store.get().run);
+      if (mine !== latest) return;
+      const before = data.run;
+      data.run = run;
+      if (run !== before) store.set(fitRun(store.get(), run, before));
+      if (mine !== latest) return; // the fit asked for something else
+      const state = store.get();
+      const looks = run.sentences[state.sentence].looks;
+      const look = looks[lookAt(looks, state.step)];
+      const map = state.live ? await loadLive(run, state.live) : await loadMap(run.name, run.sentences[state.sentence], look);
+      if (mine !== latest) return;
+      const second = await loadSecond(state, run);
+      if (mine !== latest) return;
+      Object.assign(data, { map, second, mapRun: run, loading: false, error: null });
+      store.set(fitMap(store.get(), map));
+      prefetch(state, run, looks);
+    } catch (error) {
+      if (mine === latest) update({ error: whyFailed(error), loading: false, ...(store.get().live ? { map: null } : {}) });
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  function prefetch(state, run, looks) {
+    if (state.live || !source.remote) return;
+    const index = lookAt(looks, state.step);
+    for (const near of [index + 1, index - 1, index + 2, index - 2])
+      if (looks[near]) loadMap(run.name, run.sentences[state.sentence], looks[near]).catch(() => {});
+  }
+
+  /** Reload the lists of runs and steps, which grow during training. */
+  async function reload() {
+    try {
+      const { names, tags, logdir } = await source.runs();
+      Object.assign(data, { runs: names, tags, logdir });
+      if (!names.length) return update({ error: null });
+      const { run } = store.get();
+      const name = names.includes(run) ? run : names.at(-1);
+      const fresh = { ...(await source.run(name)), name };
+      const same = JSON.stringify(fresh) === JSON.stringify(runs.get(name));
+      if (!same) {
+        runs.clear();
+        runs.set(name, fresh);
+      }
+      if (name !== run) return store.set({ run: name });
+      if (!same || !data.map || data.error) await load();
+      else changed();
+    } catch (error) {
+      update({ error: whyFailed(error), loading: false });
+    }
+  }
+
+  store.subscribe((state) => {
+    const { run, sentence, step, live, view, other, heads } = state;
+    const compared = view === "compare" ? [other, other?.kind === "head" ? heads : null] : null;
+    const needs = JSON.stringify([run, sentence, step, live, compared]);
+    if (needs === wanted) return changed();
+    wanted = needs;
+    changed();
+    load();
+  });
+  return { data, reload, retry: () => (data.run ? load() : reload()) };
+}
+
+/** A typed sentence with the defaults of everything else. */
+export const liveOf = (text, step) => ({ text, new_tokens: 0, temperature: 0.8, seed: 0, off: [], step });
+
+/** The checkpoint that a typed sentence is read with. */
+export const liveStep = (run, live) => nearest(run.checkpoints, live.step);
+
+/** What *Compare* compares with: as chosen, or this run's first step. */
+export function otherOf(state, run) {
+  if (state.other) return state.other;
+  const first = state.live ? run.checkpoints[0] : run.sentences[state.sentence]?.looks[0]?.[0];
+  return { kind: "step", step: first ?? null, run: null };
+}
+
+/** { key, reason }: the key of a text that says what to do, and the reason in the words of the server. */
+function whyFailed(error) {
+  if (error.key) return { key: error.key, reason: "" };
+  if (error instanceof SyntaxError || error.message === "damaged") return { key: "damaged", reason: "" };
+  if (error instanceof TypeError) return { key: "no_answer", reason: "" };
+  return { key: "failed", reason: error.message };
+}

@@ -1,0 +1,203 @@
+/* Tests of what needs no browser: the state and its address, where things are placed, and files. Run by test_viewer.py,
+ * which puts the viewer's modules and the maps of a small model (2 layers of 4 heads, 8 tokens) next to this file. */
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import test from "node:test";
+
+import { targetStart, wordsOfTokens } from "./alignment.js";
+import { valueAt } from "./charts.js";
+import { inkOn, luminance } from "./colours.js";
+import { createData } from "./data.js";
+import { arrange, ordered, roleOf } from "./heads.js";
+import { spaced } from "./lines.js";
+import { foundAt, readMap } from "./maps.js";
+import { curvesOf } from "./over_training.js";
+import { csvOf, jsonOf } from "./save.js";
+import { INITIAL, clickHead, createStore, defaultHead, fitMap, fitRun, fromAddress, lookAt, nearest, toAddress } from "./state.js";
+
+const raw = JSON.parse(readFileSync("map.json"));
+const map = readMap(raw);
+const settled = () => new Promise((resolve) => setTimeout(resolve, 20));
+
+test("the state comes back from its address", () => {
+  const live = { text: "a & b = c # d", new_tokens: 3, temperature: 0.2, seed: 9, off: [[1, 2]], step: 40 };
+  const changes = [
+    { run: "a b/c", sentence: 2, step: 40, heads: [[1, 0, 0], [0, 3, 1]], query: 5, key: 2, view: "matrix", hideFirst: true },
+    { run: "x", measure: "norm", temperature: 0.5, score: "watch/it>cat", filter: "induction", sort: "score" },
+    { view: "compare", other: { kind: "run", step: null, run: "y:z" } },
+    { view: "compare", other: { kind: "head" } },
+    { view: "compare", other: { kind: "step", step: 7, run: null } },
+    { live, view: "lines" },
+    { live: { ...live, text: "你好 ", new_tokens: 0, temperature: 0.8, seed: 0, off: [], step: null } },
+  ];
+  for (const change of changes) {
+    const state = { ...INITIAL, ...change };
+    assert.deepEqual({ ...INITIAL, ...fromAddress(toAddress(state)) }, state);
+  }
+  assert.equal(fromAddress(toAddress({ ...INITIAL, step: null }, 12)).step, 12); // a link pins the step
+});
+
+test("a malformed address is ignored", () => {
+  const addresses = ["%", "head=1", "head=-1.2&word=x", "step=1e9&sentence=-4", "view=none&measure=x", "temperature=NaN&with=run"];
+  for (const address of addresses) assert.deepEqual({ ...INITIAL, ...fromAddress(address) }, INITIAL);
+});
+
+const runOf = (name, texts) => ({
+  name, checkpoints: [], scores: { steps: [], values: {} },
+  sentences: texts.map((text) => ({ tag: text, text, looks: [[0, 0], [9, 0]] })),
+});
+
+test("another run keeps the selection only where it has the same sentence", () => {
+  const a = runOf("a", ["short", "the longer one"]);
+  const state = { ...INITIAL, sentence: 0, step: 9, heads: [[1, 0, 0]], query: 4, key: 1 };
+  assert.deepEqual(fitRun(INITIAL, a, null), { sentence: 1 });
+  const same = { step: null, other: null, point: null, sentence: 0 };
+  assert.deepEqual(fitRun(state, runOf("b", ["short", "another"]), a), same);
+  const other = fitRun({ ...state, sentence: 1 }, runOf("c", ["x", "yy"]), a);
+  assert.deepEqual(other, { ...same, sentence: 1, heads: null, query: null, key: null });
+  assert.deepEqual(fitRun(state, { ...a }, a), { sentence: 0 }); // the same run, reloaded
+});
+
+test("the selection is limited to the map", () => {
+  const fit = (change) => fitMap({ ...INITIAL, ...change }, map);
+  const large = fit({ heads: [[1, 2, 0], [7, 0, 1]], query: 99, key: 98 });
+  assert.deepEqual([large.heads, large.query, large.key], [[[1, 2, 0]], 7, null]);
+  const wrong = fit({ heads: [[5, 5, 0]], query: 3, key: 4, view: "alignment" });
+  assert.deepEqual([wrong.heads.length, wrong.key, wrong.view], [1, null, "lines"]);
+  assert.equal(fit({ query: Infinity }).query, 7);
+  const kept = fit({ query: 3, key: 2, view: "compare" });
+  assert.deepEqual([kept.query, kept.key, kept.view], [3, 2, "compare"]);
+});
+
+test("up to six heads are chosen, each keeps its colour", () => {
+  let heads = [[0, 0, 0]];
+  for (let head = 1; head < 6; head++) heads = clickHead(heads, 0, head, true);
+  assert.deepEqual(heads, [0, 1, 2, 3, 4, 5].map((head) => [0, head, head]));
+  assert.equal(clickHead(heads, 1, 0, true), null);
+  const fewer = clickHead(heads, 0, 2, true);
+  assert.deepEqual(fewer, [0, 1, 3, 4, 5].map((head) => [0, head, head]));
+  assert.deepEqual(clickHead(fewer, 1, 0, true).at(-1), [1, 0, 2]);
+  assert.deepEqual(clickHead(heads, 1, 1, false), [[1, 1, 0]]);
+  assert.deepEqual(clickHead([[0, 0, 0]], 0, 0, true), [[0, 0, 0]]);
+});
+
+test("no value of a later step is shown", () => {
+  assert.deepEqual([0, 10, 15, 99].map((step) => valueAt([[10, 3], [20, 2]], step)), [null, 3, 3, 2]);
+  assert.deepEqual([null, 0, 15, 99].map((step) => lookAt([[5], [10], [20]], step)), [2, 0, 1, 2]);
+  assert.deepEqual([null, 0, 14, 99].map((step) => nearest([10, 20], step)), [20, 10, 10, 20]);
+  assert.equal(nearest([], 3), null);
+});
+
+test("heads fit into their box and stay large enough to hit", () => {
+  for (const [layers, heads] of [[2, 4], [6, 6], [12, 12], [30, 9], [4, 16], [1, 1]]) {
+    const { blocks, cell, labelled } = arrange(layers, heads, 486, 430);
+    assert.ok(blocks * (22 + heads * cell) + 10 * (blocks - 1) <= 486);
+    assert.ok(18 + Math.ceil(layers / blocks) * (cell + (labelled ? 28 : 0)) <= 430);
+    assert.ok(cell >= 24, `${layers} x ${heads}: ${cell}`);
+  }
+});
+
+test("heads are sorted by score and importance", () => {
+  const importance = { values: { "0,1": 0.2, "1,3": 0.9 } };
+  assert.deepEqual(ordered(map, "layer", "", importance).slice(0, 2), [[0, 0], [0, 1]]);
+  assert.deepEqual(ordered(map, "importance", "", importance).slice(0, 2), [[1, 3], [0, 1]]);
+  const scored = readMap({ ...raw, labels: raw.labels.map((row, l) => row.map((_, h) => (h === 3 ? null : ["broad", l + h / 10]))) });
+  const scores = ordered(scored, "score", "", null).map((head) => scored.label(...head)?.[1] ?? -1);
+  assert.deepEqual(scores, [...scores].sort((a, b) => b - a));
+  assert.equal(scores.length, 8);
+});
+
+test("written words do not touch", () => {
+  assert.deepEqual([...spaced([50, 51, 52, 10, 129, 0, 3, 5], 2.5, 50)], [50, 10, 129, 0]);
+});
+
+test("tokens of a pair belong to its words", () => {
+  const tokens = ["<|source|>", "a", "b", "<|target|>", "You", " sh", "all", ",", " 你(1/2)", "你(2/2)", "<|end|>"];
+  assert.equal(targetStart({ tokens, size: tokens.length }), 4);
+  assert.deepEqual(wordsOfTokens(tokens, 4, 10, ["You", "shall", ",", "你"]), [-1, -1, -1, -1, 0, 1, 1, 2, 3, 3, -1]);
+});
+
+test("text on every colour has a contrast of at least 4.5", () => {
+  for (let r = 0; r < 256; r += 15)
+    for (let g = 0; g < 256; g += 15)
+      for (let b = 0; b < 256; b += 15) {
+        const ground = luminance([r, g, b]);
+        assert.ok((inkOn([r, g, b]) === "#000" ? (ground + 0.05) / 0.05 : 1.05 / (ground + 0.05)) >= 4.5);
+      }
+});
+
+test("saved data can be read by a spreadsheet and is no formula", () => {
+  const table = { columns: ["token", "weight"], rows: [['a,"b"', 0.5], ["=SUM(A1)", 0.25], ["-", 1], ["x\ny", 0]] };
+  assert.equal(csvOf(table), 'token,weight\r\n"a,""b""",0.5\r\n\'=SUM(A1),0.25\r\n-,1\r\n"x\ny",0\r\n');
+  const content = JSON.parse(jsonOf(table, { run: "r" }));
+  assert.deepEqual([content.run, content.rows[1]], ["r", { token: "=SUM(A1)", weight: 0.25 }]);
+});
+
+test("other curves of a run are grouped", () => {
+  const points = [[0, 0], [9, 1]];
+  const series = {
+    "reference/exact": points, "reference/right/chance": points, "watch/it>cat/weight/layer1_head2": points, "alignment/score": [[0, 1]],
+  };
+  const found = curvesOf({ series, scores: { steps: [0, 9], values: { induction: [[[0, 1]]] } } });
+  const names = found.map(([group, { lines }]) => [group, lines.map(({ name, layer, head }) => name ?? [layer, head])]);
+  assert.deepEqual(names, [["reference", ["exact", "right/chance"]], ["watch/it>cat/weight", [[1, 2]]], ["induction", [[0, 0]]]]);
+});
+
+test("heads found for a purpose count from the step they were found at", () => {
+  const found = { aligns: [[5, [[0, 1]]], [9, [[1, 1], [1, 2]]]] };
+  assert.deepEqual([0, 5, 8, null].map((step) => foundAt(found, step).aligns), [[], [[0, 1]], [[0, 1]], [[1, 1], [1, 2]]]);
+  const one = readMap({ ...raw, found: foundAt(found, 9) });
+  assert.equal(roleOf(one, [1, 2]), "aligns");
+  assert.equal(roleOf(one, [0, 1]), null);
+  assert.equal(defaultHead(one)[0], 1);
+});
+
+test("the label is what a head usually does, and what it does here is told apart", () => {
+  const usual = raw.labels.map((row) => row.map(() => ["induction", 0.9]));
+  const live = readMap({ ...raw, usual });
+  assert.deepEqual(live.label(1, 2), ["induction", 0.9]);
+  assert.deepEqual(live.here(1, 2), raw.labels[1][2]);
+  assert.equal(map.here(1, 2), undefined);
+});
+
+/** A source whose maps arrive when the test says so. */
+function slowSource() {
+  const waiting = [];
+  const map_ = (run, sentence, [step]) => new Promise((resolve, reject) => waiting.push({ step, resolve: () => resolve({ ...raw, step }), reject }));
+  const source = { live: null, runs: async () => ({ names: ["a"], tags: { a: ["text"] } }), run: async () => runOf("a", ["text"]), map: map_ };
+  return { source, waiting };
+}
+
+test("only the newest of overlapping loads takes effect, and a later failure keeps the map", async () => {
+  const { source, waiting } = slowSource();
+  const store = createStore({});
+  const { data, reload } = createData(source, store, () => {});
+  const started = reload();
+  await settled();
+  store.set({ step: 0 });
+  await settled();
+  assert.deepEqual(waiting.map(({ step }) => step), [9, 0]);
+  waiting[1].resolve();
+  await settled();
+  waiting[0].resolve();
+  await started;
+  await settled();
+  assert.equal(data.map.step, 0);
+  assert.equal(store.get().view, "lines");
+  store.set({ step: 5, query: 2 });
+  assert.equal(data.error, null);
+  source.map = async () => { throw new TypeError("Failed to fetch"); };
+  store.set({ sentence: 0, step: 9 }); // loaded before: no request
+  await settled();
+  assert.equal(data.map.step, 9);
+});
+
+test("without an answer the error says so", async () => {
+  const { source } = slowSource();
+  source.map = async () => { throw new TypeError("Failed to fetch"); };
+  const { data, reload } = createData(source, createStore({}), () => {});
+  await reload();
+  await settled();
+  assert.deepEqual(data.error, { key: "no_answer", reason: "" });
+});
