@@ -108,7 +108,7 @@ def heads_picture(importance_LH: Tensor, scores: HeadScores, step: int | None) -
 
 
 def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
-    """A PNG of the source words (columns) each target word (row) comes from: the darker, the larger the share."""
+    """A PNG of the source words (columns) each target word (row) looks at: the darker, the larger the share."""
     cell = 22
     rows, columns = (
         [_text_patch(word.translate(REPLACEMENTS), 13, 2 * MAX_LABEL) for word in words[:MAX_ALIGNED_WORDS]]
