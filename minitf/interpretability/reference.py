@@ -98,14 +98,6 @@ class ReferenceScores:
         values = {name: round(score.value, 4) for name, score in self.scores.items()}
         return values | {"heads": [list(head) for head in self.heads]}
 
-    def head_scalars(self) -> dict[str, float]:
-        """The weight that each head gives to the noun that is meant, by tag."""
-        return {
-            f"reference_weight/layer{layer}_head{head}": value
-            for layer, row in enumerate(self.weight_LH.tolist())
-            for head, value in enumerate(row)
-        }
-
     def table(self) -> str:
         """One line a score."""
         named = {**self.scores, **{f"exact, {name}": score for name, score in self.groups.items()}}
