@@ -142,9 +142,8 @@ def step_parts(
     hardware.synchronize()
     whole_ms = (time.perf_counter() - started) / num_steps * 1000
 
-    parts = _parts(step, num_steps)
     return {
-        "ms": parts | {"whole": whole_ms},
+        "ms": _parts(step, num_steps) | {"whole": whole_ms},
         "lower_bounds": lower_bounds(model, optim, batch_size, hardware.dtype.itemsize),
         "flops_per_token": training_flops(model),
         "num_parameters": model.num_parameters(),

@@ -154,7 +154,7 @@ def _write(
     written = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
     digests |= {name: sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
     if card:  # without a digest: users may edit it
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        (directory / "README.md").write_text(card, encoding="utf-8", errors="replace")  # a file's name may be no text
     content = {**state, "sha256": digests}
     _write_json(directory / "trainer_state.json", {**content, "own_sha256": own_sha256(content)})
     for path in (*directory.rglob("*"), directory):

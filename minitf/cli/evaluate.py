@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--heads",
         action="store_true",
-        help="switch off each head in turn and print what it does and how much it matters; also written to the run's "
-        f"heads/, for TensorBoard (on about {HEADS_TOKENS:,} tokens unless --max-tokens is given)",
+        help="print every head's scores and what switching it off costs in held-out bits per byte; also "
+        f"written to the run's heads/, for TensorBoard (on about {HEADS_TOKENS:,} tokens unless --max-tokens is given)",
     )
     p.add_argument(
         "--keep-heads",

@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--explain",
         action="store_true",
-        help="show for each new token which earlier ones it needed, and which its heads looked at",
+        help="show for each new token the earlier ones whose removal costs it most, and those with the most weight on "
+        "average",
     )
     _add_sampling(p.add_argument_group("sampling"))
     _add_answers(p.add_argument_group("answers of a model trained on pairs"))

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from minitf.checkpoints.checkpoint import Checkpoint
+from minitf.data.packing import fit
+from minitf.data.scored import scored_pairs, scored_text
 from minitf.data.tokenized_pairs import PairIds
 from minitf.data.tokenized_text import Tokens
 from minitf.edits import Head, without
-from minitf.evaluate import HeldOut, evaluate_checkpoint
+from minitf.evaluate import LONGEST_WINDOW, HeldOut, data_of, evaluate_checkpoint
 from minitf.interpretability.heads import NAMES, HeadScores, describe_head, head_scores
 
 MAX_TRIED = 24  # heads that the greedy order tries at each step: those that matter least by themselves
@@ -98,10 +100,12 @@ def evaluate_heads(
                 by_heads[by][layer, head] = importance([(layer, head)], None, by)
             by_mlps[by][layer] = importance(None, layer, by)
         print(f"layer {layer}: {c.num_heads} heads and the MLP ablated, one at a time", file=sys.stderr)
-    ids = tokens.ids if isinstance(tokens, PairIds) else tokens
-    windows = max(len(ids) // c.context_length, 1)
-    text_BT = torch.from_numpy(ids[: min(windows, 4) * c.context_length].astype("int64"))
-    scores = head_scores(checkpoint.model, text_BT.view(min(windows, 4), -1))
+    context = min(c.context_length, LONGEST_WINDOW)
+    if isinstance(tokens, PairIds):
+        scored = scored_pairs(tokens, fit(tokens, context, data_of(checkpoint).long_pairs)[0], context)
+    else:
+        scored = scored_text(tokens, context, checkpoint.tokenizer.end_id if checkpoint.document_mask else None)
+    scores = head_scores(checkpoint.model, *scored)
     return HeadReport(whole, by_heads["zero"], by_heads["mean"], by_mlps["zero"], by_mlps["mean"], scores)
 
 

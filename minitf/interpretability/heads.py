@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitf.attention import AttentionRecord
 from minitf.errors import RequestError
+from minitf.loss import IGNORED
 
 if TYPE_CHECKING:
     from minitf.model import Transformer
@@ -36,25 +38,33 @@ NAMES = {**ACTIVE_PATTERNS, **RESTING_PATTERNS, "nearby": "nearby words", "broad
 
 
 @torch.no_grad()
-def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScores:
-    """Score every head for known patterns; two forward passes. `ids_BT` is held-out text.
+def head_scores(
+    model: "Transformer",
+    ids_BT: Tensor,
+    targets_BT: Tensor | None = None,
+    segments_BT: Tensor | None = None,
+    seed: int = 0,
+) -> HeadScores:
+    """Score every head for known patterns; two forward passes. `ids_BT` is held-out text, read as in training.
 
-    entropy, previous_token, first_token, this_token and nearby are the `pattern_scores` on the text. The other two are
-    measured on a repeated sequence of random tokens, for queries in the second half (Olsson et al., "In-context
-    Learning and Induction Heads", 2022). same_word: the weight on the previous occurrence of the query's own token.
-    induction: the weight on the token *after* that occurrence. The random tokens depend on `seed` only.
+    entropy, previous_token, first_token, this_token and nearby are the `pattern_scores` on the text; `targets_BT` and
+    `segments_BT` are those of a `Batch`. The other two are measured on a repeated sequence of random tokens, for
+    queries in the second half (Olsson et al., "In-context Learning and Induction Heads", 2022). same_word: the weight
+    on the previous occurrence of the query's own token. induction: the weight on the token *after* that occurrence. The
+    random tokens depend on `seed` only.
     """
     device = next(model.parameters()).device
     half = min(model.config.context_length, 64) // 2
     generator = torch.Generator().manual_seed(seed)
     random_BT = torch.randint(model.vocab_size, (4, half), generator=generator).repeat(1, 2)
-
+    targets_BT = None if targets_BT is None else targets_BT.to(device)
+    segments_BT = None if segments_BT is None else segments_BT.to(device)
     text: list[AttentionRecord] = []
     random: list[AttentionRecord] = []
     with evaluating(model):
-        model(ids_BT.to(device), record=text)
+        model(ids_BT.to(device), record=text, segments_BT=segments_BT)
         model(random_BT.to(device), record=random)
-    layers = [pattern_scores(layer.weights_BHTS.transpose(0, 1)) for layer in text]
+    layers = [pattern_scores(layer.weights_BHTS.transpose(0, 1), targets_BT, segments_BT) for layer in text]
     scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     # The token at t occurred before at t - half; the token after that is at t - half + 1.
     for name, distance, skipped in (("same_word", half, 0), ("induction", half - 1, 1)):
@@ -63,11 +73,15 @@ def head_scores(model: "Transformer", ids_BT: Tensor, seed: int = 0) -> HeadScor
     return {name: values.cpu() for name, values in scores.items()}
 
 
-def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
-    """Five scores in [0, 1] of weights on some text, averaged over B and queries; the leading axes x are kept.
+def pattern_scores(
+    weights_xBTS: Tensor, targets_BT: Tensor | None = None, segments_BT: Tensor | None = None
+) -> HeadScores:
+    """Five scores in [0, 1] of weights on some text, each a mean over queries; the leading axes x are kept.
 
-    - entropy: the entropy of a query's weights divided by its maximum, `log(t + 1)`, for queries t >= 1: 1 for a head
-      that spreads its weights evenly, 0 for one that looks at a single key.
+    t counts a query's position from the start of its own segment; padding, which is segment 0, does not count.
+
+    - entropy: the entropy of a query's weights divided by its maximum, `log(t + 1)`, for queries t >= 1 whose target is
+      not -100: 1 for a head that spreads its weights evenly, 0 for one that looks at a single key.
     - previous_token: the weight on key t - 1; first_token: on key 0; this_token: on key t, the query's own. For queries
       t >= 2, where these keys differ.
     - nearby: the weight on keys t - 4 to t - 1 together, for queries t >= 8, which have at least as many other keys.
@@ -76,19 +90,39 @@ def pattern_scores(weights_xBTS: Tensor) -> HeadScores:
     positive weights as shares of their sum.
     """
     weights_xBTS = weights_xBTS.float()
+    B, T = weights_xBTS.shape[-3:-1]
+    position_BT, start_BT = _positions(weights_xBTS.new_ones(B, T) if segments_BT is None else segments_BT)
+
+    def back(distance: int) -> Tensor:
+        """The weight of every query on the key at this distance before it."""
+        values_xBK = weights_xBTS.diagonal(-distance, -2, -1)
+        return F.pad(values_xBK, (T - values_xBK.shape[-1], 0))
+
+    def mean(values_xBT: Tensor, counted_BT: Tensor) -> Tensor:
+        return values_xBT[..., counted_BT].mean(-1).nan_to_num().clamp(0, 1)
+
+    # In a run on pairs a head may be sharp in the answer, where the loss counts, and idle before it: not broad.
+    trained_BT = position_BT >= 1 if targets_BT is None else (position_BT >= 1) & (targets_BT != IGNORED)
     shares_xBTS = weights_xBTS.clamp(min=0)
     shares_xBTS = shares_xBTS / shares_xBTS.sum(-1, keepdim=True).clamp(min=1e-30)
-    max_entropy_T = torch.arange(2, weights_xBTS.shape[-2] + 1, device=weights_xBTS.device).log()
-    scores = {
-        "entropy": torch.special.entr(shares_xBTS[..., 1:, :]).sum(-1) / max_entropy_T,
-        "previous_token": weights_xBTS.diagonal(-1, -2, -1)[..., 1:],
-        "first_token": weights_xBTS[..., 2:, 0],
-        "this_token": weights_xBTS.diagonal(0, -2, -1)[..., 2:],
-        "nearby": torch.stack(
-            [weights_xBTS.diagonal(-back, -2, -1)[..., 2 * NEARBY - back :] for back in range(1, NEARBY + 1)]
-        ).sum(0),
+    max_entropy_BT = (position_BT.clamp(min=1) + 1).log()
+    first_xBT1 = weights_xBTS.gather(-1, start_BT[..., None].expand(*weights_xBTS.shape[:-1], 1))
+    nearby_xBT = torch.stack([back(distance) for distance in range(1, NEARBY + 1)]).sum(0)
+    return {
+        "entropy": mean(torch.special.entr(shares_xBTS).sum(-1) / max_entropy_BT, trained_BT),
+        "previous_token": mean(back(1), position_BT >= 2),
+        "first_token": mean(first_xBT1[..., 0], position_BT >= 2),
+        "this_token": mean(back(0), position_BT >= 2),
+        "nearby": mean(nearby_xBT, position_BT >= 2 * NEARBY),
     }
-    return {name: values_xBT.mean((-2, -1)).nan_to_num().clamp(0, 1) for name, values_xBT in scores.items()}
+
+
+def _positions(segments_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(position_BT, start_BT): where a token stands in its segment, -1 in padding; where its segment starts."""
+    index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    begins_BT = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0), value=True)
+    start_BT = torch.where(begins_BT, index_T, 0).cummax(-1).values
+    return (index_T - start_BT).masked_fill(segments_BT == 0, -1), start_BT
 
 
 def head_pattern(scores: Mapping[str, Tensor], layer: int, head: int) -> tuple[str, float] | None:

@@ -108,7 +108,7 @@ def heads_picture(importance_LH: Tensor, scores: HeadScores, step: int | None) -
 
 
 def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
-    """A PNG of the source words (columns) each target word (row) comes from: the darker, the larger the share."""
+    """A PNG of the source words (columns) each target word (row) looks at: the darker, the larger the share."""
     cell = 22
     rows, columns = (
         [_text_patch(word.translate(REPLACEMENTS), 13, 2 * MAX_LABEL) for word in words[:MAX_ALIGNED_WORDS]]
@@ -132,7 +132,7 @@ def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
 
 def _blocks(maps: AttentionMaps) -> tuple[Pixels, int]:
     """Palette indices of the weights, (L, H, blocks, blocks), background above the diagonal, and pixels per block."""
-    weights_LHTS = maps.weights_LHTS.nan_to_num()
+    weights_LHTS = maps.weights_LHTS.nan_to_num().clamp(0, 1)  # a variant of attention may have negative ones
     num_layers, num_heads, num_tokens, _ = weights_LHTS.shape
     side = _panel_side(num_layers, num_heads, MAX_SIDE)
     if side // num_tokens < MIN_LABELLED_CELL:

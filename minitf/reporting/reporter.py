@@ -131,9 +131,10 @@ class RunReporter(Reporter):
 
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         heads = [list(head) for head in aligning.heads]
-        row = {"score": round(aligning.score, 4), "chance": round(aligning.chance, 4), "heads": heads}
+        chance = round(aligning.chance, 4)
+        row = {"score": round(aligning.score, 4), "chance": chance, "heads": heads}
         self._record("alignment", {"step": step, **row})
-        self.tensorboard.chances({TAGS["alignment"]["score"]: row["chance"]}, step)
+        self.tensorboard.chances({TAGS["alignment"]["score"]: chance}, step)
 
     def reference(self, scores: ReferenceScores, step: int) -> None:
         self._record("reference", {"step": step, **scores.row()})

@@ -16,6 +16,7 @@ from minitf.data.batches import Batches, BatchSource, evenly_spaced
 from minitf.data.config import DataConfig
 from minitf.data.fingerprint import fingerprint
 from minitf.data.packing import PairBatches, fit
+from minitf.data.scored import Scored, scored_pairs, scored_text
 from minitf.data.sources.references import cases_of
 from minitf.data.tokenized_pairs import TokenizedPairs, prepare_pairs
 from minitf.data.tokenized_text import TokenizedText, prepare
@@ -87,8 +88,8 @@ class Task(ABC):
         """A prompt to try the trained model with."""
 
     @abstractmethod
-    def window(self, context_length: int) -> Tensor:
-        """Held-out ids_BT on which heads are scored."""
+    def window(self, context_length: int) -> Scored:
+        """Held-out text on which heads are scored; call `batches` first."""
 
     @abstractmethod
     def probes(self, wanted: list[str] | None) -> list[str]:
@@ -155,8 +156,8 @@ class TextTask(Task):
     def _beginning(self) -> str:
         return self.tokenizer.decode(self.text.val[:24].tolist())
 
-    def window(self, context_length: int) -> Tensor:
-        return torch.from_numpy(self.text.val[:context_length].astype("int64"))[None]
+    def window(self, context_length: int) -> Scored:
+        return scored_text(self.text.val, context_length, self.document_end)
 
     def probes(self, wanted: list[str] | None) -> list[str]:
         if wanted is not None:
@@ -235,8 +236,8 @@ class PairsTask(Task):
             return self.probes(None)[0].split(ARROW)[0]
         return self.texts(self.chosen(1)[0])[0]
 
-    def window(self, context_length: int) -> Tensor:
-        return torch.from_numpy(self.pairs.val.ids[:context_length].astype("int64"))[None]
+    def window(self, context_length: int) -> Scored:
+        return scored_pairs(self.pairs.val, self._lengths, context_length)
 
     def probes(self, wanted: list[str] | None) -> list[str]:
         if wanted is not None:

@@ -25,7 +25,7 @@ class PatternModel(nn.Module):
         self.vocab_size = 1000
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, ids_BT: Tensor, record: list[AttentionRecord]) -> Tensor:
+    def forward(self, ids_BT: Tensor, record: list[AttentionRecord], segments_BT: Tensor | None = None) -> Tensor:
         B, T = ids_BT.shape
         weights_BHTS = torch.zeros(B, 5, T, T)
         for b in range(B):
@@ -123,6 +123,37 @@ def test_short_texts_score_zero(num_tokens: int) -> None:
     scores = pattern_scores(random_weights(2, 1, num_tokens, num_tokens))
     assert scores["previous_token"].tolist() == scores["first_token"].tolist() == [0, 0]
     assert all(values.isfinite().all() for values in scores.values())
+
+
+def test_scores_in_segments_are_means_over_the_tokens_of_each_text_by_itself() -> None:
+    """Two texts of 9 and 12 tokens and 3 of padding in a row score as their rows apart, weighted by their tokens."""
+    sizes, T = (9, 12), 24
+    segments_BT = torch.tensor([[1] * sizes[0] + [2] * sizes[1] + [0] * (T - sum(sizes))])
+    weights_HBTS, apart = torch.zeros(4, 1, T, T), []
+    for start, size in zip((0, sizes[0]), sizes, strict=True):
+        one_HBTS = random_weights(4, 1, size, size) if start else random_weights(4, 1, size, size).flip(0)
+        weights_HBTS[..., start : start + size, start : start + size] = one_HBTS
+        apart.append(pattern_scores(one_HBTS))
+    weights_HBTS[..., sum(sizes) :, sum(sizes) :] = torch.eye(T - sum(sizes))  # padding looks at itself
+    together = pattern_scores(weights_HBTS, segments_BT=segments_BT)
+    first_queries = {"entropy": 1, "previous_token": 2, "first_token": 2, "this_token": 2, "nearby": 8}
+    for name, first in first_queries.items():
+        total = sum(scores[name] * (size - first) for scores, size in zip(apart, sizes, strict=True))
+        torch.testing.assert_close(together[name], total / sum(size - first for size in sizes))
+
+
+def test_a_head_that_is_sharp_where_the_loss_counts_is_not_broad() -> None:
+    """A pair of 12 tokens: head 0 looks at the source sharply in the answer only, head 1 never."""
+    weights_LHBTS = torch.ones(1, 2, 1, 12, 12).tril()
+    weights_LHBTS /= weights_LHBTS.sum(-1, keepdim=True)
+    for t in (9, 10, 11):
+        weights_LHBTS[0, 0, 0, t] = torch.eye(12)[t - 6]
+    targets_BT = torch.tensor([[-100] * 9 + [5, 6, 7]])
+    labels = []
+    for targets in (None, targets_BT):
+        scores = pattern_scores(weights_LHBTS, targets, torch.ones(1, 12, dtype=torch.int32))
+        labels.append([describe_head(scores, 0, head) for head in range(2)])
+    assert labels == [["broad 0.73", "broad 1.00"], ["", "broad 1.00"]]
 
 
 def test_constructed_heads_score_high_for_their_pattern_only() -> None:

@@ -16,12 +16,17 @@ from torch import Tensor
 from minitf.attention import AttentionContext, AttentionRecord, gather, match, weigh
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.cli.evaluate import main as evaluate_command
+from minitf.data.batches import document_segments
+from minitf.data.config import DataConfig
 from minitf.errors import RequestError
 from minitf.evaluate import evaluate_checkpoint
 from minitf.evaluation.head_ablation import evaluate_heads
 from minitf.interpretability.attention_maps import attention_maps_of_ids
 from minitf.interpretability.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
+from minitf.loss import IGNORED
 from minitf.model import ModelConfig, Transformer
+from minitf.tokenizer import TokenizerConfig
+from minitf.training.task import open_task
 
 
 def without_heads(model: Transformer, ids_BT: Tensor, off: set[Head]) -> Tensor:
@@ -188,6 +193,45 @@ def test_an_induction_head_forms_and_copying_depends_on_it() -> None:
         with heads_off(model, [head]):
             assert copying(model, generator) > 0.8
     assert copying(model, generator) > 0.95
+
+
+def test_heads_of_a_run_on_pairs_are_scored_on_whole_pairs_by_themselves(copying_run: Path) -> None:
+    checkpoint = load_checkpoint(copying_run, "cpu")
+    tokenizer = checkpoint.tokenizer
+    task = open_task(DataConfig(**checkpoint.state["data"]), TokenizerConfig(), tokenizer)
+    task.batches(CONTEXT, batch_size=8, seed=0)
+    ids_BT, targets_BT, segments_BT = task.window(CONTEXT)
+    assert targets_BT is not None
+    assert segments_BT is not None
+    assert ids_BT.shape == targets_BT.shape == segments_BT.shape
+    assert int(segments_BT.max()) > 1  # several pairs in a row
+    for ids_T, targets_T, segments_T in zip(ids_BT, targets_BT, segments_BT, strict=True):
+        assert (targets_T[segments_T == 0] == IGNORED).all()  # padding
+        for segment in range(1, int(segments_T.max()) + 1):
+            pair = tokenizer.pieces(ids_T[segments_T == segment].tolist())
+            counted = targets_T[(segments_T == segment) & (targets_T != IGNORED)].tolist()
+            source, target = "".join(pair).removeprefix("<|source|>").split("<|target|>")
+            assert source == target
+            assert counted == [*tokenizer.encode(target), tokenizer.end_id]
+
+    scores = head_scores(checkpoint.model, *task.window(CONTEXT))
+    entropy = {(layer, head): float(scores["entropy"][layer, head]) for layer in range(2) for head in range(4)}
+    aligning = checkpoint.aligning_heads
+    assert aligning
+    assert min(entropy, key=entropy.__getitem__) in aligning
+    assert not any(describe_head(scores, *head).startswith("broad") for head in aligning)
+
+
+def test_heads_of_a_run_on_documents_are_scored_inside_them(tmp_path: Path) -> None:
+    file = tmp_path / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{number} sheep went."}) + "\n" for number in range(200)))
+    task = open_task(DataConfig(source="files", files=[str(file)], document_mask=True), TokenizerConfig(kind="byte"))
+    ids_BT, targets_BT, segments_BT = task.window(CONTEXT)
+    assert targets_BT is None
+    assert segments_BT is not None
+    assert torch.equal(segments_BT, document_segments(ids_BT, task.tokenizer.end_id))  # type: ignore[arg-type]
+    assert int(segments_BT[0].max()) > 1
+    assert ids_BT.numel() == min(512, len(task.text.val) // CONTEXT * CONTEXT)  # type: ignore[attr-defined]
 
 
 def test_importance_of_a_head_is_the_cost_of_its_ablation(

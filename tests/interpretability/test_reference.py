@@ -103,7 +103,7 @@ def test_an_untrained_model_is_at_chance(make_model: Callable[..., Transformer],
     for name in ("exact", "right"):
         assert near_chance(found.scores[name]), (name, found.scores[name])
     assert abs(found.scores["knockout"].value - found.scores["exact"].value) < 0.1
-    assert any("not learnt" in line for line in found.sentences())
+    assert found.sentences()[0].startswith("Who is meant is not learnt.")
 
 
 def test_a_model_trained_on_shuffled_deeds_is_at_chance(workdir: Path) -> None:
@@ -294,8 +294,8 @@ def test_a_model_of_another_text_is_at_chance(
     [
         (["--reference", "nouns"], "one of pronouns, pronouns:zh, winograd, winograd:zh"),
         (["--reference", "pronouns:fr"], "one of pronouns, pronouns:zh, winograd, winograd:zh"),
-        (["--reference", "pronouns", "--heads"], "each stand alone"),
-        (["--seeds", ".", "--reference", "pronouns"], "each stand alone"),
+        (["--reference", "pronouns", "--heads"], "do not go together"),
+        (["--seeds", ".", "--reference", "pronouns"], "do not go together"),
         (["--seeds", "."], "no run in it has scores in reference"),
     ],
 )

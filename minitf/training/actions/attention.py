@@ -73,7 +73,7 @@ class LogAlignment:
 
 
 def _log_scores(model: Transformer, trainer: Trainer) -> HeadScores:
-    scores = head_scores(model, trainer.context.task.window(model.config.context_length))
+    scores = head_scores(model, *trainer.context.task.window(model.config.context_length))
     trainer.reporter.head_scores(scores, trainer.state.step)
     if not trainer.context.config.attention.scalars:
         return scores
