@@ -171,7 +171,9 @@ class AttentionMaps:
             "weights": _base64(triangles if exact else triangles.clamp(0, 1).mul(255).round().to(torch.uint8)),
             "next_tokens": [[[token, round(p, digits)] for token, p in top] for top in self.next_tokens],
             "actual": None if self.actual is None else [round(p, digits) for p in self.actual],
-            "labels": [[_rounded(head_pattern(scores, i, j)) for j in range(num_heads)] for i in range(num_layers)],
+            "labels": _labels(scores),
+            # What the heads do in this text; induction and same word cannot be measured on it.
+            "here": None if self.scores is None else _labels(pattern_scores(self.weights_LHTS[:, :, None])),
             "scores": {
                 name: values.double().nan_to_num().round(decimals=3).tolist()
                 for name, values in (self.scores or {}).items()
@@ -316,6 +318,12 @@ def maps_of_checkpoint(checkpoint: "Checkpoint", text: str) -> AttentionMaps:
 
 def _base64(tensor: Tensor) -> str:
     return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode()
+
+
+def _labels(scores: HeadScores) -> list[list[list[str | float] | None]]:
+    """[layer][head] -> [pattern, score], or None where no pattern is clear."""
+    num_layers, num_heads = next(iter(scores.values())).shape
+    return [[_rounded(head_pattern(scores, i, j)) for j in range(num_heads)] for i in range(num_layers)]
 
 
 def _rounded(pattern: tuple[str, float] | None) -> list[str | float] | None:

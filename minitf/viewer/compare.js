@@ -105,9 +105,10 @@ export function compareView(map, { t, tooltip, actions }) {
 
 const lookOf = ({ second, looks: [look], settings }) => headLook(second, look.layer, look.head, settings);
 
-function nameOfOther(t, { state, run, looks: [look] }) {
-  const other = otherOf(state, run);
-  return other.kind === "run" ? other.run : other.kind === "head" ? t("other_head", look) : "";
+/** What B is; while another loads, what is still shown. */
+function nameOfOther(t, { data: { secondOf } }) {
+  if (secondOf?.kind === "head" && secondOf.head) return t("other_head", { layer: secondOf.head[0], head: secondOf.head[1] });
+  return secondOf?.kind === "run" ? secondOf.run : "";
 }
 
 function compareWords(t, { map, looks: [look] }, lookB, query, key) {

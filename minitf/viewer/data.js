@@ -3,6 +3,7 @@
  *   runs, tags   names of the runs; the tags of each run's sentences
  *   run          the run shown, with its name    map, second   the maps shown, and those compared with
  *   mapRun       the run that `map` is of: not yet `run` while the maps of another run load
+ *   secondOf     what `second` is: another step, a run, or the same without a head
  *   loading      what is loading for a while     error         { key, reason } of what failed, or null
  */
 
@@ -13,7 +14,7 @@ const SLOW_MS = 150; // what loads faster is not announced
 const MAX_MAPS = 300;
 
 export function createData(source, store, changed) {
-  const data = { runs: null, tags: {}, run: null, map: null, second: null, mapRun: null, loading: false, error: null };
+  const data = { runs: null, tags: {}, run: null, map: null, second: null, secondOf: null, mapRun: null, loading: false, error: null };
   const [runs, maps] = [new Map(), new Map()];
   let [latest, wanted] = [0, ""];
 
@@ -98,7 +99,8 @@ export function createData(source, store, changed) {
       if (mine !== latest) return;
       const second = await loadSecond(state, run);
       if (mine !== latest) return;
-      Object.assign(data, { map, second, mapRun: run, loading: false, error: null });
+      const secondOf = { ...otherOf(state, run), head: state.heads?.[0] };
+      Object.assign(data, { map, second, secondOf, mapRun: run, loading: false, error: null });
       store.set(fitMap(store.get(), map));
       prefetch(state, run, looks);
     } catch (error) {

@@ -39,7 +39,7 @@ export function readMap(raw) {
     /** [pattern, score] of what a head usually does, on held-out text where it was measured; null if unclear. */
     label: (layer, head) => (raw.usual ?? raw.labels)[layer]?.[head] ?? null,
     /** The same on this text alone, or undefined where it was not measured. */
-    here: (layer, head) => (raw.here ?? (raw.usual ? raw.labels : undefined))?.[layer]?.[head],
+    here: (layer, head) => (raw.here ?? (raw.usual ? raw.labels : null))?.[layer]?.[head],
     /** Heads that the run found for a purpose, { aligns, refers }: lists of [layer, head]; see `foundAt`. */
     found: raw.found ?? {},
     /** Queries, keys and values of one head, each a function of the position; null if they were not stored. */

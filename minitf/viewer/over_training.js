@@ -80,7 +80,8 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
     said.textContent = threshold === null ? "" : appeared(lines, threshold, run.curves.train, t);
     scores.setAttribute("aria-label", `${title(score)}. ${said.textContent}`);
     const named = lines.filter((one) => !isHead(one));
-    legend.replaceChildren(...(named.length && named.length <= FEW * 2 ? named.flatMap((one) => key(one.colour, nameOf(one), isSecond(one)))
+    const everyHead = lines.some(isHead) ? key(palette.layer(0, layers), t("heads")) : [];
+    legend.replaceChildren(...(named.length && named.length <= FEW * 2 ? [...named.flatMap((one) => key(one.colour, nameOf(one), isSecond(one))), ...everyHead]
       : lines.some(isHead) && layers > 1 ? [...key(palette.layer(0, layers), t("layer", { n: 0 })), ...key(palette.layer(layers - 1, layers), t("layer", { n: layers - 1 }))] : []));
   });
 

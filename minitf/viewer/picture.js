@@ -7,6 +7,7 @@
 import { svg } from "./dom.js";
 
 const [MARGIN, ENLARGED] = [12, 8]; // pixels around the picture; pixels for each one of a canvas that is shown enlarged
+const CONTROLS = "select, input, .link, .compare-with, .temperature, .choice [aria-checked=false]"; // not drawn
 const CURVE_STYLES = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "stroke-linejoin"];
 
 /** The SVG of an element, whatever part of it is scrolled into view, with `title` above it. */
@@ -48,7 +49,7 @@ function walk(element, shift, body, size) {
     size.width = Math.max(size.width, at.x + at.width);
     size.height = Math.max(size.height, at.y + at.height);
   };
-  if (element.matches("select, input, .link, button.switch")) return; // controls, not contents
+  if (element.matches(CONTROLS)) return;
   if (element instanceof HTMLCanvasElement) { grow(); return body.append(imageOf(element, at)); }
   if (element instanceof SVGSVGElement) { grow(); return body.append(chartOf(element, at)); }
   const group = style.opacity < 1 ? svg("g", { opacity: style.opacity }) : body;

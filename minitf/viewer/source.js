@@ -27,7 +27,8 @@ export function embeddedSource(data) {
     address: pageAddress(),
     runs: async () => ({ names: [""], tags: { "": sentences.map(({ tag }) => tag) } }),
     run: async () => ({ sentences, curves, scores, series: data.series ?? {}, found: data.found ?? {}, importance: null, checkpoints: [] }),
-    map: async (_, sentence, [, index]) => byText.get(sentence.text)[index],
+    // A page of one sentence has its labels from that sentence: they cannot differ from what is usual.
+    map: async (_, sentence, [, index]) => ({ ...byText.get(sentence.text)[index], ...(data.scored_on === "sentence" ? { here: null } : {}) }),
   };
 }
 

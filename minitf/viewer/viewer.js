@@ -116,13 +116,15 @@ export async function mountViewer(root, source, theme) {
     const panel = make("div", { class: "panel", id: "panel", attributes: { role: "tabpanel" } });
     const [heads, reading, problem] = [make("div", { class: "heads" }), make("div"), make("div", { class: "problem-box", role: "alert" })];
     const busy = make("p", { class: "busy", attributes: { role: "status" } });
+    const edits = make("div", { class: "edits" }); // what is done to the sentence: interventions, of state.edits
+    reading.append(edits);
     const detail = make("div", { class: "detail" }, title.element, reading, make("div", { class: "tab-row" }, tabs.element, save.element), panel);
     const main = make("div", { class: "columns" }, heads, detail);
     root.replaceChildren(controls.element, line.element, problem, main, busy, status, help.element, tooltip.element);
     const resized = new ResizeObserver(draw);
     resized.observe(panel);
     resized.observe(heads);
-    ui = { ...api, say, help, line, controls, title, tabs, save, panel, heads, reading, problem, busy, main, keysOn, views: {}, built: "" };
+    ui = { ...api, say, help, line, controls, title, tabs, save, panel, heads, reading, edits, problem, busy, main, keysOn, views: {}, built: "" };
   }
   function chooseLanguage(language) {
     remember("language", language);
@@ -138,7 +140,7 @@ export async function mountViewer(root, source, theme) {
     ui.headsPanel = headsPanel(map, ui);
     ui.sentence = sentencePanel(map, ui);
     ui.heads.replaceChildren(ui.headsPanel.element);
-    ui.reading.replaceChildren(ui.sentence.element);
+    ui.reading.replaceChildren(ui.sentence.element, ui.edits);
   };
 
   function contextOf() {
@@ -227,11 +229,11 @@ export async function mountViewer(root, source, theme) {
     const { state, map, run, looks } = context;
     const view = ui.views[state.view];
     const heads = looks.map(({ layer, head }) => `${layer}.${head}`);
-    const title = [t(`tab_${state.view}`), looks.map((look) => t("head_name", look)).join(", "), run.name, map.step === null ? "" : t("step_at", { step: map.step })].filter(Boolean).join(" · ");
+    const title = [t(`tab_${state.view}`), looks.map((look) => t("head_name", look)).join(", "), run.name || source.title, map.step === null ? "" : t("step_at", { step: map.step })].filter(Boolean).join(" · ");
     return {
       element: view.element, table: () => view.table(context), title,
       name: ["attention", state.view, heads[0], map.step ?? ""].filter((part) => part !== "").join("_"),
-      about: { view: state.view, run: run.name, step: map.step, text: map.text, heads, heads_off: state.live?.off ?? [], word: state.query, exact: map.exact },
+      about: { view: state.view, run: run.name || source.title, step: map.step, text: map.text, heads, heads_off: state.live?.off ?? [], word: state.query, exact: map.exact },
     };
   }
 
