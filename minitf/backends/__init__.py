@@ -48,10 +48,15 @@ class Reference:
 def custom_module(model: "Transformer") -> str | None:
     """The class of a module that is not the core's own (a variant of attention, for example), or None."""
     for part in model.modules():
-        cls = part.__dict__.get("_reference_class", type(part))
+        cls = reference_class(part)
         if not cls.__module__.startswith(("torch.", "minitf.attention", "minitf.model", "minitf.loss")):
-            return cls.__name__  # type: ignore[no-any-return]
+            return cls.__name__
     return None
+
+
+def reference_class(part: Any) -> type:
+    """The class of a module as it is written, whatever computes it now."""
+    return part.__dict__.get("_reference_class", type(part))  # type: ignore[no-any-return]
 
 
 def substitute(part: Any, cls: type) -> None:

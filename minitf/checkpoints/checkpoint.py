@@ -154,7 +154,7 @@ def _write(
     written = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
     digests |= {name: sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
     if card:  # without a digest: users may edit it
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        (directory / "README.md").write_text(card, encoding="utf-8", errors="replace")  # a file's name may be no text
     content = {**state, "sha256": digests}
     _write_json(directory / "trainer_state.json", {**content, "own_sha256": own_sha256(content)})
     for path in (*directory.rglob("*"), directory):
@@ -187,9 +187,15 @@ def own_sha256(content: dict[str, Any]) -> str:
 
 
 def _point(link: Path, target: str) -> None:
+    """Make `link` lead to the checkpoint `target` next to it; a copy where the system has no links."""
     temporary = link.with_name(f".{link.name}.new")
+    if temporary.is_dir() and not temporary.is_symlink():  # left by a run that was killed while copying
+        shutil.rmtree(temporary)
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
+    try:
+        temporary.symlink_to(target)
+    except OSError:  # Windows without the privilege, some file systems
+        shutil.copytree(link.with_name(target), temporary)
     copied = link.with_name(f".{link.name}.replaced.partial")
     if link.is_dir() and not link.is_symlink():  # a copy of the run that followed its links
         os.replace(link, copied)

@@ -15,6 +15,7 @@ LINKS = {"latest", "best", ".latest.new", ".best.new"}
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[None]:
     """Create `run_dir` and lock it; the lock ends with the process. Raises MinitfError if another process holds it."""
+    check_name(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         refuse_links(run_dir)
@@ -35,9 +36,21 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def check_name(run_dir: Path) -> None:
+    """RequestError if the path of a run is no UTF-8, as in a locale without it: TensorBoard writes to no other."""
+    try:
+        str(run_dir.absolute()).encode()
+    except UnicodeEncodeError:
+        name = str(run_dir).encode("utf-8", "backslashreplace").decode()
+        raise RequestError(
+            f"run_dir={name}: TensorBoard's files need a path in UTF-8; choose another, or set LC_ALL=C.UTF-8"
+        ) from None
+
+
 @contextmanager
 def create_run_dir(run_dir: Path, numbered: bool) -> Iterator[Path]:
     """Create and lock `run_dir`; if `numbered`, one that does not exist yet: `run_dir`, `run_dir`_2, ..."""
+    check_name(run_dir)
     with ExitStack() as stack:
         if numbered:
             run_dir = _claim(run_dir)

@@ -29,7 +29,7 @@ class DataConfig:
     completion_column: str | None = None  # pairs: column with the target text; null: found by the usual names
     prompt_loss_share: float = 0.0  # pairs: weight of a prompt token in the loss; a completion token weighs 1
     long_pairs: str = "drop"  # pairs longer than the context: drop | truncate (cuts the end of the completion)
-    bad_rows: str = "error"  # rows that hold no pair: error (stop at the first) | skip (and count them)
+    bad_rows: str = "error"  # rows that cannot be used: error (stop at the first) | skip (and count them)
     num_pairs: int = 50_000  # pairs to generate for an exercise (copy, reverse, sort, addition, winograd)
     rows_are_documents: bool = True  # false: rows are consecutive lines of one text, nothing marks their ends
     document_mask: bool = False  # text: attention stays inside a document; false: it sees those before it too

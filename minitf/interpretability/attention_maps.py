@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from minitf.attention import AttentionRecord, Edits
+from minitf.backends import reference_class
 from minitf.edits import editing
 from minitf.errors import MinitfError, RequestError
 from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
 from minitf.interpretability.heads import Head, HeadScores, evaluating, head_pattern, pattern_scores
 from minitf.interpretability.token_labels import join_bytes
+from minitf.variants import formula
 from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:
@@ -70,11 +72,13 @@ class HeadVectors:
         scores_LHTS = self.q_LHTK @ self.k_LGTK.repeat_interleave(H // G, 1).mT / math.sqrt(K)
         future_TS = torch.ones(T, T, dtype=torch.bool).triu(1)
         weights = scores_LHTS.masked_fill(future_TS, -math.inf).softmax(-1)
+        return torch.allclose(weights, weights_LHTS, rtol=0, atol=1e-3) and self.only_gathers(weights_LHTS)
+
+    def only_gathers(self, weights_LHTS: Tensor) -> bool:
+        """Whether what reaches the output projection is the values, summed with the weights."""
+        H, G = self.q_LHTK.shape[1], self.k_LGTK.shape[1]
         mixed_LHTK = weights_LHTS @ self.v_LGTK.repeat_interleave(H // G, 1)
-        same = torch.allclose(weights, weights_LHTS, rtol=0, atol=1e-3)
-        return same and torch.allclose(
-            mixed_LHTK, self.mixed_LHTK, rtol=1e-3, atol=1e-3 * float(mixed_LHTK.abs().max())
-        )
+        return torch.allclose(mixed_LHTK, self.mixed_LHTK, rtol=1e-3, atol=1e-3 * float(mixed_LHTK.abs().max()))
 
     def to_viewer(self, exact: bool) -> dict[str, Any] | None:
         """Base64 of float32 if `exact`, else of int8 with one float32 scale per vector; None if too large."""
@@ -100,9 +104,9 @@ class AttentionMaps:
     """The attention weights of every head on one text, and the model's next-token predictions.
 
     `weights_LHTS[l, h, t, s]` is the weight that query position t gives to key position s in head h of layer l: float32
-    on the CPU; rows sum to 1; zero for s > t. `next_tokens[t]` are the most probable tokens after position t with their
-    probabilities, in descending order; `actual[t]` is the probability of the token that follows position t. `scores`
-    come from `head_scores`, if they were measured.
+    on the CPU; zero for s > t; rows sum to 1, unless `rows_sum_to_one` is false. `next_tokens[t]` are the most probable
+    tokens after position t with their probabilities, in descending order; `actual[t]` is the probability of the token
+    that follows position t. `scores` come from `head_scores`, if they were measured.
     """
 
     text: str
@@ -116,6 +120,12 @@ class AttentionMaps:
     vectors: HeadVectors | None = None
     output_norms_LHT: Tensor | None = None  # of what a weight of 1 on position t would add to the residual stream
     alignment: Alignment | None = None  # of source and target words, if the text is a pair
+    formula: str = ""  # what a variant of attention computes instead: "weigh: weights = ..."
+
+    @property
+    def rows_sum_to_one(self) -> bool:
+        """Whether each query gives away a weight of 1, as softmax makes it; not so in some variants."""
+        return bool(((self.weights_LHTS.sum(-1) - 1).abs() < 1e-3).all())
 
     @property
     def measured_scores(self) -> HeadScores:
@@ -136,12 +146,14 @@ class AttentionMaps:
             "next_tokens": [[{"token": token, "probability": p} for token, p in top] for top in self.next_tokens],
             "scores": {name: values.tolist() for name, values in (self.scores or {}).items()},
             **({"alignment": self.alignment.to_json()} if self.alignment else {}),
+            **({"formula": self.formula, "rows_sum_to_one": self.rows_sum_to_one} if self.formula else {}),
         }
 
     def to_viewer(self, exact: bool = False) -> dict[str, Any]:
         """The viewer's data: JSON values, with arrays as little-endian base64.
 
-        `weights` are the lower triangles, row by row: a byte `round(255 * w)` each, or float32 if `exact`.
+        `weights` are the lower triangles, row by row: a byte `round(255 * w)` each, or float32 if `exact`. A byte is 0
+        for a negative weight, as some variants have them.
         `value_norms` are float32 of shape (L, G, T). For `vectors` see `HeadVectors.to_viewer`.
         """
         num_layers, num_heads, num_tokens, _ = self.weights_LHTS.shape
@@ -156,7 +168,7 @@ class AttentionMaps:
             "layers": num_layers,
             "heads": num_heads,
             "encoding": "float32" if exact else "uint8",
-            "weights": _base64(triangles if exact else triangles.mul(255).round().to(torch.uint8)),
+            "weights": _base64(triangles if exact else triangles.clamp(0, 1).mul(255).round().to(torch.uint8)),
             "next_tokens": [[[token, round(p, digits)] for token, p in top] for top in self.next_tokens],
             "actual": None if self.actual is None else [round(p, digits) for p in self.actual],
             "labels": [[_rounded(head_pattern(scores, i, j)) for j in range(num_heads)] for i in range(num_layers)],
@@ -170,6 +182,8 @@ class AttentionMaps:
             "output_norms": None if self.output_norms_LHT is None else _base64(self.output_norms_LHT.nan_to_num()),
             "vectors": None if vectors is None else vectors.to_viewer(exact),
             "standard_formula": vectors is None or vectors.standard(self.weights_LHTS),
+            "formula": self.formula or None,
+            "rows_sum_to_one": self.rows_sum_to_one,
             "alignment": self.alignment.to_json() if self.alignment else None,
         }
 
@@ -230,9 +244,19 @@ def attention_maps_of_ids(
     actual = probabilities_TV[:-1].gather(1, ids_BT[0, 1:, None]).squeeze(1).nan_to_num()
     tokens = join_bytes(tokenizer.pieces(ids))
     weights_LHTS = torch.cat([layer.weights_BHTS for layer in record]).float().cpu()
-    norms_LHT = output_norms(model, vectors)
+    norms_LHT = output_norms(model, vectors) if edits or vectors.only_gathers(weights_LHTS) else None
     return AttentionMaps(
-        text, tokens, ids, weights_LHTS, next_tokens, step, scores, actual.tolist(), vectors, norms_LHT
+        text,
+        tokens,
+        ids,
+        weights_LHTS,
+        next_tokens,
+        step,
+        scores,
+        actual.tolist(),
+        vectors,
+        norms_LHT,
+        formula=formula(reference_class(model.model.layers[0].self_attn)),  # type: ignore[index, union-attr]
     )
 
 

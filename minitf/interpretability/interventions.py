@@ -93,14 +93,9 @@ class Watched:
         }
 
     def scalars(self) -> dict[str, float]:
-        """The curves for TensorBoard."""
+        """The curves for TensorBoard, without the weights of the heads."""
         start = f"watch/{self.relation.name}"
-        weights = {
-            f"{start}/layer{layer}_head{head}": value
-            for layer, row in enumerate(self.weight_LH.tolist())
-            for head, value in enumerate(row)
-        }
-        return {f"{start}/probability": self.probability, f"{start}/probability_blocked": self.blocked} | weights
+        return {f"{start}/probability": self.probability, f"{start}/probability_blocked": self.blocked}
 
 
 def watch(reader: Reader, relation: Relation) -> Watched:

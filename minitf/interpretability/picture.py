@@ -32,12 +32,12 @@ GAP, MARGIN = 14, 16
 MAX_LABEL = 84  # pixels of a token label
 MAX_ALIGNED_WORDS = 90  # per side
 
-BACKGROUND, INK, ACCENT = (19, 19, 26), (222, 222, 230), (255, 186, 92)
+BACKGROUND, INK, ACCENT = (252, 252, 253), (28, 26, 36), (160, 32, 111)  # as TensorBoard's own page: light
 REPLACEMENTS = str.maketrans({"⏎": "\\n", "⇥": "\\t", "⟨": "<", "⟩": ">"})  # Pillow's font lacks these
-# Evenly rising lightness (after Matplotlib's "inferno"), from weight 0 to weight 1.
+# Evenly falling lightness (after Matplotlib's "inferno"), from weight 0 to weight 1; the viewer's own colours.
 # fmt: off
-RAMP = [(34, 32, 48), (66, 28, 104), (118, 32, 122), (176, 46, 106),
-        (224, 80, 66), (248, 140, 36), (252, 200, 80), (252, 252, 200)]
+RAMP = [(243, 241, 246), (252, 222, 170), (250, 170, 92), (232, 98, 78),
+        (186, 54, 110), (124, 32, 124), (70, 24, 104), (28, 14, 50)]
 # fmt: on
 BACKGROUND_INDEX, FIRST_WEIGHT, NUM_WEIGHTS = 0, 1, 127
 FIRST_INK, FIRST_ACCENT, NUM_INKS = 128, 192, 64
@@ -47,7 +47,7 @@ def attention_picture(maps: AttentionMaps, scores: HeadScores | None = None) -> 
     """A PNG of the weights of all heads, labelled by `scores` (default: those of `maps`).
 
     The colour of a cell shows the square root of the weight, so that a head that spreads its attention is not just
-    dark; the colour bar is labelled with weights. Texts too long to draw at one pixel per token show the largest weight
+    pale; the colour bar is labelled with weights. Texts too long to draw at one pixel per token show the largest weight
     of a block.
     """
     scores = maps.scores if scores is None else scores
@@ -82,9 +82,9 @@ def attention_picture(maps: AttentionMaps, scores: HeadScores | None = None) -> 
 
 
 def heads_picture(importance_LH: Tensor, scores: HeadScores, step: int | None) -> bytes:
-    """A PNG of the importance of each head: the brighter, the more bits per byte its ablation costs.
+    """A PNG of the importance of each head: the darker, the more bits per byte its ablation costs.
 
-    Heads whose ablation improves the model are as dark as those whose ablation changes nothing.
+    Heads whose ablation improves the model are as pale as those whose ablation changes nothing.
     """
     num_layers, num_heads = importance_LH.shape
     width, height, left, top = 120, 34, MARGIN + 58, MARGIN + 78
@@ -108,7 +108,7 @@ def heads_picture(importance_LH: Tensor, scores: HeadScores, step: int | None) -
 
 
 def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
-    """A PNG of the source words (columns) each target word (row) looks at: the brighter, the larger the share."""
+    """A PNG of the source words (columns) each target word (row) looks at: the darker, the larger the share."""
     cell = 22
     rows, columns = (
         [_text_patch(word.translate(REPLACEMENTS), 13, 2 * MAX_LABEL) for word in words[:MAX_ALIGNED_WORDS]]
@@ -132,7 +132,7 @@ def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
 
 def _blocks(maps: AttentionMaps) -> tuple[Pixels, int]:
     """Palette indices of the weights, (L, H, blocks, blocks), background above the diagonal, and pixels per block."""
-    weights_LHTS = maps.weights_LHTS.nan_to_num()
+    weights_LHTS = maps.weights_LHTS.nan_to_num().clamp(0, 1)  # a variant of attention may have negative ones
     num_layers, num_heads, num_tokens, _ = weights_LHTS.shape
     side = _panel_side(num_layers, num_heads, MAX_SIDE)
     if side // num_tokens < MIN_LABELLED_CELL:

@@ -12,6 +12,7 @@ The heads are chosen on one half of the sentences, by what their knockout costs,
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,14 +98,6 @@ class ReferenceScores:
         values = {name: round(score.value, 4) for name, score in self.scores.items()}
         return values | {"heads": [list(head) for head in self.heads]}
 
-    def head_scalars(self) -> dict[str, float]:
-        """The weight that each head gives to the noun that is meant, by tag."""
-        return {
-            f"reference_weight/layer{layer}_head{head}": value
-            for layer, row in enumerate(self.weight_LH.tolist())
-            for head, value in enumerate(row)
-        }
-
     def table(self) -> str:
         """One line a score."""
         named = {**self.scores, **{f"exact, {name}": score for name, score in self.groups.items()}}
@@ -122,29 +115,37 @@ class ReferenceScores:
         """What was found, in short lines for someone who reads this for the first time."""
         value = {name: score.value for name, score in self.scores.items()}
         exact, guess = self.scores["exact"], _percent(self.scores["knockout"].chance)
-        right = f"{_percent(exact.value)} of {exact.n:,} unseen sentences are completed right"
         if not self.learnt:
-            best = max(self.pick_LH.flatten().tolist())
-            return [
-                f"{right} (a guess: {guess}).",
-                f"The best head prefers the noun that is meant in {_percent(best)} of them",
-                "(by chance: 50 %). Who is meant is not learnt.",
-            ]
-        one = len(self.heads) == 1
-        look, their = ("that look", "its") if one else ("these looks", "their")
-        heads = describe_heads(self.heads)
-        return [
-            f"{right}.",
-            f"{heads[0].upper()}{heads[1:]} look{'s' if one else ''} at the noun that is meant,",
-            f"with {value['weight']:.2f} of {their} weight. With {look} forbidden",
-            f"{_percent(value['knockout'])} are right (a guess: {guess}); with the look at the",
-            f"other noun forbidden {_percent(value['control'])}.",
-        ]
+            best = _percent(max(self.pick_LH.flatten().tolist()))
+            return _lines(
+                f"Who is meant is not learnt. The right one of the possible answers is the likeliest in "
+                f"{_percent(value['right'])} of {exact.n:,} sentences the model has never seen (a guess: {guess}); the "
+                f"head that most often prefers the noun that is meant does so in {best} (a guess: 50 %)."
+            )
+        heads, one = describe_heads(self.heads), len(self.heads) == 1
+        who = f"One head, {heads}, looks" if one else f"{len(self.heads)} heads look"
+        return _lines(
+            f"{_percent(exact.value)} of {exact.n:,} sentences the model has never seen are completed right. "
+            f"{who} back at the noun that is meant, with {value['weight']:.2f} of "
+            f"{'its' if one else 'their'} weight{'' if one else ' on average (' + heads + ')'}. When forbidden to, "
+            f"{_percent(value['knockout'])} are right (a guess: {guess}); when forbidden to look at the other noun, "
+            f"{_percent(value['control'])}."
+        )
 
 
 def describe_heads(heads: Sequence[Head]) -> str:
-    """For example "layer 0 head 2, layer 1 head 0"."""
-    return ", ".join(f"layer {layer} head {head}" for layer, head in heads)
+    """Heads by layer, for example "layer 0 heads 1 and 2, layer 1 head 0"."""
+    described = []
+    for layer in sorted({layer for layer, _ in heads}):
+        *others, last = [str(head) for at, head in sorted(heads) if at == layer]
+        numbers = f"heads {', '.join(others)} and {last}" if others else f"head {last}"
+        described.append(f"layer {layer} {numbers}")
+    return ", ".join(described)
+
+
+def _lines(text: str) -> list[str]:
+    """The text in lines that fit a screen of 80 columns, after the topic of a run's summary."""
+    return [line.replace("~", " ") for line in textwrap.wrap(text.replace(" %", "~%"), 69)]
 
 
 def _percent(share: float) -> str:

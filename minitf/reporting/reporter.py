@@ -131,19 +131,21 @@ class RunReporter(Reporter):
 
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         heads = [list(head) for head in aligning.heads]
-        row = {"score": round(aligning.score, 4), "chance": round(aligning.chance, 4), "heads": heads}
+        chance = round(aligning.chance, 4)
+        row = {"score": round(aligning.score, 4), "chance": chance, "heads": heads}
         self._record("alignment", {"step": step, **row})
-        self.tensorboard.chances({TAGS["alignment"]["score"]: row["chance"]}, step)
+        self.tensorboard.chances({TAGS["alignment"]["score"]: chance}, step)
 
     def reference(self, scores: ReferenceScores, step: int) -> None:
         self._record("reference", {"step": step, **scores.row()})
-        self.tensorboard.scalars(scores.head_scalars(), step)
+        self.tensorboard.head_values("reference_weight", scores.weight_LH, step)
         chances = {TAGS["reference"][name]: score.chance for name, score in scores.scores.items()}
         self.tensorboard.chances(chances, step)
 
     def watched(self, watched: Watched, step: int) -> None:
         self.metrics.append({"step": step, "split": "watch", **watched.row()})
         self.tensorboard.scalars(watched.scalars(), step)
+        self.tensorboard.head_values(f"watch/{watched.relation.name}", watched.weight_LH, step)
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         self.tensorboard.picture(tag, png, step)

@@ -9,13 +9,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from minitf.interpretability.heads import HeadScores
 from minitf.interpretability.reference import SCORES
 from minitf.tensorboard.summary import (
+    SCORES_TAG,
     attention_summary,
+    heads_summary,
+    heads_tag,
     hyperparameter_summaries,
     picture_summary,
-    scores_summary,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +107,11 @@ class TensorBoardWriter:
 
     def head_scores(self, scores: HeadScores, step: int) -> None:
         """The scores of all heads, for the Attention tab."""
-        self._add(scores_summary({name: values.tolist() for name, values in scores.items()}), step)
+        self._add(heads_summary(SCORES_TAG, {name: values.tolist() for name, values in scores.items()}), step)
+
+    def head_values(self, name: str, values_LH: Tensor, step: int) -> None:
+        """A number for each head, for the Attention tab."""
+        self._add(heads_summary(heads_tag(name), {name: values_LH.tolist()}), step)
 
     def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
         """The run's settings, for the HParams tab; `metrics` are the columns of held-out rows to show with them."""

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -118,11 +118,13 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             split: _without_nan(scalars[folder].get("loss") or scalars[""].get(older, []))
             for split, (folder, older) in CURVES.items()
         }
-        series = _other_series(scalars[""]) | _other_series(scalars["held_out"])
+        heads = self._head_values(context, experiment, name)
+        scores = heads.pop(SCORES_TAG, None) or _score_series(scalars[""])  # older runs have scalars
+        series = _other_series(scalars[""]) | _other_series(scalars["held_out"]) | _series_of_heads(heads.values())
         content = {
             "sentences": sentences,
             "curves": curves,
-            "scores": self._logged_scores(context, experiment, name) or _score_series(scalars[""]),
+            "scores": scores,
             "series": series | _other_series(scalars[CHANCE_RUN], "/chance"),
             "found": self.folders.heads_found(name),
             "importance": _importance(scalars[HEADS_RUN]),
@@ -203,19 +205,23 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             for folder, name in names.items()
         }
 
-    def _logged_scores(self, context: Any, experiment: str, run: str) -> dict[str, Any] | None:
-        """As `_score_series`, from the tensors that a run logs; None for an older run, which has scalars instead."""
-        wanted = provider.RunTagFilter(runs=[run], tags=[SCORES_TAG])
-        request = {"experiment_id": experiment, "plugin_name": PLUGIN_NAME, "run_tag_filter": wanted}
-        series = self.data.list_tensors(context, **request).get(run, {}).get(SCORES_TAG)
-        if series is None:
-            return None
-        data = self.data.read_tensors(context, downsample=MAX_POINTS, **request)[run][SCORES_TAG]
-        by_step = {datum.step: datum.numpy for datum in data}  # the last version of a step
-        names = json.loads(series.plugin_content)["names"]
-        values_NLHS = np.round(np.stack(list(by_step.values()), -1).astype(float), 4)
-        values = {name: values_LHS.tolist() for name, values_LHS in zip(names, values_NLHS, strict=True)}
-        return {"steps": list(by_step), "values": values}
+    def _head_values(self, context: Any, experiment: str, run: str) -> dict[str, dict[str, Any]]:
+        """The numbers logged for each head: {tag: {"steps": [...], "values": {name: [layer][head][index of step]}}}."""
+        request = {
+            "experiment_id": experiment,
+            "plugin_name": PLUGIN_NAME,
+            "run_tag_filter": provider.RunTagFilter(runs=[run]),
+        }
+        series = self.data.list_tensors(context, **request).get(run, {})
+        data = self.data.read_tensors(context, downsample=MAX_POINTS, **request).get(run, {}) if series else {}
+        found: dict[str, dict[str, Any]] = {}
+        for tag, points in data.items():
+            by_step = {datum.step: datum.numpy for datum in points}  # the last version of a step
+            names = json.loads(series[tag].plugin_content)["names"]
+            values_NLHS = np.round(np.stack(list(by_step.values()), -1).astype(float), 4)
+            values = {name: values_LHS.tolist() for name, values_LHS in zip(names, values_NLHS, strict=True)}
+            found[tag] = {"steps": list(by_step), "values": values}
+        return found
 
 
 def _score_series(scalars: Scalars) -> dict[str, Any]:
@@ -241,6 +247,17 @@ def _other_series(scalars: Scalars, end: str = "") -> dict[str, list[tuple[int, 
     """Scalars that are curves of their own in the view Over training, by tag and `end`."""
     named = {NEW_TAGS.get(tag, tag): points for tag, points in sorted(scalars.items())}
     return {tag + end: _without_nan(points) for tag, points in named.items() if SERIES_TAG.fullmatch(tag)}
+
+
+def _series_of_heads(found: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Numbers logged for each head as curves, "watch/it>cat/layer0_head1"."""
+    return {
+        f"{name}/layer{layer}_head{head}": list(zip(one["steps"], points, strict=True))
+        for one in found
+        for name, rows in one["values"].items()
+        for layer, row in enumerate(rows)
+        for head, points in enumerate(row)
+    }
 
 
 def _importance(scalars: Scalars) -> dict[str, Any] | None:

@@ -37,19 +37,24 @@ def attention_summary(text: str, viewer_json: str) -> Any:
     return Summary(value=[Summary.Value(tag=sentence_tag(text), metadata=metadata, tensor=tensor)])
 
 
-def scores_summary(scores: Mapping[str, Sequence[Sequence[float]]]) -> Any:
-    """A Summary of the scores of all heads, a matrix [layer][head] each, as one tensor (scores, layers, heads)."""
+def heads_tag(name: str) -> str:
+    """The tag of numbers for each head; a hash, as `sentence_tag`."""
+    return f"{PLUGIN_NAME}/heads/{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:16]}"
+
+
+def heads_summary(tag: str, values: Mapping[str, Sequence[Sequence[float]]]) -> Any:
+    """A Summary of numbers for each head, by name a matrix [layer][head], as one tensor (names, layers, heads)."""
     import numpy as np
     from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
     from tensorboard.util.tensor_util import make_tensor_proto
 
-    content = json.dumps({"version": FORMAT_VERSION, "names": list(scores)})
+    content = json.dumps({"version": FORMAT_VERSION, "names": list(values)})
     metadata = SummaryMetadata(
         plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=content.encode()),
         data_class=DATA_CLASS_TENSOR,
     )
-    tensor = make_tensor_proto(np.array(list(scores.values()), dtype=np.float32))
-    return Summary(value=[Summary.Value(tag=SCORES_TAG, metadata=metadata, tensor=tensor)])
+    tensor = make_tensor_proto(np.array(list(values.values()), dtype=np.float32))
+    return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
 
 
 def hyperparameter_summaries(settings: Mapping[str, Any], metrics: Sequence[str], folder: str) -> tuple[Any, ...]:

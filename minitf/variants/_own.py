@@ -36,6 +36,8 @@ class OwnFile:
         path = Path(file).expanduser()
         if not NAME.fullmatch(f"{path.name}:{name}"):
             raise RequestError(f"model.attention_class={own} must be FILE.py:CLASS, as in my_attention.py:MyAttention")
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise RequestError(f"model.attention_class={own}: {path} is no file")
         try:
             with path.open("rb") as opened:
                 content = opened.read(MAX_BYTES + 1)

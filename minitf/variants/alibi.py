@@ -11,7 +11,7 @@ from minitf.attention import Attention
 
 
 class Alibi(Attention):
-    """*match*: scores = q k^T / sqrt(head_dim) - 2^(-8 h / H) * (query - key), without rotation; h = 1 to H"""
+    """match: scores = q k^T / sqrt(head_dim) - 2^(-8 h / H) * (query - key), without rotation; h = 1 to H"""
 
     def rotate(self, x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
         return x_BHTK

@@ -18,7 +18,7 @@ LAMBDA_INIT = 0.8
 
 
 class Differential(Attention):
-    """*weigh*: weights = softmax(scores 1) - lambda softmax(scores 2); they may be negative, and sum to 1 - lambda"""
+    """weigh, gather: weights = softmax(scores 1) - lambda softmax(scores 2); output = 0.2 norm(weights @ v)"""
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *others: Any) -> None:
         if head_dim % 4:
@@ -40,7 +40,8 @@ class Differential(Attention):
             for half in (0, 1)
         )
         weights_BHTS = edited("weigh", layer, first - self.subtracted().to(first.dtype) * second)
-        mixed_BHTK = edited("gather", layer, self.gather(weights_BHTS, v_BHSK))
+        mixed_BHTK = self.mixed_norm(self.gather(weights_BHTS, v_BHSK)) * (1 - LAMBDA_INIT)
+        mixed_BHTK = edited("gather", layer, mixed_BHTK)
         if context.record is not None:
             context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
-        return self.mixed_norm(mixed_BHTK) * (1 - LAMBDA_INIT)  # type: ignore[no-any-return]
+        return mixed_BHTK

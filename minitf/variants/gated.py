@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitf.attention import Attention, AttentionContext, Linear
+from minitf.attention import Attention, AttentionContext, AttentionRecord, Linear
 
 
 class Gated(Attention):
-    """*gather*: output = (weights @ v) * sigmoid(gate_proj(x)), before the output projection"""
+    """gather: output = (weights @ v) * sigmoid(gate_proj(x)), before the output projection"""
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *others: Any) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, *others)
@@ -24,6 +24,11 @@ class Gated(Attention):
         return super().forward(x_BTD, context, layer)
 
     def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, context: AttentionContext, layer: int) -> Tensor:
-        mixed_BHTK = super().attend(q_BHTK, k_BHSK, v_BHSK, context, layer)
-        B, _, T, K = mixed_BHTK.shape
-        return mixed_BHTK * context.shared.pop("gate").view(B, T, -1, K).transpose(1, 2)
+        mask, edited = context.mask(), context.edits or (lambda step, layer, result: result)
+        scores_BHTS = edited("match", layer, self.match(q_BHTK, k_BHSK, mask))
+        weights_BHTS = edited("weigh", layer, self.weigh(scores_BHTS))
+        gate_BHTK = context.shared.pop("gate").view(*q_BHTK.transpose(1, 2).shape).transpose(1, 2)
+        mixed_BHTK = edited("gather", layer, self.gather(weights_BHTS, v_BHSK) * gate_BHTK)
+        if context.record is not None:
+            context.record.append(AttentionRecord(q_BHTK, k_BHSK, v_BHSK, weights_BHTS, mixed_BHTK))
+        return mixed_BHTK

@@ -10,7 +10,7 @@ from minitf.attention import Attention
 
 
 class NoPositions(Attention):
-    """*match*: scores = q k^T / sqrt(head_dim), with queries and keys that are not rotated"""
+    """match: scores = q k^T / sqrt(head_dim), with queries and keys that are not rotated"""
 
     def rotate(self, x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
         return x_BHTK

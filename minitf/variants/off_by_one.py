@@ -11,7 +11,7 @@ from minitf.attention import Attention
 
 
 class OffByOne(Attention):
-    """*weigh*: weights = exp(scores) / (1 + sum(exp(scores))), which sum to less than 1"""
+    """weigh: weights = exp(scores) / (1 + sum(exp(scores))), which sum to less than 1"""
 
     def weigh(self, scores_BHTS: Tensor) -> Tensor:
         nowhere_BHT1 = torch.zeros_like(scores_BHTS[..., :1])

@@ -12,7 +12,7 @@ from minitf.attention import Attention
 
 
 class Sigmoid(Attention):
-    """*weigh*: weights = sigmoid(scores - log(n)), n keys seen; their sum is free"""
+    """weigh: weights = sigmoid(scores - log(n)), n keys seen; their sum is free"""
 
     def weigh(self, scores_BHTS: Tensor) -> Tensor:
         num_keys_BHT1 = scores_BHTS.isfinite().sum(dim=-1, keepdim=True).clamp(min=1)

@@ -13,7 +13,7 @@ from minitf.attention import Attention
 
 
 class Sink(Attention):
-    """*weigh*: weights = exp(scores) / (exp(sink) + sum(exp(scores))), sink: one learned number a head"""
+    """weigh: weights = exp(scores) / (exp(sink) + sum(exp(scores))), sink: one learned number a head"""
 
     def __init__(self, hidden_size: int, num_heads: int, *shape: Any) -> None:
         super().__init__(hidden_size, num_heads, *shape)

@@ -11,7 +11,7 @@ from minitf.attention import Attention
 
 
 class SlidingWindow(Attention):
-    """*match*: scores = -inf where query - key >= 32 positions, else q k^T / sqrt(head_dim)"""
+    """match: scores = -inf where query - key >= 32 positions, else q k^T / sqrt(head_dim)"""
 
     window = 32  # positions, the query's own included
 

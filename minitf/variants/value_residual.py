@@ -13,7 +13,7 @@ from minitf.attention import Attention, AttentionContext
 
 
 class ValueResidual(Attention):
-    """*gather*: output = weights @ (a v + b v_first), v_first: the first layer's values; a, b: learned, one a layer"""
+    """gather: output = weights @ (a v + b v_first), v_first: the first layer's values; a, b: learned, one a layer"""
 
     def __init__(self, *shape: Any) -> None:
         super().__init__(*shape)

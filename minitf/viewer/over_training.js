@@ -2,6 +2,7 @@
 
 import { chart, curve, lossCurves, pathOf, stepsOf, valueAt } from "./charts.js";
 import { choices, make, number, onChange, range } from "./dom.js";
+import { roleOf } from "./heads.js";
 
 // A head is named after a pattern above its threshold, as in heads.py.
 const THRESHOLDS = { nearby: 0.5, entropy: 0.6 };
@@ -107,8 +108,9 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
   });
 
   function scoreOf({ map: current, state }) {
+    const role = { refers: "reference", aligns: "alignment" }[roleOf(current, state.heads[0])];
     const pattern = current.label(...state.heads[0])?.[0];
-    const own = pattern === "broad" ? "entropy" : pattern;
+    const own = role ?? (pattern === "broad" ? "entropy" : pattern);
     return [state.score, own].find((name) => shown.has(name)) ?? [...shown.keys()][0];
   }
   function render(current) {

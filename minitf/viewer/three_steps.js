@@ -24,7 +24,8 @@ export function threeStepsView(map, { t, actions }) {
   const cards = make("ol", { class: "three" }, ...STEPS.map((name, i) => make("li", { class: `of-${name}` },
     make("h3", {}, make("b", {}, String(i + 1)), " ", t(`steps_${name}`)), rich(make("p"), t(`steps_${name}_text`, { width: width ?? "" })))));
   // Maps of older runs do not say; a model with an edited attention.py does.
-  const other = make("p", { class: "warning", role: "note", hidden: map.standard_formula !== false }, t("other_formula"));
+  const other = make("p", { class: "warning", role: "note", hidden: map.standard_formula !== false && !map.formula },
+    map.formula ? t(map.rows_sum_to_one === false ? "variant_free_rows" : "variant", { formula: map.formula }) : t("other_formula"));
   const table = make("table", { class: "steps-table" }, make("caption", { class: "unseen" }, t("tab_three_steps")));
   const [detail, note] = [make("div", { class: "product" }), make("p", { class: "hint" })];
   const missing = make("p", { class: "missing" }, t(map.vectors === null && map.exact ? "no_vectors_live" : "no_vectors"));
@@ -107,6 +108,7 @@ export function threeStepsView(map, { t, actions }) {
       shareBar(parts.others.children[1].firstChild, rest.reduce((sum, key) => sum + shown[key], 0), palette);
       paintStrip(parts.others.lastChild.firstChild, mixed(rest), largestValue, palette);
     }
+    if (map.rows_sum_to_one === false) parts.output.children[1].textContent = `${t("sum")} ${percent(shown.reduce((a, b) => a + b, 0))}`;
     paintStrip(parts.output.lastChild.firstChild, mixed(range(query + 1)), largestValue, palette);
     showProduct(q, vectors.k(focus), focus, query, palette);
     temperature.value = Math.round(100 * Math.log10(state.temperature));

@@ -301,7 +301,7 @@ def test_presets_fit_the_config() -> None:
                 OmegaConf.to_object(composed)
         else:
             data = OmegaConf.to_object(composed)
-            assert data.probes or data.kind == "pairs", path
+            assert data.probes or data.example or data.kind == "pairs", path
 
 
 def test_a_renamed_file_is_the_same_text(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every command in the README and in .github/*.md runs as written, on tiny models and texts."""
 
+import json
 import os
 import re
 import runpy
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from helpers import make_text, train_here
 
+from minitf.interpretability.reference import SCORES
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 OURS = re.compile(r"\bpython3? (-m minitf\.|scripts/)")
@@ -24,6 +27,7 @@ OTHERS = (
 # Settings that the tiny run replaces; in documented commands they are validated and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
 ANSWERS = re.compile(r"--beam|generate.*--file|Thou shalt")  # commands about a run on pairs
+LOOK = {"split": "reference", "step": 1, "heads": [[0, 0]]} | dict.fromkeys(SCORES, 1.0)  # of a run in runs/sweep
 PLACEHOLDER = re.compile(r"\bRUN\b|\bHuggingFaceTB/[\w.-]+|\bruns/(?!tiny/)[\w.…*-]+/[\w.…-]+")
 
 
@@ -56,6 +60,7 @@ def commands(text: str) -> list[str]:
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
 PAGES = [page.read_text(encoding="utf-8") for page in sorted((ROOT / ".github").glob("*.md"))]
 COMMANDS = list(dict.fromkeys(command for text in (TEXT, *PAGES) for command in commands(text)))
+EXAMPLES = list(dict.fromkeys(example for text in (TEXT, *PAGES) for example in blocks(text, "python")))
 RUNNABLE = [command for command in COMMANDS if OURS.search(command)]
 
 
@@ -85,6 +90,8 @@ def place(workdir: Path, pairs_run: Path, text_run: Path) -> Path:
     shutil.copytree(pairs_run, workdir / "runs/tiny/pairs", symlinks=True)
     shutil.copytree(text_run, workdir / "runs/tiny/one", symlinks=True)
     (workdir / "scripts").symlink_to(ROOT / "scripts")
+    (workdir / "runs/sweep/seed").mkdir(parents=True)
+    (workdir / "runs/sweep/seed/metrics.jsonl").write_text(json.dumps(LOOK) + "\n", encoding="utf-8")
     return workdir
 
 
@@ -188,9 +195,20 @@ def test_every_command_of_ours_runs(command: str, place: Path, tiny: list[str]) 
     run(command, place)
 
 
-@pytest.mark.parametrize("number", range(len(blocks(TEXT, "python"))))
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_every_python_example_runs(number: int, place: Path) -> None:
-    exec(compile(adapt(blocks(TEXT, "python")[number], place), f"README.md python example {number}", "exec"), {})
+    exec(compile(adapt(EXAMPLES[number], place), f"python example {number} of README.md and .github", "exec"), {})
+
+
+def test_the_concept_pages_follow_the_model_of_pronouns_in_the_same_numbers() -> None:
+    english, chinese = (page for page in PAGES if "three-steps" in page)
+    assert commands(english) == [command for command in commands(chinese) if "data.language=zh" not in command]
+    assert blocks(english, "python") == blocks(chinese, "python")
+    for page in (english, chinese):
+        shares = re.search(r"\| (?:share|份额) \|(.*)\|", page)
+        assert shares
+        assert sum(float(share) for share in re.findall(r"[\d.]+", shares[1])) == pytest.approx(100)
+        assert "experiment=pronouns model.num_layers=2 model.num_heads=4" in page
 
 
 def test_settings_named_in_the_readme_exist() -> None:

@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import make_text
-from minitf.backends.cpu.blocks import CpuKernels
 from torch import Tensor
 
 from minitf import edits
+from minitf.backends.cpu.kernels import CpuKernels
 from minitf.data.tokenizer_training import train_tokenizer
 from minitf.edits import Head, Relation, Words, combined, forbid
 from minitf.errors import RequestError

@@ -27,7 +27,7 @@ from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
 from minitf.tensorboard.loader import Loader
-from minitf.tensorboard.plugin import AttentionPlugin, _other_series
+from minitf.tensorboard.plugin import AttentionPlugin, _other_series, _series_of_heads
 from minitf.tensorboard.summary import sentence_tag
 
 TEXT = "The cat sat on the mat."
@@ -192,6 +192,14 @@ def test_other_curves_are_taken_from_the_scalars() -> None:
         "train/loss": [(0, 9.0)],
     }
     assert _other_series(scalars) == {"reference/exact": [(0, 0.1)], "watch/it>cat/w": [(1, 0.5)]}
+
+
+def test_numbers_of_each_head_become_curves() -> None:
+    heads = {"steps": [0, 5], "values": {"watch/it>cat": [[[0.1, 0.9], [0.2, 0.3]]]}}
+    assert _series_of_heads([heads]) == {
+        "watch/it>cat/layer0_head0": [(0, 0.1), (5, 0.9)],
+        "watch/it>cat/layer0_head1": [(0, 0.2), (5, 0.3)],
+    }
 
 
 def test_live_generation_extends_the_previous_text(plugin: AttentionPlugin) -> None:

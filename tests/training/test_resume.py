@@ -1,6 +1,7 @@
 """A resumed run is the uninterrupted run, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import assert_one_line, assert_same_run, interrupt_at, losses, rows, train_here
+from helpers import assert_one_line, assert_same_run, interrupt_at, losses, not_applicable, rows, train_here
 
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.training.actions import LogRow
@@ -293,3 +294,21 @@ def test_what_a_resumed_run_keeps_and_what_may_change_are_said_without_contradic
 ) -> None:
     assert train_here(f"resume={trained_run}", "trainer.batch_size=8") == 2
     assert_one_line(capsys.readouterr().err, "trainer.* but trainer.batch_size and trainer.grad_accumulation")
+
+
+def test_a_file_whose_name_is_no_text_is_trained_on_and_resumed(
+    workdir: Path, tiny: list[str], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"\xff odd.txt")
+    try:
+        Path(name).write_text(text_file.read_text())
+    except OSError:
+        not_applicable("this file system takes names in UTF-8 only")
+    settings = [*tiny, f'data.files=["{name}"]', "trainer.max_steps=1"]
+    assert train_here(*settings, "run_dir=run") == 0
+    assert train_here("resume=run", "trainer.max_steps=2") == 0
+    capsys.readouterr()
+    directory = os.fsdecode(b"dir\xfe")  # TensorBoard cannot write there: refused before anything is trained
+    assert train_here(*settings, f'run_dir="{directory}"') == 2
+    assert_one_line(capsys.readouterr().err, "need a path in UTF-8; choose another")
+    assert not Path(directory).exists()

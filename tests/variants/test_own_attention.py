@@ -1,5 +1,6 @@
 """One's own attention, `model.attention_class=FILE.py:CLASS`: the run keeps the file, and no one else's code runs."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ pathlib.Path("imported").touch()
 
 
 class MyAttention(Attention):
-    """*weigh*: weights = softmax(scores / 3)"""
+    """weigh: weights = softmax(scores / 3)"""
 
     def weigh(self, scores_BHTS: Tensor) -> Tensor:
         return super().weigh(scores_BHTS / 3)
@@ -158,6 +159,12 @@ def test_a_changed_copy_is_refused(trusts_nothing: Path, tiny: list[str]) -> Non
     (latest / "my_attention.py").write_text(SOURCE + "# one more line")
     with pytest.raises(minitf.errors.MinitfError, match=r"my_attention\.py is damaged"):
         minitf.load(latest)
+
+
+def test_a_pipe_in_its_place_is_no_file(trusts_nothing: Path) -> None:
+    os.mkfifo(trusts_nothing / "my_attention.py")
+    with pytest.raises(RequestError, match="is no file"):
+        _load_copy(trusts_nothing)
 
 
 @pytest.mark.parametrize(

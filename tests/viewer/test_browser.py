@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -133,6 +134,18 @@ def test_the_slider_changes_the_view_one_looks_at(page: Any, trained_run: Path) 
     page.keyboard.press("ArrowRight")
     assert page.inner_text(".losses b") == "step 3"
     assert_one_screen(page, 8)
+
+
+def test_three_steps_names_the_formula_of_a_variant(page: Any, make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model(tokenizer.vocab_size, variant="off_by_one")
+    maps = attention_maps(model, tokenizer, "The cat sat on the mat.")
+    open_page(page, tmp_path, attention_page([maps], "variant"))
+    show(page, "three_steps")
+    note = page.inner_text(".three-steps .warning")
+    assert maps.formula in note
+    assert "need not add up to 100 %" in note
+    (shown,) = re.findall(r"\d+(?=%)", page.inner_text(".steps-table .output td"))
+    assert 0 < int(shown) < 100
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
