@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import hydra
@@ -28,6 +29,8 @@ from minitf.config.schema import (
     written_values,
 )
 from minitf.errors import RequestError
+from minitf.model import ModelConfig
+from minitf.optim import OptimConfig
 
 Task = Callable[[DictConfig], None]
 
@@ -114,10 +117,22 @@ def to_config(composed: DictConfig) -> Config:
     # The same number of steps is the same run on every machine: only a run limited by time chooses its size.
     timed = trainer["max_steps"] is None or trainer["max_minutes"] is not None
     if timed and not any(model[name] for name in (*MODEL_SIZE, *DERIVED_SIZE)):
-        return config_of(values, AutoModel)
+        return config_of(values | {"model": model | {"asked": _asked(values)}}, AutoModel)
     mini = size_preset("mini")
     filled = {name: model[name] or mini[name] for name in (*MODEL_SIZE, *DERIVED_SIZE)}
     return config_of(values | {"model": model | filled})
+
+
+def _asked(values: dict[str, Any]) -> tuple[str, ...]:
+    """The keys of model and optimiser whose values are not the defaults, or are named on the command line."""
+    named = {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+    usual = {"model": asdict(ModelConfig()), "optim": asdict(OptimConfig())}
+    return tuple(
+        f"{section}.{key}"
+        for section, defaults in usual.items()
+        for key, default in defaults.items()
+        if values[section][key] != default or f"{section}.{key}" in named
+    )
 
 
 def _shape_of_init_from(model: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

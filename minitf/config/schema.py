@@ -57,8 +57,10 @@ class Config:
 class AutoModel(ModelConfig):
     """A model whose size is not known yet: fields of it are 0 (`auto`) until a `resolve_...` function sets them."""
 
+    asked: tuple[str, ...] = ()  # keys of the user's own, which no preset of a size changes
+
     def __post_init__(self) -> None:
-        ModelConfig(**asdict(self) | size_preset("mini"))  # checks the other fields
+        model_sizes(self)  # checks the other fields
 
 
 OWNERS: dict[str, type] = {
@@ -134,6 +136,7 @@ def config_of(values: dict[str, Any], model: type[ModelConfig] = ModelConfig) ->
 def written_values(config: Config) -> dict[str, Any]:
     """`config` as one writes it: sections of plain values, with `auto` for what the run decides."""
     values = asdict(config)
+    values["model"].pop("asked", None)
     for key in AUTO:
         section, name = key.split(".")
         if values[section][name] == 0:
@@ -142,19 +145,35 @@ def written_values(config: Config) -> dict[str, Any]:
 
 
 def size_preset(name: str) -> dict[str, int]:
-    """The keys of conf/model/NAME.yaml; what follows from them is left to follow."""
-    sizes: dict[str, int] = yaml.safe_load((CONF / f"model/{name}.yaml").read_text(encoding="utf-8"))
+    """The size in conf/model/NAME.yaml; what follows from it is left to follow."""
+    sizes: dict[str, int] = _preset(name)["model"]
+    sizes = {key: value for key, value in sizes.items() if key in (*MODEL_SIZE, *DERIVED_SIZE)}
     return dict.fromkeys((*MODEL_SIZE, *DERIVED_SIZE), 0) | sizes
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """All of conf/model/NAME.yaml, by section: a preset may be for the package of the model or for all."""
+    content: dict[str, Any] = yaml.safe_load((CONF / f"model/{name}.yaml").read_text(encoding="utf-8"))
+    return content if "model" in content else {"model": content}
 
 
 def model_sizes(model: ModelConfig) -> dict[str, ModelConfig]:
     """`model` in each of the sizes that `model=auto` chooses from, by the names of their presets."""
-    return {name: ModelConfig(**asdict(model) | size_preset(name)) for name in SIZES}
+    values = {f.name: getattr(model, f.name) for f in fields(ModelConfig)}
+    asked = getattr(model, "asked", ())
+    return {name: ModelConfig(**values | _unasked(name, "model", asked) | size_preset(name)) for name in SIZES}
+
+
+def _unasked(name: str, section: str, asked: Sequence[str]) -> dict[str, Any]:
+    """What the preset of a size sets in a section, without keys that were `asked` for."""
+    found = _preset(name).get(section, {})
+    return {key: value for key, value in found.items() if f"{section}.{key}" not in asked}
 
 
 def resolve_size(config: Config, size: str) -> Config:
-    """`config` with the model of `size`, the name of a preset that was chosen for the run."""
-    return replace(config, model=model_sizes(config.model)[size])
+    """`config` with the model of `size`, the name of a preset that was chosen for the run, and what goes with it."""
+    optim = _unasked(size, "optim", getattr(config.model, "asked", ()))
+    return replace(config, model=model_sizes(config.model)[size], optim=replace(config.optim, **optim))
 
 
 def resolve_shape(config: Config, shape: ModelConfig, tokenizer: TokenizerConfig) -> Config:

@@ -10,9 +10,10 @@ from helpers import train_here
 
 from minitf.config.compose import compose_config
 from minitf.config.presets import CONF
-from minitf.config.schema import AutoModel, model_sizes, resolve_shape, resolve_size
+from minitf.config.schema import AutoModel, model_sizes, resolve_shape, resolve_size, written_values
 from minitf.errors import RequestError
 from minitf.model import ModelConfig
+from minitf.optim import OptimConfig
 from minitf.tokenizer import TokenizerConfig
 
 
@@ -46,6 +47,19 @@ def test_a_model_without_a_size_is_resolved_to_one() -> None:
         assert resolved.model == compose_config([f"model={name}", "model.dropout=0.1"]).model
         assert type(resolved.model) is ModelConfig
     assert config.size_is_auto  # resolving makes a new config
+
+
+def test_a_size_brings_what_its_preset_sets_besides_but_nothing_that_was_asked_for() -> None:
+    """As the preset itself does, whose keys give way to those of the command line."""
+    nano = compose_config(["model=nano"])
+    assert nano.optim.learning_rate > OptimConfig().learning_rate
+    assert resolve_size(compose_config([]), "nano").optim == nano.optim
+    assert resolve_size(compose_config([]), "mini").optim == OptimConfig()
+    assert resolve_size(compose_config(["optim.learning_rate=0.005"]), "nano").optim.learning_rate == 0.005
+    for asked in (["optim.learning_rate=0.005", "model.tie_embeddings=false"], ["optim=adamw"], ["optim.momentum=0.9"]):
+        chosen, named = resolve_size(compose_config(asked), "nano"), compose_config(["model=nano", *asked])
+        assert (chosen.model, chosen.optim) == (named.model, named.optim)
+        assert "asked" not in written_values(compose_config(asked))["model"]
 
 
 def test_a_part_of_a_size_is_completed_from_mini() -> None:
