@@ -60,8 +60,9 @@ class CompiledBlock(Block):
         if not context.plain or not same_network:
             return super().forward(x_BTD, context, layer)
         fused = isinstance(self.self_attn, SdpaAttention)
-        mask, segments_BT = (None, context.segments_BT) if fused else (context.mask(), None)
-        return _as_in_training(_block, self, x_BTD, context.rotary_2TK, mask, segments_BT, layer, context.shared)
+        mask = None if fused else context.mask()
+        inputs = (context.rotary_2TK, mask, context.segments_BT, layer, context.shared)
+        return _as_in_training(_block, self, x_BTD, *inputs)
 
 
 class CompiledRMSNorm(RMSNorm):
