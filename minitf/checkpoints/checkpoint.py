@@ -187,9 +187,15 @@ def own_sha256(content: dict[str, Any]) -> str:
 
 
 def _point(link: Path, target: str) -> None:
+    """Make `link` lead to the checkpoint `target` next to it; a copy where the system has no links."""
     temporary = link.with_name(f".{link.name}.new")
+    if temporary.is_dir() and not temporary.is_symlink():  # left by a run that was killed while copying
+        shutil.rmtree(temporary)
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
+    try:
+        temporary.symlink_to(target)
+    except OSError:  # Windows without the privilege, some file systems
+        shutil.copytree(link.with_name(target), temporary)
     copied = link.with_name(f".{link.name}.replaced.partial")
     if link.is_dir() and not link.is_symlink():  # a copy of the run that followed its links
         os.replace(link, copied)

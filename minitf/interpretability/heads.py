@@ -109,7 +109,7 @@ def pattern_scores(
     first_xBT1 = weights_xBTS.gather(-1, start_BT[..., None].expand(*weights_xBTS.shape[:-1], 1))
     nearby_xBT = torch.stack([back(distance) for distance in range(1, NEARBY + 1)]).sum(0)
     return {
-        "entropy": mean(torch.special.entr(shares_xBTS).sum(-1) / max_entropy_BT, trained_BT),
+        "entropy": mean(-torch.xlogy(shares_xBTS, shares_xBTS).sum(-1) / max_entropy_BT, trained_BT),
         "previous_token": mean(back(1), position_BT >= 2),
         "first_token": mean(first_xBT1[..., 0], position_BT >= 2),
         "this_token": mean(back(0), position_BT >= 2),

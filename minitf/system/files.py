@@ -30,6 +30,8 @@ def cache_root(chosen: str | None = None) -> Path:
 
 def _private_directory() -> Path:
     """A directory that only this user can write to: compiled libraries are loaded from it."""
+    if not hasattr(os, "getuid"):  # Windows, where every user has temporary files of their own
+        return Path(tempfile.gettempdir())
     path = Path(tempfile.gettempdir()) / f"minitf-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
@@ -39,8 +41,14 @@ def _private_directory() -> Path:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's or directory's content is on disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until the content of a file, or of a directory where the system can, is on disk (fsync)."""
+    directory = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if directory else os.O_RDWR)
+    except PermissionError:
+        if directory:  # Windows does not open directories
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:
