@@ -6,6 +6,7 @@ import { headLook } from "./maps.js";
 import { MAX_HEADS, PATTERN_ORDER, SORTS } from "./state.js";
 
 const [ROW_NAME, COLUMN_NAME, GAP, LABEL, LARGEST, LABELLED] = [22, 18, 10, 28, 150, 74]; // pixels
+const FREE_HEIGHT = 340; // pixels where the page scrolls, and the grid is as high as its heads
 const EDGE = 2; // pixels around the grid, for the frame of a chosen head
 
 /** The name of the pattern a head is named after, or "no clear pattern". */
@@ -104,8 +105,8 @@ export function headsPanel(map, { t, tooltip, actions }) {
   let perRow = 1;
 
   /** Place the heads: layers in blocks next to each other, or in the order of a score. */
-  const place = onChange(() => {
-    const [width, height] = [(box.clientWidth || 460) - 2 * EDGE, (box.clientHeight || 420) - 2 * EDGE];
+  const place = onChange((fixed) => {
+    const [width, height] = [(box.clientWidth || 460) - 2 * EDGE, (fixed ? box.clientHeight || 420 : FREE_HEIGHT) - 2 * EDGE];
     const { blocks, cell, labelled } = arrange(map.layers, map.heads, width, height);
     const rows = Math.ceil(map.layers / blocks);
     const inOrder = state.sort === "layer";
@@ -184,7 +185,8 @@ export function headsPanel(map, { t, tooltip, actions }) {
     const off = state.live?.off ?? [];
     listOff(JSON.stringify(off), off);
     order = ordered(shown, state.sort, state.filter, importance);
-    place(JSON.stringify([order.join(" "), box.clientWidth, box.clientHeight]));
+    const { oneScreen } = context.space;
+    place(JSON.stringify([order.join(" "), box.clientWidth, oneScreen && box.clientHeight]), oneScreen);
     for (const { thumb, layer, head } of thumbs) {
       const chosen = state.heads.find(([l, h]) => l === layer && h === head);
       thumb.ariaPressed = String(Boolean(chosen));
