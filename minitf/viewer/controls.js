@@ -18,7 +18,7 @@ export function controlBar({ t, actions, source, theme, help, chooseLanguage }) 
   const icon = (text, key, onClick) => button(text, onClick, { class: "icon", title: t(key), ariaLabel: t(key) });
   const corner = make("div", { class: "corner" }, button(t("copy_link"), actions.copyLink, { class: "plain" }), icon("?", "help", help), language,
     ...(theme.toggle ? [icon("◐", "theme", () => theme.toggle())] : []));
-  const element = make("header", { class: "controls" }, make("h1", { class: source.remote ? "unseen" : "" }, source.title || t("title")), runLabel, sentenceLabel, typing, prompt.element, corner);
+  const element = make("header", { class: "controls" }, make("h1", { class: source.remote ? "unseen" : "", title: source.title }, source.title || t("title")), runLabel, sentenceLabel, typing, prompt.element, corner);
   let [run, step, other] = ["", null, "zh"];
 
   function render({ state, data, whyNotLive }) {

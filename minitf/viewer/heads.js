@@ -1,11 +1,13 @@
 /* All heads at a glance: a small map of each, with the colour of its pattern; filtered, sorted, named on demand. */
 
 import { paintBytes, paintTriangle } from "./colours.js";
-import { arrow, button, clamp, fillSelect, make, onChange, percent, range } from "./dom.js";
+import { arrow, button, clamp, fillSelect, make, onChange, range } from "./dom.js";
 import { headLook } from "./maps.js";
 import { MAX_HEADS, PATTERN_ORDER, SORTS } from "./state.js";
 
 const [ROW_NAME, COLUMN_NAME, GAP, LABEL, LARGEST, LABELLED] = [22, 18, 10, 28, 150, 74]; // pixels
+const FREE_HEIGHT = 340; // pixels where the page scrolls, and the grid is as high as its heads
+const EDGE = 2; // pixels around the grid, for the frame of a chosen head
 
 /** The name of the pattern a head is named after, or "no clear pattern". */
 export function patternName(t, label) {
@@ -103,15 +105,16 @@ export function headsPanel(map, { t, tooltip, actions }) {
   let perRow = 1;
 
   /** Place the heads: layers in blocks next to each other, or in the order of a score. */
-  const place = onChange(() => {
-    const { blocks, cell, labelled } = arrange(map.layers, map.heads, box.clientWidth || 460, box.clientHeight || 420);
+  const place = onChange((fixed) => {
+    const [width, height] = [(box.clientWidth || 460) - 2 * EDGE, (fixed ? box.clientHeight || 420 : FREE_HEIGHT) - 2 * EDGE];
+    const { blocks, cell, labelled } = arrange(map.layers, map.heads, width, height);
     const rows = Math.ceil(map.layers / blocks);
     const inOrder = state.sort === "layer";
     grid.style.setProperty("--cell", `${cell}px`);
     grid.classList.toggle("labelled", labelled);
     grid.classList.toggle("fine", map.size > cell * (globalThis.devicePixelRatio || 1));
     grid.classList.toggle("ordered", !inOrder);
-    perRow = inOrder ? map.heads : Math.max(Math.floor((box.clientWidth || 460) / cell), 1);
+    perRow = inOrder ? map.heads : Math.max(Math.floor(width / cell), 1);
     const block = `${ROW_NAME}px repeat(${map.heads}, ${cell}px)`;
     grid.style.gridTemplateColumns = inOrder ? Array(blocks).fill(block).join(` ${GAP}px `) : `repeat(${perRow}, ${cell}px)`;
     const put = (one, row, column) => { one.style.gridArea = `${row} / ${column}`; return one; };
@@ -182,7 +185,8 @@ export function headsPanel(map, { t, tooltip, actions }) {
     const off = state.live?.off ?? [];
     listOff(JSON.stringify(off), off);
     order = ordered(shown, state.sort, state.filter, importance);
-    place(JSON.stringify([order.join(" "), box.clientWidth, box.clientHeight]));
+    const { oneScreen } = context.space;
+    place(JSON.stringify([order.join(" "), box.clientWidth, oneScreen && box.clientHeight]), oneScreen);
     for (const { thumb, layer, head } of thumbs) {
       const chosen = state.heads.find(([l, h]) => l === layer && h === head);
       thumb.ariaPressed = String(Boolean(chosen));
@@ -206,5 +210,5 @@ function paintHead(canvas, map, look, palette) {
 
 /** The scores of a head as text. */
 export function scoreLines(t, map, layer, head) {
-  return Object.entries(map.scores).map(([name, values]) => `${t(name)} ${percent(values[layer][head])}`);
+  return Object.entries(map.scores).map(([name, values]) => `${t(name)} ${values[layer][head].toFixed(2)}`);
 }

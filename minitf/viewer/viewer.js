@@ -152,11 +152,12 @@ export async function mountViewer(root, source, theme) {
     const query = Math.min(point.query, map.size - 1);
     const key = point.key === null ? null : Math.min(point.key, query);
     const palette = paletteOf(theme.now());
+    const oneScreen = isOneScreen();
     return {
       t, state, data, source, map, run, second, settings, looks, query, key, palette, whyNotLive: whyNotLive(),
       words: describe(t, map, looks, query, key),
       paintKey: [map.stamp, JSON.stringify([settings, state.heads]), palette.theme].join("|"),
-      space: { width: ui.panel.clientWidth, height: isOneScreen() ? ui.panel.clientHeight - PADDING : 400 },
+      space: { width: ui.panel.clientWidth, height: oneScreen ? ui.panel.clientHeight - PADDING : 400, oneScreen },
     };
   }
   /** Whether the style sheet fits everything into the window; else the page scrolls and views have their own height. */

@@ -319,6 +319,28 @@ def test_text_has_enough_contrast(page: Any, trained_run: Path, copying_run: Pat
             assert page.evaluate(f"() => {{ {MEASURE}; return lowContrast(); }}") == [], view
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation(page: Any, trained_run: Path, copying_run: Path, scheme: str) -> None:
+    """WCAG 2.2 AA and axe-core's best practices, in every view and both languages."""
+    package = pytest.importorskip("axe_playwright_python", reason="install the extra minitf[browser]")
+    script = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    names = "({ violations }) => violations.map(({ id, nodes }) => [id, nodes[0].html])"
+    run = f"rules => axe.run({{ runOnly: rules }}).then({names})"
+    page.emulate_media(color_scheme=scheme)
+    for folder, views in ((trained_run, VIEWS), (copying_run, ("alignment",))):
+        page.goto(f"file://{folder}/attention.html")
+        page.wait_for_selector(".thumb")
+        page.evaluate(f"() => {{ {script} }}")
+        for _ in ("en", "zh"):
+            for view in views:
+                show(page, view)
+                assert page.evaluate(run, rules) == [], view
+            page.click(".language")
+        page.keyboard.press("?")
+        assert page.evaluate(run, rules) == []
+
+
 @pytest.mark.parametrize("size", [(1366, 650), (683, 325), (342, 163), (390, 800), (1920, 1080)])
 def test_nothing_is_cut_off_sideways(page: Any, trained_run: Path, size: tuple[int, int]) -> None:
     """Also at 200 % and 400 % zoom, which a browser shows as a window of half and a quarter of the pixels."""
