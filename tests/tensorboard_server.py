@@ -84,7 +84,7 @@ def server(request: pytest.FixtureRequest, logdir: Path, plugin_path: str) -> It
         yield address
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(900)
 
 
 def _has_read_all(address: str) -> bool:

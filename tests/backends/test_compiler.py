@@ -86,7 +86,7 @@ def test_a_cache_that_cannot_be_written_makes_it_unavailable(
 
 def test_an_exit_stops_the_compiler_and_leaves_no_file(cache: Path, tmp_path: Path) -> None:
     slow_compiler = tmp_path / "slow"
-    slow_compiler.write_text("#!/bin/sh\necho $$ > pid\nexec sleep 60\n")
+    slow_compiler.write_text("#!/bin/sh\necho $$ > pid\nexec sleep 3600\n")
     slow_compiler.chmod(0o755)
     program = f"""
 import time
@@ -96,7 +96,7 @@ CLibrary((Path({__file__!r}),), compiler={str(slow_compiler)!r}).compile_ahead()
 while not Path("pid").exists() or not Path("pid").read_text():
     time.sleep(0.01)
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=900)
     assert not list(cache.iterdir())
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
@@ -134,6 +134,6 @@ def begin():
 minitf.backends.cpu.build.compile_ahead = begin
 minitf.train.main(["trainer.dry_run=oops"])
 """
-    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ended.stdout == "begun\n"
     assert "trainer.dry_run" in ended.stderr

@@ -110,7 +110,7 @@ def test_a_checkpoint_can_be_pushed_and_fetched_again(trained_run: Path, tmp_pat
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*",
         }  # fmt: skip
         command = [sys.executable, "-c", PUSH, str(checkpoint)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         pushed = hub.repositories["me/tiny"]
         assert set(pushed) - {".gitattributes"} == {
@@ -121,7 +121,7 @@ def test_a_checkpoint_can_be_pushed_and_fetched_again(trained_run: Path, tmp_pat
         assert pushed["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.repositories["me/other"])
         command = [sys.executable, "-c", CONTINUE, str(checkpoint), "me/tiny", "me/other"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         written = done.stdout.split("\0")[:-1]
         assert len(written) == 3

@@ -98,7 +98,7 @@ for what in ("all", "config", "defaults", "defaults-tree", "plugins", "searchpat
     assert main(["--info", what, "model=nano"]) == 0
 assert main(["--info"]) == 0
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     for expected in (str(CONF), "BasicSweeper", "num_layers: 2", "model: nano"):
         assert expected in done.stdout
@@ -134,7 +134,7 @@ def test_an_installed_minitf_takes_presets_of_the_users_own(installed: Path, pre
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "minitf.train", *arguments], cwd=presets.parent, capture_output=True, text=True,
-            timeout=100, env={**os.environ, "PYTHONPATH": str(installed)},
+            timeout=900, env={**os.environ, "PYTHONPATH": str(installed)},
         )  # fmt: skip
 
     done = run("experiment=mine", "--config-dir", "my", "--cfg", "job")

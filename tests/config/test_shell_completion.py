@@ -78,5 +78,5 @@ def test_bash_completes(line: str, replies: str) -> None:
     words = f'COMP_LINE="{line}" COMP_POINT=${{#COMP_LINE}} COMP_WORDBREAKS=$" \\t\\n=:"'
     before = "theirs() { COMPREPLY=(theirs); }; complete -F theirs python"
     code = f'{before}; eval "$({sys.executable} -m minitf.completion bash)"; {words}; _minitf; echo ${{COMPREPLY[@]}}'
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=900)
     assert done.stdout.split() == [replies], done.stderr

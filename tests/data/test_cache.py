@@ -136,7 +136,7 @@ sys.exit(run_command(lambda: tokenized_text.prepare(data, TokenizerConfig(vocab_
 def test_a_killed_preparation_is_resumed(tmp_path: Path, kind: signal.Signals) -> None:
     settings = text_data(tmp_path)["rows"]
     command = [sys.executable, "-c", KILLED, str(int(kind)), *settings["files"], str(tmp_path / "b")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == (130 if kind == signal.SIGINT else -kind)
     if kind == signal.SIGINT:
         assert done.stderr.splitlines()[-1].startswith("minitf: interrupted; 0.0 MB of text (")

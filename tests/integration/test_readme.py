@@ -132,7 +132,7 @@ def in_a_shell(command: str, place: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", command], cwd=place, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stderr}"
 

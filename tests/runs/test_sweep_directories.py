@@ -15,7 +15,7 @@ from minitf.checkpoints.locate import find_checkpoint
 @pytest.mark.slow
 def test_sweep_of_two_values_is_two_runs(workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "minitf.train", "-m", *tiny, "name=sweep", "optim.learning_rate=1e-3,2e-3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     runs = sorted(path.parent for path in workdir.glob("runs/sweep/*/*/metrics.jsonl"))
     assert len(runs) == 2

@@ -78,11 +78,10 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(workdir: Path, tiny: list[str])
     with subprocess.Popen(
         [*command, "trainer.eval_every=100000", "optim.schedule=constant"], stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (Path("run/metrics.jsonl").exists() and len(rows("run")) > 3):
+        while process.poll() is None and not (Path("run/metrics.jsonl").exists() and len(rows("run")) > 3):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=900)[1]
     assert process.returncode == 0
     assert "resume with: python -m minitf.train resume=run" in err
     step = load_checkpoint("run").step
@@ -94,21 +93,30 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(workdir: Path, tiny: list[str])
 
 
 @pytest.mark.slow
-def test_timed_run_repeats_all_steps_that_it_had_logged_before_it_was_killed(workdir: Path, tiny: list[str]) -> None:
+def test_timed_run_repeats_all_steps_that_it_had_logged_before_it_was_killed(
+    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the clock said then and says now: its plans were saved before they took effect."""
-    limits = ["trainer.max_steps=null", "trainer.max_minutes=0.1", "trainer.save_every=40", "trainer.eval_every=0"]
+    limits = ["trainer.max_steps=null", "trainer.max_minutes=1", "trainer.save_every=10", "trainer.eval_every=0"]
     command = [sys.executable, "-m", "minitf.train", *tiny, *limits, "model.dropout=0.1", "run_dir=run"]
+
+    def plans() -> list[list[int]]:
+        return json.loads(Path("run/decisions.json").read_text())["plans"]  # type: ignore[no-any-return]
+
     with subprocess.Popen([*command, "optim.schedule=cosine"], stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (Path("run/metrics.jsonl").exists() and len(rows("run")) > 130):
+        while process.poll() is None:
+            if Path("run/metrics.jsonl").exists() and len(rows("run")) > 25 and len(plans()) > 3:
+                break
             time.sleep(0.02)
         process.kill()
     logged = {row["step"]: (row["loss"], row["lr"]) for row in rows("run", "train")}
-    decided = json.loads(Path("run/decisions.json").read_text())["plans"]
-    assert len(logged) > 120
+    decided = plans()
+    assert len(decided) > 3
+    interrupt_at(monkeypatch, max(logged) + 1)
     assert train_here("resume=run") == 0
     again = {row["step"]: (row["loss"], row["lr"]) for row in rows("run", "train")}
     assert {step: again[step] for step in logged} == logged
-    assert json.loads(Path("run/decisions.json").read_text())["plans"][: len(decided)] == decided
+    assert plans()[: len(decided)] == decided
 
 
 def test_complete_run_is_resumed_only_with_a_later_end(

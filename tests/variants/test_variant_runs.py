@@ -223,7 +223,7 @@ def test_two_processes_train_as_one(variant: str, workdir: Path, tiny: list[str]
     for strategy in ("ddp", "fsdp"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
         arguments = [*settings, f"trainer.strategy={strategy}", f"run_dir={strategy}"]
-        done = subprocess.run([*command, "minitf.train", *arguments], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, "minitf.train", *arguments], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-2000:]
         for (step, split, loss), (also, same, expected) in zip(losses(strategy), losses("one"), strict=True):
             assert (step, split) == (also, same)

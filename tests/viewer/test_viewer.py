@@ -81,7 +81,7 @@ def run_node(code: str, tmp_path: Path) -> Any:
     for name in MODULES:
         shutil.copy(FOLDER / name, tmp_path / name)
     (tmp_path / "main.js").write_text(code, encoding="utf-8")
-    done = subprocess.run([NODE, "main.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([NODE, "main.js"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -224,5 +224,5 @@ def test_the_state_and_the_layout(tmp_path: Path, maps: AttentionMaps) -> None:
     for file in [*(FOLDER / name for name in MODULES), Path(__file__).parent / "viewer.test.js"]:
         shutil.copy(file, tmp_path / file.name)
     (tmp_path / "map.json").write_text(json.dumps(maps.to_viewer()))
-    done = subprocess.run([NODE, "--test", "viewer.test.js"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([NODE, "--test", "viewer.test.js"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
