@@ -86,7 +86,7 @@ class Tokenizer:
         self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)  # never decoded to text
         # All of them control but the unknown token, which text that the vocabulary lacks becomes.
         unknown = {tokens.get(getattr(backend.model, "unk_token", None) or "")}
-        unknown |= set(backend.encode("\U0010ffff", add_special_tokens=False).ids)
+        unknown |= set(_ids_of_unknown(backend))
         self._control = {id_: added[id_].content for id_ in self._special_ids - unknown}
         self._byte_ids = frozenset(id_ for token, id_ in tokens.items() if BYTE_FALLBACK.fullmatch(token))
         own = self.target_id is not None or template.removeprefix(START_OF_CHAT) == JOINED_MESSAGES
@@ -104,7 +104,10 @@ class Tokenizer:
         """The ids of each text, in parallel. Raises RequestError for a character that cannot be encoded."""
         for text in texts:
             self._check(text)
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library's only class: a Unigram model without an unknown token
+            raise RequestError(f"this tokenizer cannot encode the text: {error}") from None
         rows = [encoding.ids for encoding in encodings]
         if self.is_exact:
             return rows
@@ -274,6 +277,14 @@ class Tokenizer:
             return token
         text = bytes(_BYTE_OF_CHAR[char] for char in token).decode("utf-8", "surrogateescape")
         return "".join(f"⟨{ord(char) - 0xDC00:02x}⟩" if "\udc80" <= char <= "\udcff" else char for char in text)
+
+
+def _ids_of_unknown(backend: tokenizers.Tokenizer) -> list[int]:
+    """The ids of a character that no vocabulary has; none if it cannot be encoded."""
+    try:
+        return list(backend.encode("\U0010ffff", add_special_tokens=False).ids)
+    except Exception:  # the library's only class: a Unigram model without an unknown token
+        return []
 
 
 class TextStream:
