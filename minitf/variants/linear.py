@@ -17,7 +17,7 @@ BLOCK = 64  # positions whose pairs are computed at once
 
 
 class LinearAttention(Attention):
-    """*match*, *weigh*: weights = phi(q) phi(k)^T / sum(phi(q) phi(k)^T), phi(x) = elu(x) + 1; training makes no map"""
+    """match, weigh: weights = phi(q) phi(k)^T / sum(phi(q) phi(k)^T), phi(x) = elu(x) + 1; training makes no map"""
 
     def rotate(self, x_BHTK: Tensor, rotary_2TK: Tensor) -> Tensor:
         return x_BHTK
