@@ -86,7 +86,8 @@ class Tokenizer:
         self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)  # never decoded to text
         # All of them control but the unknown token, which text that the vocabulary lacks becomes.
         unknown = {tokens.get(getattr(backend.model, "unk_token", None) or "")}
-        unknown |= set(backend.encode("\U0010ffff", add_special_tokens=False).ids)
+        with contextlib.suppress(Exception):  # a Unigram without an unknown token refuses such text
+            unknown |= set(backend.encode("\U0010ffff", add_special_tokens=False).ids)
         self._control = {id_: added[id_].content for id_ in self._special_ids - unknown}
         self._byte_ids = frozenset(id_ for token, id_ in tokens.items() if BYTE_FALLBACK.fullmatch(token))
         own = self.target_id is not None or template.removeprefix(START_OF_CHAT) == JOINED_MESSAGES
