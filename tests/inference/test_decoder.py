@@ -55,7 +55,6 @@ SHAPES = [
 ]
 
 
-@needs_compiler
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("shape", "batch_size"), list(itertools.product(SHAPES, (1, 2, 5, 9))))
 @torch.no_grad()
@@ -270,6 +269,7 @@ def test_a_variant_of_attention_is_decoded_by_the_model() -> None:
         choose_engine(model, "native")
 
 
+@needs_compiler
 def test_an_engine_that_cannot_decode_states_why() -> None:
     model = random_model()
     with pytest.raises(RequestError, match="--engine quick must be one of auto, native, graph, torch"):
