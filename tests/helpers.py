@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -15,6 +16,9 @@ from minitf.errors import run_command
 from minitf.interpretability.attention_maps import AttentionMaps
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
+
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
 
 class NotApplicable(pytest.skip.Exception):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, not_applicable
+from helpers import SHAPE, needs_compiler, not_applicable
 
 from minitf.backends import Backend, Reference, custom_module, substitute
 from minitf.backends.agreement import Case, differences, disagreement
@@ -60,6 +60,7 @@ def test_the_reference_is_compared_with_itself_to_the_last_bit() -> None:
     assert all(difference.error == 0 for difference in found)
 
 
+@needs_compiler
 def test_the_verdict_leaves_no_trace() -> None:
     state, num_threads = torch.get_rng_state(), torch.get_num_threads()
     list(differences(Sdpa(), case_of()))

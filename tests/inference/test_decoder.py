@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import recorded_weights
+from helpers import needs_compiler, recorded_weights
 from torch import Tensor
 
 from minitf.attention import Attention, AttentionRecord
@@ -20,7 +20,8 @@ from minitf.model import ModelConfig, Transformer
 
 CONTEXT = 24
 VOCABULARY = 37
-ENGINES = [CpuEngine, GraphEngine, TorchEngine]  # without a CUDA device the graph engine runs its step uncaptured
+NATIVE = pytest.param(CpuEngine, marks=needs_compiler)
+ENGINES = [NATIVE, GraphEngine, TorchEngine]  # without a CUDA device the graph engine runs its step uncaptured
 
 
 def random_model(**shape: int | bool | float) -> Transformer:
@@ -133,6 +134,7 @@ def test_captured_weights_are_those_of_the_model(engine: type[TorchEngine]) -> N
         assert_close(decoded[layer].weights_BHTS, expected[layer][:, :, 8:])
 
 
+@needs_compiler
 @torch.no_grad()
 def test_long_texts_are_prefilled_by_the_model_and_decoded_in_c() -> None:
     model = random_model(context_length=MAX_PREFILL + 20)
@@ -141,6 +143,7 @@ def test_long_texts_are_prefilled_by_the_model_and_decoded_in_c() -> None:
     assert_close(found, model(ids_1T)[:, MAX_PREFILL:])
 
 
+@needs_compiler
 @torch.no_grad()
 def test_extreme_scores_stay_finite() -> None:
     model = random_model(qk_norm=False)
@@ -152,6 +155,7 @@ def test_extreme_scores_stay_finite() -> None:
     assert_close(found, model(ids_BT)[:, 6:], 1e-3)
 
 
+@needs_compiler
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_any_number_of_threads_gives_the_same_bits(batch_size: int) -> None:
     model, found = random_model(hidden_size=40, num_kv_heads=1, intermediate_size=72), []
@@ -242,6 +246,7 @@ def test_a_failing_compiler_is_a_fallback_to_pytorch(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@needs_compiler
 @pytest.mark.usefixtures("uncached_library")
 def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINITF_CACHE", str(tmp_path))
@@ -264,6 +269,7 @@ def test_a_variant_of_attention_is_decoded_by_the_model() -> None:
         choose_engine(model, "native")
 
 
+@needs_compiler
 def test_an_engine_that_cannot_decode_states_why() -> None:
     model = random_model()
     with pytest.raises(RequestError, match="--engine quick must be one of auto, native, graph, torch"):

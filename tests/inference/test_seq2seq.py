@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import train_here
+from helpers import needs_compiler, train_here
 
 import minitf
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -36,7 +36,7 @@ def greedy_alone(model: Transformer, prompt: list[int], end_id: int) -> list[int
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("engine", [pytest.param("native", marks=needs_compiler), "torch"])
 @pytest.mark.parametrize("attention", ["explicit", "sdpa"])
 def test_a_batch_of_unequal_lengths_answers_as_each_alone(
     make_model: Make, engine: str, attention: str, monkeypatch: pytest.MonkeyPatch
@@ -78,6 +78,7 @@ def test_a_wide_beam_finds_the_best_answer(make_model: Make) -> None:
             assert ids == [id_ for id_ in best if id_ != end_id]
 
 
+@needs_compiler
 def test_a_beam_is_no_worse_than_greedy(make_model: Make) -> None:
     def log_p(model: Transformer, prompt: list[int], ids: list[int]) -> float:
         with torch.no_grad():

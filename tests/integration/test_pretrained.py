@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_text, randomise, train_here
+from helpers import make_text, needs_compiler, randomise, train_here
 from hub_stand_in import HubStandIn
 
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
@@ -90,6 +90,7 @@ def test_logits_equal_those_of_transformers(tokenizer: Tokenizer, tmp_path: Path
     assert asdict(load_checkpoint(again).model.config) == asdict(ours.config)
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", ["SmolLM2", "Llama-3.2", "Qwen3 with yarn"])
 def test_every_engine_generates_what_transformers_generates(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
     theirs = build(name, tokenizer.vocab_size)
