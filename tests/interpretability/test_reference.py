@@ -274,6 +274,7 @@ def test_evaluate_measures_a_run_on_its_own_exercise(
     assert "bits per byte" in text
 
 
+@pytest.mark.slow
 def test_a_model_of_another_text_is_at_chance(
     workdir: Path, tiny: list[str], trained_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

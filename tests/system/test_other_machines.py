@@ -40,6 +40,7 @@ def test_a_run_elsewhere_is_the_same_bit_for_bit_and_resumes(workdir: Path, tiny
     assert answer.startswith("The cat")
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_model_trains_as_written(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

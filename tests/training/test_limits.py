@@ -48,7 +48,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Simulate:
     return simulate
 
 
-@pytest.mark.parametrize("max_steps", ["null", "1000000"])
+@pytest.mark.parametrize("max_steps", ["null", pytest.param("1000000", marks=pytest.mark.slow)])
 def test_run_ends_at_its_time_limit(workdir: Path, tiny: list[str], simulate: Simulate, max_steps: str) -> None:
     simulate(lambda step: STEP_S)
     assert train_here(*tiny, *BY_TIME, f"trainer.max_steps={max_steps}", "run_dir=run") == 0
@@ -59,7 +59,7 @@ def test_run_ends_at_its_time_limit(workdir: Path, tiny: list[str], simulate: Si
     assert len(rows("run", "val")) == 8
 
 
-@pytest.mark.parametrize("measured", [0.1, 5])
+@pytest.mark.parametrize("measured", [0.1, pytest.param(5, marks=pytest.mark.slow)])
 def test_time_that_the_warm_up_measures_decides_nothing(
     workdir: Path, tiny: list[str], simulate: Simulate, measured: float
 ) -> None:
@@ -72,7 +72,7 @@ def test_time_that_the_warm_up_measures_decides_nothing(
     assert sum(rate > 0.99 * max(rates) for rate in rates) / len(rates) == pytest.approx(0.6, abs=0.05)
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("schedule", ["wsd", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_resumed_run_repeats_all_plans_whatever_the_speed_is_then(
     workdir: Path, tiny: list[str], simulate: Simulate, schedule: str
 ) -> None:
@@ -115,6 +115,7 @@ def test_plan_is_saved_before_it_takes_effect(
     assert followed[-1] > 50
 
 
+@pytest.mark.slow
 def test_share_of_the_decay_is_reported_where_time_won(
     workdir: Path, tiny: list[str], simulate: Simulate, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,7 @@ def test_time_left_is_that_of_the_limit(
         assert left_s == pytest.approx(3 - train_s[step], abs=1), line
 
 
+@pytest.mark.slow
 def test_old_timed_run_is_resumed_to_its_time_limit(workdir: Path, tiny: list[str], simulate: Simulate) -> None:
     """Versions before 2026-12 corrected the number of steps once, and kept it in choices.json."""
     simulate(lambda step: STEP_S)
