@@ -11,7 +11,6 @@ has never seen, for the heads that do it:
 The heads are chosen on one half of the sentences, by what their knockout costs, and judged on the other half.
 """
 
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,11 @@ SCORES = ("exact", "right", "weight", "pick", "knockout", "control", "swap", "tr
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over `n` sentences, and the mean that a guess comes to."""
+    """A mean over `n` sentences, and the mean that a guess comes to.
+
+    Sentences with the same two nouns are no independent observations: the standard error is that of a mean over
+    clusters, the pairs of nouns (Liang & Zeger, 1986).
+    """
 
     value: float
     chance: float
@@ -46,10 +49,12 @@ class Score:
     standard_error: float
 
     @classmethod
-    def of(cls, values_N: Tensor, chance: float) -> "Score":
-        """The mean of values in [0, 1], one a sentence."""
+    def of(cls, values_N: Tensor, chance: float, pairs_N: Tensor) -> "Score":
+        """The mean of values in [0, 1], one a sentence; `pairs_N` are the numbers of their pairs of nouns."""
         values_N = values_N.double()
-        error = float(values_N.std(correction=0)) / math.sqrt(max(len(values_N), 1))
+        residuals_N = values_N - values_N.mean()
+        sums_P = torch.zeros(int(pairs_N.max()) + 1, dtype=torch.double).index_add(0, pairs_N, residuals_N)
+        error = float(sums_P.square().sum().sqrt()) / len(values_N)
         return cls(float(values_N.mean()), chance, len(values_N), error)
 
     def to_json(self) -> dict[str, float]:
@@ -168,14 +173,15 @@ def measure(model: "Transformer", cases: TokenizedCases) -> ReferenceScores:
     one_N, other_N = one_LHN[layers, numbers].mean(0), other_LHN[layers, numbers].mean(0)
     visible_N = (cases.said.query_N + 1)[judged_N]
     scores = {
-        "exact": Score.of(exact_N, 1 / looks.logits_NV.shape[1]),
-        "right": Score.of(right_N, cases.guess),
-        "weight": Score.of(one_N, float((judging.referent_NT.sum(-1) / visible_N).mean())),
-        "pick": Score.of(one_N > other_N, 0.5),
+        "exact": Score.of(exact_N, 1 / looks.logits_NV.shape[1], cases.pairs_N),
+        "right": Score.of(right_N, cases.guess, cases.pairs_N),
+        "weight": Score.of(one_N, float((judging.referent_NT.sum(-1) / visible_N).mean()), judging.pairs_N),
+        "pick": Score.of(one_N > other_N, 0.5, judging.pairs_N),
     } | scores
+    members = {group: torch.tensor([name == group for name in cases.groups]) for group in dict.fromkeys(cases.groups)}
     groups = {
-        group: Score.of(exact_N[torch.tensor([name == group for name in cases.groups])], scores["exact"].chance)
-        for group in dict.fromkeys(cases.groups)
+        group: Score.of(exact_N[in_group_N], scores["exact"].chance, cases.pairs_N[in_group_N])
+        for group, in_group_N in members.items()
     }
     weight_LH, pick_LH = one_LHN.mean(-1), (one_LHN > other_LHN).float().mean(-1)
     return ReferenceScores(scores, groups, heads, int(choosing_part(cases).sum()), weight_LH, pick_LH)
@@ -244,7 +250,7 @@ def _causal_scores(model: "Transformer", cases: TokenizedCases, heads: Sequence[
     for name, edit in edits.items():
         logits_NV = read(model, cases.said, combined([edit]))
         wanted_N = cases.twin.answer_N if name == "transplant" else cases.said.answer_N
-        scores[name] = Score.of(logits_NV.argmax(-1) == wanted_N, cases.guess)
+        scores[name] = Score.of(logits_NV.argmax(-1) == wanted_N, cases.guess, cases.pairs_N)
     return scores
 
 

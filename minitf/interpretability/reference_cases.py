@@ -45,6 +45,7 @@ class TokenizedCases:
     other_NT: Tensor
     candidates_NC: Tensor
     choosing_N: Tensor
+    pairs_N: Tensor  # the number of each case's pair of nouns
     groups: list[str]
 
     def __len__(self) -> int:
@@ -85,8 +86,15 @@ def tokenized(cases: Sequence[Case], tokenizer: Tokenizer, context_length: int) 
         other_NT=torch.stack([other for _, other in places]),
         candidates_NC=torch.tensor([[first[word] for word in case.candidates] for case in cases]),
         choosing_N=torch.tensor([case.choosing for case in cases]),
+        pairs_N=_numbered([frozenset((case.referent, case.other)) for case in cases]),
         groups=[case.group for case in cases],
     )
+
+
+def _numbered(keys: Sequence[object]) -> Tensor:
+    """A number for each key, the same for equal keys."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([numbers[key] for key in keys])
 
 
 def places_of(case: Case, tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
