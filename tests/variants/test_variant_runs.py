@@ -216,7 +216,7 @@ def test_a_dry_run_measures_it(
 
 
 @pytest.mark.machines
-@every_variant
+@pytest.mark.parametrize("variant", ["value_residual", "differential"])  # shared values; parameters of its own
 def test_two_processes_train_as_one(variant: str, workdir: Path, tiny: list[str]) -> None:
     settings = [*tiny, "trainer.max_steps=4", f"model.variant={variant}"]
     assert train_here(*settings, "run_dir=one") == 0
