@@ -204,7 +204,7 @@ class _Looks:
 
 
 def choose_heads(model: "Transformer", cases: TokenizedCases, looks: "_Looks") -> list[Head]:
-    """The heads whose knockout costs most, one after the other, until what is left is close to a guess.
+    """Greedy selection: add the head whose knockout lowers accuracy most, until accuracy is close to a guess.
 
     At least one: the head with the most weight on the noun that is meant.
     """

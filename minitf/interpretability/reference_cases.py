@@ -34,7 +34,7 @@ class Sentences:
 class TokenizedCases:
     """N cases. `referent_NT` and `other_NT` are true at the tokens of the noun that is meant, and of the other.
 
-    `candidates_NC` are the first tokens of the words from which the answer is told. `twin` and `control` are the
+    `candidates_NC` are the first tokens of all possible answers. `twin` and `control` are the
     sentences of the same name in `Case`.
     """
 

@@ -56,7 +56,8 @@ def introduction(trainer: Trainer, setup: Mapping[str, str]) -> list[str]:
     """What the run is going to do."""
     context, model, state = trainer.context, trainer.context.model, trainer.state
     c = model.config
-    shape = f"{c.num_layers} layers of {c.hidden_size}, {c.num_heads} heads, context {c.context_length}"
+    layers = "1 layer" if c.num_layers == 1 else f"{c.num_layers} layers"
+    shape = f"{layers} of {c.hidden_size}, {c.num_heads} heads, context {c.context_length}"
     num_tokens = state.num_steps * context.tokens_per_step
     lines = [
         line("pairs" if context.task.data.kind == "pairs" else "text", context.task.description),

@@ -48,7 +48,7 @@ class Speed:
         return window_s / num_steps if num_steps > 0 else 0.0
 
     def forget(self, before_s: float) -> None:
-        """Drop what is not needed for windows that begin at `before_s` or later."""
+        """Discard readings older than `before_s`, except the newest of them, which `_step_at` interpolates from."""
         while len(self.readings) > 2 and self.readings[1][0] <= before_s:
             self.readings.popleft()
 

@@ -45,7 +45,7 @@ class Case:
     said: Version
     referent: str  # the noun that is meant
     other: str
-    candidates: tuple[str, ...]  # the words the answer is told from, the answer among them
+    candidates: tuple[str, ...]  # all possible answers, including the correct one
     twin: Version  # the same with another referent of its class, whose answer differs
     control: Version  # the same with another `other` of its class, whose answer does not differ
     choosing: bool  # heads are chosen on these cases, and judged on the others

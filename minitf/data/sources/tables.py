@@ -32,7 +32,7 @@ Rows = Iterator[tuple[str, Row | BadRowError]]  # where each is ("line 3", "row 
 
 @dataclass
 class LeftOut:
-    """What is not used: a bad row is an error, or with `skip` counted; everything else is counted."""
+    """Counts the rows, columns and files that are skipped; a malformed row is an error unless `skip` is set."""
 
     skip_bad_rows: bool = False
     files: Counter[str] = field(default_factory=Counter)  # by kind, for example "hidden"
