@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from minitf.config.overrides import check_overrides, escape_interpolation, explain
 from minitf.config.presets import AUTO, CONF, DERIVED_SIZE, GROUPS, MODEL_SIZE
 from minitf.data.config import DataConfig
+from minitf.edits import Relation
 from minitf.errors import MinitfError, RequestError
 from minitf.interpretability.attention_maps import AttentionConfig
 from minitf.model import ModelConfig
@@ -46,6 +47,8 @@ class Config:
     def __post_init__(self) -> None:
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise RequestError(f"seed={self.seed} must fit into 64 bits")
+        for relation in (*(self.attention.watch or ()), *self.data.watch):
+            Relation.parse(relation)  # refused here, before anything is prepared or written
 
     @property
     def size_is_auto(self) -> bool:

@@ -363,3 +363,11 @@ def test_a_model_that_answers_reads_a_pair(make_model: Callable[..., Transformer
     assert reader.predict(case.text, top_k=1)[0][0] == tokenizer.pieces([best])[0]
     look = edits.block("the", f"{case.referent}:1")
     assert reader.predict(case.text, [look]) != reader.predict(case.text)
+
+
+def test_a_malformed_relation_is_refused_before_a_run_is_made(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(*tiny, 'attention.watch=["no relation"]', f"run_dir={tmp_path / 'run'}") == 2
+    assert "'no relation' is no relation" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
