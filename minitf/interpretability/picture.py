@@ -13,23 +13,27 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minitf.interpretability.alignment import Alignment
 from minitf.interpretability.attention_maps import AttentionMaps
-from minitf.interpretability.heads import HeadScores, describe_head
+from minitf.interpretability.heads import RESTING_PATTERNS, Head, HeadScores, describe_head, head_pattern
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-MAX_SIDE, MAX_UNLABELLED_SIDE = 2400, 1500  # pixels; larger pictures slow TensorBoard down and fit no screen
-MAX_CELL, MIN_LABELLED_CELL = 20, 8  # pixels per token; below the minimum, token labels are unreadable
-MIN_PANEL = 112  # pixels; fits the widest label of a head
+MAX_SIDE = 2400  # pixels; larger pictures slow TensorBoard down and fit no screen
+MAX_WIDTH, MIN_WIDTH = 960, 720  # pixels of the picture of heads; TensorBoard shows it about 480 wide
+MAX_TOKENS_OF_FOUR = 16  # in a text of which four heads are shown; of a longer text one
+MAX_CELL, MIN_LABELLED_CELL = 28, 12  # pixels per token; below the minimum, token labels are unreadable
+TYPE = 20  # pixels
+MIN_PANEL = 330  # pixels; fits the widest label of a head
 GAP, MARGIN = 14, 16
-MAX_LABEL = 84  # pixels of a token label
+MAX_LABEL = 110  # pixels of a token label
 MAX_ALIGNED_WORDS = 90  # per side
 
 BACKGROUND, INK, ACCENT = (252, 252, 253), (28, 26, 36), (160, 32, 111)  # as TensorBoard's own page: light
@@ -44,41 +48,69 @@ FIRST_INK, FIRST_ACCENT, NUM_INKS = 128, 192, 64
 
 
 def attention_picture(maps: AttentionMaps, scores: HeadScores | None = None) -> bytes:
-    """A PNG of the weights of all heads, labelled by `scores` (default: those of `maps`).
+    """A PNG of the most telling heads, labelled by `scores` (default: those of `maps`).
+
+    TensorBoard shrinks a picture to about half its size, so that only large type stays readable: four heads of a text
+    of up to 16 tokens, one head of a longer text. The Attention tab shows all.
 
     The colour of a cell shows the square root of the weight, so that a head that spreads its attention is not just
     pale; the colour bar is labelled with weights. Texts too long to draw at one pixel per token show the largest weight
     of a block.
     """
     scores = maps.scores if scores is None else scores
-    blocks_LHTS, cell = _blocks(maps)
-    num_layers, num_heads, size, _ = blocks_LHTS.shape
+    num_columns = 2 if len(maps.tokens) <= MAX_TOKENS_OF_FOUR and maps.weights_LHTS[:, :, 0, 0].numel() > 1 else 1
+    heads = telling_heads(maps.weights_LHTS, scores)[: num_columns**2]
+    blocks, cell = _blocks(maps.weights_LHTS, heads, num_columns)
+    side = blocks[0].shape[0] * cell
     labelled = cell >= MIN_LABELLED_CELL
-    tokens = [_token_patch(token, min(cell + 1, 12)) for token in maps.tokens] if labelled else []
-    token_width = _widest(tokens)
+    tokens = [_token_patch(token, min(cell - 2, TYPE)) for token in maps.tokens] if labelled else []
 
-    left, top = MARGIN + 58 + token_width + 6, MARGIN + 78
-    pitch_x, pitch_y = max(size * cell, MIN_PANEL) + GAP, size * cell + (24 if scores else 0) + GAP
-    bottom = top + num_layers * pitch_y
-    canvas = np.zeros((bottom + token_width + MARGIN, max(left + num_heads * pitch_x - GAP + MARGIN, 640)), np.uint8)
-    note = "rows: the reading word (query); columns: the words it looks at (key)"
-    bar_left = _draw_colour_bar(canvas)
-    _draw_title(canvas, maps.step, " ".join(maps.text.split()), note, bar_left - 2 * MARGIN - 48)
-    for layer in range(num_layers):
-        y = top + layer * pitch_y + (20 if scores else 0)
-        _paste(canvas, _text_patch(f"layer {layer}", 13), MARGIN, y + size * cell // 2 - 8)
-        _draw_row_labels(canvas, tokens, left - 6, y, cell)
-        for head in range(num_heads):
-            x = left + head * pitch_x
-            canvas[y : y + size * cell, x : x + size * cell] = blocks_LHTS[layer, head].repeat(cell, 0).repeat(cell, 1)
-            if scores:
-                _paste(canvas, _text_patch(describe_head(scores, layer, head), 12, first_ink=FIRST_ACCENT), x, y - 18)
-    for head in range(num_heads):
-        x = left + head * pitch_x
-        _paste(canvas, _text_patch(f"head {head}", 13), x, top - 22)
-        for column, upright in enumerate(map(np.rot90, tokens)):
-            _paste(canvas, upright, x + column * cell + (cell - upright.shape[1]) // 2, bottom - GAP + 5)
+    left, top = MARGIN + _widest(tokens) + 8, MARGIN + 96
+    pitch_x, pitch_y = max(side, MIN_PANEL) + GAP, 30 + side + GAP
+    num_rows = -(-len(heads) // num_columns)
+    bottom = top + num_rows * pitch_y
+    width = max(left + num_columns * pitch_x - GAP + MARGIN, MIN_WIDTH)
+    canvas = np.zeros((bottom + _widest(tokens) + MARGIN, width), np.uint8)
+    _draw_title(canvas, maps.step, " ".join(maps.text.split()), _note(maps, len(heads)), TYPE)
+    _draw_colour_bar(canvas, MARGIN + 60)
+    for number, (layer, head) in enumerate(heads):
+        x, y = left + number % num_columns * pitch_x, top + 30 + number // num_columns * pitch_y
+        label = f"layer {layer}, head {head}"
+        if scores and (pattern := describe_head(scores, layer, head)):
+            label += f": {pattern}"
+        _paste(canvas, _text_patch(label, TYPE, pitch_x, FIRST_ACCENT), x, y - 26)
+        canvas[y : y + side, x : x + side] = blocks[number].repeat(cell, 0).repeat(cell, 1)
+        if number % num_columns == 0:
+            _draw_row_labels(canvas, tokens, left - 6, y, cell)
+        if number // num_columns == num_rows - 1:
+            for column, upright in enumerate(map(np.rot90, tokens)):
+                _paste(canvas, upright, x + column * cell + (cell - upright.shape[1]) // 2, y + side + 5)
     return _png(canvas)
+
+
+def telling_heads(weights_LHTS: Tensor, scores: HeadScores | None) -> list[Head]:
+    """All heads, the most telling first: the best of each pattern, resting patterns last; then the others.
+
+    Heads without a name, and all heads without scores, are in the order of the mean of their queries' largest weights.
+    """
+    num_layers, num_heads, size, _ = weights_LHTS.shape
+    sharpness_LH = weights_LHTS.nan_to_num().amax(-1)[..., size // 2 :].mean(-1)
+    every = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
+    every.sort(key=lambda head: -float(sharpness_LH[head]))
+    named: dict[str, tuple[bool, float, Head]] = {}
+    for head in every if scores else ():
+        name, value = head_pattern(scores or {}, *head) or ("broad", 0.0)
+        if name != "broad" and value > named.get(name, (True, 0.0))[1]:
+            named[name] = name not in RESTING_PATTERNS, value, head
+    first = [head for _, _, head in sorted(named.values(), reverse=True)]
+    return first + [head for head in every if head not in first]
+
+
+def _note(maps: AttentionMaps, shown: int) -> str:
+    """How to read the picture, and how many of the heads it has."""
+    total = maps.weights_LHTS.shape[0] * maps.weights_LHTS.shape[1]
+    rows = "row: the word that reads, column: the word it looks at"
+    return rows if shown == total else f"{rows}; {shown} of {total} heads"
 
 
 def heads_picture(importance_LH: Tensor, scores: HeadScores, step: int | None) -> bytes:
@@ -130,32 +162,27 @@ def alignment_picture(alignment: Alignment, step: int | None) -> bytes:
     return _png(canvas)
 
 
-def _blocks(maps: AttentionMaps) -> tuple[Pixels, int]:
-    """Palette indices of the weights, (L, H, blocks, blocks), background above the diagonal, and pixels per block."""
-    weights_LHTS = maps.weights_LHTS.nan_to_num().clamp(0, 1)  # a variant of attention may have negative ones
-    num_layers, num_heads, num_tokens, _ = weights_LHTS.shape
-    side = _panel_side(num_layers, num_heads, MAX_SIDE)
-    if side // num_tokens < MIN_LABELLED_CELL:
-        side = _panel_side(num_layers, num_heads, MAX_UNLABELLED_SIDE)
-    weights_LHTS = F.max_pool2d(weights_LHTS, -(-num_tokens // side), ceil_mode=True)
-    size = weights_LHTS.shape[-1]
-    blocks = (weights_LHTS.sqrt() * (NUM_WEIGHTS - 1) + FIRST_WEIGHT + 0.5).numpy().astype(np.uint8)
+def _blocks(weights_LHTS: Tensor, heads: Sequence[Head], num_columns: int) -> tuple[list[Pixels], int]:
+    """Palette indices of each head's weights, (blocks, blocks), background above the diagonal; pixels per block."""
+    num_tokens = weights_LHTS.shape[-1]
+    side = (MAX_WIDTH - 2 * MARGIN - MAX_LABEL) // num_columns - GAP
+    # A variant of attention may have negative weights.
+    chosen_HTS = torch.stack([weights_LHTS[head] for head in heads]).float().nan_to_num().clamp(0, 1)
+    chosen_HTS = F.max_pool2d(chosen_HTS[None], -(-num_tokens // side), ceil_mode=True)[0]
+    size = chosen_HTS.shape[-1]
+    blocks = (chosen_HTS.sqrt() * (NUM_WEIGHTS - 1) + FIRST_WEIGHT + 0.5).numpy().astype(np.uint8)
     blocks[..., ~np.tri(size, dtype=bool)] = BACKGROUND_INDEX
-    return blocks, min(max(side // size, 1), MAX_CELL)
-
-
-def _panel_side(num_layers: int, num_heads: int, max_side: int) -> int:
-    return max(min((max_side - 180) // num_heads - GAP, (max_side - 180) // num_layers - GAP - 24), 1)
+    return list(blocks), min(max(side // size, 1), MAX_CELL)
 
 
 def _widest(patches: Sequence[Pixels]) -> int:
     return max((patch.shape[1] for patch in patches), default=0)
 
 
-def _draw_title(canvas: Pixels, step: int | None, title: str, note: str, max_width: int = MAX_SIDE) -> None:
+def _draw_title(canvas: Pixels, step: int | None, title: str, note: str, size: int = 16) -> None:
     prefix = "" if step is None else f"step {step}     "
-    _paste(canvas, _text_patch(prefix + title, 16, max_width), MARGIN, MARGIN - 4)
-    _paste(canvas, _text_patch(note, 12), MARGIN, MARGIN + 20)
+    _paste(canvas, _text_patch(prefix + title, size, canvas.shape[1] - 2 * MARGIN), MARGIN, MARGIN - 6)
+    _paste(canvas, _text_patch(note, size - 3), MARGIN, MARGIN + size + 2)
 
 
 def _draw_row_labels(canvas: Pixels, labels: Sequence[Pixels], right: int, top: int, cell: int) -> None:
@@ -163,16 +190,14 @@ def _draw_row_labels(canvas: Pixels, labels: Sequence[Pixels], right: int, top: 
         _paste(canvas, patch, right - patch.shape[1], top + row * cell + (cell - patch.shape[0]) // 2)
 
 
-def _draw_colour_bar(canvas: Pixels) -> int:
-    """Returns its left edge."""
-    left: int = canvas.shape[1] - MARGIN - 200
-    ramp = FIRST_WEIGHT + np.linspace(0, NUM_WEIGHTS - 1, 190).astype(np.uint8)
-    canvas[MARGIN : MARGIN + 10, left : left + 190] = ramp
+def _draw_colour_bar(canvas: Pixels, top: int) -> None:
+    left, width = MARGIN + 66, 260
+    ramp = FIRST_WEIGHT + np.linspace(0, NUM_WEIGHTS - 1, width).astype(np.uint8)
+    canvas[top : top + 14, left : left + width] = ramp
+    _paste(canvas, _text_patch("weight", 16), MARGIN, top - 4)
     for weight in (0, 0.05, 0.25, 0.5, 1):
-        label = _text_patch(f"{weight:g}", 10)
-        _paste(canvas, label, left + round(weight**0.5 * 189) - label.shape[1] // 2, MARGIN + 13)
-    _paste(canvas, _text_patch("weight", 10), left - 42, MARGIN - 2)
-    return left
+        label = _text_patch(f"{weight:g}", 15)
+        _paste(canvas, label, left + round(weight**0.5 * (width - 1)) - label.shape[1] // 2, top + 15)
 
 
 def _paste(canvas: Pixels, patch: Pixels, x: int, y: int) -> None:

@@ -31,7 +31,7 @@ class TrainingConsole:
         if not self.console.is_terminal:
             return
         columns = TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[numbers]}")
-        self.progress = Progress(*columns, console=self.console)
+        self.progress = Progress(*columns, console=self.console, transient=True)  # the summary has the last numbers
         self.progress.add_task(f"step {step:,}/{num_steps:,}", total=None, numbers="")
         self.progress.start()
 

@@ -22,17 +22,16 @@ def line(label: str, text: str) -> str:
 
 
 def advice_on_size(model: Transformer, num_tokens: int) -> str | None:
-    """A hint for a model that would see fewer tokens than it has parameters, or None.
+    """A hint for a model larger than nano that would see fewer tokens than it has parameters, or None.
 
     On a processor that trains 7,000 tokens a second, three minutes took `mini` (0.5 tokens per parameter) to 1.242
     bits per byte and `nano` (2.9) to 1.197; four times as fast, `mini` (1.9) came to 1.103.
     """
-    if num_tokens >= model.num_parameters():
-        return None
     c = model.config
-    smaller = "a smaller model" + (" (model=nano)" if c.num_layers * c.hidden_size**2 > 2 * 128**2 else "")
+    if num_tokens >= model.num_parameters() or c.num_layers * c.hidden_size**2 <= 2 * 128**2:
+        return None
     return (
-        f"{num_tokens:,} tokens in this time for {model.num_parameters():,} parameters: {smaller} "
+        f"{num_tokens:,} tokens in this time for {model.num_parameters():,} parameters: a smaller model (model=nano) "
         "learns more in it, this one with a larger trainer.max_minutes"
     )
 
@@ -75,10 +74,12 @@ def introduction(trainer: Trainer, setup: Mapping[str, str]) -> list[str]:
     steps = f"{state.num_steps:,} steps of {context.tokens_per_step:,} tokens, {epochs:.1f} times the text"
     limit = trainer.config.max_minutes
     lines.append(line("training", steps if limit is None else f"{clock(60 * limit)}: about {steps}, as speed allows"))
-    ends_by_time = trainer.config.max_steps is None
-    if state.step == 0 and not context.origin and ends_by_time and (advice := advice_on_size(model, num_tokens)):
+    # A size that the machine chose needs no advice.
+    advisable = trainer.config.max_steps is None and "size" not in setup and state.step == 0 and not context.origin
+    if advisable and (advice := advice_on_size(model, num_tokens)):
         lines.append(line("note", advice))
-    lines.append(line("run", f"{context.run_dir}   watch it: tensorboard --logdir {_logdir(context.run_dir)}"))
+    shown = "loss" if trainer.config.attention_every < 0 else "loss and attention"
+    lines.append(line("run", f"{context.run_dir}   {shown}: tensorboard --logdir {_logdir(context.run_dir)}"))
     if changes := trainer.decisions.changes(context.decisions):
         lines.append(line("resumed", f"with {', '.join(changes)}: same text and order, other rounding"))
     return lines

@@ -62,7 +62,9 @@ def hyperparameter_summaries(settings: Mapping[str, Any], metrics: Sequence[str]
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    experiment, start, end = hparams(dict(settings), dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
+    # TensorBoard shows every number with four decimals: a whole number goes as text.
+    shown = {key: str(value) if type(value) is int else value for key, value in settings.items()}
+    experiment, start, end = hparams(shown, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
     plugin_data = experiment.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(plugin_data.content)
     for metric in data.experiment.metric_infos:

@@ -10,7 +10,7 @@ from helpers import maps_of
 from PIL import Image
 
 from minitf.interpretability.heads import pattern_scores
-from minitf.interpretability.picture import MAX_CELL, MAX_SIDE, RAMP, attention_picture
+from minitf.interpretability.picture import MAX_CELL, MAX_SIDE, MIN_PANEL, RAMP, attention_picture, telling_heads
 
 BRIGHTEST = RAMP[-1]
 
@@ -22,17 +22,27 @@ def pixels(png: bytes) -> np.ndarray:
 def test_the_brightest_cells_are_where_the_weights_are_one() -> None:
     maps = maps_of(["one", "two", "three", "four", "five", "six"], num_layers=1, num_heads=2)
     weights = torch.full((1, 2, 6, 6), 0.01).tril()
-    weights[0, 0, 4, 2] = weights[0, 1, 5, 0] = 1.0
+    weights[0, 0, 3:, 2] = weights[0, 1, 5, 0] = 1.0  # head 0 is the sharper one, so it is drawn first
     image = pixels(attention_picture(replace(maps, weights_LHTS=weights)))
     bright = (image == BRIGHTEST).all(-1)
-    bright[:70] = False  # the colour bar
+    bright[:110] = False  # the colour bar
     rows, columns = bright.nonzero()
-    assert bright.sum() == 2 * MAX_CELL**2
-    left, right = columns < columns.max() - MAX_CELL, columns >= columns.max() - MAX_CELL + 1
-    # In its panel, head 0 has the cell one row above and two columns to the right of that of head 1.
-    assert rows[right].min() - rows[left].min() == MAX_CELL
-    panel_distance = max(6 * MAX_CELL, 112) + 14
-    assert columns[left].min() - (columns[right].min() - panel_distance) == 2 * MAX_CELL
+    assert bright.sum() == 4 * MAX_CELL**2
+    panel_distance = max(6 * MAX_CELL, MIN_PANEL) + 14
+    right = columns >= columns.min() + panel_distance - 2 * MAX_CELL
+    assert rows[right].min() - rows[~right].min() == 2 * MAX_CELL
+    assert columns[~right].min() - (columns[right].min() - panel_distance) == 2 * MAX_CELL
+
+
+def test_the_most_telling_heads_are_drawn() -> None:
+    weights = torch.ones(2, 3, 12, 12).tril()
+    weights[1, 2] = torch.cat([torch.eye(12)[:1], torch.eye(12)[:-1]])  # looks at the token before
+    weights[0, 1] = torch.eye(12)  # at its own
+    weights = weights / weights.sum(-1, keepdim=True)
+    scores = pattern_scores(weights[:, :, None])
+    order = telling_heads(weights, scores)
+    assert order[:2] == [(1, 2), (0, 1)]
+    assert sorted(order) == [(layer, head) for layer in range(2) for head in range(3)]
 
 
 def test_cells_have_the_colour_of_their_weight() -> None:
@@ -40,7 +50,7 @@ def test_cells_have_the_colour_of_their_weight() -> None:
     steps = torch.linspace(0, 1, len(RAMP)) ** 2  # weights whose square roots are the nodes of the ramp
     weights = torch.zeros(1, 1, 4, 4)
     weights[0, 0, 3] = steps[[1, 3, 5, 7]]
-    image = pixels(attention_picture(replace(maps, weights_LHTS=weights)))[70:]
+    image = pixels(attention_picture(replace(maps, weights_LHTS=weights)))[110:]
     corner = np.argwhere((image == BRIGHTEST).all(-1)).min(0)
     found = [image[corner[0] + 5, corner[1] + 5 + (column - 3) * MAX_CELL] for column in range(4)]
     np.testing.assert_allclose(found, [RAMP[i] for i in (1, 3, 5, 7)], atol=3)
@@ -81,6 +91,8 @@ def test_nan_weights_still_make_a_picture() -> None:
         assert attention_picture(replace(maps, weights_LHTS=torch.full_like(maps.weights_LHTS, float("nan"))))
 
 
-def test_pictures_fit_any_number_of_heads() -> None:
-    png = attention_picture(maps_of(["a", "b", "c"], num_layers=2, num_heads=64))
-    assert Image.open(io.BytesIO(png)).size[1] < 400
+def test_pictures_stay_readable_with_any_number_of_heads_and_tokens() -> None:
+    """TensorBoard shows a picture about 480 pixels wide."""
+    for tokens in (["a", "b", "c"], ["word"] * 16, ["word"] * 40):
+        png = attention_picture(maps_of(tokens, num_layers=2, num_heads=64))
+        assert Image.open(io.BytesIO(png)).size[0] <= 1000

@@ -82,13 +82,15 @@ def test_model_too_large_for_its_time_is_warned_of(
     tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [word for word in tiny if not word.startswith("trainer.max_steps")]
-    for minutes, asked in (("1e-6", "a smaller model learns more in it"), ("1000", "")):
-        assert train_here(*settings, f"trainer.max_minutes={minutes}", "trainer.dry_run=true") == 0
+    larger = [*settings, "model.num_layers=3", "model.hidden_size=128"]
+    for minutes, asked in (("1e-6", "a smaller model (model=nano) learns more in it"), ("1000", "")):
+        assert train_here(*larger, f"trainer.max_minutes={minutes}", "trainer.dry_run=true") == 0
         found = [line for line in capsys.readouterr().out.splitlines() if "in this time for" in line]
         assert len(found) == bool(asked)
         assert all(line.startswith("warning") and asked in line for line in found)
-    assert train_here(*settings, "trainer.max_minutes=1e-6") == 0
+    assert train_here(*larger, "trainer.max_minutes=1e-6") == 0
     assert "note       128 tokens in this time for" in capsys.readouterr().err
+    assert train_here(*settings, "trainer.max_minutes=1e-6") == 0  # no preset is smaller than this model
     assert train_here(*tiny) == 0  # a number of steps was asked for
     assert "in this time for" not in capsys.readouterr().err
 
