@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -160,18 +161,31 @@ def _sampling(args: argparse.Namespace, temperature: float) -> Sampling:
 def _interact(
     checkpoint: Checkpoint, options: Options, answer_options: AnswerOptions, args: argparse.Namespace
 ) -> None:
-    """Reply to each line of standard input."""
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        data = sys.stdin.buffer.readline()
-        if not data:
-            return
+    """Reply to each line of standard input but empty ones."""
+    if sys.stdin.isatty():
+        print("A line is a prompt. Ctrl-D ends, the arrow keys edit and bring earlier lines back.", file=sys.stderr)
+        with suppress(ImportError):  # not on Windows, whose terminal edits lines itself
+            import readline  # noqa: F401  `input` edits lines once it is imported
+    while (data := _next_line()) is not None:
         try:
             line = decoded_argument(data)
-            if line.strip() or not checkpoint.answers:
+            if line.strip():
                 _reply(checkpoint, line, options, answer_options, args)
         except RequestError as error:  # such as a character the tokenizer cannot encode: the next line may do
             print(f"minitf: {error}", file=sys.stderr)
+
+
+def _next_line() -> bytes | None:
+    """A line that was typed or piped; None at the end."""
+    if sys.stdin.isatty():
+        try:
+            return input("> ").encode(errors="surrogateescape")
+        except EOFError:
+            return None
+        except UnicodeDecodeError as error:
+            return error.object
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.buffer.readline() or None
 
 
 def _reply(

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -404,6 +405,43 @@ def test_interactive_replies_to_every_line(
     out = capsys.readouterr().out
     assert out.startswith("The cat")
     assert "\nA dog, a bird" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="hardware: pseudo-terminals")
+def test_interactive_edits_lines_and_brings_earlier_ones_back(trained_run: Path) -> None:
+    """Up recalls the first prompt, the end of it is deleted and typed anew; an empty line is no prompt; Ctrl-D ends."""
+    import pty
+
+    keys = [b"The cat\n", b"\n", b"\x1b[A" + 3 * b"\x7f" + b"dog\n", b"\x04"]
+    ours, theirs = pty.openpty()
+    arguments = ["--run", str(trained_run), "--max-tokens", "3", "--interactive", "--temperature", "0"]
+    command = [sys.executable, "-m", "minitf.generate", *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, close_fds=True) as process:
+        os.close(theirs)
+        shown = b""
+        for key in keys:
+            shown += _read(ours, until=b"> ")
+            os.write(ours, key)
+        rest = _read(ours)
+        os.close(ours)
+        assert process.wait() == 0
+    assert b"Ctrl-D" in shown
+    replies = [line for line in (shown + rest).decode().splitlines() if line.startswith("The ")]
+    assert [reply[:7] for reply in replies] == ["The cat", "The dog"]
+
+
+def _read(terminal: int, until: bytes | None = None) -> bytes:
+    """What a program writes until it ends, or until it has written `until`."""
+    found = b""
+    while until is None or until not in found:
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:  # Linux: the program has ended
+            break
+        if not data:
+            break
+        found += data
+    return found
 
 
 @pytest.mark.parametrize(
