@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from minitf.backends import Backend, Reference
 from minitf.backends.compile import Compile
@@ -38,7 +39,7 @@ class Selection:
 def backends(model: Transformer) -> dict[str, Backend]:
     """All backends for the device of `model`, by name."""
     found: list[Backend] = [Reference(), Sdpa(), Compile(), CpuKernels()]
-    if model.device.type == "cuda":  # elsewhere Triton need not even be importable
+    if model.device.type == "cuda" and find_spec("triton"):  # there is none for Windows
         from minitf.backends.cuda.triton_kernels import TritonKernels
 
         found.append(TritonKernels())

@@ -20,6 +20,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # bfloat16 must be clearly faster to be worth its rounding; processors without bf16 units run it slower than float32.
 BF16_MIN_SPEEDUP = 1.3
+BURST_S = 3.0  # until precisions that were about as fast are compared again
 
 Result = TypeVar("Result")
 
@@ -82,6 +83,9 @@ def choose_hardware(device_name: str, precision: str, group: ProcessGroup = SING
         dtype = PRECISIONS[precision]
         return Hardware(device, dtype, measure_matmul(device, dtype), "as set", threads_set)
     speeds = _compare_precisions(device)
+    if speeds.is_thin:
+        time.sleep(BURST_S)  # other work that decided a close comparison may be over
+        speeds = speeds.with_shorter(_compare_precisions(device))
     dtype = torch.bfloat16 if group.broadcast(speeds.other_wins) else torch.float32
     where = "a core" if device.type == "cpu" else "the device"
     reason = (

@@ -62,8 +62,8 @@ def hyperparameter_summaries(settings: Mapping[str, Any], metrics: Sequence[str]
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    # TensorBoard shows every number with four decimals: a whole number goes as text.
-    shown = {key: str(value) if type(value) is int else value for key, value in settings.items()}
+    # TensorBoard shows every number with four decimals, also true as 1.0000: whole numbers and flags go as text.
+    shown = {key: str(value).lower() if isinstance(value, int) else value for key, value in settings.items()}
     experiment, start, end = hparams(shown, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
     plugin_data = experiment.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(plugin_data.content)

@@ -135,9 +135,10 @@ class TunedStep(TrainingStep):
         return candidate_name if found.other_wins else base_name
 
     def follow(self, backend: str, num_threads: int) -> None:
-        """Compute by the backend of this name, if it is not empty, with this number of threads, from now on."""
-        if backend:
-            autotune.backends(self.model)[backend].install(self.model, self.optimizer)
+        """Compute by this backend, if the machine has it, with this number of threads from now on."""
+        known = autotune.backends(self.model)
+        if backend in known:
+            known[backend].install(self.model, self.optimizer)
         torch.set_num_threads(num_threads)
 
     def _can_capture(self) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import SHAPE, needs_compiler, not_applicable
 
-from minitf.backends import Backend, Reference, custom_module, substitute
+from minitf.backends import Backend, Reference, autotune, custom_module, substitute
 from minitf.backends.agreement import Case, differences, disagreement
 from minitf.backends.autotune import select
 from minitf.backends.compile import Compile
@@ -253,3 +253,11 @@ def test_nothing_is_tried_where_nothing_is_wanted() -> None:
     selection = clock.select("false")
     assert (selection.backend, clock.tried) == ("reference", ["reference"])
     assert clock.select("reference").backend == "reference"
+
+
+def test_cuda_without_triton_has_the_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch for Windows computes on CUDA, but has no Triton."""
+    model = Transformer(ModelConfig(**SHAPE), 300)
+    monkeypatch.setattr(Transformer, "device", property(lambda _: torch.device("cuda")))
+    monkeypatch.setattr(autotune, "find_spec", lambda name: None)
+    assert set(autotune.backends(model)) == {"reference", "sdpa", "compile", "cpu"}

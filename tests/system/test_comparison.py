@@ -70,11 +70,25 @@ def test_precision_is_chosen_as_on_a_quiet_machine_and_says_its_margin(
         return by_dtype[dtype] / (5 if next(count) in busy else 1)
 
     monkeypatch.setattr(hardware, "measure_matmul", measure)
+    monkeypatch.setattr(hardware, "BURST_S", 0.0)
     found = choose_hardware("cpu", "auto", SINGLE)
     assert found.dtype == hardware.PRECISIONS[chosen]
     assert re.search(
         r"a core does \S+ GFLOP/s in bf16 and \S+ in fp32: \S+ times, and bf16 pays from 1.3$", found.reason
     )
+
+
+def test_thin_margin_between_precisions_is_measured_again_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work slows bf16, and only bf16, down until somebody waits."""
+    waited: list[float] = []
+
+    def measure(device: torch.device, dtype: torch.dtype) -> float:
+        return 60e9 if dtype == torch.float32 else 200e9 if waited else 70e9
+
+    monkeypatch.setattr(hardware, "measure_matmul", measure)
+    monkeypatch.setattr(hardware.time, "sleep", waited.append)
+    assert choose_hardware("cpu", "auto", SINGLE).dtype == torch.bfloat16
+    assert waited == [hardware.BURST_S]
 
 
 def test_share_of_the_peak_never_exceeds_one_and_the_peak_is_the_largest_seen() -> None:

@@ -28,7 +28,7 @@ from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
 from minitf.tensorboard.loader import Loader
 from minitf.tensorboard.plugin import AttentionPlugin, _other_series, _series_of_heads
-from minitf.tensorboard.summary import sentence_tag
+from minitf.tensorboard.summary import hyperparameter_summaries, sentence_tag
 
 TEXT = "The cat sat on the mat."
 
@@ -422,3 +422,14 @@ assert plugin.get_plugin_apps() and "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_whole_numbers_have_no_decimals_in_the_hparams_tab() -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    settings = {"model.num_layers": 4, "optim.learning_rate": 0.5, "optim.kind": "muon", "model.qk_norm": True}
+    _, start, _ = hyperparameter_summaries(settings, ["loss"], "held_out")
+    found = HParamsPluginData.FromString(start.value[0].metadata.plugin_data.content).session_start_info.hparams
+    assert found["model.num_layers"].string_value == "4"
+    assert found["optim.learning_rate"].number_value == 0.5
+    assert found["model.qk_norm"].string_value == "true"
