@@ -35,7 +35,7 @@ class Reporter:
         """The training loop has ended."""
 
     def train_row(self, row: Mapping[str, Any], num_steps: int, left_s: float) -> None:
-        """Training numbers: the columns of metrics.jsonl in the README; `left_s` seconds of training are left."""
+        """Training numbers: columns of metrics.jsonl (configuration.md); `left_s`: seconds of training left."""
 
     def val_row(self, row: Mapping[str, Any]) -> None:
         """Held-out numbers of one evaluation."""

@@ -57,10 +57,9 @@ def commands(text: str) -> list[str]:
     return list(found)
 
 
-TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-PAGES = [page.read_text(encoding="utf-8") for page in sorted((ROOT / ".github").glob("*.md"))]
-COMMANDS = list(dict.fromkeys(command for text in (TEXT, *PAGES) for command in commands(text)))
-EXAMPLES = list(dict.fromkeys(example for text in (TEXT, *PAGES) for example in blocks(text, "python")))
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, *sorted((ROOT / ".github").glob("*.md")))}
+COMMANDS = list(dict.fromkeys(command for text in PAGES.values() for command in commands(text)))
+EXAMPLES = list(dict.fromkeys(example for text in PAGES.values() for example in blocks(text, "python")))
 RUNNABLE = [command for command in COMMANDS if OURS.search(command)]
 
 
@@ -164,9 +163,8 @@ def train(arguments: list[str], tiny: list[str], place: Path) -> None:
 
 
 def test_the_readme_has_the_main_commands() -> None:
-    assert TEXT, "README.md is missing"
     for command in ("minitf.train", "scripts/generate.py", "tensorboard --logdir runs", "pip install"):
-        assert command in "\n".join(COMMANDS)
+        assert command in "\n".join(commands(PAGES["README.md"]))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -201,7 +199,7 @@ def test_every_python_example_runs(number: int, place: Path) -> None:
 
 
 def test_the_concept_pages_follow_the_model_of_pronouns_in_the_same_numbers() -> None:
-    english, chinese = (page for page in PAGES if "three-steps" in page)
+    english, chinese = PAGES["three-steps.md"], PAGES["three-steps.zh.md"]
     assert commands(english) == [command for command in commands(chinese) if "data.language=zh" not in command]
     assert blocks(english, "python") == blocks(chinese, "python")
     for page in (english, chinese):
@@ -211,12 +209,13 @@ def test_the_concept_pages_follow_the_model_of_pronouns_in_the_same_numbers() ->
         assert "experiment=pronouns model.num_layers=2 model.num_heads=4" in page
 
 
-def test_settings_named_in_the_readme_exist() -> None:
+def test_settings_named_in_the_pages_exist() -> None:
     from minitf.config.presets import SECTIONS, all_keys
 
     sections = "|".join(section for section in SECTIONS if section)
-    named = set(re.findall(rf"`((?:{sections})\.(?!json\b|html\b|py\b)[a-z_]+)", TEXT))
-    assert named <= set(all_keys()), f"the README names settings that do not exist: {named - set(all_keys())}"
+    names = re.compile(rf"`((?:{sections})\.(?!json\b|html\b|py\b)[a-z_]+)")
+    named = {name for text in PAGES.values() for name in names.findall(text)}
+    assert named <= set(all_keys()), f"a page names settings that do not exist: {named - set(all_keys())}"
 
 
 def test_commands_are_extracted_from_markdown() -> None:
