@@ -95,11 +95,13 @@ def place(workdir: Path, pairs_run: Path, text_run: Path) -> Path:
 
 
 def adapt(text: str, place: Path) -> str:
-    """The command with the tiny run in place of the README's, and with the text files it names created."""
-    text = PLACEHOLDER.sub(lambda found: found[0] if found[0] == "runs" else "runs/tiny/one", text)
-    text = text.replace("init_from=runs/reader", "init_from=runs/tiny/one")
-    if ANSWERS.search(text):
-        text += " --run runs/tiny/pairs"
+    """The command with a tiny run in place of the documented one, and with the text files it names created."""
+    run = "runs/tiny/pairs" if ANSWERS.search(text) else "runs/tiny/one"
+    adapted = PLACEHOLDER.sub(lambda found: found[0] if found[0] == "runs" else run, text)
+    adapted = adapted.replace("init_from=runs/reader", "init_from=runs/tiny/one")
+    if adapted == text and OURS.search(text) and ANSWERS.search(text):
+        adapted += f" --run {run}"
+    text = adapted
     for name in re.findall(r"[\w./-]+\.(?:txt|md)\b", text):
         if not (place / name).exists() and not name.startswith(("/", "..")):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
