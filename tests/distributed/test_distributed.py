@@ -126,6 +126,24 @@ def test_several_processes_train_like_one(workdir: Path, small: list[str], strat
 
 
 @pytest.mark.machines
+def test_several_processes_measure_references_like_one(workdir: Path) -> None:
+    settings = ["experiment=pronouns", "trainer.max_steps=2", "trainer.precision=fp32", "trainer.compile=false"]
+    settings.append("attention.watch=['The cat followed the queen. It purred. | It>cat']")
+    assert train_here(*settings, "run_dir=one") == 0
+    done = torchrun(2, *settings, "run_dir=several", "trainer.strategy=fsdp")
+    assert done.returncode == 0, done.stderr
+    found, expected = (
+        [row for row in rows(run) if row["split"] in ("reference", "watch")] for run in ("several", "one")
+    )
+    assert [row["split"] for row in expected] == ["reference", "watch"] * 3  # at steps 0, 1 and 2
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            assert one[key] == (pytest.approx(value, abs=0.01) if isinstance(value, float) else value), key
+
+
+@pytest.mark.machines
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compilation_and_activation_checkpointing_give_the_same_losses(
