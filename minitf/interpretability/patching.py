@@ -9,11 +9,12 @@ place carries, as a share: 1 is all of it, 0 nothing.
     breaks     the clean text with the changed text's result: is the place needed?
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitf.attention import AttentionRecord, Edits
@@ -22,6 +23,8 @@ from minitf.errors import RequestError
 from minitf.interpretability.heads import evaluating
 from minitf.interpretability.interventions import Reader
 from minitf.interpretability.residual import logits_of, one_token, residual_of
+from minitf.model import Transformer
+from minitf.tokenizer import Tokenizer
 
 SMALLEST_DIFFERENCE = 1e-3  # of the two logit differences: below it nothing can be shared out
 
@@ -81,40 +84,128 @@ def _rounded(values: Tensor, decimals: int) -> Tensor:
     return values.double().round(decimals=decimals) + 0.0
 
 
-@torch.no_grad()
 def patch(
     reader: Reader, clean: str, changed: str, answer: str | None = None, changed_answer: str | None = None
 ) -> Patching:
-    """Patch every place in both directions; 2 L (1 + H) forward passes of T texts.
+    """Patch every place in both directions; 2 L (1 + H) forward passes of at most T texts.
 
     The answers are tokens, by default the likeliest next tokens of the two texts. Raises RequestError if the texts have
     different numbers of tokens, or if the model tells them apart by nothing.
     """
-    model, ids = reader.model, (reader.ids(clean), reader.ids(changed))
-    if ids[0].shape != ids[1].shape:
-        raise RequestError(
-            f"the texts have {ids[0].shape[1]} and {ids[1].shape[1]} tokens: patching needs as many in both"
+    answers = [None if word is None else one_token(reader, word) for word in (answer, changed_answer)]
+    pair = TextPair.of(reader.model, reader.tokenizer, reader.ids(clean), reader.ids(changed), answers)
+    layers = range(reader.model.config.num_layers)
+    shares = [torch.stack(rows) for rows in zip(*(pair.layer(layer) for layer in layers), strict=True)]
+    heads = [torch.stack(rows) for rows in zip(*(pair.heads(layer) for layer in layers), strict=True)]
+    return Patching(*pair.tokens, *pair.answers, pair.difference, shares[0], shares[1], heads[0], heads[1])
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A clean and a changed text of T tokens each, of which places can be patched layer by layer.
+
+    `check` is called before each forward pass; what it raises ends the work.
+    """
+
+    model: Transformer
+    ids: tuple[Tensor, Tensor]  # ids_1T of the clean text, and of the changed one
+    sides: "tuple[_Side, _Side]"
+    tokens: tuple[list[str], list[str]]
+    wanted: tuple[int, int]  # the ids of the two answers
+    answers: tuple[str, str]
+    check: Callable[[], None]
+
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        clean_1T: Tensor,
+        changed_1T: Tensor,
+        answers: Sequence[int | None] = (None, None),
+        check: Callable[[], None] = lambda: None,
+        contrast: bool = False,
+    ) -> "TextPair":
+        """The answers are ids, by default the likeliest next tokens.
+
+        If those are the same, they are the two tokens whose probability differs most, with `contrast`. Raises
+        RequestError for texts that cannot be compared.
+        """
+        ids = (clean_1T, changed_1T)
+        if clean_1T.shape != changed_1T.shape:
+            lengths = f"{clean_1T.shape[1]} and {changed_1T.shape[1]} tokens"
+            raise RequestError(f"the texts have {lengths}: patching needs as many in both")
+        if torch.equal(*ids):
+            raise RequestError("both texts are the same: change one word")
+        sides = (_Side.of(model, clean_1T), _Side.of(model, changed_1T))
+        one, other = (
+            int(side.logits_V.argmax()) if id_ is None else id_ for id_, side in zip(answers, sides, strict=True)
         )
-    if torch.equal(*ids):
-        raise RequestError("both texts are the same: change one word")
-    sides = [_Side.of(reader, text) for text in (clean, changed)]
-    named = zip((answer, changed_answer), sides, strict=True)
-    wanted = [one_token(reader, word) if word else side.likeliest for word, side in named]
-    if wanted[0] == wanted[1]:
-        label = reader.tokenizer.pieces(wanted[:1])[0]
-        raise RequestError(f"the model continues both texts with {label!r}: name two answers (--answers A B)")
-    differences = [float(side.logits_V[wanted[0]] - side.logits_V[wanted[1]]) for side in sides]
-    whole = differences[0] - differences[1]
-    if abs(whole) < SMALLEST_DIFFERENCE:
-        raise RequestError("the model's answers do not differ between the texts: there is nothing to share out")
-    run = _Run(reader, wanted)
-    with evaluating(model), model.computing_in(torch.float32):
-        restored = run.shares(ids[1], sides[0], differences[1], whole)
-        broken = run.shares(ids[0], sides[1], differences[0], -whole)
-    names = [reader.tokenizer.pieces(one[0].tolist()) for one in ids]
-    labels = reader.tokenizer.pieces(wanted)
-    shares = (restored[0], broken[0], restored[1], broken[1])
-    return Patching(names[0], names[1], labels[0], labels[1], whole, *shares)
+        if one == other and contrast:
+            gain_V = sides[0].logits_V.softmax(-1) - sides[1].logits_V.softmax(-1)
+            one, other = int(gain_V.argmax()), int(gain_V.argmin())
+        labels = tokenizer.pieces([one, other])
+        if one == other:
+            raise RequestError(f"the model continues both texts with {labels[0]!r}: name two answers (--answers A B)")
+        tokens = tokenizer.pieces(clean_1T[0].tolist()), tokenizer.pieces(changed_1T[0].tolist())
+        pair = cls(model, ids, sides, tokens, (one, other), (labels[0], labels[1]), check)
+        if abs(pair.difference) < SMALLEST_DIFFERENCE:
+            raise RequestError("the model's answers do not differ between the texts: there is nothing to share out")
+        return pair
+
+    @property
+    def starts(self) -> tuple[float, float]:
+        """The logit difference of the clean text, and of the changed one."""
+        one, other = (float(side.logits_V[self.wanted[0]] - side.logits_V[self.wanted[1]]) for side in self.sides)
+        return one, other
+
+    @property
+    def difference(self) -> float:
+        return self.starts[0] - self.starts[1]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The shares that the residual stream before `layer` restores and breaks, each of shape (T,)."""
+
+        def patched(ids_1T: Tensor, source: _Side, here_RT: Tensor) -> Tensor:
+            block: nn.Module = self.model.model.layers[layer]  # type: ignore[index, assignment]
+            handle = block.register_forward_pre_hook(_putting(source.streams_LTD[layer].to(ids_1T.device), here_RT))
+            try:
+                return self._differences(ids_1T, here_RT, lambda _, __, result: result)
+            finally:
+                handle.remove()
+
+        return self._shares(patched)
+
+    def heads(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The same for what each head of `layer` gathered, each of shape (H, T)."""
+
+        def patched(ids_1T: Tensor, source: _Side, here_RT: Tensor) -> Tensor:
+            # Row r replaces the result at its position by the source's result there.
+            mixed_LRHK = source.mixed_LHTK.transpose(1, 2)[:, here_RT.nonzero()[:, 1].cpu()]
+            edits = [replace_gathered(here_RT, mixed_LRHK, [(layer, head)]) for head in range(mixed_LRHK.shape[2])]
+            return torch.stack([self._differences(ids_1T, here_RT, combined([edit])) for edit in edits])
+
+        return self._shares(patched)
+
+    @torch.no_grad()
+    def _shares(self, patched: Callable[[Tensor, "_Side", Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """`patched(ids_1T, source, here_RT)` is the logit differences, of shape (..., R), of R patched positions."""
+        T = self.ids[0].shape[1]
+        # Up to the first token that differs both texts are the same, and a patch changes nothing.
+        first = int((self.ids[0] != self.ids[1])[0].nonzero()[0])
+        here_RT = torch.eye(T, dtype=torch.bool, device=self.ids[0].device)[first:]
+        with evaluating(self.model), self.model.computing_in(torch.float32):
+            restored = patched(self.ids[1], self.sides[0], here_RT) - self.starts[1]
+            broken = patched(self.ids[0], self.sides[1], here_RT) - self.starts[0]
+        return F.pad(restored / self.difference, (first, 0)), F.pad(-broken / self.difference, (first, 0))
+
+    def _differences(self, ids_1T: Tensor, here_RT: Tensor, edits: Edits) -> Tensor:
+        """The logit difference at the end of R copies of a text."""
+        self.check()
+        record: list[AttentionRecord] = []
+        x_BTD = self.model.hidden(ids_1T.expand(len(here_RT), -1), record=record, edits=edits)
+        logits_BV = self.model.logits(x_BTD[:, -1])
+        return (logits_BV[:, self.wanted[0]] - logits_BV[:, self.wanted[1]]).cpu()
 
 
 @dataclass(frozen=True)
@@ -125,57 +216,18 @@ class _Side:
     mixed_LHTK: Tensor
     logits_V: Tensor
 
-    @property
-    def likeliest(self) -> int:
-        return int(self.logits_V.argmax())
-
     @classmethod
-    def of(cls, reader: Reader, text: str) -> "_Side":
-        residual = residual_of(reader, text)
+    def of(cls, model: Transformer, ids_1T: Tensor) -> "_Side":
+        residual = residual_of(model, ids_1T)
         mixed_LHTK = torch.stack([layer.mixed_BHTK[0].float() for layer in residual.record])
-        logits_V = logits_of(reader.model, residual.streams[-1][-1:])[0]
+        logits_V = logits_of(model, residual.streams[-1][-1:])[0]
         return cls(torch.stack(residual.streams[:-1:2]), mixed_LHTK, logits_V)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Patched passes, one row for each position."""
-
-    reader: Reader
-    wanted: list[int]
-
-    def shares(self, ids_1T: Tensor, source: _Side, start: float, whole: float) -> tuple[Tensor, Tensor]:
-        """The share of `whole` by which a patch from `source` moves the logit difference away from `start`."""
-        T, (L, H) = ids_1T.shape[1], source.mixed_LHTK.shape[:2]
-        here_TT = torch.eye(T, dtype=torch.bool, device=ids_1T.device)
-        residual_LT, heads_LHT = torch.zeros(L, T), torch.zeros(L, H, T)
-        for layer in range(L):
-            block: nn.Module = self.reader.model.model.layers[layer]  # type: ignore[index, assignment]
-            handle = block.register_forward_pre_hook(_putting(source.streams_LTD[layer].to(ids_1T.device), here_TT))
-            try:
-                residual_LT[layer] = self._differences(ids_1T, lambda _, __, result: result)
-            finally:
-                handle.remove()
-            for head in range(H):
-                # Row t replaces the result at position t by the source's result at t.
-                mixed_LTHK = source.mixed_LHTK.transpose(1, 2)
-                edit = replace_gathered(here_TT, mixed_LTHK, [(layer, head)])
-                heads_LHT[layer, head] = self._differences(ids_1T, combined([edit]))
-        return (residual_LT - start) / whole, (heads_LHT - start) / whole
-
-    def _differences(self, ids_1T: Tensor, edits: Edits) -> Tensor:
-        """The logit difference at the end of T copies of a text."""
-        model = self.reader.model
-        record: list[AttentionRecord] = []
-        x_BTD = model.hidden(ids_1T.expand(ids_1T.shape[1], -1), record=record, edits=edits)
-        logits_BV = model.logits(x_BTD[:, -1])
-        return (logits_BV[:, self.wanted[0]] - logits_BV[:, self.wanted[1]]).cpu()
-
-
-def _putting(stream_TD: Tensor, here_TT: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A hook that puts `stream_TD[t]` at position t of row t."""
+def _putting(stream_TD: Tensor, here_RT: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A hook that puts `stream_TD[t]` where a row's position is t."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return torch.where(here_TT[..., None], stream_TD.to(inputs[0]), inputs[0]), *inputs[1:]
+        return torch.where(here_RT[..., None], stream_TD.to(inputs[0]), inputs[0]), *inputs[1:]
 
     return hook

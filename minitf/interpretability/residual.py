@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minitf.attention import AttentionRecord
+from minitf.attention import AttentionRecord, Edits
+from minitf.edits import editing
 from minitf.errors import RequestError
 from minitf.interpretability.heads import evaluating
 from minitf.interpretability.interventions import Reader
 
 if TYPE_CHECKING:
     from minitf.model import Transformer
+    from minitf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Residual:
 
 
 @torch.no_grad()
-def residual_of(reader: Reader, text: str) -> Residual:
-    """Read `text`, in float32. Raises RequestError if it is empty or too long."""
-    model, record = reader.model, list[AttentionRecord]()
-    with evaluating(model), model.computing_in(torch.float32), _streams(model) as streams:
-        model.hidden(reader.ids(text), record=record)
+def residual_of(model: "Transformer", ids_1T: Tensor, edits: Edits | None = None) -> Residual:
+    """Read one text, in float32, under `edits`."""
+    record: list[AttentionRecord] = []
+    with evaluating(model), model.computing_in(torch.float32), editing(model, edits), _streams(model) as streams:
+        model.hidden(ids_1T, record=record, edits=edits)
     names = ["embedding"]
     for layer in range(model.config.num_layers):
         names += [f"layer {layer} attention", f"layer {layer} MLP"]
@@ -101,17 +103,22 @@ class Lens:
 
 
 def lens(reader: Reader, text: str) -> Lens:
-    """The prediction at every position after every half-layer, each read as if it were the last."""
-    residual, ids = residual_of(reader, text), reader.ids(text)[0].cpu()
+    """The prediction at every position after every half-layer. Raises RequestError for an empty or too long text."""
+    return lens_of_ids(reader.model, reader.tokenizer, reader.ids(text))
+
+
+def lens_of_ids(model: "Transformer", tokenizer: "Tokenizer", ids_1T: Tensor, edits: Edits | None = None) -> Lens:
+    """The same of token ids, under `edits`; each half-layer is read as if it were the last."""
+    residual, ids = residual_of(model, ids_1T, edits), ids_1T[0].cpu()
     best: list[list[tuple[str, float]]] = []
     actual: list[list[float | None]] = []
     for stream_TD in residual.streams:
-        probabilities_TV = logits_of(reader.model, stream_TD).softmax(-1)
+        probabilities_TV = logits_of(model, stream_TD).softmax(-1)
         top = probabilities_TV.max(-1)
-        best.append(list(zip(reader.tokenizer.pieces(top.indices.tolist()), top.values.tolist(), strict=True)))
+        best.append(list(zip(tokenizer.pieces(top.indices.tolist()), top.values.tolist(), strict=True)))
         following = probabilities_TV[:-1].gather(1, ids[1:, None]).squeeze(1)
         actual.append([*following.tolist(), None])
-    return Lens(reader.tokenizer.pieces(ids.tolist()), residual.names, best, actual)
+    return Lens(tokenizer.pieces(ids.tolist()), residual.names, best, actual)
 
 
 @torch.no_grad()
@@ -122,7 +129,7 @@ def logits_of(model: "Transformer", stream_TD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Contributions:
-    """What each part adds to the logit of `token` after the last position of a text; `parts` sum to `logit`.
+    """What each part adds to the logit of `token` after a position of a text; `parts` sum to `logit`.
 
     The scale of the final normalisation is that of the whole sum (it is divided by one number, so the parts stay
     additive).
@@ -147,24 +154,40 @@ class Contributions:
         )
 
 
-@torch.no_grad()
 def contributions(reader: Reader, text: str, token: str | None = None) -> Contributions:
     """What adds to the logit of `token`, by default the likeliest next one. RequestError if it is not one token."""
-    model, residual = reader.model, residual_of(reader, text)
-    last_D = residual.streams[-1][-1]
-    id_ = int(logits_of(model, last_D[None])[0].argmax()) if token is None else one_token(reader, token)
+    id_ = None if token is None else one_token(reader, token)
+    return contributions_of_ids(reader.model, reader.tokenizer, reader.ids(text), id_)
+
+
+@torch.no_grad()
+def contributions_of_ids(
+    model: "Transformer",
+    tokenizer: "Tokenizer",
+    ids_1T: Tensor,
+    id_: int | None = None,
+    position: int = -1,
+    edits: Edits | None = None,
+) -> Contributions:
+    """The same for the token with this id (None: the likeliest) after `position`, under `edits`."""
+    residual = residual_of(model, ids_1T, edits)
+    last_D = residual.streams[-1][position]
+    if id_ is None:
+        id_ = int(logits_of(model, last_D[None])[0].argmax())
     norm = model.model.norm
     scale = (last_D.square().mean() + norm.eps).rsqrt()  # type: ignore[union-attr, operator]
     direction_D = (norm.weight * model.vocabulary_VD[id_]).float().cpu() * scale  # type: ignore[union-attr, operator]
-    vectors = {"embedding": residual.streams[0][-1]}
+    vectors = {"embedding": residual.streams[0][position]}
     for layer, record in enumerate(residual.record):
-        mixed_HK = record.mixed_BHTK[0, :, -1].float()
+        mixed_HK = record.mixed_BHTK[0, :, position].float()
         weight_DHK = model.model.layers[layer].self_attn.o_proj.weight.float().view(-1, *mixed_HK.shape)  # type: ignore[index, union-attr]
         added_HD = torch.einsum("hk,dhk->hd", mixed_HK, weight_DHK).cpu()
         vectors |= {f"layer {layer} head {head}": added_D for head, added_D in enumerate(added_HD)}
-        vectors[f"layer {layer} MLP"] = residual.streams[2 * layer + 2][-1] - residual.streams[2 * layer + 1][-1]
+        vectors[f"layer {layer} MLP"] = (
+            residual.streams[2 * layer + 2][position] - residual.streams[2 * layer + 1][position]
+        )
     parts = {name: float(vector_D @ direction_D) for name, vector_D in vectors.items()}
-    (label,) = reader.tokenizer.pieces([id_])
+    (label,) = tokenizer.pieces([id_])
     return Contributions(label, float(last_D @ direction_D), parts)
 
 

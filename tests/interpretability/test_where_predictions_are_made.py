@@ -62,7 +62,7 @@ def test_contributions_add_up_to_the_logit(reader: Reader) -> None:
 def test_the_contribution_of_a_head_is_what_its_ablation_takes_from_the_sum(reader: Reader) -> None:
     """The last layer's heads write into the sum directly; the MLP after them is kept as it was."""
     model, text = reader.model, TEXT
-    whole = residual_of(reader, text)
+    whole = residual_of(model, reader.ids(text))
     last = whole.streams[-1][-1]
     token = int(logits_of(reader)[-1].argmax())
     scale = (last.square().mean() + model.model.norm.eps).rsqrt()
