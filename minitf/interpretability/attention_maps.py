@@ -237,13 +237,7 @@ def attention_maps_of_ids(
         ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
         logits_BTV = model(ids_BT, record=record, edits=edits)
     vectors = HeadVectors.of(record)
-    probabilities_TV = logits_BTV[0].float().softmax(-1)
-    top = probabilities_TV.topk(min(top_k, logits_BTV.shape[-1]))
-    next_tokens = [
-        list(zip(tokenizer.pieces(next_ids), probabilities, strict=True))
-        for next_ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-    actual = probabilities_TV[:-1].gather(1, ids_BT[0, 1:, None]).squeeze(1).nan_to_num()
+    next_tokens, actual = _predictions(logits_BTV[0], tokenizer, ids_BT[0], top_k)
     tokens = join_bytes(tokenizer.pieces(ids))
     weights_LHTS = torch.cat([layer.weights_BHTS for layer in record]).float().cpu()
     norms_LHT = output_norms(model, vectors) if edits or vectors.only_gathers(weights_LHTS) else None
@@ -255,11 +249,32 @@ def attention_maps_of_ids(
         next_tokens,
         step,
         scores,
-        actual.tolist(),
+        actual,
         vectors,
         norms_LHT,
         formula=formula(reference_class(model.model.layers[0].self_attn)),  # type: ignore[index, union-attr]
     )
+
+
+@torch.no_grad()
+def predictions_of_ids(
+    model: "Transformer", tokenizer: "Tokenizer", ids: list[int], top_k: int = 5
+) -> tuple[list[list[tuple[str, float]]], list[float]]:
+    """`next_tokens` and `actual` of the maps of `ids`, alone."""
+    ids_1T = torch.tensor([ids], device=model.device)
+    with evaluating(model), model.computing_in(torch.float32):
+        return _predictions(model(ids_1T)[0], tokenizer, ids_1T[0], top_k)
+
+
+def _predictions(
+    logits_TV: Tensor, tokenizer: "Tokenizer", ids_T: Tensor, top_k: int
+) -> tuple[list[list[tuple[str, float]]], list[float]]:
+    probabilities_TV = logits_TV.float().softmax(-1)
+    top = probabilities_TV.topk(min(top_k, logits_TV.shape[-1]))
+    pieces = iter(tokenizer.pieces(top.indices.flatten().tolist()))
+    next_tokens = [[(next(pieces), probability) for probability in row] for row in top.values.tolist()]
+    actual = probabilities_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1).nan_to_num()
+    return next_tokens, actual.tolist()
 
 
 def output_norms(model: "Transformer", vectors: HeadVectors) -> Tensor:
@@ -284,6 +299,7 @@ def pair_maps(
     heads: Sequence[Head],
     step: int | None = None,
     scores: HeadScores | None = None,
+    edits: Edits | None = None,
 ) -> AttentionMaps:
     """The maps of a pair in the format of training, with the alignment by `heads` unless there are none.
 
@@ -293,7 +309,7 @@ def pair_maps(
     limit = model.config.context_length
     if len(ids) > limit:
         raise RequestError(f"the pair is {len(ids)} tokens long, the model reads at most {limit}: shorten it")
-    maps = attention_maps_of_ids(model, tokenizer, ids, f"{source}{ARROW}{target}", step, scores=scores)
+    maps = attention_maps_of_ids(model, tokenizer, ids, f"{source}{ARROW}{target}", step, scores=scores, edits=edits)
     if not heads or not target:
         return maps
     return replace(maps, alignment=align_from(maps.weights_LHTS, tokenizer, source, target, heads))
@@ -307,13 +323,20 @@ def maps_of_checkpoint(checkpoint: "Checkpoint", text: str) -> AttentionMaps:
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if not checkpoint.answers:
         return attention_maps(model, tokenizer, text, checkpoint.step)
+    source, target = pair_of(checkpoint, text)
+    return pair_maps(model, tokenizer, source, target, checkpoint.aligning_heads, checkpoint.step)
+
+
+def pair_of(checkpoint: "Checkpoint", text: str) -> tuple[str, str]:
+    """The source and the target in `text`; if it is a source alone, the model's answer to it."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     source, _, target = text.partition(ARROW)
     if not target:
         target = answer(model, tokenizer, [source])[0]
         room = model.config.context_length - len(tokenizer.encode_prompt(source))
         while len(tokenizer.encode(target)) > max(room, 0):  # no end token, or a partial character became a whole one
             target = target[:-1]
-    return pair_maps(model, tokenizer, source, target, checkpoint.aligning_heads, checkpoint.step)
+    return source, target
 
 
 def _base64(tensor: Tensor) -> str:

@@ -163,6 +163,17 @@ class TextPair:
     def difference(self) -> float:
         return self.starts[0] - self.starts[1]
 
+    def to_json(self) -> dict[str, Any]:
+        """What is compared. `probabilities` are those of the two answers, after the clean text and the changed one."""
+        shares = [side.logits_V.softmax(-1)[list(self.wanted)] for side in self.sides]
+        return {
+            "clean": self.tokens[0],
+            "changed": self.tokens[1],
+            "answers": list(self.answers),
+            "probabilities": [_rounded(one, 6).tolist() for one in shares],
+            "difference": round(self.difference, 6),
+        }
+
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """The shares that the residual stream before `layer` restores and breaks, each of shape (T,)."""
 

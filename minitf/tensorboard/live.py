@@ -1,70 +1,55 @@
-"""Runs a sentence typed in the Attention tab through a checkpoint: exact maps, vectors and probabilities."""
+"""Runs a sentence of the Attention tab through a checkpoint: exact maps, under edits, and where they come from."""
 
 import json
 import threading
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from minitf.attention import Edits
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from minitf.edits import Head, editing
 from minitf.errors import MinitfError
 from minitf.generate import GenerationRequest, encode_prompt, generate
-from minitf.inference.sampling import Sampling
+from minitf.inference.sampling import Sampling, sample
 from minitf.interpretability.attention_maps import (
     ARROW,
     AttentionMaps,
     attention_maps_of_ids,
-    maps_of_checkpoint,
     pair_maps,
+    pair_of,
+    predictions_of_ids,
 )
-from minitf.interpretability.heads import Head, head_scores, heads_off
+from minitf.interpretability.heads import HeadScores, evaluating, head_scores, heads_off, pattern_scores
+from minitf.interpretability.patching import TextPair
+from minitf.interpretability.position_edits import place_edits
+from minitf.interpretability.reference_cases import ids_of
+from minitf.interpretability.residual import contributions_of_ids, lens_of_ids
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import RefusedError
+from minitf.tensorboard.question import MAX_PATCHED_TOKENS, MAX_TOKENS, Question
 
-MAX_TOKENS = 256  # text and continuation together
-MAX_CHARACTERS = 20_000
-MAX_HEADS_OFF = 1024
+WAIT_S = 1.0  # for the sentence of another page, or for a superseded one to end
+MAX_PAGES = 64
+TOP_K = 10
 
 
 @dataclass(frozen=True)
-class Question:
-    """A validated request."""
+class Sentence:
+    """The tokens that a checkpoint reads: the text, and its continuation or its answer."""
 
-    run: str
-    step: int
-    text: str
-    new_tokens: int
-    temperature: float
-    seed: int
-    heads_off: tuple[Head, ...]
-    count_only: bool  # only how many tokens the text has
+    ids: list[int]
+    prompt_length: int
+    full: str
+    pair: tuple[str, str] | None  # source and target
 
-    @classmethod
-    def of(cls, body: dict[str, Any]) -> "Question":
-        """RefusedError (400) for anything unknown, missing, of the wrong type, or out of range."""
-        if set(body) - {field.name for field in fields(cls)}:
-            raise RefusedError(400, "the request has unknown fields")
-        run, text = body.get("run"), body.get("text")
-        if not isinstance(run, str) or not isinstance(text, str):
-            raise RefusedError(400, "run and text must be strings")
-        if len(text) > MAX_CHARACTERS:
-            raise RefusedError(400, f"the text is longer than {MAX_CHARACTERS} characters")
-        temperature = body.get("temperature", 0.8)
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 100:
-            raise RefusedError(400, "temperature must be a number from 0 to 100")
-        return cls(
-            run,
-            _integer(body, "step", None, 10**15),
-            text,
-            _integer(body, "new_tokens", 0, MAX_TOKENS),
-            float(temperature),
-            _integer(body, "seed", 0, 2**31),
-            _heads(body.get("heads_off", [])),
-            _flag(body, "count_only"),
-        )
+    @property
+    def ids_1T(self) -> Tensor:  # noqa: N802
+        return torch.tensor([self.ids])
 
 
 class Live:
@@ -74,6 +59,9 @@ class Live:
         self.folders = folders
         self.busy = threading.Lock()
         self.loaded: tuple[tuple[Path, int], Checkpoint] | None = None
+        self.read: tuple[Any, Sentence] | None = None  # the latest sentence, which views ask about one after another
+        self.scores: dict[tuple[Head, ...], HeadScores] = {}  # of the loaded model, by its heads off
+        self.newest: dict[str, object] = {}  # by page, the oldest page first
         # A run may be training on the same processor, and two threads are enough for these small models.
         torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -82,10 +70,12 @@ class Live:
         question = Question.of(body)
         if question.run not in known_runs:
             raise RefusedError(404, "TensorBoard has no such run")
-        if not self.busy.acquire(blocking=False):
+        check = self._superseding(question)
+        if not self.busy.acquire(timeout=WAIT_S):
             raise RefusedError(503, "another sentence is being run: try again in a moment")
         try:
-            return json.dumps(self._run(question), allow_nan=False)
+            check()
+            return json.dumps(self._run(question, check), allow_nan=False)
         except MinitfError as error:  # a damaged checkpoint, a text too long, a head that does not exist
             raise RefusedError(422, str(error)) from None
         except (OSError, ValueError) as error:  # a checkpoint removed meanwhile; values that are not finite
@@ -93,51 +83,79 @@ class Live:
         finally:
             self.busy.release()
 
+    def _superseding(self, question: Question) -> Callable[[], None]:
+        """Make this the newest request of its page; returns a check that raises once there is a newer one."""
+        if not question.page or question.count_only:
+            return lambda: None
+        mine = object()
+        self.newest.pop(question.page, None)
+        self.newest[question.page] = mine
+        if len(self.newest) > MAX_PAGES:
+            self.newest.pop(next(iter(self.newest)), None)
+
+        def check() -> None:
+            if self.newest.get(question.page, mine) is not mine:
+                raise RefusedError(409, "a newer request of this page took its place")
+
+        return check
+
     def _checkpoint(self, question: Question) -> Checkpoint:
         directory = self.folders.checkpoint(question.run, question.step)
         if directory is None:
             raise RefusedError(404, f"there is no checkpoint of step {question.step} (any more)")
         key = (directory, (directory / "model.safetensors").stat().st_mtime_ns)
         if self.loaded is None or self.loaded[0] != key:
-            self.loaded = None  # frees its memory before the next one is read
+            self.loaded, self.read = None, None  # frees its memory before the next one is read
+            self.scores.clear()
             self.loaded = key, load_checkpoint(directory, device="cpu")
         return self.loaded[1]
 
-    def _run(self, question: Question) -> dict[str, Any]:
+    def _run(self, question: Question, check: Callable[[], None]) -> dict[str, Any]:
         checkpoint = self._checkpoint(question)
         if question.count_only:
             return _count(checkpoint, question.text)
-        if checkpoint.answers:
-            return self._answer(checkpoint, question)
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
-        prompt = encode_prompt(tokenizer, question.text)
-        limit = min(MAX_TOKENS, model.config.context_length)
-        if len(prompt) + question.new_tokens > limit:
-            requested = f"{len(prompt)} tokens and {question.new_tokens} new ones"
-            raise RefusedError(422, f"{requested} are more than the {limit} that fit: shorten the text")
-        sampling = Sampling(temperature=question.temperature)
         with heads_off(model, question.heads_off):
-            steps = generate(model, GenerationRequest(prompt, sampling, seed=question.seed))
-            ids = prompt + [int(next(steps).ids_B[0]) for _ in range(question.new_tokens)]
-            scores = head_scores(model, torch.tensor([ids]))
-            maps = attention_maps_of_ids(model, tokenizer, ids, question.text, checkpoint.step, 10, scores)
-        reply = _checked(maps).to_viewer(exact=True) | {"prompt_length": len(prompt), "full": tokenizer.decode(ids)}
-        if question.heads_off:
-            reply["before"] = _before(attention_maps_of_ids(model, tokenizer, ids, question.text, top_k=10))
+            if self.read is None or self.read[0] != question.sentence:
+                self.read = question.sentence, _sentence(checkpoint, question)
+            sentence = self.read[1]
+            if question.kind == "patch":
+                return _patch(checkpoint, question, sentence, check)
+            edits = place_edits(question.edits, len(sentence.ids), model.config)
+            if question.kind == "lens":
+                return lens_of_ids(model, tokenizer, sentence.ids_1T, edits).to_json()
+            if question.kind == "contributions":
+                return _contributions(checkpoint, question, sentence, edits)
+            maps = self._maps(checkpoint, question, sentence, edits)
+        reply = maps.to_viewer(exact=True) | {"prompt_length": sentence.prompt_length, "full": sentence.full}
+        if question.heads_off or question.edits:
+            reply["before"] = _before(checkpoint, sentence, len(maps.next_tokens[0]))
         return reply
 
-    @staticmethod
-    def _answer(checkpoint: Checkpoint, question: Question) -> dict[str, Any]:
-        """The maps of the text and its answer, by a model trained on pairs."""
-        model, tokenizer = checkpoint.model, checkpoint.tokenizer
-        with heads_off(model, question.heads_off):
-            maps = maps_of_checkpoint(checkpoint, question.text)
-        source, _, target = maps.text.partition(ARROW)
-        reply = _checked(maps).to_viewer(exact=True)
-        reply |= {"text": question.text, "prompt_length": len(tokenizer.encode_prompt(source)), "full": maps.text}
-        if question.heads_off:
-            reply["before"] = _before(pair_maps(model, tokenizer, source, target, []))
-        return reply
+    def _maps(
+        self, checkpoint: Checkpoint, question: Question, sentence: Sentence, edits: Edits | None
+    ) -> AttentionMaps:
+        model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.step
+        if sentence.pair:
+            maps = pair_maps(model, tokenizer, *sentence.pair, checkpoint.aligning_heads, step, edits=edits)
+            maps = replace(maps, text=question.text)
+        else:
+            maps = attention_maps_of_ids(model, tokenizer, sentence.ids, question.text, step, TOP_K, edits=edits)
+            # Those on random tokens do not depend on the sentence: they are measured once.
+            if question.heads_off not in self.scores:
+                self.scores[question.heads_off] = head_scores(model, torch.tensor([sentence.ids]))
+            scores = self.scores[question.heads_off] | pattern_scores(maps.weights_LHTS[:, :, None])
+            maps = replace(maps, scores=scores)
+        if not maps.weights_LHTS.isfinite().all():
+            raise RefusedError(422, "the attention weights are not finite: the training diverged, use an earlier step")
+        return maps
+
+
+def _before(checkpoint: Checkpoint, sentence: Sentence, top_k: int) -> dict[str, Any]:
+    """The predictions of the unedited model, for comparison, with the digits of `AttentionMaps.to_viewer`."""
+    next_tokens, actual = predictions_of_ids(checkpoint.model, checkpoint.tokenizer, sentence.ids, top_k)
+    rows = [[[token, round(p, 8)] for token, p in top] for top in next_tokens]
+    return {"next_tokens": rows, "actual": [round(p, 8) for p in actual]}
 
 
 def _count(checkpoint: Checkpoint, text: str) -> dict[str, int]:
@@ -146,40 +164,96 @@ def _count(checkpoint: Checkpoint, text: str) -> dict[str, int]:
     return {"tokens": len(checkpoint.tokenizer.start_ids) + len(checkpoint.tokenizer.encode(text)), "limit": limit}
 
 
-def _checked(maps: AttentionMaps) -> AttentionMaps:
-    if not maps.weights_LHTS.isfinite().all():
-        raise RefusedError(422, "the attention weights are not finite: the training diverged, use an earlier step")
-    return maps
+def _sentence(checkpoint: Checkpoint, question: Question) -> Sentence:
+    """The text with its continuation; of a model trained on pairs, with its answer. RefusedError if it is too long."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    if checkpoint.answers:
+        source, target = pair_of(checkpoint, question.text)
+        prompt = tokenizer.encode_prompt(source)
+        ids = [*prompt, *tokenizer.encode(target)]
+        return Sentence(ids, len(prompt), f"{source}{ARROW}{target}", (source, target))
+    prompt = encode_prompt(tokenizer, question.text)
+    limit = min(MAX_TOKENS, model.config.context_length)
+    if len(prompt) + question.new_tokens > limit:
+        requested = f"{len(prompt)} tokens and {question.new_tokens} new ones"
+        raise RefusedError(422, f"{requested} are more than the {limit} that fit: shorten the text")
+    sampling = Sampling(temperature=question.temperature)
+    if question.edits:
+        ids = _continued(checkpoint, prompt, question, sampling)
+    else:
+        steps = generate(model, GenerationRequest(prompt, sampling, seed=question.seed))
+        ids = prompt + [int(next(steps).ids_B[0]) for _ in range(question.new_tokens)]
+    return Sentence(ids, len(prompt), tokenizer.decode(ids), None)
 
 
-def _before(whole: AttentionMaps) -> dict[str, Any]:
-    """The predictions of the unablated model, for comparison."""
-    viewer = whole.to_viewer(exact=True)
-    return {"next_tokens": viewer["next_tokens"], "actual": viewer["actual"]}
+@torch.no_grad()
+def _continued(checkpoint: Checkpoint, prompt: list[int], question: Question, sampling: Sampling) -> list[int]:
+    """The prompt with new tokens drawn under edits, which a cache does not know: each reads the whole text again."""
+    model, ids = checkpoint.model, list(prompt)
+    generator = torch.Generator().manual_seed(question.seed)
+    with evaluating(model), model.computing_in(torch.float32):
+        for _ in range(question.new_tokens):
+            reached = [edit for edit in question.edits if edit.kind == "ablate" or edit.query < len(ids)]
+            edits = place_edits(reached, len(ids), model.config)
+            with editing(model, edits):
+                logits_BTV = model(torch.tensor([ids]), edits=edits)
+            ids.append(int(sample(logits_BTV[:, -1], None, sampling, generator)[0]))
+    return ids
 
 
-def _heads(value: Any) -> tuple[Head, ...]:
-    if not isinstance(value, list) or len(value) > MAX_HEADS_OFF:
-        raise RefusedError(400, "heads_off must be a list of [layer, head]")
-    for head in value:
-        if not isinstance(head, list) or len(head) != 2 or not all(_is_integer(index, 100_000) for index in head):
-            raise RefusedError(400, "heads_off must be a list of [layer, head]")
-    return tuple(sorted({(layer, head) for layer, head in value}))
+def _contributions(
+    checkpoint: Checkpoint, question: Question, sentence: Sentence, edits: Edits | None
+) -> dict[str, Any]:
+    """What adds to the logit of a token after a position: by default of the one that follows in the text."""
+    position = _position(question, sentence)
+    id_ = None if question.token is None else _id_of(checkpoint, question.token)
+    if id_ is None and position + 1 < len(sentence.ids):
+        id_ = sentence.ids[position + 1]
+    parts = contributions_of_ids(checkpoint.model, checkpoint.tokenizer, sentence.ids_1T, id_, position, edits)
+    return parts.to_json() | {"position": position}
 
 
-def _flag(body: dict[str, Any], name: str) -> bool:
-    value: Any = body.get(name, False)
-    if not isinstance(value, bool):
-        raise RefusedError(400, f"{name} must be true or false")
-    return value
+def _patch(checkpoint: Checkpoint, question: Question, sentence: Sentence, check: Callable[[], None]) -> dict[str, Any]:
+    """One layer of the comparison of two sentences, up to a position."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    end = _position(question, sentence) + 1
+    if end > MAX_PATCHED_TOKENS:
+        raise RefusedError(422, f"{end} tokens are more than the {MAX_PATCHED_TOKENS} that can be compared")
+    if question.layer >= model.config.num_layers:
+        raise RefusedError(422, f"there is no layer {question.layer}: the model has {model.config.num_layers} layers")
+    changed = ids_of(tokenizer, _like(question.changed, sentence), checkpoint.answers)
+    if len(changed) != len(sentence.ids):
+        lengths = f"{len(sentence.ids)} and {len(changed)}"
+        raise RefusedError(422, f"the sentences have {lengths} tokens: change words into words of as many tokens")
+    texts = sentence.ids_1T[:, :end], torch.tensor([changed])[:, :end]
+    if torch.equal(*texts):
+        raise RefusedError(422, "both sentences are the same up to this word: change one, or choose a later word")
+    pair = TextPair.of(model, tokenizer, *texts, check=check, contrast=True)
+    (restores, breaks) = (pair.heads if question.heads else pair.layer)(question.layer)
+    return pair.to_json() | {
+        "position": end - 1,
+        "layer": question.layer,
+        "heads": question.heads,
+        "restores": restores.double().round(decimals=4).tolist(),
+        "breaks": breaks.double().round(decimals=4).tolist(),
+    }
 
 
-def _integer(body: dict[str, Any], name: str, default: int | None, largest: int) -> int:
-    value: Any = body.get(name, default)
-    if not _is_integer(value, largest):
-        raise RefusedError(400, f"{name} must be a whole number from 0 to {largest}")
-    return int(value)
+def _like(changed: str, sentence: Sentence) -> str:
+    """The changed text; of a pair whose source alone is given, with the same target."""
+    return f"{changed}{ARROW}{sentence.pair[1]}" if sentence.pair and ARROW not in changed else changed
 
 
-def _is_integer(value: Any, largest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
+def _position(question: Question, sentence: Sentence) -> int:
+    last = len(sentence.ids) - 1
+    if question.position is not None and question.position > last:
+        raise RefusedError(422, f"position {question.position} is not in the text: it has {last + 1} tokens")
+    return last if question.position is None else question.position
+
+
+def _id_of(checkpoint: Checkpoint, token: str) -> int:
+    """The id whose label is `token`; RefusedError if the vocabulary has none."""
+    pieces = checkpoint.tokenizer.pieces(range(checkpoint.model.vocab_size))
+    if token not in pieces:
+        raise RefusedError(422, f"this model has no token {token[:60]!r}")
+    return pieces.index(token)

@@ -21,8 +21,12 @@ from tensorboard_server import RUN, get, looks
 from werkzeug.test import Client, TestResponse
 
 import minitf
+from minitf import edits
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.heads import heads_off
+from minitf.interpretability.interventions import Reader
+from minitf.interpretability.patching import TextPair, patch
+from minitf.interpretability.residual import contributions, lens
 from minitf.tensorboard.folders import RunFolders
 from minitf.tensorboard.gate import HEADER, MAX_BODY_BYTES
 from minitf.tensorboard.live import Live
@@ -165,6 +169,105 @@ def check_exact(reply: Any, lm: minitf.LanguageModel) -> None:
         assert [p for _, p in served] == pytest.approx([p for _, p in expected], abs=1e-5)
 
 
+def test_live_maps_under_edits_are_those_of_the_python_api(plugin: AttentionPlugin, trained_run: Path) -> None:
+    lm = minitf.load(trained_run / "checkpoints/step_00000040", device="cpu")
+    whole = ask(plugin).json
+    for sent, edit in (
+        ({"kind": "block", "query": 9, "keys": [4], "heads": None}, edits.block(9, 4)),
+        ({"kind": "block", "query": 9, "keys": [4], "heads": [[1, 2]]}, edits.block(9, 4, [(1, 2)])),
+        ({"kind": "move", "query": 9, "keys": [4], "to": [2], "heads": None}, edits.move(9, 4, 2)),
+        ({"kind": "ablate", "heads": [[0, 1]], "by": "mean"}, edits.ablate([(0, 1)], by="mean")),
+        ({"kind": "ablate", "mlp": 1, "by": "zero"}, edits.ablate(mlp=1)),
+    ):
+        reply = ask(plugin, {"edits": [sent]}).json
+        expected = lm.predict(TEXT, [edit], top_k=10)
+        assert [p for _, p in reply["next_tokens"][-1]] == pytest.approx([p for _, p in expected], abs=1e-5)
+        assert reply["before"] == {name: whole[name] for name in ("next_tokens", "actual")}
+        assert reply["next_tokens"] != whole["next_tokens"]
+    assert ask(plugin).json == whole
+
+
+def test_edits_and_heads_off_add_up(plugin: AttentionPlugin, trained_run: Path) -> None:
+    lm = minitf.load(trained_run / "checkpoints/step_00000040", device="cpu")
+    block = {"kind": "block", "query": 9, "keys": [4], "heads": None}
+    reply = ask(plugin, {"edits": [block], "heads_off": [[1, 3]]}).json
+    expected = lm.predict(TEXT, [edits.block(9, 4), edits.ablate([(1, 3)])], top_k=10)
+    assert [p for _, p in reply["next_tokens"][-1]] == pytest.approx([p for _, p in expected], abs=1e-5)
+
+
+def test_a_text_continues_under_edits(plugin: AttentionPlugin, trained_run: Path) -> None:
+    lm = minitf.load(trained_run / "checkpoints/step_00000040", device="cpu")
+    chosen = {"edits": [{"kind": "ablate", "mlp": 0, "by": "zero"}], "temperature": 0, "new_tokens": 2}
+    reply = ask(plugin, chosen).json
+    first = lm.predict(TEXT, [edits.ablate(mlp=0)], top_k=1)[0][0]
+    second = lm.predict(TEXT + first, [edits.ablate(mlp=0)], top_k=1)[0][0]
+    assert reply["tokens"][-2:] == [first, second]
+    assert len(ask(plugin, chosen | {"edits": []}).json["tokens"]) == len(reply["tokens"])
+
+
+def test_the_lens_and_the_contributions_are_those_of_the_python_api(plugin: AttentionPlugin, trained_run: Path) -> None:
+    lm = minitf.load(trained_run / "checkpoints/step_00000040", device="cpu")
+    reader = Reader(lm.model, lm.tokenizer)
+    assert ask(plugin, {"kind": "lens"}).json == lens(reader, TEXT).to_json()
+    end = {"position": len(lm.tokenizer.encode(TEXT)) - 1}
+    parts = contributions(reader, TEXT)
+    assert ask(plugin, {"kind": "contributions"}).json == parts.to_json() | end
+    assert ask(plugin, {"kind": "contributions", "token": parts.token, **end}).json == parts.to_json() | end
+    earlier = ask(plugin, {"kind": "contributions", "position": 4}).json
+    assert (earlier["token"], earlier["position"]) == (lm.tokenizer.pieces(lm.tokenizer.encode(TEXT))[5], 4)
+    assert sum(earlier["parts"].values()) == pytest.approx(earlier["logit"], abs=1e-3)
+    off = ask(plugin, {"kind": "contributions", "heads_off": [[0, 1]]}).json
+    edited = [{"kind": "ablate", "heads": [[0, 1]], "by": "zero"}]
+    assert off == ask(plugin, {"kind": "contributions", "edits": edited}).json
+    assert off["parts"]["layer 0 head 1"] == 0
+
+
+def test_two_sentences_are_compared_layer_by_layer(plugin: AttentionPlugin, trained_run: Path) -> None:
+    lm = minitf.load(trained_run / "checkpoints/step_00000040", device="cpu")
+    changed = "The hat sat on the mat."
+    asked = {"kind": "patch", "changed": changed}
+    first = ask(plugin, asked).json
+    whole = patch(
+        Reader(lm.model, lm.tokenizer), TEXT, changed, *(one.replace("⏎", "\n") for one in first["answers"])
+    ).to_json()
+    for layer in (0, 1):
+        found = ask(plugin, {**asked, "layer": layer}).json
+        of_heads = ask(plugin, {**asked, "layer": layer, "heads": True}).json
+        for name in ("restores", "breaks"):
+            torch.testing.assert_close(found[name], whole[name][layer], rtol=0, atol=2e-4)
+            torch.testing.assert_close(of_heads[name], whole[f"head_{name}"][layer], rtol=0, atol=2e-4)
+    assert ask(plugin, {**asked, "position": 4}).json["clean"] == ["T", "h", "e", " ", "c"]
+    for wrong in (
+        {"changed": TEXT}, {"changed": "short"}, {"position": 2}, {"layer": 2}, {"position": 99}, {"changed": ""},
+    ):  # fmt: skip
+        assert ask(plugin, {**asked, **wrong}).status_code == 422, wrong
+
+
+def test_a_newer_request_of_the_same_page_ends_an_older_one(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = plugin_over(runs_root, [RUN])
+    started, other = threading.Event(), threading.Event()
+    differences = TextPair._differences
+
+    def slow(self: TextPair, *arguments: Any) -> Any:
+        started.set()
+        assert other.wait(900)
+        return differences(self, *arguments)
+
+    monkeypatch.setattr(TextPair, "_differences", slow)
+    replies: list[TestResponse] = []
+    asked = {"kind": "patch", "changed": "The hat sat on the mat.", "page": "a"}
+    first = threading.Thread(target=lambda: replies.append(ask(plugin, asked)))
+    first.start()
+    assert started.wait(900)
+    superseding = plugin.live._superseding
+    monkeypatch.setattr(plugin.live, "_superseding", lambda question: (superseding(question), other.set())[0])
+    statuses = [ask(plugin, {"page": "a"}).status_code]
+    first.join()
+    assert replies[0].status_code == 409
+    assert statuses[0] in (200, 503)  # 503: the older one took longer to end
+    assert ask(plugin, {**asked, "page": "b"}).status_code == 200
+
+
 def test_live_sources_are_answered_and_aligned(tmp_path: Path, copying_run: Path) -> None:
     shutil.copytree(copying_run, tmp_path / "runs/copying", symlinks=True)
     plugin = plugin_over(tmp_path / "runs", ["copying"])
@@ -177,6 +280,15 @@ def test_live_sources_are_answered_and_aligned(tmp_path: Path, copying_run: Path
     given = ask(plugin, {**asked, "text": "cabd => dbac", "heads_off": [[1, 0], [1, 1], [1, 2], [1, 3]]}).json
     assert given["alignment"]["target"] == list("dbac")
     assert given["before"]["next_tokens"] != given["next_tokens"]
+    edit = {"kind": "block", "query": 7, "keys": [1, 2, 3, 4], "heads": None}
+    edited = ask(plugin, {**asked, "text": "cabd => cabd", "edits": [edit]}).json
+    assert edited["before"]["next_tokens"] == reply["next_tokens"]
+    assert edited["next_tokens"][7] != reply["next_tokens"][7]
+    assert edited["alignment"]["target"] == list("cabd")
+    compared = ask(plugin, {**asked, "text": "cabd", "kind": "patch", "changed": "dabd", "position": 5}).json
+    assert compared["answers"] == ["c", "d"]
+    assert compared["restores"][1] == pytest.approx(1, abs=1e-3)
+    assert ask(plugin, {**asked, "text": "cabd", "kind": "lens"}).json["tokens"] == reply["tokens"]
     assert ask(plugin, {**asked, "text": "xyz"}).status_code == 422
 
 
@@ -300,7 +412,13 @@ def test_large_bodies_are_refused(plugin: AttentionPlugin) -> None:
         {"temperature": "hot"}, {"temperature": -1}, {"temperature": 1e999}, {"temperature": True}, {"seed": -1},
         {"seed": 2**70}, {"heads_off": 3}, {"heads_off": [1]}, {"heads_off": [[0]]}, {"heads_off": [[0, -1]]},
         {"heads_off": [[0, "1"]]}, {"heads_off": [[0, 1]] * 2000}, {"count_only": 1},
-        {"path": "/etc/passwd"}, {"step": None},
+        {"path": "/etc/passwd"}, {"step": None}, {"kind": "other"}, {"kind": None}, {"kind": ["maps"]}, {"page": "a b"},
+        {"page": 1}, {"page": "a" * 65}, {"position": 1}, {"kind": "lens", "position": 1}, {"layer": 0},
+        {"heads": False}, {"kind": "contributions", "position": -1}, {"kind": "contributions", "position": 1.0},
+        {"kind": "contributions", "token": 3}, {"kind": "contributions", "changed": "a"}, {"kind": "patch"},
+        {"kind": "patch", "changed": 1}, {"kind": "patch", "changed": "a" * 30_000},
+        {"kind": "patch", "changed": "a", "layer": -1}, {"kind": "patch", "changed": "a", "heads": 1},
+        {"kind": "patch", "changed": "a", "heads_off": [[0, 0]]}, {"kind": "patch", "changed": "a", "token": "b"},
     ],
 )  # fmt: skip
 def test_invalid_arguments_are_refused(plugin: AttentionPlugin, body: dict[str, Any]) -> None:
@@ -310,13 +428,55 @@ def test_invalid_arguments_are_refused(plugin: AttentionPlugin, body: dict[str, 
     assert reply.json["error"]
 
 
+BLOCK = {"kind": "block", "query": 9, "keys": [4], "heads": None}
+MOVE = {"kind": "move", "query": 9, "keys": [4], "to": [2], "heads": None}
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        None, 3, {}, "block", [[]], [None], ["block"], [{}], [BLOCK] * 65, [{"kind": "none"}], [{"kind": ["block"]}],
+        [BLOCK | {"query": -1}], [BLOCK | {"query": "9"}], [BLOCK | {"query": True}], [BLOCK | {"query": 10**9}],
+        [BLOCK | {"query": None}], [BLOCK | {"keys": []}], [BLOCK | {"keys": [10]}], [BLOCK | {"keys": [-1]}],
+        [BLOCK | {"keys": 4}], [BLOCK | {"keys": [1.5]}], [BLOCK | {"keys": [[4]]}], [BLOCK | {"keys": [4] * 3000}],
+        [BLOCK | {"heads": []}], [BLOCK | {"heads": [1]}], [BLOCK | {"heads": [[0, -1]]}], [BLOCK | {"heads": "all"}],
+        [BLOCK | {"heads": [[0, 1]] * 2000}], [BLOCK | {"to": [1]}], [BLOCK | {"code": "import os"}],
+        [{"kind": "block", "query": 9, "keys": [4]}], [MOVE | {"to": []}], [MOVE | {"to": [4]}], [MOVE | {"to": [10]}],
+        [{"kind": "ablate"}], [{"kind": "ablate", "heads": [[0, 1]]}],
+        [{"kind": "ablate", "heads": None, "by": "zero"}],
+        [{"kind": "ablate", "heads": [[0, 1]], "by": "none"}], [{"kind": "ablate", "heads": [[0, 1]], "by": ["zero"]}],
+        [{"kind": "ablate", "mlp": -1, "by": "zero"}], [{"kind": "ablate", "mlp": True, "by": "zero"}],
+        [{"kind": "ablate", "mlp": 0, "heads": [[0, 1]], "by": "zero"}],
+    ],
+)  # fmt: skip
+def test_invalid_edits_are_refused(plugin: AttentionPlugin, edits: Any) -> None:
+    assert ask(plugin, {"edits": edits}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [BLOCK | {"query": 30}], [BLOCK | {"heads": [[2, 0]]}], [BLOCK | {"heads": [[0, 4]]}],
+        [{"kind": "ablate", "mlp": 2, "by": "zero"}], [BLOCK | {"query": 0, "keys": [0]}],
+        [BLOCK | {"query": 1, "keys": [0]}, BLOCK | {"query": 1, "keys": [1], "heads": [[1, 1]]}],
+    ],
+)  # fmt: skip
+def test_edits_that_do_not_fit_the_sentence_or_the_model_are_refused(plugin: AttentionPlugin, edits: Any) -> None:
+    reply = ask(plugin, {"edits": edits})
+    assert reply.status_code == 422
+    assert reply.json
+    assert reply.json["error"]
+    assert ask(plugin, {"edits": [BLOCK] * 64}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
         ({"run": "none"}, 404), ({"run": "../secret"}, 404), ({"run": ".."}, 404), ({"run": "/etc"}, 404),
         ({"run": "tiny/one\0"}, 404), ({"run": f"{RUN}/checkpoints"}, 404), ({"step": 39}, 404),
         ({"text": "a" * 300}, 422), ({"text": "a", "new_tokens": 200}, 422), ({"heads_off": [[5, 0]]}, 422),
-        ({"text": "\ud800"}, 422),
+        ({"text": "\ud800"}, 422), ({"kind": "contributions", "position": 200}, 422),
+        ({"kind": "contributions", "token": "no such token"}, 422),
     ],
 )  # fmt: skip
 def test_unknown_runs_and_oversized_texts_are_refused(
@@ -361,13 +521,14 @@ def test_a_damaged_or_removed_checkpoint_is_reported(plugin: AttentionPlugin, ru
 def test_a_second_sentence_is_refused_while_busy(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = plugin_over(runs_root, [RUN])
     assert ask(plugin).status_code == 200
+    monkeypatch.setattr("minitf.tensorboard.live.WAIT_S", 0.01)
     started, go_on = threading.Event(), threading.Event()
     run = Live._run
 
-    def slow(self: Live, question: Any) -> Any:
+    def slow(self: Live, *arguments: Any) -> Any:
         started.set()
         assert go_on.wait(900)
-        return run(self, question)
+        return run(self, *arguments)
 
     monkeypatch.setattr(Live, "_run", slow)
     statuses: list[int] = []
