@@ -16,7 +16,7 @@ from minitf.errors import CommandParser, RequestError
 from minitf.evaluate import HeldOut, data_of, evaluate_checkpoint, held_out_part, pairs_of
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
 from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, order_heads, record_heads
-from minitf.evaluation.reference import compare_seeds, evaluate_reference, own_exercise, seeds_table
+from minitf.evaluation.reference import evaluate_reference, own_exercise
 from minitf.system.threads import set_threads
 
 # The difference a head makes on the same tokens settles long before the loss itself does.
@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
         "trained on one of them is measured anyway)",
     )
     p.add_argument(
-        "--seeds", metavar="FOLDER", help="compare the scores in reference of all runs in FOLDER, such as a sweep's"
+        "--seeds",
+        metavar="FOLDER",
+        help="compare all runs in FOLDER, such as a sweep's: a table in which seeds are pooled",
     )
     return p
 
@@ -72,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.file and not args.file.is_file():
         raise RequestError(f"--file {args.file}: no such file")
     if args.seeds:
-        rows = compare_seeds(Path(args.seeds))
-        print(json.dumps({"seeds": rows}) if args.json else seeds_table(rows))
+        _compare(Path(args.seeds), args.json)
         return 0
     set_threads()
     checkpoint = load_checkpoint(args.run, args.device)
@@ -105,6 +106,19 @@ def _check_combination(args: argparse.Namespace) -> None:
     if len(clash) > 1:
         first, second, *_ = (f"--{name.replace('_', '-')}" for name in clash)
         raise RequestError(f"{first} and {second} do not go together; leave one out")
+
+
+def _compare(folder: Path, as_json: bool) -> None:
+    """Print what the runs in `folder` came to."""
+    from minitf.runs import comparison  # the configs of runs are read by Hydra's package
+
+    outcomes = comparison.outcomes_in(folder)
+    if as_json:
+        print(json.dumps({"seeds": comparison.to_json(outcomes)}))
+        return
+    print("\n".join([*comparison.table(outcomes), comparison.legend(outcomes)]))
+    if each := comparison.seeds_table(outcomes):
+        print("\n".join(["", *each]))
 
 
 def _answers(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:

@@ -67,8 +67,10 @@ class Reporter:
     def attention(self, maps: Mapping[str, Any], png: bytes, step: int) -> None:
         """The attention maps of one probe, and a picture of them."""
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
-        """The run's settings, and the columns of held-out rows that they are compared by."""
+    def hyperparameters(
+        self, settings: Mapping[str, Any], metrics: Sequence[str], results: Mapping[str, float], step: int
+    ) -> None:
+        """The run's settings, the columns of held-out rows that they are compared by, and results of the whole run."""
 
     def write_attention_page(self, title: str) -> None:
         """Write attention.html: all maps so far, and the loss curves."""
@@ -154,8 +156,10 @@ class RunReporter(Reporter):
         self.maps.append(maps)
         self.tensorboard.attention(maps, png, step)
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
-        self.tensorboard.hyperparameters(settings, metrics, step)
+    def hyperparameters(
+        self, settings: Mapping[str, Any], metrics: Sequence[str], results: Mapping[str, float], step: int
+    ) -> None:
+        self.tensorboard.hyperparameters(settings, metrics, results, step)
 
     def write_attention_page(self, title: str) -> None:
         curves, others = loss_curves(self.metrics), other_curves(self.metrics)

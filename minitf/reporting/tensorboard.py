@@ -47,6 +47,7 @@ TAGS = {
     },
     "reference": {name: f"reference/{name}" for name in SCORES},
     "alignment": {"score": "quality/alignment"},
+    "result": {name: f"result/{name}" for name in ("first_token", "induction_at", "learnt_at", "tokens_per_s")},
 }
 
 
@@ -113,9 +114,14 @@ class TensorBoardWriter:
         """A number for each head, for the Attention tab."""
         self._add(heads_summary(heads_tag(name), {name: values_LH.tolist()}), step)
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
-        """The run's settings, for the HParams tab; `metrics` are the columns of held-out rows to show with them."""
-        for summary in hyperparameter_summaries(settings, [TAGS["val"][name] for name in metrics], HELD_OUT):
+    def hyperparameters(
+        self, settings: Mapping[str, Any], metrics: Sequence[str], results: Mapping[str, float], step: int
+    ) -> None:
+        """The run's settings, for the HParams tab, with columns of held-out rows and results of the whole run."""
+        tags = {TAGS["reference" if name in SCORES else "result"][name]: value for name, value in results.items()}
+        self.scalars({tag: value for tag, value in tags.items() if tag.startswith("result/")}, step)
+        columns = {TAGS["val"][name]: HELD_OUT for name in metrics} | dict.fromkeys(tags, "")
+        for summary in hyperparameter_summaries(settings, columns):
             self._add(summary, step)
 
     def flush(self) -> None:

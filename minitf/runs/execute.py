@@ -10,6 +10,7 @@ from minitf.config.schema import changed_settings, save_config
 from minitf.reporting.environment import record_environment
 from minitf.reporting.reporter import Reporter, RunReporter
 from minitf.reporting.tensorboard import TAGS
+from minitf.runs.comparison import results_of
 from minitf.runs.summary import conclusion, describe_setup, introduction
 from minitf.training.actions import default_actions
 from minitf.training.context import RunContext
@@ -57,7 +58,8 @@ def finish(trainer: Trainer, compared: Mapping[str, Any] | None) -> None:
         reporter.write_attention_page(f"Attention in {os.path.relpath(context.run_dir)}")
     if state.last_val:
         metrics = [name for name in TAGS["val"] if name in state.last_val]
-        reporter.hyperparameters(compared or changed_settings(context.config), metrics, state.step)
+        results = results_of(context.run_dir) if compared and context.group.is_main else {}
+        reporter.hyperparameters(compared or changed_settings(context.config), metrics, results, state.step)
     if context.group.is_main:
         replace(trainer.decisions, finished=not trainer.stopping).save(context.run_dir)
     for line in conclusion(trainer):

@@ -22,11 +22,11 @@ from minitf.variants import trust
 
 def train(
     config: Config, run_dir: Path, group: ProcessGroup = SINGLE, compared: Mapping[str, Any] | None = None
-) -> None:
+) -> Path | None:
     """Train a new model in `run_dir`, or, if that is in use and not set by the user, in `run_dir`_2, _3, ...
 
     Raises RequestError before the directory is made. Of several processes rank 0 alone writes. `compared`: the settings
-    in which the runs of a sweep differ, by key.
+    in which the runs of a sweep differ, by key. Returns the run's directory, None for a dry run.
     """
     config = replace(config, data=config.data.located())
     if config.model.attention_class:  # named by the user, not by a run
@@ -34,9 +34,11 @@ def train(
     context = prepare(config, run_dir, group, RunDecisions())
     if config.trainer.dry_run:
         dry_run(context)
-        return
+        return None
     with create_run_dir(run_dir, numbered=not config.run_dir) if group.is_main else nullcontext(run_dir) as created:
-        execute(replace(context, run_dir=Path(group.broadcast(str(created)))), compared)
+        run_dir = Path(group.broadcast(str(created)))
+        execute(replace(context, run_dir=run_dir), compared)
+    return run_dir
 
 
 def new_run_dir(config: Config) -> Path:

@@ -57,8 +57,8 @@ def heads_summary(tag: str, values: Mapping[str, Sequence[Sequence[float]]]) -> 
     return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
 
 
-def hyperparameter_summaries(settings: Mapping[str, Any], metrics: Sequence[str], folder: str) -> tuple[Any, ...]:
-    """Summaries of a run's settings for the HParams tab, with the scalars of `folder` that runs are compared by."""
+def hyperparameter_summaries(settings: Mapping[str, Any], metrics: Mapping[str, str]) -> tuple[Any, ...]:
+    """Summaries of a run's settings for the HParams tab; `metrics`: the scalars it is compared by -> their folder."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
@@ -68,7 +68,7 @@ def hyperparameter_summaries(settings: Mapping[str, Any], metrics: Sequence[str]
     plugin_data = experiment.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(plugin_data.content)
     for metric in data.experiment.metric_infos:
-        metric.name.group = folder
+        metric.name.group = metrics[metric.name.tag]
         metric.display_name = metric.name.tag.rpartition("/")[2]
     plugin_data.content = data.SerializeToString()
     return experiment, start, end

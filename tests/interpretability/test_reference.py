@@ -306,7 +306,6 @@ def test_a_model_of_another_text_is_at_chance(
         (["--reference", "pronouns:fr"], "one of pronouns, pronouns:zh, winograd, winograd:zh"),
         (["--reference", "pronouns", "--heads"], "do not go together"),
         (["--seeds", ".", "--reference", "pronouns"], "do not go together"),
-        (["--seeds", "."], "no run in it has scores in reference"),
     ],
 )
 def test_wrong_questions_are_one_line(
