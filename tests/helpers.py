@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from minitf.attention import AttentionRecord
 from minitf.errors import run_command
 from minitf.interpretability.attention_maps import AttentionMaps
+from minitf.viewer import FOLDER, MODULES
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
 
 
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
 
@@ -28,6 +32,18 @@ class NotApplicable(pytest.skip.Exception):
 def not_applicable(reason: str) -> NoReturn:
     """Skip, also with MINITF_CI=1, which makes a failure of a skip for want of a tool."""
     raise NotApplicable(reason)
+
+
+def run_node(code: str, tmp_path: Path) -> Any:
+    """What a script prints, as JSON, with the viewer's modules next to it in `tmp_path`."""
+    assert NODE is not None
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    for name in MODULES:
+        shutil.copy(FOLDER / name, tmp_path / name)
+    (tmp_path / "main.js").write_text(code, encoding="utf-8")
+    done = subprocess.run([NODE, "main.js"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def make_text(num_sentences: int, seed: int = 0) -> str:

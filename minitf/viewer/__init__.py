@@ -15,7 +15,8 @@ FOLDER = Path(__file__).parent
 ROLES = {"alignment": "aligns", "reference": "refers"}  # by the split of a row of metrics.jsonl with heads
 # Each imports only those before it.
 MODULES = (
-    "texts.js", "preferences.js", "dom.js", "maps.js", "colours.js", "state.js", "source.js", "data.js", "charts.js",
+    "texts.js", "preferences.js", "dom.js", "maps.js", "colours.js", "state.js", "model.js", "interventions.js",
+    "tokenizer.js", "patterns.js", "laboratory.js", "source.js", "data.js", "charts.js",
     "tooltip.js", "words.js", "timeline.js", "heads.js", "sentence.js", "head_line.js", "lines.js", "matrix.js",
     "alignment.js", "three_steps.js", "next_token.js", "over_training.js", "compare.js", "views.js", "picture.js",
     "save.js", "address.js", "prompt.js", "controls.js", "help.js", "viewer.js",
@@ -29,15 +30,16 @@ def viewer_page(
     series: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     found: Mapping[str, Any] | None = None,
     scored_on: str = "held_out",
+    model: Mapping[str, Any] | None = None,
 ) -> str:
     """One self-contained HTML page with `maps`, each an `AttentionMaps.to_viewer()`.
 
     `curves` are the (step, loss) points of the run, by split ("train" and "val"), and `series` those of anything else
     it measured, by name ("alignment/score"). `found` are its `heads_found`. `scored_on` says what the heads' scores
-    were measured on: "held_out" text or the "sentence" itself.
+    were measured on: "held_out" text or the "sentence" itself. `model` is a `page_model`, which the page computes with.
     """
     content = {"title": title, "maps": maps, "curves": curves, "series": series or {}, "found": found or {}}
-    content["scored_on"] = scored_on
+    content |= {"scored_on": scored_on, "model": model}
     parts = {
         "title": html.escape(title.encode("utf-8", "replace").decode()),
         "style": (FOLDER / "viewer.css").read_text(encoding="utf-8"),

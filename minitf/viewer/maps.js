@@ -2,13 +2,15 @@
 
 import { percent } from "./dom.js";
 
-function bytesOf(text) {
+/** The bytes that base64 stands for. */
+export function bytesOf(text) {
   const characters = atob(text);
   const bytes = new Uint8Array(characters.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
   return bytes;
 }
-const floatsOf = (text) => new Float32Array(bytesOf(text).buffer);
+/** Numbers of float32 as base64; those that the page itself computed are no text. */
+const floatsOf = (data) => (typeof data === "string" ? new Float32Array(bytesOf(data).buffer) : data);
 
 /** The content of an `AttentionMaps.to_viewer()` as functions; throws if it is inconsistent. */
 export function readMap(raw) {

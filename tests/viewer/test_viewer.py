@@ -7,11 +7,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from helpers import NASTY
+from helpers import NASTY, NODE, needs_node, run_node
 
 from minitf.attention import gather, match, weigh
 from minitf.data.tokenizer_training import train_tokenizer
@@ -24,8 +23,6 @@ from minitf.viewer import FOLDER, MODULES, viewer_page
 
 TAB = FOLDER.parent / "tensorboard/static/tab.js"
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in [*(FOLDER / name for name in MODULES), TAB]}
-NODE = shutil.which("node")
-needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 
 
 def imports(source: str) -> list[tuple[list[str], str]]:
@@ -73,17 +70,6 @@ def test_both_languages_have_all_texts() -> None:
 
 def test_thresholds_match_those_of_the_server() -> None:
     assert f"THRESHOLDS[score] ?? {PATTERN_THRESHOLD}" in SOURCES["over_training.js"]
-
-
-def run_node(code: str, tmp_path: Path) -> Any:
-    assert NODE is not None
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    for name in MODULES:
-        shutil.copy(FOLDER / name, tmp_path / name)
-    (tmp_path / "main.js").write_text(code, encoding="utf-8")
-    done = subprocess.run([NODE, "main.js"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
