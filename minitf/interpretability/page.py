@@ -6,9 +6,10 @@ python scripts/attention.py "The cat did not cross the road because it was tired
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from minitf.errors import CommandParser, RequestError, read_text_argument, run_c
 from minitf.interpretability import experiments
 from minitf.interpretability.attention_maps import AttentionMaps, maps_of_checkpoint
 from minitf.interpretability.heads import head_scores
+from minitf.interpretability.page_model import page_model
 from minitf.system.files import write_whole
 from minitf.system.threads import set_threads
 from minitf.viewer import viewer_page
@@ -24,16 +26,18 @@ from minitf.viewer import viewer_page
 DEFAULT_PAGE = "attention.html"
 
 
-def attention_page(maps: Sequence[AttentionMaps], title: str, scored_on: str = "held_out") -> str:
+def attention_page(
+    maps: Sequence[AttentionMaps], title: str, scored_on: str = "held_out", model: Mapping[str, Any] | None = None
+) -> str:
     """One self-contained HTML page (no network, opens from a file) with `maps`, of any number of texts and steps.
 
     Maps of the same text are the steps of one sentence, in the order given. A map takes 2/3 of a byte for each entry of
     its square of weights: 2 kB for 24 heads on 10 tokens, 30 kB for 48 heads on 30 tokens. `scored_on` says where the
-    scores of the maps were measured, see `viewer_page`.
+    scores of the maps were measured, `model` is a `page_model`; see `viewer_page`.
     """
     if not maps:
         raise ValueError("a page needs at least one map")
-    return viewer_page([one.to_viewer() for one in maps], title, scored_on=scored_on)
+    return viewer_page([one.to_viewer() for one in maps], title, scored_on=scored_on, model=model)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,8 +79,10 @@ def main(argv: list[str] | None = None) -> int:
         json.dump(maps.to_json(), sys.stdout, allow_nan=False)
         print()
     else:
-        _write(out, attention_page([maps], _title(checkpoint, arguments.run), scored_on="sentence"))
-        print(f"{checkpoint.directory}: wrote {out}", file=sys.stderr)
+        model = page_model(checkpoint.model, checkpoint.tokenizer, checkpoint.step, [maps.text], checkpoint.answers)
+        page = attention_page([maps], _title(checkpoint, arguments.run), "sentence", model)
+        _write(out, page)
+        print(f"{checkpoint.directory}: wrote {out} ({len(page.encode()) / 1e6:.1f} MB)", file=sys.stderr)
     return 0
 
 

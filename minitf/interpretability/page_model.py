@@ -1,6 +1,7 @@
 """A small model as data of a page: what the viewer needs to compute with it in the browser, without a server."""
 
 import base64
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minitf.attention import Attention
 from minitf.backends import reference_class, source
-from minitf.model import Attention
+from minitf.errors import RequestError
 from minitf.tokenizer import chars_of_bytes
 
 if TYPE_CHECKING:
@@ -73,7 +75,11 @@ def page_tokenizer(tokenizer: "Tokenizer", vocab_size: int, texts: Iterable[str]
         merges = _merges(vocabulary, content["model"]["merges"])
         if merges is not None:
             return common | {"kind": "bytes", "bytes": [vocabulary[char] for char in _chars()], "merges": merges}
-    return common | {"kind": "none", "known": {text: tokenizer.encode(text) for text in texts}}
+    known = {}
+    for text in texts:
+        with contextlib.suppress(RequestError):  # a probe that this tokenizer cannot encode is not shown either
+            known[text] = tokenizer.encode(text)
+    return common | {"kind": "none", "known": known}
 
 
 def _is_plain_bpe(content: dict[str, Any]) -> bool:

@@ -72,8 +72,8 @@ class Reporter:
     ) -> None:
         """The run's settings, the columns of held-out rows that they are compared by, and results of the whole run."""
 
-    def write_attention_page(self, title: str) -> None:
-        """Write attention.html: all maps so far, and the loss curves."""
+    def write_attention_page(self, title: str, model: Mapping[str, Any]) -> None:
+        """Write attention.html: all maps so far, the loss curves, and `model`, a `page_model`."""
 
     def flush(self) -> None:
         """Have all rows and events on disk: a checkpoint must not be newer than they are."""
@@ -161,9 +161,9 @@ class RunReporter(Reporter):
     ) -> None:
         self.tensorboard.hyperparameters(settings, metrics, results, step)
 
-    def write_attention_page(self, title: str) -> None:
+    def write_attention_page(self, title: str, model: Mapping[str, Any]) -> None:
         curves, others = loss_curves(self.metrics), other_curves(self.metrics)
-        page = viewer_page(list(self.maps), title, curves, others, heads_found(self.metrics))
+        page = viewer_page(list(self.maps), title, curves, others, heads_found(self.metrics), model=model)
         write_whole(self.run_dir / "attention.html", page)
 
     def flush(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from minitf.checkpoints.run_directory import annotate_os_errors
 from minitf.config.schema import changed_settings, save_config
+from minitf.interpretability.page_model import page_model
 from minitf.reporting.environment import record_environment
 from minitf.reporting.reporter import Reporter, RunReporter
 from minitf.reporting.tensorboard import TAGS
@@ -55,7 +56,7 @@ def finish(trainer: Trainer, compared: Mapping[str, Any] | None) -> None:
     """Write what a run leaves after its last step, and print how it ended."""
     context, reporter, state = trainer.context, trainer.reporter, trainer.state
     if trainer.config.attention_every >= 0:
-        reporter.write_attention_page(f"Attention in {os.path.relpath(context.run_dir)}")
+        write_attention_page(trainer)
     if state.last_val:
         metrics = [name for name in TAGS["val"] if name in state.last_val]
         results = results_of(context.run_dir) if compared and context.group.is_main else {}
@@ -64,3 +65,13 @@ def finish(trainer: Trainer, compared: Mapping[str, Any] | None) -> None:
         replace(trainer.decisions, finished=not trainer.stopping).save(context.run_dir)
     for line in conclusion(trainer):
         reporter.say(line)
+
+
+def write_attention_page(trainer: Trainer) -> None:
+    """Write attention.html with all maps and, if it is small, the model. All processes call."""
+    context, task = trainer.context, trainer.context.task
+    model = context.parallel.full_model()
+    if context.group.is_main:
+        probes, pairs = task.probes(context.config.attention.probes), task.data.kind == "pairs"
+        content = page_model(model, task.tokenizer, trainer.state.step, probes, pairs)
+        trainer.reporter.write_attention_page(f"Attention in {os.path.relpath(context.run_dir)}", content)

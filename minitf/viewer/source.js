@@ -8,6 +8,8 @@
  *   address                   -> { read(), write(text), link(text) }: where the state of the page is kept
  */
 
+import { createLaboratory } from "./laboratory.js";
+
 export function embeddedSource(data) {
   const byText = groupByText(data.maps);
   const sentences = [...byText.keys()].map((text) => ({
@@ -19,17 +21,25 @@ export function embeddedSource(data) {
     scores.values[name] = scored[0].scores[name].map((row, layer) =>
       row.map((_, head) => scored.map((map) => map.scores[name][layer][head])));
   const curves = data.curves ?? { train: [], val: [] };
+  const model = data.model?.weights ? data.model : null; // small models are in the page
+  const laboratory = model ? createLaboratory(model, usualScores(data.maps)) : { live: null, count: undefined };
   return {
     title: data.title,
-    live: null,
-    why: "page",
+    ...laboratory,
+    why: data.model?.why ?? "page",
     scoredOn: data.scored_on ?? "held_out",
     address: pageAddress(),
     runs: async () => ({ names: [""], tags: { "": sentences.map(({ tag }) => tag) } }),
-    run: async () => ({ sentences, curves, scores, series: data.series ?? {}, found: data.found ?? {}, importance: null, checkpoints: [] }),
+    run: async () => ({ sentences, curves, scores, series: data.series ?? {}, found: data.found ?? {}, importance: null, checkpoints: model ? [model.step ?? 0] : [] }),
     // A page of one sentence has its labels from that sentence: they cannot differ from what is usual.
     map: async (_, sentence, [, index]) => ({ ...byText.get(sentence.text)[index], ...(data.scored_on === "sentence" ? { here: null } : {}) }),
   };
+}
+
+/** The latest scores of the heads that were measured on random tokens, and so are the same for every text. */
+function usualScores(maps) {
+  const scores = maps.findLast((map) => map.scores.induction)?.scores ?? {};
+  return Object.fromEntries(["induction", "same_word"].filter((name) => name in scores).map((name) => [name, scores[name]]));
 }
 
 function groupByText(maps) {

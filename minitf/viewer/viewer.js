@@ -198,7 +198,7 @@ export async function mountViewer(root, source, theme) {
       return ui.line.render(run.curves, looks, lookAt(looks, state.step));
     }
     const steps = run.checkpoints;
-    const note = t("checkpoints_kept", { count: steps.length });
+    const note = source.remote ? t("checkpoints_kept", { count: steps.length }) : t("model_of_page");
     return ui.line.render(run.curves, steps.map((step) => [step]), Math.max(steps.indexOf(liveStep(run, state.live)), 0), note);
   }
   function drawBusy() {
@@ -221,7 +221,7 @@ export async function mountViewer(root, source, theme) {
   };
   const notes = () => {
     const own = Boolean(store.get().live) || source.scoredOn === "sentence";
-    return [t(own && !data.map?.usual ? "note_scores_own" : "note_scores"), t("note_colour"), t(data.map?.exact ? "note_exact" : "note_stored"), source.live ? "" : t(`why_${source.why}`)].filter(Boolean);
+    return [t(own && !data.map?.usual ? "note_scores_own" : "note_scores"), t("note_colour"), t(!data.map?.exact ? "note_stored" : source.remote ? "note_exact" : "note_exact_page"), source.live ? "" : t(`why_${source.why}`)].filter(Boolean);
   };
 
   /** What *Save* saves. */
