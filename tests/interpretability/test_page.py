@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NASTY, WordTokenizer, maps_of
+from helpers import NASTY, maps_of
 
 import minitf.interpretability.page as page_module
+from minitf.data.tokenizer_training import train_tokenizer
 from minitf.errors import RequestError
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.page import attention_page, main
 from minitf.model import ModelConfig, Transformer
+from minitf.tokenizer import TokenizerConfig
 
 
 def data_of(page: str) -> dict[str, Any]:
@@ -74,9 +76,11 @@ def test_notebooks_show_the_page_in_a_sandbox() -> None:
 @pytest.fixture
 def checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(num_layers=2, hidden_size=16, num_heads=2, context_length=12), 8).eval()
+    tokenizer = train_tokenizer(TokenizerConfig(kind="char"), ["the cat sat, the dog"])
+    config = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, context_length=12)
+    model = Transformer(config, tokenizer.vocab_size).eval()
     loaded = SimpleNamespace(
-        model=model, tokenizer=WordTokenizer(), step=5, answers=False, directory=tmp_path / "step_00000005"
+        model=model, tokenizer=tokenizer, step=5, answers=False, directory=tmp_path / "step_00000005"
     )
     monkeypatch.setattr(page_module, "load_checkpoint", lambda run: loaded)
     monkeypatch.chdir(tmp_path)
@@ -85,10 +89,12 @@ def checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespa
 
 def test_the_command_writes_a_page(checkpoint: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["the cat sat"]) == 0
-    assert data_of(Path("attention.html").read_text("utf-8"))["maps"][0]["tokens"] == [" the", " cat", " sat"]
+    page = Path("attention.html").read_text("utf-8")
+    assert data_of(page)["maps"][0]["tokens"] == [*"the cat sat"]
+    assert data_of(page)["model"]["step"] == 5
     output = capsys.readouterr()
     assert output.out == ""
-    assert "attention.html" in output.err
+    assert f"attention.html ({len(page.encode()) / 1e6:.1f} MB)" in output.err
     assert main(["the cat", "--out", "other.html"]) == 0
     assert sorted(path.name for path in Path().iterdir()) == ["attention.html", "other.html"]
 
