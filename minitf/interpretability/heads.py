@@ -3,6 +3,7 @@
 A score says where a head looks. Whether that matters is another question, which ablation answers.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitf.attention import AttentionRecord
+from minitf.edits import combined, without
 from minitf.errors import RequestError
 from minitf.loss import IGNORED
 
@@ -172,6 +174,33 @@ def heads_off(model: "Transformer", heads: Iterable[Head]) -> Iterator[None]:
     finally:
         for projection, original in replaced:
             projection.weight = original
+
+
+@torch.no_grad()
+def ablation_costs(
+    model: "Transformer", ids_BT: Tensor, targets_BT: Tensor | None = None, segments_BT: Tensor | None = None
+) -> Tensor:
+    """The rise of the loss, in bits per token, when each head alone is zero; shape (layers, heads), on the CPU.
+
+    Negative where the model predicts better without the head. The text is that of `head_scores`: without `targets_BT`
+    every token predicts the next one. One forward pass for each head, and one for the whole model.
+    """
+    if targets_BT is None:
+        targets_BT = F.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
+    ids_BT, targets_BT = ids_BT.to(model.device), targets_BT.to(model.device)
+    segments_BT = None if segments_BT is None else segments_BT.to(model.device)
+
+    def bits(*off: Head) -> float:
+        edits = combined(
+            [without(off)] if off else []
+        )  # also of the whole model: computed alike, in the reference path
+        with evaluating(model):
+            x_BTD = model.hidden(ids_BT, segments_BT=segments_BT, edits=edits)
+            return float(model.cross_entropy(x_BTD, model.vocabulary_VD, targets_BT)) / math.log(2)
+
+    whole, config = bits(), model.config
+    costs = [[bits((layer, head)) - whole for head in range(config.num_heads)] for layer in range(config.num_layers)]
+    return torch.tensor(costs)
 
 
 @contextmanager

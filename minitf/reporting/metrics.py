@@ -58,7 +58,8 @@ def loss_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
 def other_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every number in the rows of other splits, by the tag that TensorBoard has: "alignment/score".
 
-    A row of a relation that the run watches has a number for each head, "watch/it>cat/layer0_head1".
+    A row of a relation that the run watches has a number for each head, "watch/it>cat/layer0_head1", as one of the
+    ablation of heads.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in metrics:
@@ -71,7 +72,7 @@ def other_curves(metrics: JsonRows) -> dict[str, list[tuple[int, float]]]:
 def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     place = "/".join([row["split"], *([row["relation"]] if "relation" in row else [])])
     for column, value in row.items():
-        if column == "weight" and isinstance(value, list):
+        if column in ("weight", "bits_per_token") and isinstance(value, list):
             for layer, values in enumerate(value):
                 yield from ((f"{place}/layer{layer}_head{head}", one) for head, one in enumerate(values))
         elif column != "step" and isinstance(value, int | float) and math.isfinite(value):

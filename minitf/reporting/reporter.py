@@ -5,6 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from minitf.interpretability.alignment import AligningHeads
 from minitf.interpretability.heads import HeadScores
 from minitf.interpretability.interventions import Watched
@@ -51,6 +53,9 @@ class Reporter:
 
     def head_scores(self, scores: HeadScores, step: int) -> None:
         """The scores of all heads, for the Attention tab."""
+
+    def ablation(self, costs_LH: Tensor, step: int) -> None:
+        """What each head alone is worth, in bits per token."""
 
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         """The heads that align source and target, and their score."""
@@ -130,6 +135,11 @@ class RunReporter(Reporter):
 
     def head_scores(self, scores: HeadScores, step: int) -> None:
         self.tensorboard.head_scores(scores, step)
+
+    def ablation(self, costs_LH: Tensor, step: int) -> None:
+        costs = [[round(cost, 4) for cost in row] for row in costs_LH.tolist()]
+        self.metrics.append({"step": step, "split": "ablation", "bits_per_token": costs})
+        self.tensorboard.head_values("ablation", costs_LH, step)
 
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         heads = [list(head) for head in aligning.heads]

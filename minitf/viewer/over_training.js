@@ -63,7 +63,7 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
   const draw = onChange((score, palette) => {
     const { threshold, lines: found } = shown.get(score);
     const values = found.flatMap(({ points }) => points.map(([, value]) => value)).filter((value) => value !== null);
-    bounds = [Math.min(0, ...values), Math.max(1, ...values)];
+    bounds = [Math.min(0, ...values), score === "ablation" ? Math.max(...values) : Math.max(1, ...values)];
     const layers = Math.max(...found.map((one) => one.layer ?? 0)) + 1;
     const kinds = [...new Set(found.filter((one) => !isHead(one)).map(({ name }) => kindOf(name)))];
     lines = found.map((one) => {

@@ -99,7 +99,7 @@ const ENGLISH = {
   appeared_loss: "The training loss went from {before} to {after}.", curve_swap: "follows swapped words",
   curve_transplant: "follows a transplanted look", curve_transplant_control: "other look transplanted (control)",
   curve_probability: "probability of the next word", curve_probability_blocked: "the same, look forbidden", of_chance: "{name}, chance",
-  reference_weight: "reference, each head",
+  reference_weight: "reference, each head", ablation: "cost of each head, in bits per token",
 };
 
 const CHINESE = {
@@ -163,7 +163,7 @@ const CHINESE = {
   prompt_more_why: "再生成 10 个词元", prompt_reset_why: "回到输入的文字", prompt_back: "回到保存的句子", token_count: "{tokens} / {limit} 个词元",
   appeared_plain: "最先超过 {threshold} 的：第 {layer} 层，头 {head}，在第 {from} 步与第 {to} 步之间。", appeared_loss: "训练损失从 {before} 变为 {after}。",
   curve_swap: "词对调后仍跟随", curve_transplant: "移植那一眼后跟随", curve_transplant_control: "移植另一眼（对照）", curve_probability: "下一个词的概率",
-  curve_probability_blocked: "同上，禁止那一眼", of_chance: "{name}，随机水平", reference_weight: "指代，每个头",
+  curve_probability_blocked: "同上，禁止那一眼", of_chance: "{name}，随机水平", reference_weight: "指代，每个头", ablation: "每个头值多少（比特每词元）",
 };
 
 export const LANGUAGES = { en: ENGLISH, zh: CHINESE };

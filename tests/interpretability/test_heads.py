@@ -1,6 +1,7 @@
 """Ablation of heads, and the induction head: the head that the score finds is the one the model needs."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_text
+from helpers import make_text, train_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -22,11 +23,22 @@ from minitf.errors import RequestError
 from minitf.evaluate import evaluate_checkpoint
 from minitf.evaluation.head_ablation import evaluate_heads
 from minitf.interpretability.attention_maps import attention_maps_of_ids
-from minitf.interpretability.heads import Head, describe_head, head_pattern, head_scores, heads_off, pattern_scores
+from minitf.interpretability.heads import (
+    Head,
+    ablation_costs,
+    describe_head,
+    head_pattern,
+    head_scores,
+    heads_off,
+    pattern_scores,
+)
 from minitf.loss import IGNORED
 from minitf.model import ModelConfig, Transformer
+from minitf.reporting.metrics import JsonRows, other_curves
 from minitf.tokenizer import TokenizerConfig
 from minitf.training.task import open_task
+
+MakeModel = Callable[..., Transformer]
 
 
 def without_heads(model: Transformer, ids_BT: Tensor, off: set[Head]) -> Tensor:
@@ -269,3 +281,29 @@ def test_importance_of_a_head_is_the_cost_of_its_ablation(
     assert reader.Tags()["images"] == ["heads/importance"]
     assert len(reader.Tags()["scalars"]) == 8
     assert reader.Scalars("importance/layer1_head2")[0].value == pytest.approx(report["heads"][6]["importance"])
+
+
+def test_ablation_at_each_look_is_the_rise_of_the_loss_without_the_head(
+    tiny: list[str], workdir: Path, make_model: MakeModel
+) -> None:
+    assert (
+        train_here(*tiny, "trainer.max_steps=2", "trainer.attention_every=1", "attention.ablation=true", "run_dir=run")
+        == 0
+    )
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["split"] == "ablation"]
+    assert [row["step"] for row in found] == [0, 1, 2]
+    assert torch.tensor(found[0]["bits_per_token"]).abs().max() == 0  # the output projections are zero at first
+    assert torch.tensor(found[2]["bits_per_token"]).shape == (2, 4)
+    curves = other_curves(JsonRows(Path("run/metrics.jsonl"), 2))
+    assert len(curves["ablation/layer1_head3"]) == 3
+
+    model, ids_BT = make_model(24), torch.arange(24).view(2, 12)
+    targets_BT = torch.cat([ids_BT[:, 1:], torch.full((2, 1), -100)], 1)
+    with torch.no_grad(), heads_off(model, [(1, 2)]):
+        without = float(model.eval().loss(ids_BT, targets_BT))
+    with torch.no_grad():
+        whole = float(model.loss(ids_BT, targets_BT))
+    costs_LH = ablation_costs(model, ids_BT)
+    assert float(costs_LH[1, 2]) == pytest.approx((without - whole) / math.log(2), abs=1e-6)
+    assert float(costs_LH.abs().min()) > 0

@@ -2,7 +2,7 @@
 
 from minitf.errors import RequestError
 from minitf.interpretability.alignment import AligningHeads
-from minitf.interpretability.heads import HeadScores, head_scores
+from minitf.interpretability.heads import HeadScores, ablation_costs, head_scores
 from minitf.interpretability.picture import alignment_picture, attention_picture
 from minitf.model import Transformer
 from minitf.training.trainer import Trainer
@@ -28,6 +28,9 @@ class LogAttention:
         model = trainer.context.parallel.full_model()
         if trainer.group.is_main:
             scores = _log_scores(model, trainer) if config.heads else None
+            if config.ablation:
+                costs_LH = ablation_costs(model, *trainer.context.task.window(model.config.context_length))
+                trainer.reporter.ablation(costs_LH, trainer.state.step)
             aligning = _log_alignment(model, trainer)
             for probe in trainer.context.task.probes(config.probes):
                 self._log_maps(model, probe, scores, aligning, trainer)
