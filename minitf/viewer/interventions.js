@@ -2,7 +2,8 @@
  *
  *   { kind: "block", query, keys, heads }      the query may not look at the keys: their scores are -∞
  *   { kind: "move", query, keys, to, heads }   the keys together get the weight of `to`, and the other way
- *   { kind: "ablate", heads, by: "zero" } or { kind: "ablate", mlp, by: "zero" }   the output of heads or of a layer is zero
+ *   { kind: "ablate", heads, by } or { kind: "ablate", mlp, by }   the output of heads or of a feed-forward layer is
+ *                                              zero everywhere (by: "zero"), or its mean over the text ("mean")
  *
  * Positions count tokens from 0; heads are a list of [layer, head], or null for all.
  */
@@ -13,31 +14,51 @@ import { range } from "./dom.js";
  * a text of `size` tokens, or the model, does not have. */
 export function placed(edits, headsOff, config, size) {
   const all = [...edits, ...(headsOff.length ? [{ kind: "ablate", heads: headsOff, by: "zero" }] : [])];
+  if (all.length) checkSomethingIsLeft(all, config);
   const changes = all.map((edit) => place(edit, config, size));
   if (!changes.length) return undefined;
-  return (step, layer, head, position, row) => {
-    for (const { at, change, applies } of changes) if (at === step && applies(layer, head)) change(position, row);
+  return (step, layer, head, first, rows) => {
+    for (const { at, change, applies } of changes) if (at === step && applies(layer, head)) change(rows, first);
   };
 }
 
-/** { at: the step, applies(layer, head), change(position, row) } of one edit. */
+/** { at: the step, applies(layer, head), change(rows, first) } of one edit. */
 function place(edit, config, size) {
   const heads = edit.heads === null || edit.heads === undefined ? null : new Set(edit.heads.map((head) => nameOf(head, config)));
   const applies = (layer, head) => heads === null || heads.has(`${layer}.${head}`);
+  const atQuery = (change) => (rows, first) => rows[edit.query - first] && change(rows[edit.query - first]);
   if (edit.kind === "block") {
     const keys = positions(edit.keys, edit.query, size);
-    if (keys.length > edit.query) throw new Error("this word has nothing left to look at: forbid fewer looks");
-    return { at: "match", applies, change: (position, row) => position === edit.query && keys.forEach((key) => { row[key] = -Infinity; }) };
+    return { at: "match", applies, change: atQuery((row) => keys.forEach((key) => { row[key] = -Infinity; })) };
   }
   if (edit.kind === "move") {
     const [keys, to] = [positions(edit.keys, edit.query, size), positions(edit.to, edit.query, size)];
-    if (keys.some((key) => to.includes(key))) throw new Error("a look is moved from one word to another: choose two");
-    return { at: "weigh", applies, change: (position, row) => position === edit.query && exchange(row, keys, to) };
+    if (keys.some((key) => to.includes(key))) throw new Error("a look must be moved to another word");
+    return { at: "weigh", applies, change: atQuery((row) => exchange(row, keys, to)) };
   }
-  if (edit.kind !== "ablate" || edit.by !== "zero") throw new Error("this page can forbid and move looks, and set outputs to zero");
-  if (edit.mlp === undefined || edit.mlp === null) return { at: "gather", applies, change: (_, row) => row.fill(0) };
+  const change = { zero: (rows) => rows.forEach((row) => row.fill(0)), mean: (rows) => average(rows) }[edit.by];
+  if (edit.kind !== "ablate" || !change) throw new Error("an edit must be a block, a move, or an ablate by zero or mean");
+  if (edit.mlp === undefined || edit.mlp === null) return { at: "gather", applies, change };
   if (!range(config.num_layers).includes(edit.mlp)) throw new Error(`there is no layer ${edit.mlp}`);
-  return { at: "mlp", applies: (layer) => layer === edit.mlp, change: (_, row) => row.fill(0) };
+  return { at: "mlp", applies: (layer) => layer === edit.mlp, change };
+}
+
+/** Throws if a query has no key left in a head: softmax would divide by zero. */
+function checkSomethingIsLeft(edits, { num_layers, num_heads }) {
+  const every = range(num_layers).flatMap((layer) => range(num_heads).map((head) => [layer, head]));
+  const forbidden = new Map();
+  for (const { query, keys, heads } of edits.filter(({ kind }) => kind === "block"))
+    for (const head of heads ?? every) {
+      const place = `${head} ${query}`;
+      forbidden.set(place, new Set([...(forbidden.get(place) ?? []), ...keys]));
+      if (forbidden.get(place).size > query) throw new Error(`the word at position ${query} has nothing left to look at: allow one look`);
+    }
+}
+
+/** Every row becomes the mean of all. */
+function average(rows) {
+  const mean = rows[0].map((_, i) => rows.reduce((sum, row) => sum + row[i], 0) / rows.length);
+  for (const row of rows) row.set(mean);
 }
 
 function nameOf([layer, head], { num_layers, num_heads }) {

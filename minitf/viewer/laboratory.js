@@ -5,26 +5,34 @@
 import { range } from "./dom.js";
 import { placed } from "./interventions.js";
 import { createReading, loadModel, product, read } from "./model.js";
+import { createPair } from "./patching.js";
 import { headPattern, patternScores } from "./patterns.js";
+import { contributions, lens } from "./residual.js";
+import { draw, likeliest, probabilitiesOf, randomNumbers } from "./sampling.js";
 import { createTokenizer } from "./tokenizer.js";
 
-const [MAX_TOKENS, MAX_CHARACTERS, TOP] = [256, 20000, 10];
+const [MAX_TOKENS, MAX_CHARACTERS, TOP, PAUSE_MS] = [256, 20000, 10, 40];
 const MAX_VECTOR_NUMBERS = 4_000_000;
 
-/** { live, count } of a source, from the page's data of its model. `usual` are scores of the heads that do not depend on
- * the text, { induction: [layer][head], same_word }. The weights are decoded with the first request. */
+/** { live, kinds, count } of a source, from the page's data of its model; for the requests see source.js. `usual` are scores
+ * of the heads that do not depend on the text, { induction: [layer][head], same_word }. The weights are decoded with the
+ * first request; a newer request ends the work on an older one. */
 export function createLaboratory(data, usual) {
   const tokenizer = createTokenizer(data.tokenizer);
   const limit = Math.min(MAX_TOKENS, data.config.context_length);
-  let model = null;
-  let whole = { ids: "", content: null }; // the predictions without edits, of the latest text
+  const latest = new Map(); // the latest result of each kind, as views ask about one sentence several times
+  let [model, newest] = [null, 0];
 
+  function remember(kind, key, make) {
+    if (latest.get(kind)?.key !== key) latest.set(kind, { key, result: make() });
+    return latest.get(kind).result;
+  }
   function check(text) {
     if (text.length > MAX_CHARACTERS) throw new Error(`the text is longer than ${MAX_CHARACTERS} characters`);
     return text;
   }
 
-  /** The tokens of a text and of what the model writes after it, and all that it computed on them. */
+  /** The tokens of a text and of what the model writes after it, and what it computed on them. */
   function write({ text, new_tokens = 0, temperature = 0.8, seed = 0, heads_off = [], edits = [] }) {
     const prompt = tokenizer.encodePrompt(check(text));
     const size = prompt.length + new_tokens;
@@ -36,31 +44,64 @@ export function createLaboratory(data, usual) {
     read(model, reading, prompt, edited);
     while (ids.length < size) {
       ids.push(draw(logitsAt(model, reading, ids.length - 1), temperature, random()));
-      read(model, reading, ids.slice(-1), edited);
+      if (edits.some(({ by }) => by === "mean")) reading.length = 0; // the mean is that of all positions so far
+      read(model, reading, ids.slice(reading.length), edited);
     }
     return { ids, reading, edited, prompt_length: prompt.length, full: new_tokens ? tokenizer.decode(ids) : text };
   }
 
-  function predictionsOf(ids) {
-    if (whole.ids !== ids.join()) {
-      const reading = createReading(model, ids.length);
-      read(model, reading, ids);
-      whole = { ids: ids.join(), content: predictions(model, reading, ids, tokenizer) };
-    }
-    return whole.content;
+  /** The maps, and without edits the predictions. */
+  function maps(request, { ids, reading, edited, prompt_length, full }) {
+    const whole = () => {
+      const unedited = createReading(model, ids.length);
+      read(model, unedited, ids);
+      return predictions(model, unedited, ids, tokenizer);
+    };
+    return {
+      text: request.text, step: data.step, tokens: tokenizer.labels(ids), prompt_length, full,
+      ...mapsOf(model, reading, request.heads_off ?? [], usual), ...predictions(model, reading, ids, tokenizer),
+      ...(edited ? { before: remember("before", ids.join(), whole) } : {}),
+    };
+  }
+
+  /** One layer of the comparison with another sentence, up to a position. */
+  async function patch({ changed, layer, heads }, ids, position, pause) {
+    const others = tokenizer.encode(check(changed));
+    if (others.length !== ids.length) throw new Error(`the sentences have ${ids.length} and ${others.length} tokens: change words into words of as many tokens`);
+    if (!range(data.config.num_layers).includes(layer)) throw new Error(`there is no layer ${layer}`);
+    const texts = [ids, others].map((all) => all.slice(0, position + 1));
+    if (texts[0].join() === texts[1].join()) throw new Error("both sentences are the same up to this word: change one, or choose a later word");
+    const pair = remember("pair", texts.join(";"), () => createPair(model, tokenizer, ...texts));
+    return { ...pair.toJson(), position, layer, heads, ...(await (heads ? pair.heads : pair.layer)(layer, pause)) };
   }
 
   return {
+    kinds: ["lens", "contributions", "patch"],
     count: async (_, __, text) => ({ tokens: tokenizer.encode(check(text)).length, limit }),
     async live(request) {
+      const mine = ++newest;
       model ??= loadModel(data);
-      const { ids, reading, edited, ...written } = write(request);
-      const maps = mapsOf(model, reading, request.heads_off ?? [], usual);
-      return {
-        text: request.text, step: data.step, tokens: tokenizer.labels(ids), ...maps, ...predictions(model, reading, ids, tokenizer),
-        ...written, ...(edited ? { before: predictionsOf(ids) } : {}),
-      };
+      const { kind = "maps", run, position, token, changed, layer, heads, ...sentence } = request;
+      const written = remember("sentence", JSON.stringify(sentence), () => write(sentence));
+      const { ids, edited } = written;
+      const at = position ?? ids.length - 1;
+      if (!range(ids.length).includes(at)) throw new Error(`position ${at} is not in the text: it has ${ids.length} tokens`);
+      if (kind === "maps") return maps(request, written);
+      if (kind === "lens") return lens(model, tokenizer, ids, edited);
+      if (kind === "contributions") return contributions(model, tokenizer, ids, at, token ? tokenizer.idOf(token) : null, edited);
+      return patch(request, ids, at, pauses(() => mine === newest));
     },
+  };
+}
+
+/** A function that lets the page react now and then, and throws once `isWanted()` is false. */
+function pauses(isWanted) {
+  let since = performance.now();
+  return async () => {
+    if (performance.now() - since < PAUSE_MS) return;
+    await new Promise((resolve) => setTimeout(resolve));
+    since = performance.now();
+    if (!isWanted()) throw new Error("a newer request of this page took its place");
   };
 }
 
@@ -118,49 +159,10 @@ const logitsAt = ({ config: { vocab_size: V } }, { logits_TV }, position) => log
 function predictions(model, reading, ids, tokenizer) {
   const found = ids.map((_, position) => {
     const logits = logitsAt(model, reading, position);
-    let largest = -Infinity;
-    for (const logit of logits) largest = Math.max(largest, logit);
-    let sum = 0;
-    for (const logit of logits) sum += Math.exp(logit - largest);
-    return { logits, probability: (id) => Math.exp(logits[id] - largest) / sum };
+    return { best: likeliest(logits, TOP), probability: probabilitiesOf(logits) };
   });
   return {
-    next_tokens: found.map(({ logits, probability }) => likeliest(logits, TOP).map((id) => [tokenizer.label(id), probability(id)])),
+    next_tokens: found.map(({ best, probability }) => best.map((id) => [tokenizer.label(id), probability(id)])),
     actual: found.slice(0, -1).map(({ probability }, position) => probability(ids[position + 1])),
   };
-}
-
-/** The places of the largest numbers, in descending order. */
-function likeliest(numbers, count) {
-  const best = [];
-  for (let i = 0; i < numbers.length; i++) {
-    if (best.length === count && !(numbers[i] > numbers[best.at(-1)])) continue;
-    let place = best.length;
-    while (place > 0 && numbers[i] > numbers[best[place - 1]]) place--;
-    best.splice(place, 0, i);
-    if (best.length > count) best.pop();
-  }
-  return best;
-}
-
-/** The likeliest id at temperature 0, else one by its probability: the first at which their sum exceeds `random`. */
-function draw(logits, temperature, random) {
-  const [best] = likeliest(logits, 1);
-  if (temperature === 0) return best;
-  const powers = logits.map((logit) => Math.exp((logit - logits[best]) / temperature));
-  let left = random * powers.reduce((a, b) => a + b, 0);
-  return Math.max(powers.findIndex((power) => (left -= power) < 0), 0);
-}
-
-/** Numbers from 0 to below 1, the same for the same seed: xorshift (Marsaglia, 2003). */
-function randomNumbers(seed) {
-  let bits = Math.imul(seed + 1, 0x9e3779b1) | 1;
-  const next = () => {
-    bits ^= bits << 13;
-    bits ^= bits >>> 17;
-    bits ^= bits << 5;
-    return (bits >>> 0) / 2 ** 32;
-  };
-  range(8).forEach(next); // the first numbers of neighbouring seeds are alike
-  return next;
 }

@@ -5,6 +5,7 @@
  * flat and row by row.
  */
 
+import { range } from "./dom.js";
 import { bytesOf } from "./maps.js";
 
 /** A model from the page's data: { config, parameters: [[name, size], ...], weights }, these in bfloat16 as base64. */
@@ -43,71 +44,90 @@ export function createReading({ config }, capacity) {
 
 const unedited = () => {};
 
-/** Read more tokens. `edited(step, layer, head, position, row)` changes in place the row that a position has after the
- * step "match", "weigh" or "gather" of a head, or after the feed-forward layer ("mlp", of head 0). */
+/** Read more tokens, and compute the logits after them. `edited(step, layer, head, first, rows)` may change in place the
+ * rows that the positions from `first` on have after a step: "match", "weigh" or "gather" of a head, "mlp" of the
+ * feed-forward layer (head 0), "stream" before each half-layer and after the last (`layer` counts them, from 0 to 2 L). */
 export function read(model, reading, ids, edited = unedited) {
-  const { config: { num_layers: L, hidden_size: D, vocab_size: V, rms_norm_eps: eps }, parameter, ofLayer } = model;
+  const start = reading.length * model.config.vocab_size;
+  reading.logits_TV.set(logitsOf(model, throughLayers(model, reading, embedded(model, ids), edited)), start);
+}
+
+/** The tokens' rows of the embedding: x_TD before the first layer. */
+export function embedded({ config: { hidden_size: D }, parameter }, ids) {
   const embedding = parameter("model.embed_tokens");
   const x_TD = new Float32Array(ids.length * D);
   ids.forEach((id, t) => x_TD.set(embedding.subarray(id * D, (id + 1) * D), t * D));
-  for (let layer = 0; layer < L; layer++) {
+  return x_TD;
+}
+
+/** What the layers from `from` on make of x_TD, in place; its positions follow those that were read. */
+export function throughLayers(model, reading, x_TD, edited = unedited, from = 0) {
+  const { config: { num_layers: L, hidden_size: D, rms_norm_eps: eps }, ofLayer } = model;
+  const stream = rowsOf(x_TD, D);
+  for (let layer = from; layer < L; layer++) {
+    edited("stream", 2 * layer, 0, reading.length, stream);
     add(x_TD, attention(model, layer, normalised(x_TD, ofLayer(layer, "input_layernorm"), eps), reading, edited));
+    edited("stream", 2 * layer + 1, 0, reading.length, stream);
     add(x_TD, feedForward(model, layer, normalised(x_TD, ofLayer(layer, "post_attention_layernorm"), eps), reading, edited));
   }
-  reading.logits_TV.set(product(normalised(x_TD, parameter("model.norm"), eps), model.vocabulary, D, V), reading.length * V);
-  reading.length += ids.length;
+  edited("stream", 2 * L, 0, reading.length, stream);
+  reading.length += stream.length;
+  return x_TD;
 }
+
+/** Logits of the next tokens, from what the layers make. */
+export function logitsOf({ config: { hidden_size: D, vocab_size: V, rms_norm_eps: eps }, parameter, vocabulary }, x_TD) {
+  return product(normalised(x_TD, parameter("model.norm"), eps), vocabulary, D, V);
+}
+
+/** The rows of a flat array, as parts of it. */
+export const rowsOf = (all, width) => Array.from({ length: all.length / width }, (_, i) => all.subarray(i * width, (i + 1) * width));
 
 /** Every position looks at the positions up to itself: match, weigh, gather. */
 function attention(model, layer, x_TD, reading, edited) {
-  const { config, ofLayer } = model;
-  const { hidden_size: D, num_heads: H, num_kv_heads: G, head_dim: K, qk_norm, rms_norm_eps: eps } = config;
+  const { config: { hidden_size: D, num_heads: H, num_kv_heads: G, head_dim: K }, ofLayer } = model;
   const { capacity, length, triangle } = reading;
-  const at = (heads, head, position) => ((layer * heads + head) * capacity + position) * K;
-
-  /** The vectors of each head, made by a projection of x: normalised, turned by their position, and stored. */
-  function project(name, heads, stored, isTurned) {
-    let rows = product(x_TD, ofLayer(layer, `self_attn.${name}_proj`), D, heads * K);
-    if (isTurned && qk_norm) rows = normalised(rows, ofLayer(layer, `self_attn.${name}_norm`), eps);
-    for (let t = 0; t * heads * K < rows.length; t++)
-      for (let head = 0; head < heads; head++) {
-        const row = rows.subarray((t * heads + head) * K, (t * heads + head + 1) * K);
-        stored.set(isTurned ? rotated(row, model.rotary, length + t) : row, at(heads, head, length + t));
-      }
-  }
-  project("q", H, reading.q_LHTK, true);
-  project("k", G, reading.k_LGTK, true);
-  project("v", G, reading.v_LGTK, false);
-
   const T = x_TD.length / D;
+  project(model, layer, x_TD, reading);
+
   const mixed_THK = new Float32Array(T * H * K);
+  const ofHead = (all, heads, head) => rowsOf(all.subarray((layer * heads + head) * capacity * K, (layer * heads + head + 1) * capacity * K), K);
   for (let head = 0; head < H; head++) {
     const group = Math.floor((head * G) / H); // consecutive query heads share a key head
-    const [k_SK, v_SK] = [reading.k_LGTK, reading.v_LGTK].map((all) => all.subarray(at(G, group, 0), at(G, group, capacity)));
-    for (let t = 0; t < T; t++) {
-      const query = length + t;
-      const start = (layer * H + head) * triangle + (query * (query + 1)) / 2;
-      const row = reading.weights.subarray(start, start + query + 1);
-      match(reading.q_LHTK.subarray(at(H, head, query), at(H, head, query + 1)), k_SK, row);
-      edited("match", layer, head, query, row);
-      weigh(row);
-      edited("weigh", layer, head, query, row);
-      const mixed_K = mixed_THK.subarray((t * H + head) * K, (t * H + head + 1) * K);
-      gather(row, v_SK, mixed_K);
-      edited("gather", layer, head, query, mixed_K);
-    }
+    const [q_T, k_S, v_S] = [ofHead(reading.q_LHTK, H, head), ofHead(reading.k_LGTK, G, group), ofHead(reading.v_LGTK, G, group)];
+    const weights = range(T).map((t) => {
+      const start = (layer * H + head) * triangle + ((length + t) * (length + t + 1)) / 2;
+      return reading.weights.subarray(start, start + length + t + 1);
+    });
+    const mixed = range(T).map((t) => mixed_THK.subarray((t * H + head) * K, (t * H + head + 1) * K));
+    weights.forEach((row, t) => match(q_T[length + t], k_S, row));
+    edited("match", layer, head, length, weights);
+    weights.forEach(weigh);
+    edited("weigh", layer, head, length, weights);
+    weights.forEach((row, t) => gather(row, v_S, mixed[t]));
+    edited("gather", layer, head, length, mixed);
   }
   return product(mixed_THK, ofLayer(layer, "self_attn.o_proj"), H * K, D);
 }
 
-/** scores = q · k / √K, for the keys up to the query's own position. */
-function match(q_K, k_SK, scores_S) {
-  const K = q_K.length;
-  for (let key = 0; key < scores_S.length; key++) {
-    let dot = 0;
-    for (let i = 0; i < K; i++) dot += q_K[i] * k_SK[key * K + i];
-    scores_S[key] = dot / Math.sqrt(K);
+/** Queries, keys and values of the new positions: normalised, turned by their position, and stored in `reading`. */
+function project({ config, ofLayer, rotary }, layer, x_TD, { q_LHTK, k_LGTK, v_LGTK, capacity, length }) {
+  const { hidden_size: D, num_heads: H, num_kv_heads: G, head_dim: K, qk_norm, rms_norm_eps: eps } = config;
+  for (const [name, heads, stored] of [["q", H, q_LHTK], ["k", G, k_LGTK], ["v", G, v_LGTK]]) {
+    const plain = product(x_TD, ofLayer(layer, `self_attn.${name}_proj`), D, heads * K);
+    const isTurned = name !== "v";
+    const all = isTurned && qk_norm ? normalised(plain, ofLayer(layer, `self_attn.${name}_norm`), eps) : plain;
+    rowsOf(all, K).forEach((row, i) => {
+      const [position, head] = [length + Math.floor(i / heads), i % heads];
+      stored.set(isTurned ? rotated(row, rotary, position) : row, ((layer * heads + head) * capacity + position) * K);
+    });
   }
+}
+
+/** scores = q · k / √K, for the keys up to the query's own position. */
+function match(q_K, k_S, scores_S) {
+  const scale = 1 / Math.sqrt(q_K.length);
+  for (let key = 0; key < scores_S.length; key++) scores_S[key] = dot(q_K, k_S[key]) * scale;
 }
 
 /** Softmax, in place: shares that sum to 1. */
@@ -119,10 +139,17 @@ function weigh(scores_S) {
 }
 
 /** The values, summed by their weights. */
-function gather(weights_S, v_SK, mixed_K) {
-  const K = mixed_K.length;
-  for (let key = 0; key < weights_S.length; key++)
-    for (let i = 0; i < K; i++) mixed_K[i] += weights_S[key] * v_SK[key * K + i];
+function gather(weights_S, v_S, mixed_K) {
+  for (let key = 0; key < weights_S.length; key++) {
+    const v_K = v_S[key];
+    for (let i = 0; i < mixed_K.length; i++) mixed_K[i] += weights_S[key] * v_K[i];
+  }
+}
+
+export function dot(x, y) {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += x[i] * y[i];
+  return sum;
 }
 
 /** SwiGLU: down(silu(gate(x)) * up(x)). */
@@ -132,12 +159,12 @@ function feedForward({ config, ofLayer }, layer, x_TD, reading, edited) {
   const up_TF = product(x_TD, ofLayer(layer, "mlp.up_proj"), D, F);
   for (let i = 0; i < gate_TF.length; i++) gate_TF[i] *= up_TF[i] / (1 + Math.exp(-gate_TF[i]));
   const out_TD = product(gate_TF, ofLayer(layer, "mlp.down_proj"), F, D);
-  for (let t = 0; t * D < out_TD.length; t++) edited("mlp", layer, 0, reading.length + t, out_TD.subarray(t * D, (t + 1) * D));
+  edited("mlp", layer, 0, reading.length, rowsOf(out_TD, D));
   return out_TD;
 }
 
 /** RMSNorm of every row of as many numbers as `weight` has: x / rms(x) * weight. */
-function normalised(x, weight, eps) {
+export function normalised(x, weight, eps) {
   const size = weight.length;
   const out = new Float32Array(x.length);
   for (let start = 0; start < x.length; start += size) {

@@ -12,7 +12,7 @@ import { range } from "./dom.js";
 const PIECES = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
 const LONE_SURROGATE = /\p{Surrogate}/u;
 
-/** { encode(text), encodePrompt(text), decode(ids), labels(ids), label(id) }; throws for a text that has no ids. */
+/** { encode(text), encodePrompt(text), decode(ids), labels(ids), label(id), idOf(label) }; throws for a text that has no ids. */
 export function createTokenizer(data) {
   const make = { bytes: byBytes, characters: byCharacter, none: onlyKnown }[data.kind];
   const { encode, decode } = make(data);
@@ -26,6 +26,11 @@ export function createTokenizer(data) {
     encodePrompt: (text) => (text || data.start.length ? checked(text) : [data.end]),
     decode,
     label: (id) => data.labels[id],
+    /** The id with this label. */
+    idOf(label) {
+      if (!data.labels.includes(label)) throw new Error(`this model has no token ${label}`);
+      return data.labels.indexOf(label);
+    },
     labels: (ids) => joinBytes(ids.map((id) => data.labels[id])),
   };
 }

@@ -136,7 +136,9 @@ def cases(size: int) -> list[tuple[list[dict[str, Any]], Edits]]:
         ([move], combined([moved])),
         ([block, move], combined([blocked, moved])),  # the keys have no weight to share in proportion
         ([head], combined([without([(0, 2)])])),
+        ([head | {"by": "mean"}], combined([without([(0, 2)], by="mean")])),
         ([mlp], combined([without(None, 0)])),
+        ([mlp | {"by": "mean"}], combined([without(None, 0, "mean")])),
         ([mlp, head, block], combined([without(None, 0), without([(0, 2)]), blocked])),
     ]
 
@@ -211,8 +213,11 @@ def test_the_page_refuses_what_the_model_cannot_do(
         "layer 5": {"text": TEXT, "edits": [{"kind": "ablate", "mlp": 5, "by": "zero"}]},
         "nothing left": {"text": TEXT, "edits": [{"kind": "block", "query": 1, "keys": [0, 1], "heads": None}]},
         "earlier words": {"text": TEXT, "edits": [{"kind": "block", "query": 1, "keys": [2], "heads": None}]},
-        "choose two": {"text": TEXT, "edits": [{"kind": "move", "query": 4, "keys": [1], "to": [1, 2], "heads": None}]},
-        "set outputs to zero": {"text": TEXT, "edits": [{"kind": "ablate", "mlp": 0, "by": "mean"}]},
+        "another word": {
+            "text": TEXT,
+            "edits": [{"kind": "move", "query": 4, "keys": [1], "to": [1, 2], "heads": None}],
+        },
+        "zero or mean": {"text": TEXT, "edits": [{"kind": "ablate", "mlp": 0, "by": "more"}]},
     }
     model = page_model(make_model(words.vocab_size), words, 7, [])
     replies = ask(tmp_path, model, list(refused.values()))
