@@ -5,7 +5,7 @@
  */
 
 import { range } from "./dom.js";
-import { dot, logitsOf, normalised, rowsOf, throughLayers } from "./model.js";
+import { dot, embedded, logitsOf, normalised, rowsOf, throughLayers } from "./model.js";
 import { recorded } from "./residual.js";
 import { likeliest, probabilitiesOf } from "./sampling.js";
 
@@ -40,6 +40,10 @@ export function createPair(model, tokenizer, clean, changed) {
 
   /** Shares by position; from the last to the first, as each computation writes over the later positions of the reading. */
   async function shares(layer, pause, editOf) {
+    for (const { ids, reading } of sides) {
+      reading.length = 0;
+      throughLayers(model, reading, embedded(model, ids));
+    }
     const [restores, breaks] = [new Array(size).fill(0), new Array(size).fill(0)];
     for (const position of range(size).slice(first).reverse()) {
       restores[position] = rounded((patched(sides[1], layer, position, editOf(sides[0], position)) - starts[1]) / all);

@@ -21,6 +21,8 @@ from minitf.inference.sampling import Sampling
 from minitf.interpretability.attention_maps import AttentionMaps, attention_maps_of_ids
 from minitf.interpretability.heads import head_scores, heads_off
 from minitf.interpretability.page_model import MAX_BYTES, page_model, page_tokenizer
+from minitf.interpretability.patching import TextPair
+from minitf.interpretability.residual import contributions_of_ids, lens_of_ids
 from minitf.interpretability.token_labels import join_bytes
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig
@@ -223,6 +225,83 @@ def test_the_page_refuses_what_the_model_cannot_do(
     replies = ask(tmp_path, model, list(refused.values()))
     for words_said, reply in zip(refused, replies, strict=True):
         assert words_said in reply.get("error", ""), (words_said, str(reply)[:200])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where predictions are made
+
+
+def assert_same_tree(ours: Any, theirs: Any) -> None:
+    """JSON values with the same texts, and numbers that differ by less than 1e-3."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert_same_tree(ours[name], theirs[name])
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_tree(one, other)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+    else:
+        assert ours == theirs
+
+
+@needs_node
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_page_computes_lens_and_contributions(
+    tmp_path: Path, make_model: Callable[..., Transformer], words: Tokenizer, shape: dict[str, Any]
+) -> None:
+    model = rounded(make_model, words.vocab_size, **shape)
+    ids = words.encode(TEXT)
+    ids_1T, [label] = torch.tensor([ids]), words.pieces([70])
+    data, edits = [{"kind": "ablate", "mlp": 0, "by": "zero"}], combined([without(None, 0)])
+    asked = {"text": TEXT, "kind": "contributions"}
+    replies = ask(
+        tmp_path,
+        page_model(model, words, 7, [TEXT]),
+        [
+            {"text": TEXT, "kind": "lens"},
+            {"text": TEXT, "kind": "lens", "edits": data},
+            asked,
+            asked | {"position": 4},
+            asked | {"position": 2, "token": label, "edits": data},
+            asked | {"token": "no such token"},
+        ],
+    )
+    assert_same_tree(replies[0], lens_of_ids(model, words, ids_1T).to_json())
+    assert_same_tree(replies[1], lens_of_ids(model, words, ids_1T, edits).to_json())
+    last = contributions_of_ids(model, words, ids_1T).to_json()
+    assert_same_tree(replies[2], last | {"position": len(ids) - 1})
+    assert_same_tree(replies[3], contributions_of_ids(model, words, ids_1T, ids[5], 4).to_json() | {"position": 4})
+    changed = contributions_of_ids(model, words, ids_1T, 70, 2, edits).to_json()
+    assert_same_tree(replies[4], changed | {"position": 2})
+    for reply in replies[2:5]:
+        assert sum(reply["parts"].values()) == pytest.approx(reply["logit"], abs=1e-3)
+    assert "no such token" in replies[5]["error"]
+
+
+@needs_node
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_the_page_patches_two_sentences(
+    tmp_path: Path, make_model: Callable[..., Transformer], words: Tokenizer, shape: dict[str, Any]
+) -> None:
+    model = rounded(make_model, words.vocab_size, **shape)
+    changed = TEXT.replace("sat", "sang")
+    ids = [torch.tensor([words.encode(text)]) for text in (TEXT, changed)]
+    assert ids[0].shape == ids[1].shape
+    asked = {"text": TEXT, "kind": "patch", "changed": changed, "heads": False, "layer": 0}
+    cases = [asked, asked | {"layer": 1}, asked | {"layer": 1, "heads": True}, asked | {"heads": True, "position": 6}]
+    wrong = [asked | {"changed": "The"}, asked | {"changed": TEXT}, asked | {"layer": 2}]
+    *replies, shorter, same, layer = ask(tmp_path, page_model(model, words, 7, [TEXT]), [*cases, *wrong])
+    for case, reply in zip(cases, replies, strict=True):
+        end = case.get("position", ids[0].shape[1] - 1) + 1
+        pair = TextPair.of(model, words, *(one[:, :end] for one in ids), contrast=True)
+        restores, breaks = (pair.heads if case["heads"] else pair.layer)(case["layer"])
+        expected = pair.to_json() | {"position": end - 1, "layer": case["layer"], "heads": case["heads"]}
+        assert_same_tree(reply, expected | {"restores": restores.tolist(), "breaks": breaks.tolist()})
+    for words_said, reply in (("as many tokens", shorter), ("are the same", same), ("no layer 2", layer)):
+        assert words_said in reply["error"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
