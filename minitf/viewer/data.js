@@ -78,7 +78,9 @@ export function createData(source, store, changed) {
     if (state.live) return loadLive(run, { ...state.live, step: other.step });
     const theirs = other.kind === "run" ? await loadRun(other.run) : run;
     const found = theirs.sentences.find((one) => one.tag === sentence.tag);
-    return found ? loadMap(theirs.name, found, found.looks[lookAt(found.looks, other.step)]) : null;
+    // Another run at the step that is shown, or at its last one before.
+    const step = other.kind === "run" ? sentence.looks[lookAt(sentence.looks, state.step)][0] : other.step;
+    return found ? loadMap(theirs.name, found, found.looks[lookAt(found.looks, step)]) : null;
   }
 
   /** Load what the state asks for; if calls overlap, only the last one takes effect. */

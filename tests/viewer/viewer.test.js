@@ -201,3 +201,22 @@ test("without an answer the error says so", async () => {
   await settled();
   assert.deepEqual(data.error, { key: "no_answer", reason: "" });
 });
+
+test("another run is compared at the step that is shown, or at its last one before", async () => {
+  const steps = { a: [0, 5, 9], b: [0, 4, 8] };
+  const source = {
+    live: null,
+    runs: async () => ({ names: ["a", "b"], tags: { a: ["text"], b: ["text"] } }),
+    run: async (name) => ({ ...runOf(name, ["text"]), sentences: [{ tag: "text", text: "text", looks: steps[name].map((step) => [step]) }] }),
+    map: async (run, sentence, [step]) => ({ ...raw, step }),
+  };
+  const store = createStore({ run: "a" });
+  const { data, reload } = createData(source, store, () => {});
+  await reload();
+  store.set({ view: "compare", other: { kind: "run", step: null, run: "b" } });
+  for (const [step, mine, theirs] of [[5, 5, 4], [0, 0, 0], [null, 9, 8]]) {
+    store.set({ step });
+    await settled();
+    assert.deepEqual([data.map.step, data.second.step], [mine, theirs]);
+  }
+});
