@@ -87,12 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minitf.config.shell_completion import main as completion
 
         return completion([word.removeprefix("install=") for word in args.overrides])
-    if not action or args.multirun:
-        _prepare_environment()
-    from minitf.distributed.process_group import process_group
-
     # Hydra would make its run.dir before anything is checked, and takes letters beyond ASCII in quotes only.
     overrides = [re.sub(r"^\+*hydra\.run\.dir=", "run_dir=", _readable(word)) for word in args.overrides]
+    if not action or args.multirun:
+        _prepare_environment()
+    if not action:
+        _announce(overrides, search)
+    from minitf.distributed.process_group import process_group
+
     with process_group() as group:
         if not action:
             start(overrides, search, group)
@@ -125,6 +127,23 @@ def _prepare_environment() -> None:
         from minitf.backends.cpu.build import compile_ahead
 
         compile_ahead()
+
+
+def _announce(overrides: Sequence[str], flags: Sequence[str]) -> None:
+    """Print within a second what the run is going to do, where someone waits for it: in a terminal or a notebook."""
+    from minitf.reporting.console import TrainingConsole, line
+
+    console = TrainingConsole()
+    if not console.breaks_lines or os.environ.get("RANK", "0") != "0":
+        return
+    if resumed := [word.partition("=")[2] for word in overrides if word.startswith("resume=")]:
+        console.say(line("minitf", f"resuming {resumed[-1]}"))
+        return
+    from minitf.config.overrides import check_overrides
+    from minitf.config.preview import preview
+
+    for number, text in enumerate(preview(check_overrides(overrides, flags), flags)):
+        console.say(line("" if number else "minitf", text))
 
 
 def start(overrides: Sequence[str], flags: Sequence[str], group: "ProcessGroup") -> None:

@@ -27,8 +27,8 @@ class Reporter:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         pass
 
-    def say(self, line: str) -> None:
-        """Print a line."""
+    def say(self, line: str, whole: bool = False) -> None:
+        """Print a line; `whole`: never broken, as a command must not be."""
 
     def start(self, step: int, num_steps: int) -> None:
         """The training loop begins at `step`."""
@@ -105,8 +105,8 @@ class RunReporter(Reporter):
             if error is None:  # the first error is the one to report
                 raise
 
-    def say(self, line: str) -> None:
-        self.console.say(line)
+    def say(self, line: str, whole: bool = False) -> None:
+        self.console.say(line, whole)
 
     def start(self, step: int, num_steps: int) -> None:
         self.console.start(step, num_steps)

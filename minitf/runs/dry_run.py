@@ -11,7 +11,8 @@ from minitf.checkpoints.locate import RUNS
 from minitf.config.schema import Config
 from minitf.data.tokenized_text import Tokens
 from minitf.optim import Optimizer
-from minitf.runs.summary import advice_on_size, clock, line
+from minitf.reporting.console import line
+from minitf.runs.summary import advice_on_size, clock
 from minitf.training.budget import estimate_num_steps
 from minitf.training.context import RunContext
 from minitf.training.plan import Schedule

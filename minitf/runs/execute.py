@@ -12,7 +12,7 @@ from minitf.reporting.environment import record_environment
 from minitf.reporting.reporter import Reporter, RunReporter
 from minitf.reporting.tensorboard import TAGS
 from minitf.runs.comparison import results_of
-from minitf.runs.summary import conclusion, describe_setup, introduction
+from minitf.runs.summary import conclusion, describe_setup, introduction, next_commands
 from minitf.training.actions import default_actions
 from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
@@ -65,6 +65,8 @@ def finish(trainer: Trainer, compared: Mapping[str, Any] | None) -> None:
         replace(trainer.decisions, finished=not trainer.stopping).save(context.run_dir)
     for line in conclusion(trainer):
         reporter.say(line)
+    for line in next_commands(trainer):
+        reporter.say(line, whole=True)
 
 
 def write_attention_page(trainer: Trainer) -> None:

@@ -7,18 +7,14 @@ from pathlib import Path
 
 from minitf.backends.autotune import Selection
 from minitf.checkpoints.hugging_face import why_not_hugging_face
+from minitf.checkpoints.locate import last_started
 from minitf.checkpoints.train_state import TrainState
 from minitf.model import Transformer
+from minitf.reporting.console import line
 from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
 
-LABEL_WIDTH = 10
 DECAY_WITHIN = 0.1  # of its setting: a difference in the decay's share that is not worth a line
-
-
-def line(label: str, text: str) -> str:
-    """One line of a report; an empty label continues the one before."""
-    return f"{label:<{LABEL_WIDTH}} {text}"
 
 
 def advice_on_size(model: Transformer, num_tokens: int) -> str | None:
@@ -79,19 +75,18 @@ def introduction(trainer: Trainer, setup: Mapping[str, str]) -> list[str]:
     if advisable and (advice := advice_on_size(model, num_tokens)):
         lines.append(line("note", advice))
     shown = "loss" if trainer.config.attention_every < 0 else "loss and attention"
-    lines.append(line("run", f"{context.run_dir}   {shown}: tensorboard --logdir {_logdir(context.run_dir)}"))
+    lines += [line("run", str(context.run_dir)), line("", f"{shown}: tensorboard --logdir {_logdir(context.run_dir)}")]
     if changes := trainer.decisions.changes(context.decisions):
         lines.append(line("resumed", f"with {', '.join(changes)}: same text and order, other rounding"))
     return lines
 
 
 def conclusion(trainer: Trainer) -> list[str]:
-    """The results, where they are, and what to type next."""
+    """The results, and where they are."""
     context, state = trainer.context, trainer.state
     run_dir = os.path.relpath(context.run_dir)
-    resume = shlex.quote(f"resume={run_dir}")
     if trainer.stopping:
-        return [f"stopped after step {state.step:,}; resume with: python -m minitf.train {resume}"]
+        return []
     speed = f"{state.tokens / max(state.train_s, 1e-9):,.0f} tokens/s"
     times = f"{clock(state.train_s)} ({speed}), total {clock(state.elapsed_s)}"
     kind = "a minitf checkpoint" if why_not_hugging_face(context.config.model) else "a Hugging Face model"
@@ -105,16 +100,35 @@ def conclusion(trainer: Trainer) -> list[str]:
     ]
     if trainer.config.attention_every >= 0:
         lines.append(line("attention", f"{run_dir}/attention.html (open it in a browser)"))
+    return [*lines, ""]
+
+
+def next_commands(trainer: Trainer) -> list[str]:
+    """The commands to type next: generate, see, test, train further."""
+    context, state = trainer.context, trainer.state
+    resume = f"python -m minitf.train {_resume(context.run_dir)}"
+    if trainer.stopping:
+        return [f"stopped after step {state.step:,}; resume with: {resume}"]
     logdir = _logdir(context.run_dir)
     run = "" if logdir == "runs" else f" --run {logdir}"
-    # An installed wheel has no scripts/.
-    generate = "scripts/generate.py" if Path("scripts/generate.py").is_file() else "-m minitf.generate"
     return [
-        *lines,
-        line("next", f"python {generate} {shlex.quote(context.task.example_prompt())}{run}"),
-        line("", f"tensorboard --logdir {logdir}"),
-        line("", f"python -m minitf.train {resume} trainer.max_steps={2 * state.step}"),
+        line("generate", f"{_script('generate')} {shlex.quote(context.task.example_prompt())}{run}"),
+        line("see", f"tensorboard --logdir {logdir}"),
+        line("test", f"{_script('evaluate')} --heads{run}"),
+        line("resume", f"{resume} trainer.max_steps={2 * state.step}"),
     ]
+
+
+def _script(name: str) -> str:
+    """How the command `name` is typed here: an installed wheel has no scripts/."""
+    script = Path("scripts") / f"{name}.py"
+    return f"python {script}" if script.is_file() else f"python -m minitf.{name}"
+
+
+def _resume(run_dir: Path) -> str:
+    """`resume=latest` if that is this run, else `resume=` with its directory."""
+    is_latest = _logdir(run_dir) == "runs" and last_started().resolve() == run_dir.resolve()
+    return shlex.quote(f"resume={'latest' if is_latest else os.path.relpath(run_dir)}")
 
 
 def _findings(trainer: Trainer) -> list[str]:

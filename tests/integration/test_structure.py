@@ -18,7 +18,7 @@ ORDER = [
     "loss", "tokenizer", "data", "rope", "attention", "variants", "model", "edits", "optim", "distributed.optimizer",
     "backends", "checkpoints", "export", "inference", "generate", "viewer", "interpretability", "tensorboard",
     "evaluate", "evaluation", "api",
-    "reporting", "training", "config", "completion", "runs", "cli", "train",
+    "reporting", "training", "config", "completion", "runs", "cli", "train", "__main__",
 ]  # fmt: skip
 # The benchmark may import anything; nothing imports it.
 OUTSIDE = {"benchmark"}
@@ -108,7 +108,7 @@ import torch
 for name in {sorted(names, key=place)!r}:
     importlib.import_module("minitf." + name)
     heavy = [h for h in {HEAVY!r} if h in sys.modules]
-    with_hydra = name.split(".")[0] in ("config", "completion", "runs", "train", "cli")
+    with_hydra = name.split(".")[0] in ("config", "completion", "runs", "train", "cli", "__main__")
     heavy = [h for h in heavy if h != "hydra" or not with_hydra]
     assert not heavy, (name, heavy)
 assert set(os.listdir(".")) == before

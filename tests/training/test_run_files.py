@@ -97,7 +97,7 @@ def test_printed_commands_can_be_typed(workdir: Path, tiny: list[str], capsys: p
     assert train_here(*tiny, "data.files=[q.txt]", "name=quotes") == 0
     said = capsys.readouterr().err
     (line,) = (line for line in said.splitlines() if "minitf.generate" in line)
-    words = shlex.split(line.partition("next")[2])
+    words = shlex.split(line.removeprefix("generate"))
     assert words[:3] == ["python", "-m", "minitf.generate"]  # there is no scripts/ here
     assert len(words) == 4
     assert words[3] in (workdir / "q.txt").read_text()
