@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,6 +45,13 @@ def run_node(code: str, tmp_path: Path) -> Any:
     done = subprocess.run([NODE, "main.js"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """The data of a page with maps."""
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
 
 
 def make_text(num_sentences: int, seed: int = 0) -> str:

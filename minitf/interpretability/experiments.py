@@ -32,17 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     edits.add_argument("--heads", metavar="L0H2,L1H0", help="the heads that --block and --move change (default: all)")
     edits.add_argument("--mean", action="store_true", help="--ablate by the mean over the text instead of zero")
-    group = parser.add_argument_group("where the prediction is made")
-    where = group.add_mutually_exclusive_group()
-    where.add_argument("--lens", action="store_true", help="the next token, if the model stopped after each half-layer")
-    where.add_argument(
+    group = parser.add_argument_group("where the prediction is made", "printed, and with --out stored in the page")
+    group.add_argument("--lens", action="store_true", help="the next token, if the model stopped after each half-layer")
+    group.add_argument(
         "--contributions",
         nargs="?",
         const="",
         metavar="TOKEN",
         help="what each head and feed-forward layer adds to the logit of TOKEN (default: the likeliest next one)",
     )
-    where.add_argument(
+    group.add_argument(
         "--patch", metavar="CHANGED", help="the places that carry the difference to the text CHANGED, of as many tokens"
     )
     group.add_argument(
@@ -55,10 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of an experiment: JSON values, and the same as text."""
+    """The result of one or more experiments: JSON values, and the same as text."""
 
     content: dict[str, Any]
     text: str
+
+    @property
+    def for_viewer(self) -> dict[str, Any]:
+        """What the viewer stores with a map: see viewer/source.js."""
+        names = {"lens": "lens", "contributions": "contributions", "patching": "patch"}
+        return {names[name]: value for name, value in self.content.items() if name in names}
 
 
 def wanted(arguments: argparse.Namespace) -> bool:
@@ -67,6 +72,8 @@ def wanted(arguments: argparse.Namespace) -> bool:
     where = arguments.lens or arguments.contributions is not None or arguments.patch is not None
     if edits and where:
         raise RequestError("edits and --lens, --contributions, --patch are experiments of their own: choose one")
+    if edits and arguments.out:
+        raise RequestError("--out is for the page; what edits change is printed (--json: as JSON)")
     if arguments.heads and not (arguments.block or arguments.move):
         raise RequestError("--heads says where --block and --move apply: add one of them")
     if arguments.answers and arguments.patch is None:
@@ -96,18 +103,26 @@ def edits_of(arguments: argparse.Namespace) -> list[Edit]:
 
 
 def run(arguments: argparse.Namespace, checkpoint: Checkpoint, text: str) -> Finding:
-    """The experiment that the command line asks for. Raises RequestError if it cannot be done on this text."""
+    """The experiments that the command line asks for. Raises RequestError if one cannot be done on this text."""
     reader = Reader(checkpoint.model, checkpoint.tokenizer, checkpoint.answers)
+    edits = edits_of(arguments)
+    if edits:
+        return before_and_after(reader, text, edits)
+    content: dict[str, Any] = {}
+    tables = []
     if arguments.lens:
         found = lens(reader, text)
-        return Finding({"lens": found.to_json()}, found.table())
+        content["lens"] = found.to_json()
+        tables.append(found.table())
     if arguments.contributions is not None:
         parts = contributions(reader, text, arguments.contributions or None)
-        return Finding({"contributions": parts.to_json()}, parts.table())
+        content["contributions"] = parts.to_json()
+        tables.append(parts.table())
     if arguments.patch is not None:
         patching = patch(reader, text, arguments.patch, *(arguments.answers or (None, None)))
-        return Finding({"patching": patching.to_json()}, patching.table())
-    return before_and_after(reader, text, edits_of(arguments))
+        content["patching"] = patching.to_json()
+        tables.append(patching.table())
+    return Finding(content, "\n\n".join(tables))
 
 
 def before_and_after(reader: Reader, text: str, edits: Sequence[Edit]) -> Finding:

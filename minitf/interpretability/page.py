@@ -26,18 +26,16 @@ from minitf.viewer import viewer_page
 DEFAULT_PAGE = "attention.html"
 
 
-def attention_page(
-    maps: Sequence[AttentionMaps], title: str, scored_on: str = "held_out", model: Mapping[str, Any] | None = None
-) -> str:
+def attention_page(maps: Sequence[AttentionMaps], title: str, scored_on: str = "held_out") -> str:
     """One self-contained HTML page (no network, opens from a file) with `maps`, of any number of texts and steps.
 
     Maps of the same text are the steps of one sentence, in the order given. A map takes 2/3 of a byte for each entry of
     its square of weights: 2 kB for 24 heads on 10 tokens, 30 kB for 48 heads on 30 tokens. `scored_on` says where the
-    scores of the maps were measured, `model` is a `page_model`; see `viewer_page`.
+    scores of the maps were measured, see `viewer_page`.
     """
     if not maps:
         raise ValueError("a page needs at least one map")
-    return viewer_page([one.to_viewer() for one in maps], title, scored_on=scored_on, model=model)
+    return viewer_page([one.to_viewer() for one in maps], title, scored_on=scored_on)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,13 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     text = read_text_argument(arguments.text, "text")
     out = arguments.out or Path(DEFAULT_PAGE)
     experiment = experiments.wanted(arguments)
-    if experiment and arguments.out:
-        raise RequestError("--out is for the page; an experiment is printed (--json: as JSON)")
     if not arguments.json and not out.absolute().parent.is_dir():
         raise RequestError(f"--out {out}: there is no such directory; create it first")
     set_threads()
     checkpoint = load_checkpoint(arguments.run)
-    if experiment:
+    if experiment and not arguments.out:
         finding = experiments.run(arguments, checkpoint, text)
         print(json.dumps(finding.content, allow_nan=False) if arguments.json else finding.text)
         return 0
@@ -78,12 +74,22 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         json.dump(maps.to_json(), sys.stdout, allow_nan=False)
         print()
-    else:
-        model = page_model(checkpoint.model, checkpoint.tokenizer, checkpoint.step, [maps.text], checkpoint.answers)
-        page = attention_page([maps], _title(checkpoint, arguments.run), "sentence", model)
-        _write(out, page)
-        print(f"{checkpoint.directory}: wrote {out} ({len(page.encode()) / 1e6:.1f} MB)", file=sys.stderr)
+        return 0
+    stored = {}
+    if experiment:
+        finding = experiments.run(arguments, checkpoint, maps.text)  # of a pair with its answer, as in the maps
+        print(finding.text)
+        stored = finding.for_viewer
+    page = _page(checkpoint, maps, stored, _title(checkpoint, arguments.run))
+    _write(out, page)
+    print(f"{checkpoint.directory}: wrote {out} ({len(page.encode()) / 1e6:.1f} MB)", file=sys.stderr)
     return 0
+
+
+def _page(checkpoint: Checkpoint, maps: AttentionMaps, stored: Mapping[str, Any], title: str) -> str:
+    """The page of one text, with the results `stored` for the viewer and, if it is small, with the model."""
+    model = page_model(checkpoint.model, checkpoint.tokenizer, checkpoint.step, [maps.text], checkpoint.answers)
+    return viewer_page([{**maps.to_viewer(), **stored}], title, scored_on="sentence", model=model)
 
 
 def _title(checkpoint: Checkpoint, run: str) -> str:

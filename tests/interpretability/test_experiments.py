@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import data_of
 
 from minitf.api import load
 from minitf.edits import block, move
@@ -67,7 +68,7 @@ def test_each_experiment_prints_text_or_json(
         (["--mean"], "add --ablate"),
         (["--answers", "cat", "mat"], "add --patch"),
         (["--block", "mat>cat", "--lens"], "choose one"),
-        (["--lens", "--out", "page.html"], "--out is for the page"),
+        (["--block", "mat>cat", "--out", "page.html"], "--out is for the page"),
         (["--contributions", "antidisestablishmentarianism"], "is not one token"),
     ],
 )
@@ -78,3 +79,17 @@ def test_a_wrong_experiment_is_refused_in_one_line(
     assert (status, out) == (2, "")
     assert message in err
     assert len([line for line in err.splitlines() if line.startswith("minitf:")]) == 1
+
+
+def test_a_page_stores_the_experiments(trained_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ["--lens", "--contributions", "--patch", "The cat sat on the cat", "--answers", "a", "b"]
+    status, printed, _ = run(capsys, trained_run, *asked, "--out", str(tmp_path / "page.html"))
+    assert status == 0
+    _, out, _ = run(capsys, trained_run, *asked, "--json")
+    content = json.loads(out)
+    (shown,) = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["maps"]
+    assert shown["lens"] == content["lens"]
+    assert shown["contributions"] == content["contributions"]
+    assert shown["patch"] == content["patching"]
+    assert "likeliest next token" in printed
+    assert "share that a place restores" in printed

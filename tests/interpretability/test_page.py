@@ -9,11 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from helpers import NASTY, maps_of
+from helpers import NASTY, data_of, maps_of
 
 import minitf.interpretability.page as page_module
 from minitf.data.tokenizer_training import train_tokenizer
@@ -22,12 +21,6 @@ from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.page import attention_page, main
 from minitf.model import ModelConfig, Transformer
 from minitf.tokenizer import TokenizerConfig
-
-
-def data_of(page: str) -> dict[str, Any]:
-    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert len(found) == 1
-    return json.loads(found[0])
 
 
 def test_the_page_holds_the_weights_of_every_map() -> None:
