@@ -43,6 +43,7 @@ export function paletteOf(theme) {
     share: (share) => `rgb(${shareRgb(share)})`,
     signed: (value) => `rgb(${signedRgb(value)})`,
     ink: (share) => inkOn(shareRgb(share)),
+    signedInk: (value) => inkOn(signedRgb(value)),
     heads: HEAD_COLOURS[theme],
     curves: [...HEAD_COLOURS[theme], ...(theme === "dark" ? ["#b9b4c8", "#9fb3ff"] : ["#5d5a6e", "#3a51c9"])],
     /** Of a layer, from the first to the last of `count`. */

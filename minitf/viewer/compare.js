@@ -2,6 +2,7 @@
 
 import { fillSelect, make, onChange, percent, quoted, range } from "./dom.js";
 import { otherOf } from "./data.js";
+import { isChanged } from "./edits.js";
 import { headLook } from "./maps.js";
 import { matrix, steering } from "./matrix.js";
 import { atPosition } from "./next_token.js";
@@ -16,6 +17,7 @@ export function compareView(map, { t, tooltip, actions }) {
   const picker = make("div", { class: "compare-with" }, make("label", {}, t("compare_with"), " ", what), make("label", {}, t("step"), " ", steps));
   what.addEventListener("change", () => {
     if (what.value === "head") return actions.compareHead();
+    if (what.value === "plain") return set({ other: { kind: "plain" } });
     return set({ other: what.value === "step" ? null : { kind: "run", run: what.value.slice(4), step: null } });
   });
   steps.addEventListener("change", () => {
@@ -68,7 +70,7 @@ export function compareView(map, { t, tooltip, actions }) {
     const other = otherOf(state, run);
     const tag = run.sentences[state.sentence].tag;
     const runs = state.live ? [] : data.runs.filter((name) => name !== run.name && data.tags[name]?.includes(tag));
-    const options = [["step", t("other_step")], ...(source.live && run.checkpoints.length ? [["head", t("other_head", look)]] : []), ...runs.map((name) => [`run:${name}`, t("other_run", { run: name })])];
+    const options = [["step", t("other_step")], ...(source.live && run.checkpoints.length ? [["head", t("other_head", look)]] : []), ...(isChanged(state) ? [["plain", t("other_plain")]] : []), ...runs.map((name) => [`run:${name}`, t("other_run", { run: name })])];
     fillSelect(what, options, other.kind === "run" ? `run:${other.run}` : other.kind);
     const theirSteps = other.kind === "run" ? (second ? [[second.step]] : []) : state.live ? run.checkpoints.map((step) => [step]) : run.sentences[state.sentence].looks;
     steps.parentNode.hidden = other.kind !== "step";
@@ -87,8 +89,8 @@ export function compareView(map, { t, tooltip, actions }) {
     readout.textContent = same ? [t("head_name", look), ": ", ...compareWords(t, context, lookB, query, at)].join("") : "";
     plots.forEach((plot, i) => (same || i === 0) && plot.mark(query, key, readout.textContent));
     const roomy = context.space.height - HEADINGS - side > PREDICTIONS || context.space.width <= 560;
-    figures[0].lastChild.replaceChildren(...(roomy ? atPosition(context.map, query, t, [], palette) : []));
-    figures[1].lastChild.replaceChildren(...(roomy && same ? atPosition({ ...second, before: undefined }, query, t, [], palette) : []));
+    figures[0].lastChild.replaceChildren(...(roomy ? atPosition({ ...context.map, before: undefined }, query, t, palette) : []));
+    figures[1].lastChild.replaceChildren(...(roomy && same ? atPosition({ ...second, before: undefined }, query, t, palette) : []));
   }
   function table(current) {
     const { second, looks: [look] } = current;
@@ -108,6 +110,7 @@ const lookOf = ({ second, looks: [look], settings }) => headLook(second, look.la
 /** What B is; while another loads, what is still shown. */
 function nameOfOther(t, { data: { secondOf } }) {
   if (secondOf?.kind === "head" && secondOf.head) return t("other_head", { layer: secondOf.head[0], head: secondOf.head[1] });
+  if (secondOf?.kind === "plain") return t("other_plain");
   return secondOf?.kind === "run" ? secondOf.run : "";
 }
 

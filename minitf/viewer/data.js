@@ -5,16 +5,19 @@
  *   mapRun       the run that `map` is of: not yet `run` while the maps of another run load
  *   secondOf     what `second` is: another step, a run, or the same without a head
  *   loading      what is loading for a while     error         { key, reason } of what failed, or null
+ *   probe        what a view asks about the map: { view, of, replies, count, error }, see probes.js
  */
 
+import { isChanged, liveOf, requestOf } from "./edits.js";
 import { foundAt, readMap } from "./maps.js";
+import { probesOf } from "./probes.js";
 import { fitMap, fitRun, lookAt, nearest } from "./state.js";
 
 const SLOW_MS = 150; // what loads faster is not announced
 const MAX_MAPS = 300;
 
 export function createData(source, store, changed) {
-  const data = { runs: null, tags: {}, run: null, map: null, second: null, secondOf: null, mapRun: null, loading: false, error: null };
+  const data = { runs: null, tags: {}, run: null, map: null, second: null, secondOf: null, mapRun: null, probe: null, loading: false, error: null };
   const [runs, maps] = [new Map(), new Map()];
   let [latest, wanted] = [0, ""];
 
@@ -30,8 +33,8 @@ export function createData(source, store, changed) {
 
   /** A map with what the run says about its heads. */
   function withRun(name, raw, stamp) {
-    const found = runs.get(name)?.found;
-    return Object.assign(readMap({ ...raw, found: foundAt(found, raw.step) }), { stamp });
+    const run = runs.get(name);
+    return Object.assign(readMap({ ...raw, found: foundAt(run?.found, raw.step) }), { stamp, watched: watchedIn(run) });
   }
 
   function loadMap(run, sentence, look) {
@@ -46,18 +49,17 @@ export function createData(source, store, changed) {
   }
 
   /** The reply of the live model to a typed sentence; its labels are those of the run's nearest stored maps. */
-  async function loadLive(run, live, off = live.off) {
+  async function loadLive(run, live, edits) {
     const step = liveStep(run, live);
     if (step === null) throw Object.assign(new Error(), { key: "no_checkpoint" });
-    const { text, new_tokens, temperature, seed } = live;
-    const request = { run: run.name, step, text, new_tokens, temperature, seed, heads_off: off };
+    const request = { run: run.name, step, ...requestOf(live, edits) };
     const key = JSON.stringify(request);
     if (!maps.has(key)) {
       const asked = source.live(request).then(async (raw) => {
         const sentence = run.sentences[0];
         const usual = await loadMap(run.name, sentence, sentence.looks[lookAt(sentence.looks, step)]).catch(() => null);
         const same = usual && usual.layers === raw.layers && usual.heads === raw.heads && Object.keys(usual.scores).length;
-        return withRun(run.name, { ...raw, usual: same ? usual.labels : null }, key);
+        return withRun(run.name, { ...raw, usual: same ? usual.labels : null, of: JSON.stringify([edits, live.off, live.by]) }, key);
       });
       maps.set(key, asked);
       asked.catch(() => maps.delete(key));
@@ -73,9 +75,10 @@ export function createData(source, store, changed) {
       if (!source.live) return null;
       const live = state.live ?? liveOf(sentence.text, null);
       const off = state.heads?.map(([layer, head]) => [layer, head]) ?? [];
-      return loadLive(run, { ...live, step: live.step ?? state.step }, [...live.off, ...off]);
+      return loadLive(run, { ...live, step: live.step ?? state.step, off: [...live.off, ...off] }, state.edits);
     }
-    if (state.live) return loadLive(run, { ...state.live, step: other.step });
+    if (other.kind === "plain") return state.live ? loadLive(run, { ...state.live, off: [] }, []) : null;
+    if (state.live) return loadLive(run, { ...state.live, step: other.step }, state.edits);
     const theirs = other.kind === "run" ? await loadRun(other.run) : run;
     const found = theirs.sentences.find((one) => one.tag === sentence.tag);
     // Another run at the step that is shown, or at its last one before.
@@ -97,19 +100,53 @@ export function createData(source, store, changed) {
       const state = store.get();
       const looks = run.sentences[state.sentence].looks;
       const look = looks[lookAt(looks, state.step)];
-      const map = state.live ? await loadLive(run, state.live) : await loadMap(run.name, run.sentences[state.sentence], look);
+      const map = state.live ? await loadLive(run, state.live, state.edits) : await loadMap(run.name, run.sentences[state.sentence], look);
       if (mine !== latest) return;
       const second = await loadSecond(state, run);
       if (mine !== latest) return;
       const secondOf = { ...otherOf(state, run), head: state.heads?.[0] };
       Object.assign(data, { map, second, secondOf, mapRun: run, loading: false, error: null });
       store.set(fitMap(store.get(), map));
+      clearTimeout(timer);
+      if (mine !== latest) return;
       prefetch(state, run, looks);
+      await loadProbe(run, map, () => mine === latest);
     } catch (error) {
       if (mine === latest) update({ error: whyFailed(error), loading: false, ...(store.get().live ? { map: null } : {}) });
     } finally {
       clearTimeout(timer);
     }
+  }
+
+  /** What the view asks about the map, reply by reply; what fails is said in the view. */
+  async function loadProbe(run, map, isLatest) {
+    const { view } = store.get();
+    const { requests, stored } = probesOf(store.get(), run, map, source);
+    if (!requests.length) return data.probe && update({ probe: null });
+    const probe = { view, of: map.stamp, asked: requests[0], count: requests.length, replies: [], error: "", stored };
+    try {
+      for (const request of requests) {
+        const reply = await asked(request);
+        if (!isLatest()) return undefined;
+        data.probe = { ...probe, replies: [...probe.replies, reply] };
+        probe.replies.push(reply);
+        changed();
+      }
+    } catch (error) {
+      if (isLatest()) update({ probe: { ...probe, error: error.message } });
+    }
+    return undefined;
+  }
+
+  function asked(request) {
+    const key = JSON.stringify(request);
+    if (!maps.has(key)) {
+      if (maps.size > MAX_MAPS) maps.delete(maps.keys().next().value);
+      const asking = source.live(request);
+      maps.set(key, asking);
+      asking.catch(() => maps.delete(key));
+    }
+    return maps.get(key);
   }
 
   function prefetch(state, run, looks) {
@@ -142,9 +179,10 @@ export function createData(source, store, changed) {
   }
 
   store.subscribe((state) => {
-    const { run, sentence, step, live, view, other, heads } = state;
+    const { run, sentence, step, live, edits, view, other, heads, query, target, pair, pairHeads } = state;
     const compared = view === "compare" ? [other, other?.kind === "head" ? heads : null] : null;
-    const needs = JSON.stringify([run, sentence, step, live, compared]);
+    const probed = { lens: [view], contributions: [view, query, target], patch: [view, pair, pairHeads] }[view] ?? null;
+    const needs = JSON.stringify([run, sentence, step, live, edits, compared, probed]);
     if (needs === wanted) return changed();
     wanted = needs;
     changed();
@@ -153,15 +191,15 @@ export function createData(source, store, changed) {
   return { data, reload, retry: () => (data.run ? load() : reload()) };
 }
 
-/** A typed sentence with the defaults of everything else. */
-export const liveOf = (text, step) => ({ text, new_tokens: 0, temperature: 0.8, seed: 0, off: [], step });
+/** The first words of the relations that a run watches: "it" of "it>cat". */
+const watchedIn = (run) => [...new Set(Object.keys(run?.series ?? {}).map((name) => name.match(/^watch\/([^>]+)>/)?.[1]).filter(Boolean))];
 
 /** The checkpoint that a typed sentence is read with. */
 export const liveStep = (run, live) => nearest(run.checkpoints, live.step);
 
 /** What *Compare* compares with: as chosen, or this run's first step. */
 export function otherOf(state, run) {
-  if (state.other) return state.other;
+  if (state.other && (state.other.kind !== "plain" || isChanged(state))) return state.other;
   const first = state.live ? run.checkpoints[0] : run.sentences[state.sentence]?.looks[0]?.[0];
   return { kind: "step", step: first ?? null, run: null };
 }

@@ -72,12 +72,11 @@ export function headsPanel(map, { t, tooltip, actions }) {
   const sort = make("select", { ariaLabel: t("sort") });
   sort.addEventListener("change", () => set({ sort: sort.value }));
   const patterns = make("div", { class: "patterns", attributes: { role: "group", "aria-label": t("patterns") } });
-  const offList = make("div", { class: "off-heads" });
   const grid = make("div", { class: "grid", attributes: { role: "group", "aria-label": t("heads") } });
   const box = make("div", { class: "grid-box" }, grid);
   const top = make("div", { class: "panel-head" }, make("h2", {}, t("heads")), sort,
     make("label", { class: "check", title: t("several_why", { count: MAX_HEADS }) }, several, " ", t("several")));
-  const element = make("section", { class: "overview", ariaLabel: t("heads") }, top, patterns, offList, box);
+  const element = make("section", { class: "overview", ariaLabel: t("heads") }, top, patterns, box);
   const columns = range(map.heads).map((head) => make("span", { class: "name" }, String(head)));
   let [shown, state, run, thumbs, order] = [map, null, null, [], []];
 
@@ -165,12 +164,6 @@ export function headsPanel(map, { t, tooltip, actions }) {
     if (focused) patterns.querySelector(`[data-pattern="${CSS.escape(focused)}"]`)?.focus();
   });
 
-  const listOff = onChange((off) => {
-    offList.replaceChildren(...(off.length ? [t("off_heads"), ...off.map(([layer, head]) =>
-      button(`${t("head_name", { layer, head })} ×`, () => actions.switchOff([[layer, head]]), { class: "chip", title: t("switch_on") })),
-    button(t("all_on"), () => actions.ask({ off: [] }), { class: "link" })] : []));
-  });
-
   /** `context.map` has the shape of `map`. */
   function render(context) {
     ({ state, run } = context);
@@ -183,7 +176,6 @@ export function headsPanel(map, { t, tooltip, actions }) {
     paint(JSON.stringify([shown.stamp, context.settings, palette.theme]), context.settings, palette);
     list(JSON.stringify([labels, state.filter]));
     const off = state.live?.off ?? [];
-    listOff(JSON.stringify(off), off);
     order = ordered(shown, state.sort, state.filter, importance);
     const { oneScreen } = context.space;
     place(JSON.stringify([order.join(" "), box.clientWidth, oneScreen && box.clientHeight]), oneScreen);

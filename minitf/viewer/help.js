@@ -3,8 +3,8 @@
 import { button, make, rich } from "./dom.js";
 
 const KEYS = [
-  ["?", "keys_help"], ["1–7", "keys_view"], ["Space", "keys_play"], [", .", "keys_step"], ["[ ]", "keys_head"], ["j k", "keys_word"],
-  ["t", "keys_type"], ["f", "keys_first"], ["s", "keys_save"], ["c", "keys_link"], ["Esc", "keys_escape"], ["← ↑ → ↓", "keys_arrows"],
+  ["?", "keys_help"], ["1–9 0", "keys_view"], ["Space", "keys_play"], [", .", "keys_step"], ["[ ]", "keys_head"], ["j k", "keys_word"],
+  ["t", "keys_type"], ["x", "keys_forbid"], ["m", "keys_move"], ["u", "keys_undo"], ["f", "keys_first"], ["s", "keys_save"], ["c", "keys_link"], ["Esc", "keys_escape"], ["← ↑ → ↓", "keys_arrows"],
 ];
 
 /** `actions` are the functions of the keys: { key: () => ... }; `notes()` are paragraphs about the numbers shown. */
@@ -32,7 +32,7 @@ export function helpDialog({ t, notes, isOn, turn }) {
 export function listenToKeys(target, actions, isOn) {
   target.addEventListener("keydown", (event) => {
     if (!isOn() || event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || event.isComposing) return;
-    if (event.target.closest("input:not([type=checkbox], [type=range]), textarea, select, dialog, [role=menu]")) return;
+    if (event.target.closest("input:not([type=checkbox], [type=range]), textarea, select, dialog, [role=dialog], [role=menu]")) return;
     if (event.key === " " && event.target.closest("button, input, summary")) return;
     const action = actions[event.key];
     if (!action) return;

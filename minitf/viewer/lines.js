@@ -7,6 +7,7 @@ import { cellLines, queryLines, strongest } from "./words.js";
 const [LARGEST, READABLE, LINE] = [26, 10.5, 13]; // pixels per word: at most, to be written, between written ones
 const [HEAD, BETWEEN] = [20, 0.34]; // pixels of the headings; share of the width between the columns
 const [FAINTEST, WRITTEN] = [0.04, 0.005]; // smaller weights of other queries, and of the chosen one, are not drawn
+const [POINTED, NEAR] = [0.03, 0.4]; // a line is pointed at from this weight on, at this distance in words
 const [MANY, FAINTEST_OF_MANY] = [80, 0.3]; // tokens
 
 export function linesView(map, { t, tooltip, actions }) {
@@ -25,6 +26,10 @@ export function linesView(map, { t, tooltip, actions }) {
   const at = (event) => {
     const box = body.getBoundingClientRect();
     const index = clamp(Math.floor((event.clientY - box.top) / pitch), map.size);
+    const between = canvas.getBoundingClientRect();
+    const across = (event.clientX - between.left) / between.width;
+    const line = across > 0 && across < 1 ? lineAt(context, across, (event.clientY - box.top) / pitch - 0.5) : null;
+    if (line !== null) return { query: null, key: line };
     return (event.clientX - box.left) / box.width < 0.5 ? { query: index, key: null } : { query: null, key: index };
   };
   body.addEventListener("pointermove", (event) => {
@@ -38,7 +43,8 @@ export function linesView(map, { t, tooltip, actions }) {
   body.addEventListener("pointerleave", () => { tooltip.hide(); set({ point: null }); });
   body.addEventListener("click", (event) => {
     const { query, key } = at(event);
-    set(query === null ? { key: Math.min(key, context.state.query), point: null } : { query, key: null, point: null });
+    if (query === null) actions.test(context.state.query, Math.min(key, context.state.query), event);
+    else set({ query, key: null, point: null });
   });
   body.addEventListener("keydown", (event) => {
     const [down, across] = arrow(event);
@@ -117,6 +123,18 @@ export function linesView(map, { t, tooltip, actions }) {
     return { columns: ["layer", "head", "query_position", "query", "key_position", "key", "weight"], rows };
   }
   return { element, render, table };
+}
+
+/** The key whose line from the chosen query passes a point, or null: `across` from 0 to 1, `down` in words. */
+export function lineAt({ looks, query }, across, down) {
+  // The curve is x = 1.2 s (1 - s) + s^3 + ..., y = 3 s^2 - 2 s^3: its control points are at 0.4 and 0.6 of the width.
+  const x = (s) => 1.2 * s * (1 - s) ** 2 + 1.8 * s ** 2 * (1 - s) + s ** 3;
+  let [low, high] = [0, 1];
+  while (high - low > 1e-4) (x((low + high) / 2) < across ? (low = (low + high) / 2) : (high = (low + high) / 2));
+  const share = 3 * low ** 2 - 2 * low ** 3;
+  const distance = (key) => Math.abs(query + (key - query) * share - down);
+  const drawn = range(query + 1).filter((key) => looks.some((look) => look.share(query, key) >= POINTED) && distance(key) <= NEAR);
+  return drawn.length ? drawn.reduce((best, key) => (distance(key) < distance(best) ? key : best)) : null;
 }
 
 /** Of positions in order of importance, those that can be written without touching one another. */

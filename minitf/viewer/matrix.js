@@ -24,7 +24,7 @@ export function matrix(tokens, { onPoint, onLeave, onSelect, onArrow, label }) {
   };
   plot.addEventListener("pointermove", (event) => onPoint(event, ...place(event)));
   plot.addEventListener("pointerleave", onLeave);
-  plot.addEventListener("click", (event) => onSelect(...place(event)));
+  plot.addEventListener("click", (event) => onSelect(...place(event), event));
   plot.addEventListener("keydown", (event) => {
     const [down, right] = arrow(event);
     if (down || right) onArrow(down, right);
@@ -94,6 +94,7 @@ export function matrixView(map, { t, tooltip, actions }) {
   const build = onChange((count) => {
     const controls = steering(map.size, actions, tooltip, () => context,
       (query, key) => cellLines(t, context.map, context.looks, query, key, context.palette));
+    controls.onSelect = (query, key, event) => actions.test(query, key, event);
     plots = range(count).map(() => matrix(map.tokens, { ...controls, label: t("tab_matrix") }));
     sheet.replaceChildren(...plots.map((plot) => make("figure", {}, make("figcaption"), plot.element)));
   });

@@ -1,5 +1,5 @@
-/* The view "Next token": the prediction after each word and the probability of each word; with heads off, before and
- * after. */
+/* The view "Next token": the prediction after each word and the probability of each word; after a change, next to what it
+ * was before. */
 
 import { button, make, onChange, percent, quoted, visible, withBold } from "./dom.js";
 
@@ -21,7 +21,9 @@ export function nextTokenView(map, { t, actions }) {
     const next = current.tokens[i + 1];
     tr.children[1].replaceChildren(...current.next_tokens[i].slice(0, 4).map(([token, p]) => guess(token, p, token === next)));
     if (next === undefined) return tr.children[2].replaceChildren(t("end"));
-    const came = make("b", { class: "share" }, current.actual ? percent(current.actual[i]) : "");
+    const was = current.before?.actual?.[i];
+    const moved = was !== undefined && Math.abs(was - current.actual[i]) >= 0.005;
+    const came = make("b", { class: "share" }, current.actual ? (moved ? `${percent(was)} → ${percent(current.actual[i])}` : percent(current.actual[i])) : "");
     if (current.actual) Object.assign(came.style, { background: palette.share(current.actual[i]), color: palette.ink(current.actual[i]) });
     return tr.children[2].replaceChildren(quoted(next), " ", came);
   }));
@@ -37,7 +39,7 @@ export function nextTokenView(map, { t, actions }) {
       tr.classList.toggle("active", i === query);
       tr.firstChild.firstChild.ariaPressed = String(i === state.query);
     });
-    position.replaceChildren(...atPosition(current, query, t, state.live?.off ?? [], palette));
+    position.replaceChildren(...atPosition(current, query, t, palette));
     follow(state.query, state.query);
   }
   function table({ map: current }) {
@@ -54,17 +56,16 @@ function guess(token, probability, isActual) {
   return element;
 }
 
-/** The most probable tokens after one position as bars; with heads off, next to those of the whole model. */
-export function atPosition(map, query, t, off, palette) {
+/** The most probable tokens after one position as bars; after a change, next to those before it. */
+export function atPosition(map, query, t, palette) {
   const title = make("h3", {}, ...withBold(t("after", { token: "\u0001" }), quoted(map.tokens[query])));
   const now = new Map(map.next_tokens[query]);
   const before = map.before ? new Map(map.before.next_tokens[query]) : null;
   const tokens = [...new Set([...(before ? before.keys() : []), ...now.keys()])].slice(0, before ? 8 : 5);
   const rows = tokens.map((token) => make("div", { class: before ? "likely changed" : "likely" }, make("code", {}, make("bdi", {}, visible(token))),
     ...(before ? [bar(before.get(token), "whole", palette)] : []), bar(now.get(token), before ? "off" : "", palette)));
-  const heads = off.map(([layer, head]) => t("head_short", { layer, head })).join(", ");
   const legend = before ? [make("p", { class: "likely changed heading" }, make("span"), make("span", {}, t("whole")),
-    make("span", {}, t("with_off", { heads })))] : [];
+    make("span", {}, t("with_changes")))] : [];
   return [title, ...legend, ...rows];
 }
 

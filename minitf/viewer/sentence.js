@@ -26,7 +26,8 @@ export function sentencePanel(map, { t, tooltip, actions }) {
     buttons[next].focus({ preventScroll: true });
   });
   const readout = make("p", { class: "readout", ariaLive: "polite", dir: "auto" });
-  const element = make("section", { class: "reading", ariaLabel: t("sentence") }, row, readout);
+  const test = button(t("test_look"), (event) => actions.testChosen(event), { class: "link test" });
+  const element = make("section", { class: "reading", ariaLabel: t("sentence") }, row, make("div", { class: "readout-row" }, readout, test));
 
   const follow = onChange(() => {
     const one = buttons[context.state.query];
@@ -63,6 +64,8 @@ export function sentencePanel(map, { t, tooltip, actions }) {
         }));
       }
     });
+    test.title = context.whyNotLive || t("test_why");
+    test.setAttribute("aria-disabled", String(Boolean(context.whyNotLive)));
     readout.textContent = describe(t, context.map, looks, query, context.key);
     follow(`${state.query}|${context.map.stamp}|${row.clientWidth}`);
   }

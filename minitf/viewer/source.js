@@ -5,7 +5,22 @@
  *                                  checkpoints }
  *   map(name, sentence, look) -> an AttentionMaps.to_viewer()
  *   live(request)             -> the same, exact; `live` is null where unavailable, and `why` is the reason
+ *   kinds                     -> which of "lens", "contributions" and "patch" live(request) answers too
  *   address                   -> { read(), write(text), link(text) }: where the state of the page is kept
+ *
+ * A request is { run, step, text, new_tokens, temperature, seed, heads_off, edits, kind } and what its kind needs; without a
+ * kind, maps are wanted, which come with prompt_length, full (the text with what was generated) and, under heads_off or edits,
+ * before: { next_tokens, actual } of the unedited model. For edits see edits.js. A map may have the other replies stored as
+ * `lens`, `contributions` and `patch`: those of the Python API, `to_json()`.
+ *
+ *   lens           {} -> { tokens, rows: [{ after, best: [{ token, probability }], actual: [probability or null] }] }
+ *                  a row after "embedding", "layer 0 attention", "layer 0 MLP", ...; best and actual by position
+ *   contributions  { position, token } -> { token, logit, position, parts: { embedding, "layer 0 head 0", "layer 0 MLP", ... } }
+ *                  to the logit of the token with that label after a position; null: the one that follows, at the end the likeliest
+ *   patch          { changed, position, layer, heads } -> { clean: [token], changed: [token], answers: [a, b],
+ *                  probabilities: [[of a, of b], [of a, of b]], difference, position, layer, heads, restores, breaks }
+ *                  of the texts up to a position; shares by position; with `heads`, by head and position. Without edits.
+ *                  Answers are the likeliest next tokens; if those are the same, the two whose probabilities differ most.
  */
 
 import { createLaboratory } from "./laboratory.js";

@@ -5,13 +5,19 @@
  *   step       a training step; null: the latest  heads      [layer, head, colour] of the chosen heads
  *   query key  positions of the chosen words      point      { query, key } under the pointer, or null
  *   view       one of VIEWS                       other      what *Compare* compares with, or null: the first step
- *   live       a typed sentence, or null: { text, new_tokens, temperature, seed, off, step }
- *   edits      interventions on the typed sentence (none yet: block, move, ...), immutable data for the live model
+ *   live       a typed sentence, or null: { text, new_tokens, temperature, seed, off, by, step }
+ *   edits      what is done to the looks of the typed sentence, see edits.js; past: what was before, for undo
+ *   scope      the heads that the next edit is for: "one" (the first chosen), "chosen" or "all"
+ *   target     the next token whose parts are shown, or null: the one that came
+ *   pair       the other of two sentences: { changed, position }, or null; pairHeads: the layer whose heads are shown
  */
 
 import { clamp, range } from "./dom.js";
+import { fromText, toText } from "./edits.js";
 
-export const VIEWS = ["alignment", "lines", "matrix", "three_steps", "next_token", "over_training", "compare"];
+export const VIEWS = [
+  "alignment", "lines", "matrix", "three_steps", "next_token", "lens", "contributions", "patch", "over_training", "compare",
+];
 export const SORTS = ["layer", "score", "importance"];
 export const MAX_HEADS = 6;
 /** Patterns from the most telling to the least; a head of the first one found is chosen at the start. */
@@ -22,7 +28,8 @@ export const PATTERN_ORDER = [
 export const INITIAL = Object.freeze({
   language: "en", run: null, sentence: null, step: null, heads: null, query: null, key: null, point: null,
   hideFirst: false, measure: "weight", view: null, temperature: 1, focusKey: null, score: "", filter: "", sort: "layer",
-  several: false, explain: null, live: null, other: null, edits: [],
+  several: false, explain: null, live: null, other: null, edits: [], past: [], scope: "all",
+  target: null, pair: null, pairHeads: null,
 });
 
 export function createStore(initial) {
@@ -59,11 +66,29 @@ export function defaultHead(map) {
   return [map.layers - 1, 0];
 }
 
-/** The query selected first: the last one that looks much at one word, other than the first and itself. */
+/** The query selected first: the word of a relation that the run watches, where its head is shown; else the last one that
+ * looks much at one word, other than the first and itself. */
 export function defaultQuery(map, [layer, head]) {
+  const refers = map.found.refers?.some(([l, h]) => l === layer && h === head);
+  const watched = refers ? (map.watched ?? []).map((word) => lastToken(map.tokens, word)).filter((position) => position > 0) : [];
+  if (watched.length) return watched[0];
   const late = range(map.size).slice(Math.floor(map.size / 2));
   const strength = (query) => Math.max(0, ...range(query).slice(1).map((key) => map.weight(layer, head, query, key)));
   return late.reduce((best, query) => (strength(query) >= 0.7 * strength(best) ? query : best), map.size - 1);
+}
+
+/** The position of the last token of a word's last occurrence, or -1. Of a word with letters no part of another counts. */
+export function lastToken(tokens, word) {
+  const text = tokens.join("").toLowerCase();
+  const name = word.toLowerCase();
+  const isLetter = (character) => character !== undefined && /[a-z0-9à-ÿ]/i.test(character);
+  for (let start = text.lastIndexOf(name); start >= 0 && name; start = start > 0 ? text.lastIndexOf(name, start - 1) : -1) {
+    const end = start + name.length;
+    if ((isLetter(name[0]) && isLetter(text[start - 1])) || (isLetter(name.at(-1)) && isLetter(text[end]))) continue;
+    let length = 0;
+    return tokens.findIndex((token) => (length += token.length) >= end);
+  }
+  return -1;
 }
 
 /** The change for a run that is shown from now on. With the same sentence the selection stays; with others, the most
@@ -75,7 +100,7 @@ export function fitRun(state, run, before) {
   }
   const text = before.sentences[state.sentence]?.text;
   const same = run.sentences.findIndex((sentence) => sentence.text === text);
-  const changes = { step: null, other: null, point: null };
+  const changes = { step: null, other: null, point: null, pair: null, pairHeads: null, target: null };
   if (same >= 0) return { ...changes, sentence: same };
   return { ...changes, sentence: defaultSentence(run.sentences), heads: null, query: null, key: null };
 }
@@ -127,7 +152,10 @@ export function toAddress(state, step = state.step) {
     sort: state.sort === "layer" ? null : state.sort, with: state.view === "compare" ? otherName(state.other) : null,
     text: live?.text, new: live?.new_tokens || null, seed: live?.new_tokens ? live.seed : null,
     sampling: live?.new_tokens ? live.temperature : null,
-    off: live?.off.map((head) => head.join(".")).join(","),
+    off: live?.off.map((head) => head.join(".")).join(","), by: live?.off.length && live.by !== "zero" ? live.by : null,
+    edits: live ? toText(state.edits) : null, target: state.view === "contributions" ? state.target : null,
+    changed: state.view === "patch" ? state.pair?.changed : null, after: state.view === "patch" ? state.pair?.position : null,
+    layer: state.view === "patch" ? state.pairHeads : null,
   };
   const given = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
   return new URLSearchParams(given.map(([name, value]) => [name, String(value)])).toString();
@@ -155,17 +183,20 @@ export function fromAddress(address) {
   if (values.get("text")) {
     change.live = {
       text: values.get("text"), new_tokens: count("new") ?? 0, temperature: real("sampling", 0, 100) ?? 0.8,
-      seed: count("seed") ?? 0, off: pairs("off"), step: change.step,
+      seed: count("seed") ?? 0, off: pairs("off"), by: values.get("by") === "mean" ? "mean" : "zero", step: change.step,
     };
     change.step = null;
+    change.edits = fromText(values.get("edits"));
   }
+  if (values.get("changed") && count("after") !== null) change.pair = { changed: values.get("changed"), position: count("after") };
+  Object.assign(change, { pairHeads: count("layer"), target: values.get("target")?.slice(0, 100) ?? null });
   return change;
 }
 
-const otherName = (other) => (!other ? null : other.kind === "head" ? "head" : `${other.kind}:${other.step ?? ""}:${other.run ?? ""}`);
+const otherName = (other) => (!other ? null : ["head", "plain"].includes(other.kind) ? other.kind : `${other.kind}:${other.step ?? ""}:${other.run ?? ""}`);
 
 function otherOf(name) {
-  if (name === "head") return { kind: "head" };
+  if (name === "head" || name === "plain") return { kind: name };
   const match = name.match(/^(step|run):(\d{0,15}):(.*)$/s);
   if (!match) return null;
   return { kind: match[1], step: match[2] === "" ? null : Number(match[2]), run: match[3] || null };

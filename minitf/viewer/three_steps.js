@@ -40,7 +40,7 @@ export function threeStepsView(map, { t, actions }) {
     const strip = () => make("canvas", { class: "strip" });
     const signed = () => make("span", { class: "signed" }, make("b"), make("span", { class: "bar" }, make("i")));
     rows = keys.map((key) => {
-      const name = button(visible(map.tokens[key]), () => set({ focusKey: key }), { class: "row-key" });
+      const name = button(visible(map.tokens[key]), (event) => { set({ focusKey: key }); actions.test(context.query, key, event); }, { class: "row-key" });
       const row = make("tr", {}, make("th", { scope: "row" }, name), cell("match", signed()), cell("match number"),
         cell("match mask", "0"), cell("weigh", bar()), cell("gather", strip()), cell("gather", strip()));
       row.addEventListener("pointerenter", () => set({ focusKey: key }));

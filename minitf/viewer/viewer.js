@@ -9,8 +9,10 @@
 
 import { addressKeeper } from "./address.js";
 import { controlBar } from "./controls.js";
-import { createData, liveOf, liveStep } from "./data.js";
+import { createData, liveStep } from "./data.js";
 import { button, choices, make, onChange, rich } from "./dom.js";
+import { changed, isChanged, liveOf, toggled, undone, withEdit } from "./edits.js";
+import { editsLine } from "./edits_line.js";
 import { headLine } from "./head_line.js";
 import { headsPanel } from "./heads.js";
 import { helpDialog, listenToKeys } from "./help.js";
@@ -20,10 +22,11 @@ import { preferredLanguage, remember, remembered } from "./preferences.js";
 import { saveMenu } from "./save.js";
 import { sentencePanel } from "./sentence.js";
 import { MAX_HEADS, VIEWS, clickHead, createStore, lookAt } from "./state.js";
+import { testMenu } from "./test_menu.js";
 import { translator } from "./texts.js";
 import { timeline } from "./timeline.js";
 import { createTooltip } from "./tooltip.js";
-import { describe } from "./words.js";
+import { describe, strongest } from "./words.js";
 import { MAKERS, isPossible } from "./views.js";
 
 const PADDING = 6; // pixels above a view
@@ -60,28 +63,52 @@ export async function mountViewer(root, source, theme) {
     if (!Object.keys(change).length) ui.controls.focusPrompt();
     return undefined;
   }
-  const stopTyping = () => set({ live: null });
+  const stopTyping = () => set({ live: null, edits: [], past: [] });
   function ask({ add = 0, ...change }) {
-    const { live } = store.get();
+    const { live, edits } = store.get();
     const next = { ...live, ...change };
     if (add) next.new_tokens = (next.text === live.text ? live.new_tokens : 0) + add;
-    set({ live: next, ...(add || "new_tokens" in change ? { query: Infinity, key: null } : {}) });
+    // Edits name positions: they end with the text they are of.
+    const kept = next.text === live.text ? (next.new_tokens ? edits : edits.filter((edit) => !(edit.query >= (data.map?.prompt_length ?? 0)))) : [];
+    const past = next.text === live.text && kept.length === edits.length ? {} : { edits: kept, past: [] };
+    set({ live: next, ...past, ...(add || "new_tokens" in change ? { query: Infinity, key: null } : {}) });
   }
-  /** Switch heads off, or on again. The text stays as it is: what was generated becomes part of it. */
-  function switchOff(heads) {
+  /** Change what is done to the sentence: { edits, off, by }. */
+  function change(next) {
     const why = whyNotLive();
     if (why) return ui.say(why);
-    const { live } = store.get();
-    const has = (list, [layer, head]) => list.some(([l, h]) => l === layer && h === head);
-    const off = live?.off ?? [];
-    const next = heads.every((head) => has(off, head)) ? off.filter((head) => !has(heads, head)) : [...off, ...heads.filter((head) => !has(off, head))];
-    if (!live) {
-      type({ off: next });
-      return set({ view: "next_token" });
-    }
-    const frozen = live.new_tokens && data.map?.full ? { text: data.map.full, new_tokens: 0 } : {};
-    return set({ live: { ...live, ...frozen, off: next } });
+    return set(changed(store.get(), next, data.run.sentences[store.get().sentence].text, data.map?.full));
   }
+  function edit(one) {
+    const edits = withEdit(store.get().edits, one);
+    if (edits) change({ edits });
+    else ui.say(t("too_many_edits", { count: store.get().edits.length }));
+  }
+  const undo = () => {
+    const before = undone(store.get());
+    if (before) set(before);
+    else ui.say(t("nothing_to_undo"));
+  };
+  const restore = () => change({ edits: [], off: [] });
+  /** Choose a look, and offer to test it where one clicked, or at the element of the event. */
+  function test(query, key, event, move = false) {
+    set({ query, key, point: null });
+    if (whyNotLive()) return;
+    const box = event.currentTarget?.getBoundingClientRect?.() ?? { left: 0, bottom: 0 };
+    const [x, y] = event.clientX || event.clientY ? [event.clientX, event.clientY] : [box.left, box.bottom];
+    ui.tooltip.hide();
+    ui.menu.open(x, y, { ...contextOf(), query, key }, move);
+  }
+  /** The same for the word chosen and the word it looks at: the one chosen, else the one it looks at most. */
+  function testChosen(event, move = false) {
+    const why = whyNotLive();
+    if (why) return ui.say(why);
+    const { looks, state } = contextOf();
+    const key = state.key ?? strongest(looks[0], state.query, 1)[0] ?? state.query;
+    return test(state.query, key, event ?? { currentTarget: ui.sentence.element.querySelector(".token.query") }, move);
+  }
+  /** Switch heads off, or on again. */
+  const switchOff = (heads) => change({ off: toggled(store.get().live?.off ?? [], heads) });
   function compareHead() {
     if (!store.get().live) type({});
     set({ other: { kind: "head" } });
@@ -89,7 +116,7 @@ export async function mountViewer(root, source, theme) {
   async function copyLink() {
     ui.say(t((await address.copy(data.map?.step)) ? "link_copied" : "link_not_copied"));
   }
-  const actions = { set, choose, type, stopTyping, ask, switchOff, compareHead, copyLink };
+  const actions = { set, choose, type, stopTyping, ask, change, edit, undo, restore, test, testChosen, switchOff, compareHead, copyLink };
 
   // -- page -------------------------------------------------------------------------------------------------------------
 
@@ -116,15 +143,16 @@ export async function mountViewer(root, source, theme) {
     const panel = make("div", { class: "panel", id: "panel", attributes: { role: "tabpanel" } });
     const [heads, reading, problem] = [make("div", { class: "heads" }), make("div"), make("div", { class: "problem-box", role: "alert" })];
     const busy = make("p", { class: "busy", attributes: { role: "status" } });
-    const edits = make("div", { class: "edits" }); // what is done to the sentence: interventions, of state.edits
-    reading.append(edits);
+    const edits = editsLine(api);
+    const menu = testMenu({ ...api, palette: () => paletteOf(theme.now()) });
+    reading.append(edits.element);
     const detail = make("div", { class: "detail" }, title.element, reading, make("div", { class: "tab-row" }, tabs.element, save.element), panel);
     const main = make("div", { class: "columns" }, heads, detail);
-    root.replaceChildren(controls.element, line.element, problem, main, busy, status, help.element, tooltip.element);
+    root.replaceChildren(controls.element, line.element, problem, main, busy, status, help.element, menu.element, tooltip.element);
     const resized = new ResizeObserver(draw);
     resized.observe(panel);
     resized.observe(heads);
-    ui = { ...api, say, help, line, controls, title, tabs, save, panel, heads, reading, edits, problem, busy, main, keysOn, views: {}, built: "" };
+    ui = { ...api, say, help, line, controls, title, tabs, save, panel, heads, reading, edits, menu, problem, busy, main, keysOn, views: {}, built: "" };
   }
   function chooseLanguage(language) {
     remember("language", language);
@@ -140,7 +168,7 @@ export async function mountViewer(root, source, theme) {
     ui.headsPanel = headsPanel(map, ui);
     ui.sentence = sentencePanel(map, ui);
     ui.heads.replaceChildren(ui.headsPanel.element);
-    ui.reading.replaceChildren(ui.sentence.element, ui.edits);
+    ui.reading.replaceChildren(ui.sentence.element, ui.edits.element);
   };
 
   function contextOf() {
@@ -184,6 +212,7 @@ export async function mountViewer(root, source, theme) {
     ui.headsPanel.render(context);
     ui.title.render(context);
     ui.sentence.render(context);
+    ui.edits.render(context);
     ui.tabs.update(state.view, (view) => isPossible(view, context));
     ui.panel.setAttribute("aria-labelledby", `tab-${state.view}`);
     const view = (ui.views[state.view] ??= MAKERS[state.view](map, ui, run));
@@ -234,7 +263,7 @@ export async function mountViewer(root, source, theme) {
     return {
       element: view.element, table: () => view.table(context), title,
       name: ["attention", state.view, heads[0], map.step ?? ""].filter((part) => part !== "").join("_"),
-      about: { view: state.view, run: run.name || source.title, step: map.step, text: map.text, heads, heads_off: state.live?.off ?? [], word: state.query, exact: map.exact },
+      about: { view: state.view, run: run.name || source.title, step: map.step, text: map.text, heads, heads_off: state.live?.off ?? [], edits: state.live ? state.edits : [], word: state.query, exact: map.exact },
     };
   }
 
@@ -255,9 +284,16 @@ export async function mountViewer(root, source, theme) {
   listenToKeys(document, {
     "?": () => ui.help.open(), " ": () => ui.line.toggle(), ",": () => ui.line.move(-1), ".": () => ui.line.move(1),
     "[": whenReady(nextHead(-1)), "]": whenReady(nextHead(1)), j: whenReady(nextWord(-1)), k: whenReady(nextWord(1)),
+    x: whenReady(() => testChosen()), m: whenReady(() => testChosen(undefined, true)), u: whenReady(undo),
     t: () => type(), f: () => set({ hideFirst: !store.get().hideFirst }), s: () => ui.save.open(), c: copyLink,
-    ...Object.fromEntries(VIEWS.map((_, i) => [String(i + 1), whenReady(view(i + 1))])),
+    ...Object.fromEntries(VIEWS.map((_, i) => [String((i + 1) % 10), whenReady(view(i + 1))])),
   }, () => ui?.keysOn());
+  document.addEventListener("keydown", (event) => {
+    const isUndo = event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey;
+    if (!isUndo || event.target.closest("input, textarea") || !isChanged(store.get()) && !store.get().past.length) return;
+    event.preventDefault();
+    undo();
+  });
   theme.onChange(draw);
   source.onReload?.(reload);
   draw();

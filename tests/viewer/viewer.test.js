@@ -8,27 +8,45 @@ import test from "node:test";
 import { targetStart, wordsOfTokens } from "./alignment.js";
 import { valueAt } from "./charts.js";
 import { inkOn, luminance } from "./colours.js";
+import { readContributions } from "./contributions.js";
 import { createData } from "./data.js";
+import { changed, editText, effectOf, effectText, fromText, liveOf, requestOf, toText, toggled, undone, withEdit } from "./edits.js";
 import { arrange, ordered, roleOf } from "./heads.js";
-import { spaced } from "./lines.js";
+import { lensWords, readLens } from "./lens.js";
+import { lineAt, spaced } from "./lines.js";
 import { foundAt, readMap } from "./maps.js";
 import { curvesOf } from "./over_training.js";
+import { readPatch } from "./patch.js";
+import { partOf, probesOf } from "./probes.js";
 import { csvOf, jsonOf } from "./save.js";
-import { INITIAL, clickHead, createStore, defaultHead, fitMap, fitRun, fromAddress, lookAt, nearest, toAddress } from "./state.js";
+import {
+  INITIAL, clickHead, createStore, defaultHead, defaultQuery, fitMap, fitRun, fromAddress, lastToken, lookAt, nearest, toAddress,
+} from "./state.js";
+import { translator } from "./texts.js";
 
 const raw = JSON.parse(readFileSync("map.json"));
 const map = readMap(raw);
 const settled = () => new Promise((resolve) => setTimeout(resolve, 20));
 
+const EDITS = [
+  { kind: "block", query: 7, keys: [1], heads: null }, { kind: "block", query: 6, keys: [1, 2], heads: [[0, 2], [1, 3]] },
+  { kind: "move", query: 7, keys: [0, 1], to: [5], heads: [[1, 0]] }, { kind: "move", query: 7, keys: [1], to: [7], heads: null },
+  { kind: "ablate", heads: [[0, 2]], by: "zero" }, { kind: "ablate", mlp: 1, by: "mean" },
+];
+
 test("the state comes back from its address", () => {
-  const live = { text: "a & b = c # d", new_tokens: 3, temperature: 0.2, seed: 9, off: [[1, 2]], step: 40 };
+  const live = { text: "a & b = c # d", new_tokens: 3, temperature: 0.2, seed: 9, off: [[1, 2]], by: "zero", step: 40 };
   const changes = [
     { run: "a b/c", sentence: 2, step: 40, heads: [[1, 0, 0], [0, 3, 1]], query: 5, key: 2, view: "matrix", hideFirst: true },
     { run: "x", measure: "norm", temperature: 0.5, score: "watch/it>cat", filter: "induction", sort: "score" },
     { view: "compare", other: { kind: "run", step: null, run: "y:z" } },
     { view: "compare", other: { kind: "head" } },
     { view: "compare", other: { kind: "step", step: 7, run: null } },
-    { live, view: "lines" },
+    { live, view: "lines", edits: EDITS },
+    { live: { ...live, by: "mean" } },
+    { view: "compare", other: { kind: "plain" } },
+    { view: "contributions", target: " cat, +" },
+    { view: "patch", pair: { changed: "a & b = ü # d", position: 3 }, pairHeads: 1 },
     { live: { ...live, text: "你好 ", new_tokens: 0, temperature: 0.8, seed: 0, off: [], step: null } },
   ];
   for (const change of changes) {
@@ -52,7 +70,7 @@ test("another run keeps the selection only where it has the same sentence", () =
   const a = runOf("a", ["short", "the longer one"]);
   const state = { ...INITIAL, sentence: 0, step: 9, heads: [[1, 0, 0]], query: 4, key: 1 };
   assert.deepEqual(fitRun(INITIAL, a, null), { sentence: 1 });
-  const same = { step: null, other: null, point: null, sentence: 0 };
+  const same = { step: null, other: null, point: null, pair: null, pairHeads: null, target: null, sentence: 0 };
   assert.deepEqual(fitRun(state, runOf("b", ["short", "another"]), a), same);
   const other = fitRun({ ...state, sentence: 1 }, runOf("c", ["x", "yy"]), a);
   assert.deepEqual(other, { ...same, sentence: 1, heads: null, query: null, key: null });
@@ -168,6 +186,164 @@ function slowSource() {
   const source = { live: null, runs: async () => ({ names: ["a"], tags: { a: ["text"] } }), run: async () => runOf("a", ["text"]), map: map_ };
   return { source, waiting };
 }
+
+test("edits in an address that are malformed are left out", () => {
+  assert.deepEqual(fromText(toText(EDITS)), EDITS);
+  const wrong = ["", "b", "b7", "b7-", "b7-8", "b-1", "x7-1", "m7-1", "b7-1-2", "b7-1@", "b7-1@0", "a0.2", "a:zero", "f1:half", "b7--1", "b99999-1"];
+  for (const text of wrong) assert.deepEqual(fromText(text), [], text);
+  assert.deepEqual(fromText(`b7-1,${wrong.join(",")},f0:zero`), [EDITS[0], { kind: "ablate", mlp: 0, by: "zero" }]);
+  assert.equal(fromText(Array(100).fill("b7-1").join(",")).length, 64);
+  assert.deepEqual(fromAddress("edits=b7-1").edits, undefined); // without a typed sentence there is nothing to edit
+});
+
+test("an edit is added once, and at most 64", () => {
+  assert.equal(withEdit(EDITS, { ...EDITS[0] }), EDITS);
+  const many = Array.from({ length: 64 }, (_, query) => ({ kind: "block", query, keys: [0], heads: null }));
+  assert.equal(withEdit(many, EDITS[1]), null);
+  assert.equal(withEdit(many.slice(1), EDITS[1]).length, 64);
+  assert.deepEqual(toggled([[0, 1]], [[0, 1], [1, 1]]), [[0, 1], [1, 1]]);
+  assert.deepEqual(toggled([[0, 1], [1, 1]], [[1, 1]]), [[0, 1]]);
+});
+
+test("every change of edits and heads is taken back in turn, down to the stored sentence", () => {
+  const stored = { ...INITIAL, step: 9 };
+  let state = stored;
+  const apply = (change) => { state = { ...state, ...change }; };
+  apply(changed(state, { edits: [EDITS[0]] }, "a text", undefined));
+  assert.deepEqual([state.live, state.edits], [liveOf("a text", 9), [EDITS[0]]]);
+  apply(changed(state, { off: [[0, 1]] }, "", undefined));
+  apply(changed(state, { by: "mean" }, "", undefined));
+  apply({ live: { ...state.live, step: 4, new_tokens: 2 } }); // the slider moves, the text goes on
+  apply(changed(state, { edits: [] , off: [] }, "", "a text goes on"));
+  assert.deepEqual([state.live.text, state.live.new_tokens, state.live.off], ["a text goes on", 0, []]);
+  apply(undone(state));
+  assert.deepEqual([state.live.text, state.live.new_tokens, state.live.off, state.live.by, state.edits], ["a text", 2, [[0, 1]], "mean", [EDITS[0]]]);
+  apply(undone(state));
+  assert.deepEqual([state.live.by, state.live.step], ["zero", 4]);
+  apply(undone(state));
+  assert.deepEqual([state.live.off, state.edits], [[], [EDITS[0]]]);
+  apply(undone(state));
+  assert.deepEqual([state.live, state.edits, state.step, state.past], [null, [], 4, []]);
+  assert.equal(undone(state), null);
+});
+
+test("heads at their mean are an edit, heads at zero a field of their own", () => {
+  const live = { ...liveOf("a", 3), off: [[0, 1]] };
+  assert.deepEqual(requestOf(live, [EDITS[0]]), { text: "a", new_tokens: 0, temperature: 0.8, seed: 0, heads_off: [[0, 1]], edits: [EDITS[0]] });
+  const mean = requestOf({ ...live, by: "mean" });
+  assert.deepEqual([mean.heads_off, mean.edits], [[], [{ kind: "ablate", heads: [[0, 1]], by: "mean" }]]);
+  assert.deepEqual(requestOf({ ...live, by: "mean", off: [] }).edits, []);
+});
+
+/** The map after an edit that took the token after position 2 from 0.9 to 0.2. */
+const edited = readMap({
+  ...raw, prompt_length: 8, actual: raw.actual.map((_, i) => (i === 2 ? 0.2 : 0.5)),
+  before: { next_tokens: raw.next_tokens.map((top, i) => (i === 2 ? [[raw.tokens[3], 0.9]] : top)), actual: raw.actual.map((_, i) => (i === 2 ? 0.9 : 0.5)) },
+  next_tokens: raw.next_tokens.map((top, i) => (i === 2 ? [["other", 0.7], [raw.tokens[3], 0.2]] : top)),
+});
+
+test("one sentence says what was done and what came of it", () => {
+  const effect = effectOf(edited);
+  assert.deepEqual([effect.position, effect.token, effect.before, effect.after, effect.small], [2, raw.tokens[3], 0.9, 0.2, false]);
+  const english = translator("en");
+  const [q, k, next] = [7, 1, 3].map((i) => `“${raw.tokens[i].trim()}”`);
+  const live = liveOf("a", null);
+  assert.equal(effectText(english, edited, { edits: [EDITS[0]], live }),
+    `Without the look from ${q} to ${k} (all heads), ${next} after “${raw.tokens[2].trim()}” falls from 90% to 20%; likeliest is now “other” (70%).`);
+  assert.match(effectText(english, edited, { edits: [], live: { ...live, off: [[0, 1]], by: "mean" } }), /^With the output of layer 0, head 1 at its mean, /);
+  assert.match(effectText(english, edited, { edits: EDITS, live }), /^With these 6 changes, /);
+  const same = readMap({ ...raw, before: { next_tokens: raw.next_tokens, actual: raw.actual } });
+  assert.match(effectText(english, same, { edits: [EDITS[0]], live }), /no prediction changes much/);
+  for (const language of ["en", "zh"])
+    for (const edit of EDITS) assert.ok(!/[{}]|undefined|null/.test(editText(translator(language), map, edit)));
+});
+
+test("a run on pronouns opens at the pronoun it watches, where the head refers", () => {
+  const tokens = ["The", " cat", " sat", ".", " It", " its", "elf", "."];
+  const refers = Object.assign(readMap({ ...raw, tokens, found: { refers: [[1, 2]] } }), { watched: ["it"] });
+  assert.equal(defaultQuery(refers, [1, 2]), 4);
+  assert.notEqual(defaultQuery(Object.assign(refers, { watched: ["him"] }), [1, 2]), -1);
+  assert.deepEqual(["it", "itself", "none", "", "."].map((word) => lastToken(tokens, word)), [4, 6, -1, -1, 7]);
+  assert.equal(lastToken(["猫", "坐", "下", "它", "睡"], "它"), 3);
+});
+
+test("a line is pointed at where it is drawn", () => {
+  const looks = [{ share: (query, key) => (key === 2 || key === 7 ? 0.5 : 0) }];
+  assert.equal(lineAt({ looks, query: 7 }, 0.99, 2), 2);
+  assert.equal(lineAt({ looks, query: 7 }, 0.5, 4.5), 2); // halfway between both ends
+  assert.equal(lineAt({ looks, query: 7 }, 0.5, 7), 7);
+  assert.equal(lineAt({ looks, query: 7 }, 0.5, 0), null);
+});
+
+test("the views ask for what they show, of the model as it is changed", () => {
+  const run = { ...runOf("a", ["text"]), checkpoints: [5, 9] };
+  const source = { live: () => {}, kinds: ["lens", "contributions", "patch"] };
+  const state = { ...INITIAL, sentence: 0, step: 4, query: 2, live: liveOf("b", 6), edits: [EDITS[0]] };
+  const asked = (change, from = source) => probesOf({ ...state, ...change }, run, map, from).requests;
+  assert.deepEqual(asked({ view: "lines" }), []);
+  assert.deepEqual(asked({ view: "lens" }, { ...source, kinds: [] }), []);
+  const [lens] = asked({ view: "lens" });
+  assert.deepEqual([lens.kind, lens.step, lens.text, lens.edits], ["lens", 5, "b", [EDITS[0]]]);
+  const [parts] = asked({ view: "contributions", target: " cat", live: null, edits: [] });
+  assert.deepEqual([parts.text, parts.position, parts.token, parts.step], ["text", 2, " cat", 5]);
+  const pair = { changed: "c", position: 3 };
+  assert.deepEqual(asked({ view: "patch" }), []);
+  const patch = asked({ view: "patch", pair, pairHeads: 1 });
+  assert.deepEqual(patch.map(({ layer, heads, edits }) => [layer, heads, edits.length]), [[0, false, 0], [1, false, 0], [1, true, 0]]);
+});
+
+test("replies and stored results are read alike", () => {
+  const found = { clean: ["a", "b", "c"], changed: ["a", "x", "c"], answers: ["d", "e"], difference: 2 };
+  const replies = [0, 1].map((layer) => ({ ...found, layer, heads: false, restores: [0, 1 - layer, layer], breaks: [0, 1, 0] }));
+  const some = readPatch({ replies: replies.slice(0, 1), count: 2 }, null);
+  assert.deepEqual([some.first, some.columns, some.share("restores", 0, 1), some.share("restores", 1, 2)], [1, [0, 1], 1, null]);
+  const stored = { ...found, restores: replies.map((one) => one.restores), breaks: replies.map((one) => one.breaks), head_restores: [[[0, 0.5, 0]], [[0, 0, 1]]], head_breaks: [[[0, 0, 0]], [[0, 0, 0]]] };
+  const whole = readPatch({ replies: [stored], count: 1 }, 1);
+  assert.deepEqual([whole.layer, whole.columns, whole.share("restores", 0, 2)], [1, [0], 1]);
+  const heads = { ...found, layer: 1, heads: true, restores: [[0, 0, 1]], breaks: [[0, 0, 0]] };
+  assert.equal(readPatch({ replies: [...replies, heads], count: 3 }, 1).share("restores", 0, 2), 1);
+  assert.equal(readPatch({ replies: [], count: 2 }, null), null);
+  const parts = readContributions({ token: "d", logit: 1, parts: { embedding: 0.5, "layer 0 head 1": -1, "layer 1 MLP": 1.5 } });
+  assert.deepEqual([parts.parts[0][0], parts.sum], ["layer 1 MLP", 1]);
+  assert.deepEqual(["embedding", "layer 3 head 12", "layer 0 MLP", "layer 1 attention"].map((name) => partOf(name).kind), ["embedding", "head", "MLP", "attention"]);
+});
+
+test("the lens says from where on the prediction stands", () => {
+  const row = (after, tokens) => ({ after, best: tokens.map((token) => ({ token, probability: 0.5 })), actual: tokens.map((_, i) => (i < 7 ? 0.25 : null)) });
+  const same = Array(8).fill("b");
+  const reply = readLens({ tokens: map.tokens, rows: [row("embedding", Array(8).fill("a")), row("layer 0 attention", same), row("layer 0 MLP", same)] }, map);
+  assert.deepEqual(reply.cell(0, 3), { token: "a", share: 0.5, actual: 0.25, right: false });
+  const keys = [];
+  lensWords((key, values) => { keys.push([key, values?.part]); return key; }, map, reply, 7);
+  assert.equal(keys.at(-1)[0], "lens_from");
+  assert.equal(readLens({ tokens: ["other"], rows: [] }, map), null);
+});
+
+test("a superseded question stops, and its late replies are ignored", async () => {
+  const waiting = [];
+  const run = { ...runOf("a", ["text"]), checkpoints: [9] };
+  const live = (request) => new Promise((resolve, reject) => waiting.push({ request, resolve, reject }));
+  const source = { live, kinds: ["patch", "lens"], runs: async () => ({ names: ["a"], tags: { a: ["text"] } }), run: async () => run, map: async () => raw };
+  const store = createStore({ view: "patch" });
+  const { data, reload } = createData(source, store, () => {});
+  reload();
+  await settled();
+  store.set({ pair: { changed: "one", position: 3 } });
+  await settled();
+  store.set({ pair: { changed: "two", position: 3 } });
+  await settled();
+  assert.deepEqual(waiting.map(({ request }) => request.changed), ["one", "two"]);
+  waiting[0].resolve({ layer: 0 });
+  await settled();
+  assert.equal(waiting.length, 2); // no second layer of the first question
+  assert.equal(data.probe?.replies.length ?? 0, 0);
+  waiting[1].resolve({ layer: 0 });
+  await settled();
+  assert.deepEqual([data.probe.replies.length, data.probe.count, waiting[2].request.layer], [1, 2, 1]);
+  waiting[2].reject(new Error("too long"));
+  await settled();
+  assert.deepEqual([data.probe.error, data.error, Boolean(data.map)], ["too long", null, true]);
+});
 
 test("only the newest of overlapping loads takes effect, and a later failure keeps the map", async () => {
   const { source, waiting } = slowSource();

@@ -9,6 +9,7 @@ const NAME = "minitf_attention";
 const STATE = `p.${NAME}.state`; // TensorBoard leaves parameters of this form to the plugin
 
 const RELOAD_MS = 15000;
+const PAGE = Math.random().toString(36).slice(2); // a newer request of a page ends its older ones
 
 async function fetchJson(address, options) {
   const reply = await fetch(address, options);
@@ -41,7 +42,8 @@ async function tabSource() {
     },
   };
   if (live) {
-    source.live = askModel;
+    source.live = (request) => askModel({ ...request, page: PAGE });
+    source.kinds = ["lens", "contributions", "patch"];
     source.count = (run, step, text) => askModel({ run, step, text, count_only: true });
   }
   return source;
