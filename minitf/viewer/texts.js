@@ -54,14 +54,10 @@ const ENGLISH = {
   busy: "The model is busy with another sentence…", why_off: "Typing sentences is switched off (--minitf_live=off).",
   why_bind_all: "Typing sentences works only where TensorBoard serves this machine alone (no --bind_all or --host).",
   why_logdir: "Typing sentences needs TensorBoard to be started with --logdir and a local directory.",
-<<<<<<< HEAD
-  why_page: "Typing sentences and switching heads off need the model: open the Attention tab of <code>tensorboard --logdir runs</code>.",
-  why_page_large: "This page does not carry the model, which is too large for it. To type sentences and switch heads off, open the Attention tab of <code>tensorboard --logdir runs</code>.",
-  why_page_other: "This page does not carry the model, as it computes attention in another way than a page can. To type sentences and switch heads off, open the Attention tab of <code>tensorboard --logdir runs</code>.",
-  why_page_pairs: "This page does not carry the model, as it answers pairs. To type a source and switch heads off, open the Attention tab of <code>tensorboard --logdir runs</code>.",
-=======
   why_page: "Typing sentences and testing looks and heads need the model: open the Attention tab of <code>tensorboard --logdir runs</code>.",
->>>>>>> d018618 (The Attention tab tests what one sees: forbid or move a look, with undo and one sentence that says what came of it)
+  why_page_large: "This page does not carry the model, which is too large for it. To type sentences and test looks and heads, open the Attention tab of <code>tensorboard --logdir runs</code>.",
+  why_page_other: "This page does not carry the model, as it computes attention in another way than a page can. To type sentences and test looks and heads, open the Attention tab of <code>tensorboard --logdir runs</code>.",
+  why_page_pairs: "This page does not carry the model, as it answers pairs. To type a source and test looks and heads, open the Attention tab of <code>tensorboard --logdir runs</code>.",
   note_scores: "A head’s label is what it does most, with its score from 0 to 1 on held-out text; induction and same word are measured on random tokens said twice. It is not what the head does in every sentence.",
   note_scores_own: "A head’s label is what it does most in this sentence, with its score from 0 to 1; induction and same word are measured on random tokens said twice.",
   note_colour: "Colours show the square root of the weight.",
@@ -103,10 +99,7 @@ const ENGLISH = {
   appeared_loss: "The training loss went from {before} to {after}.", curve_swap: "follows swapped words",
   curve_transplant: "follows a transplanted look", curve_transplant_control: "other look transplanted (control)",
   curve_probability: "probability of the next word", curve_probability_blocked: "the same, look forbidden", of_chance: "{name}, chance",
-<<<<<<< HEAD
   reference_weight: "reference, each head", ablation: "cost of each head, in bits per token",
-=======
-  reference_weight: "reference, each head",
   all_heads: "all heads", head_lower: "layer {layer}, head {head}", heads_lower: "heads {heads}", count_heads: "{count} heads", test_look: "Test this look…",
   test_why: "Forbid the chosen word to look there, or let it look elsewhere, and see what comes of it (x)", scope: "In", scope_one: "layer {layer}, head {head}",
   scope_chosen: "the {count} chosen heads", scope_all: "all heads", forbid: "Forbid this look", move_to: "Move it to another word…",
@@ -142,7 +135,6 @@ const ENGLISH = {
   patch_lead: "First sentence: {one} {clean}. Changed: {other} {changed}.", patch_lead_plain: "The first sentence leads to {one}, the changed one to {other}.",
   patch_best: " After the first layer, most is carried at {word} before layer {column}: {share}.",
   patch_best_head: " Most is carried by head {column} at {word}: {share}.",
->>>>>>> d018618 (The Attention tab tests what one sees: forbid or move a look, with undo and one sentence that says what came of it)
 };
 
 const CHINESE = {
@@ -177,14 +169,10 @@ const CHINESE = {
   no_checkpoint: "这次训练没有（或不再有）可用的检查点：请重新训练，或用 trainer.keep_checkpoints 多保留几个。", switch_off: "关掉这个头", switch_on: "重新打开",
   off_badge: "关", busy: "模型正忙于另一个句子…", why_off: "输入句子的功能已关闭（--minitf_live=off）。",
   why_bind_all: "只有 TensorBoard 仅服务于本机时才能输入句子（不用 --bind_all 或 --host）。", why_logdir: "输入句子需要用 --logdir 和本地目录启动 TensorBoard。",
-<<<<<<< HEAD
-  why_page: "输入句子、关掉某个头需要模型本身：请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
-  why_page_large: "本页没有带上模型：模型太大。要输入句子、关掉某个头，请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
-  why_page_other: "本页没有带上模型：它的注意力算法与网页能算的不同。要输入句子、关掉某个头，请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
-  why_page_pairs: "本页没有带上模型：它回答的是句对。要输入原文、关掉某个头，请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
-=======
   why_page: "输入句子、检验一眼或一个头需要模型本身：请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
->>>>>>> d018618 (The Attention tab tests what one sees: forbid or move a look, with undo and one sentence that says what came of it)
+  why_page_large: "本页没有带上模型：模型太大。要输入句子、检验一眼或一个头，请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
+  why_page_other: "本页没有带上模型：它的注意力算法与网页能算的不同。要输入句子、检验一眼或一个头，请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
+  why_page_pairs: "本页没有带上模型：它回答的是句对。要输入原文、检验一眼或一个头，请打开 <code>tensorboard --logdir runs</code> 的 Attention 标签页。",
   note_scores: "头的标签是它最常做的事，附有在留出文本上 0 到 1 的得分；“归纳”和“相同的词”用说两遍的随机词元测量。它在某一句话里可能做别的事。",
   note_scores_own: "头的标签是它在这句话里最常做的事，附有 0 到 1 的得分；“归纳”和“相同的词”用说两遍的随机词元测量。", note_colour: "颜色表示权重的平方根。",
   note_stored: "保存的权重为 8 位：与模型的值相差不超过 0.2 个百分点。向量的每个数也是 8 位，由它们算出的分数误差约 1 %。", note_exact: "这些数值是模型刚刚算出的原值。",
@@ -210,10 +198,7 @@ const CHINESE = {
   prompt_more_why: "再生成 10 个词元", prompt_reset_why: "回到输入的文字", prompt_back: "回到保存的句子", token_count: "{tokens} / {limit} 个词元",
   appeared_plain: "最先超过 {threshold} 的：第 {layer} 层，头 {head}，在第 {from} 步与第 {to} 步之间。", appeared_loss: "训练损失从 {before} 变为 {after}。",
   curve_swap: "词对调后仍跟随", curve_transplant: "移植那一眼后跟随", curve_transplant_control: "移植另一眼（对照）", curve_probability: "下一个词的概率",
-<<<<<<< HEAD
   curve_probability_blocked: "同上，禁止那一眼", of_chance: "{name}，随机水平", reference_weight: "指代，每个头", ablation: "每个头值多少（比特每词元）",
-=======
-  curve_probability_blocked: "同上，禁止那一眼", of_chance: "{name}，随机水平", reference_weight: "指代，每个头",
   all_heads: "所有的头", head_lower: "第 {layer} 层的头 {head}", heads_lower: "头 {heads}", count_heads: "{count} 个头", test_look: "检验这一眼…",
   test_why: "禁止所选的词看那里，或让它看别处，看看结果如何（x）", scope: "范围", scope_one: "第 {layer} 层的头 {head}", scope_chosen: "所选的 {count} 个头", scope_all: "所有的头", forbid: "禁止这一眼",
   move_to: "移到另一个词…", move_where: "让它改看哪个词？", changes: "所做的改动", undo: "撤销", undo_why: "撤销最近一次改动（u，或 Ctrl 加 Z）", restore: "全部恢复", remove: "撤回这个改动",
@@ -236,7 +221,6 @@ const CHINESE = {
   patch_restores_cell: "从 {other} 向 {one} 恢复了 {share}", patch_breaks_cell: "从 {one} 向 {other} 偏离了 {share}", patch_open: "显示这一层的各个头", word: "词",
   patch_place: "{word}，第 {column} 层之前", patch_head_place: "{word}，第 {layer} 层的头 {column}", patch_lead: "原句：{one} {clean}。改过的：{other} {changed}。",
   patch_lead_plain: "原句得出 {one}，改过的句子得出 {other}。", patch_best: "第一层之后，差别最多在第 {column} 层之前的 {word}：{share}。", patch_best_head: "最多的在 {word} 处的头 {column}：{share}。",
->>>>>>> d018618 (The Attention tab tests what one sees: forbid or move a look, with undo and one sentence that says what came of it)
 };
 
 export const LANGUAGES = { en: ENGLISH, zh: CHINESE };
