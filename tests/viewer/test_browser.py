@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,13 @@ import torch
 from helpers import NASTY, maps_of
 
 import minitf
+from minitf import edits
 from minitf.interpretability.attention_maps import attention_maps
+from minitf.interpretability.interventions import Reader
 from minitf.interpretability.page import attention_page
+from minitf.interpretability.patching import patch
+from minitf.interpretability.residual import contributions, lens
+from minitf.viewer import viewer_page
 
 pytestmark = pytest.mark.browser
 
@@ -32,6 +37,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 # Elements a hover may add: the note at the pointer and the bold words of a sentence.
 ADDED_PER_HOVER = 12
 VIEWS = ("lines", "matrix", "three_steps", "next_token", "over_training", "compare")
+PROBES = ("lens", "contributions", "patch")  # views that ask the model
 MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 LAPTOP = {"width": 1366, "height": 650}  # what a laptop leaves of a window
 
@@ -322,23 +328,28 @@ def test_text_has_enough_contrast(page: Any, trained_run: Path, copying_run: Pat
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_violation(page: Any, trained_run: Path, copying_run: Path, scheme: str) -> None:
     """WCAG 2.2 AA and axe-core's best practices, in every view and both languages."""
-    package = pytest.importorskip("axe_playwright_python", reason="install the extra minitf[browser]")
-    script = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
-    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-    names = "({ violations }) => violations.map(({ id, nodes }) => [id, nodes[0].html])"
-    run = f"rules => axe.run({{ runOnly: rules }}).then({names})"
     page.emulate_media(color_scheme=scheme)
     for folder, views in ((trained_run, VIEWS), (copying_run, ("alignment",))):
         page.goto(f"file://{folder}/attention.html")
         page.wait_for_selector(".thumb")
-        page.evaluate(f"() => {{ {script} }}")
+        check = axe_in(page)
         for _ in ("en", "zh"):
             for view in views:
                 show(page, view)
-                assert page.evaluate(run, rules) == [], view
+                assert check() == [], view
             page.click(".language")
         page.keyboard.press("?")
-        assert page.evaluate(run, rules) == []
+        assert check() == []
+
+
+def axe_in(frame: Any) -> Callable[[], Any]:
+    """A function that returns what axe-core finds in a frame."""
+    package = pytest.importorskip("axe_playwright_python", reason="install the extra minitf[browser]")
+    script = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    frame.evaluate(f"() => {{ {script} }}")
+    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    names = "({ violations }) => violations.map(({ id, nodes }) => [id, nodes[0].html])"
+    return lambda: frame.evaluate(f"rules => axe.run({{ runOnly: rules }}).then({names})", rules)
 
 
 @pytest.mark.parametrize("size", [(1366, 650), (683, 325), (342, 163), (390, 800), (1920, 1080)])
@@ -426,7 +437,7 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
     frame.wait_for_selector("textarea", state="visible")
     frame.fill("textarea", "The old man sat")
     frame.wait_for_function("() => document.querySelector('.counter').textContent === '15 of 32 tokens'")
-    with page.expect_response(lambda reply: reply.url.endswith("/live") and "weights" in reply.text()) as answered:
+    with page.expect_response(lambda reply: "old man" in (reply.request.post_data or "") and reply.ok) as answered:
         page.keyboard.press("Enter")
     reply = answered.value.json()
     lm = minitf.load(trained_run / "checkpoints/latest", device="cpu")
@@ -446,7 +457,7 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
     frame.click(".switch")
     frame.wait_for_selector(".likely.changed .whole")
     assert frame.locator(".thumb.off").count() == 1
-    assert "Layer 1, head 2" in frame.inner_text(".off-heads")
+    assert "off: layer 1, head 2" in frame.inner_text(".edit-chips")
     assert len(frame.locator(".reading .token").all_inner_texts()) == len(written)
     # too long a text: the problem stands there, and no map of another text
     frame.fill("textarea", "a" * 40)
@@ -457,6 +468,117 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
     frame.click(".prompt .icon")
     frame.wait_for_selector(".thumb")
     assert frame.inner_text(".losses b") == "step 40"
+
+
+def test_a_look_is_forbidden_moved_and_had_back(page: Any, server: str, trained_run: Path) -> None:
+    frame = frame_of_tab(page, server)
+    choose_run(page, frame, "tiny/one")
+    text = "The cat sat on the mat."
+    sentences = frame.locator(".controls .grow option").all_inner_texts()
+    if frame.input_value(".controls .grow select") != str(sentences.index(text)):
+        frame.select_option(".controls .grow select", str(sentences.index(text)))
+        frame.wait_for_selector("main > .columns:not(.stale)")
+    show(frame, "matrix")
+    frame.click('.thumb[aria-label^="Layer 1, head 2"]')
+    box = frame.locator(".plot canvas").bounding_box()
+    assert box
+    page.mouse.click(box["x"] + 4.5 * box["width"] / 23, box["y"] + 9.5 * box["height"] / 23)
+    assert "“a” → “c”" in frame.inner_text(".test-menu h3")
+    frame.click('.test-menu [data-key="all"]')
+    with page.expect_response(lambda reply: reply.url.endswith("/live") and "before" in reply.text()) as answered:
+        frame.click(".test-menu .primary")
+    edit = {"kind": "block", "query": 9, "keys": [4], "heads": None}
+    assert answered.value.request.post_data_json["edits"] == [edit]
+    frame.wait_for_selector(".effect-link")
+    assert frame.inner_text(".effect").startswith("Without the look from “a” to “c” (all heads), ")
+    assert frame.inner_text(".readout") == "“a” (query) gives 0.0% of its attention to “c” (key)."
+    # what the sentence says is what the model says
+    lm = minitf.load(trained_run / "checkpoints/latest", device="cpu")
+    found = re.search(
+        r"“(.+)” after “(.+)” (?:falls|rises|goes) from (\S+)% to (\d+\.?\d*)%", frame.inner_text(".effect")
+    )
+    assert found
+    after = [float(p) for _, p in lm.predict(text, [edits.block(9, 4)], top_k=lm.model.vocab_size)]
+    assert abs(sum(after) - 1) < 1e-4
+    # the keyboard: move the look of the word chosen, in one head
+    page.keyboard.press("m")
+    frame.wait_for_selector(".test-menu .word")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    frame.wait_for_function("() => document.querySelectorAll('.edit-chips .chip').length === 2")
+    page.wait_for_function("() => decodeURIComponent(decodeURIComponent(location.hash)).includes('edits=b9-4,m9-4-1')")
+    assert_within_the_window(frame)
+    # taken back in turn, until the stored sentence is there again
+    page.keyboard.press("u")
+    frame.wait_for_function("() => document.querySelectorAll('.edit-chips .chip').length === 1")
+    page.keyboard.press("Control+z")
+    frame.wait_for_selector(".controls .grow select", state="visible")
+    assert frame.locator(".edits").is_hidden()
+    page.keyboard.press("x")
+    page.keyboard.press("Escape")
+    assert frame.locator(".test-menu").is_hidden()
+    assert frame.locator(".edits").is_hidden()
+
+
+def assert_within_the_window(frame: Any) -> None:
+    found = frame.evaluate(f"() => {{ {MEASURE}; return inside(); }}")
+    assert found["scrolls"] <= 0
+    (panel,) = found["parts"][".panel"]
+    assert panel[3] <= found["window"][1]
+    assert panel[3] - panel[1] >= 250
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation_in_the_tab(page: Any, server: str, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    state = quote("run=tiny/one&text=The cat sat&edits=b5-2,m9-4-1@1.2&off=0.1&step=40", safe="")
+    frame = frame_of_tab(page, server, f"&p.minitf_attention.state={state}")
+    frame.wait_for_selector(".effect-link")
+    check = axe_in(frame)
+    for _ in ("en", "zh"):
+        for view in PROBES:
+            show(frame, view)
+            if view == "patch":
+                frame.fill(".patch textarea", "The hat sat")
+                frame.click(".patch .primary")
+            frame.wait_for_selector(f".{view} .scroll:visible")
+            assert_within_the_window(frame)
+            assert check() == [], view
+            assert frame.evaluate(f"() => {{ {MEASURE}; return lowContrast(); }}") == [], view
+        frame.click(".language")
+    page.keyboard.press("x")
+    assert check() == []
+    page.keyboard.press("Escape")
+    page.keyboard.press("m")
+    assert check() == []
+
+
+def test_what_is_stored_with_a_map_is_shown_without_a_model(
+    page: Any, make_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    reader = Reader(make_model(tokenizer.vocab_size), tokenizer)
+    text = "The cat sat on the mat."
+    maps = attention_maps(reader.model, tokenizer, text).to_viewer()
+    maps |= {"lens": lens(reader, text).to_json(), "contributions": contributions(reader, text).to_json()}
+    maps |= {"patch": patch(reader, text, "The sat sat on the mat.", "cat", "mat").to_json()}
+    open_page(page, tmp_path, viewer_page([maps | {"step": step} for step in (0, 5)], "stored", scored_on="sentence"))
+    for view in PROBES:
+        show(page, view)
+        assert page.locator(f".{view} .scroll").is_visible()
+        assert_one_screen(page, 8)
+    table = page.locator(".patch-table tbody tr").first
+    assert table.locator("td").first.inner_text() == "100%"
+    page.click(".patch-table thead .link >> nth=1")
+    assert page.locator(".patch-table thead tr").nth(1).locator("th").all_inner_texts()[1:5] == [
+        f"head {i}" for i in range(4)
+    ]
+    show(page, "contributions")
+    parts = [float(one.replace("−", "-")) for one in page.locator(".parts b").all_inner_texts()]
+    assert sum(parts) == pytest.approx(maps["contributions"]["logit"], abs=0.1)
+    page.set_viewport_size({"width": 390, "height": 800})
+    for view in PROBES:
+        show(page, view)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
 
 
 def test_the_address_of_the_tab_holds_the_view(page: Any, server: str) -> None:
