@@ -1,9 +1,11 @@
 """The README and the pages it leads to are short, complete, and lead to places that exist."""
 
 import re
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from documentation.moving_picture import PICTURE, WORDS, Frame, draw
 from documentation.settings_table import PAGE, with_tables
 
 ROOT = Path(__file__).parents[2]
@@ -11,6 +13,7 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / ".github").glob("*.md"))
 ALL = [README, *PAGES, ROOT / "minitf/backends/README.md", ROOT / "minitf/benchmark/README.md"]
 MAX_README_BYTES = 12_000
+MAX_PICTURE_BYTES = 300_000
 
 
 def without_code(text: str) -> str:
@@ -73,3 +76,14 @@ def test_both_readmes_have_the_same_commands() -> None:
     )
     code = [re.sub(r" +#.*$", "", block, flags=re.MULTILINE) for block in english]
     assert code == [re.sub(r" +#.*$", "", block, flags=re.MULTILINE) for block in chinese]
+
+
+def test_the_moving_picture_shows_each_frame_in_turn() -> None:
+    weights = [0.01, 0.7, *[0.05] * 5]
+    frames = [Frame(1, weights, [("<a>", 0.9)], 1.0, "one"), Frame(9, weights, [("b", 0.8)], 3.0, "two", forbidden=1)]
+    drawn = list(ET.fromstring(draw(frames)).iter())
+    times = [element.get("keyTimes") for element in drawn if element.tag.endswith("animate")]
+    assert times == ["0;0.25000", "0;0.25000"]
+    assert PICTURE.stat().st_size < MAX_PICTURE_BYTES
+    picture = PICTURE.read_text(encoding="utf-8")
+    assert {*WORDS, "purred", "step 100"} <= {element.text for element in ET.fromstring(picture).iter()}

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from minitf.interpretability.attention_maps import AttentionMaps
 
 NOTEBOOK = Path(__file__).parents[2] / ".github/notebook.ipynb"
@@ -19,6 +21,7 @@ def run_cell(source: str, names: dict[str, Any]) -> Any:
 
 
 def test_the_notebook_runs_from_top_to_bottom(workdir: Path, tiny: list[str], capsys: Any) -> None:
+    pytest.importorskip("matplotlib", reason="install the extra minitf[test]").use("Agg")
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -27,9 +30,11 @@ def test_the_notebook_runs_from_top_to_bottom(workdir: Path, tiny: list[str], ca
     shown = []
     for cell in cells:
         source = "".join(cell["source"])
-        if "experiment=quick" in source:  # as short as other trainings in the tests
-            settings = [*tiny, "experiment=quick", "trainer.max_minutes=null", "model.context_length=128"]
-            source = source.replace('["experiment=quick"]', repr(settings))
+        # as short as other trainings in the tests
+        settings = [*tiny, "experiment=quick", "trainer.max_minutes=null", "model.context_length=128"]
+        source = source.replace('["experiment=quick"]', repr(settings))
+        own = [word for word in tiny if not word.startswith(("data", "tokenizer", "model"))]
+        source = source.replace('["experiment=pronouns"]', repr(["experiment=pronouns", *own]))
         shown.append(run_cell(source, names))
     assert shown[0] == 0
     (maps,) = [value for value in shown if isinstance(value, AttentionMaps)]
@@ -37,4 +42,7 @@ def test_the_notebook_runs_from_top_to_bottom(workdir: Path, tiny: list[str], ca
     printed = capsys.readouterr().out
     assert "1.0" in printed or "0.99" in printed
     assert printed.count("bits_per_byte") == 2
-    assert len(shown[-1]) == 5
+    assert any(isinstance(value, list) and len(value) == 5 for value in shown)
+    assert all(f"{word:>8}: [" in printed for word in ("nothing", "cat", "queen"))
+    assert (workdir / "it.png").stat().st_size > 5000
+    assert [len(axes.patches) for axes in shown[-1].axes] == [0, 3]
