@@ -191,9 +191,8 @@ def ablation_costs(
     segments_BT = None if segments_BT is None else segments_BT.to(model.device)
 
     def bits(*off: Head) -> float:
-        edits = combined(
-            [without(off)] if off else []
-        )  # also of the whole model: computed alike, in the reference path
+        # Given for the whole model too, so that the same path computes it.
+        edits = combined([without(off)] if off else [])
         with evaluating(model):
             x_BTD = model.hidden(ids_BT, segments_BT=segments_BT, edits=edits)
             return float(model.cross_entropy(x_BTD, model.vocabulary_VD, targets_BT)) / math.log(2)

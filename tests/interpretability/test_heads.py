@@ -286,10 +286,8 @@ def test_importance_of_a_head_is_the_cost_of_its_ablation(
 def test_ablation_at_each_look_is_the_rise_of_the_loss_without_the_head(
     tiny: list[str], workdir: Path, make_model: MakeModel
 ) -> None:
-    assert (
-        train_here(*tiny, "trainer.max_steps=2", "trainer.attention_every=1", "attention.ablation=true", "run_dir=run")
-        == 0
-    )
+    settings = ["trainer.max_steps=2", "trainer.attention_every=1", "attention.ablation=true", "run_dir=run"]
+    assert train_here(*tiny, *settings) == 0
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     found = [row for row in rows if row["split"] == "ablation"]
     assert [row["step"] for row in found] == [0, 1, 2]
