@@ -84,7 +84,7 @@ class SaveOptions(TypedDict, total=False):
     """How to save: `latest` always points at the new checkpoint."""
 
     is_best: Required[bool]  # point `best` at it, too
-    keep: Required[int]  # how many checkpoints to keep, besides those linked
+    keep: Required[int | None]  # how many checkpoints to keep, besides those linked; None: all
     card: str  # the README.md
     shards: Path | None  # a directory in `checkpoints` that is moved into the new one
 
@@ -140,29 +140,43 @@ def _write(
     card: str,
 ) -> None:
     """Write all files into `directory`, flush them, and verify them by reading them back."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
+    path = directory / "trainer_state.safetensors"
+    digests = write_model(directory, model, tokenizer) | {path.name: write_tensors(path, tensors)}
+    if card:  # without a digest: users may edit it
+        (directory / "README.md").write_text(card, encoding="utf-8", errors="replace")  # a file's name may be no text
+    digests = write_state(directory, state, digests)
+    # A write may fail silently: verify this checkpoint before it replaces older ones.
+    for name, digest in digests.items():
+        _check_digest(directory / name, digest)
+    _read_state(directory)
+
+
+def write_model(directory: Path, model: SavedModel, tokenizer: Tokenizer) -> dict[str, str]:
+    """Write the files of a Hugging Face model; returns the SHA-256 of the weights by their file's name."""
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     digests = {"model.safetensors": write_tensors(directory / "model.safetensors", weights)}
     start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id
-    config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id)
+    config = to_hugging_face(model.config, model.vocab_size, tokenizer.end_id, start_id) | {"torch_dtype": dtype}
     _write_json(directory / "config.json", config | {CORE: source.core_hash(), **_variant_hash(model.config)})
     keep_copy(model.config.attention_class, directory)
     ids = {"bos_token_id": start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
     _write_json(directory / "generation_config.json", ids)
     tokenizer.save(directory)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer_state.items()}
-    digests["trainer_state.safetensors"] = write_tensors(directory / "trainer_state.safetensors", tensors)
+    return digests
+
+
+def write_state(directory: Path, state: dict[str, Any], digests: dict[str, str]) -> dict[str, str]:
+    """Write trainer_state.json with the digests of all other files, and flush everything; returns the digests."""
     written = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
-    digests |= {name: sha256(path) for name, path in written.items() if path.is_file() and name not in digests}
-    if card:  # without a digest: users may edit it
-        (directory / "README.md").write_text(card, encoding="utf-8", errors="replace")  # a file's name may be no text
+    hashed = {name: path for name, path in written.items() if path.is_file() and name not in (*digests, "README.md")}
+    digests = digests | {name: sha256(path) for name, path in hashed.items()}
     content = {**state, "sha256": digests}
     _write_json(directory / "trainer_state.json", {**content, "own_sha256": own_sha256(content)})
     for path in (*directory.rglob("*"), directory):
         flush(path)
-    # A write may fail silently: verify this checkpoint before it replaces older ones.
-    for name, digest in digests.items():
-        _check_digest(directory / name, digest)
-    _read_state(directory)
+    return digests
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -203,16 +217,20 @@ def _point(link: Path, target: str) -> None:
     shutil.rmtree(copied, ignore_errors=True)
 
 
-def _prune(checkpoints: Path, keep: int) -> None:
+def _prune(checkpoints: Path, keep: int | None) -> None:
     """Remove the oldest checkpoints beyond `keep`, except those `latest` and `best` link to."""
     linked = {os.path.realpath(checkpoints / link) for link in LINKS}
     steps = sorted((p for p in checkpoints.iterdir() if STEP_NAME.fullmatch(p.name)), key=step_of)
-    for directory in steps[: -keep or None]:
+    for directory in [] if keep is None else steps[:-keep]:
         if os.path.realpath(directory) not in linked and not directory.is_symlink():
-            # Renamed first: a run killed during the removal leaves no incomplete checkpoint.
-            removed = directory.with_name(f".{directory.name}.removed.partial")
-            os.replace(directory, removed)
-            shutil.rmtree(removed, ignore_errors=True)
+            discard(directory)
+
+
+def discard(directory: Path) -> None:
+    """Remove a checkpoint. Renamed first: a run killed during the removal leaves no incomplete one."""
+    removed = directory.with_name(f".{directory.name}.removed.partial")
+    os.replace(directory, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from minitf.errors import RequestError
 RUNS = Path("runs")
 STEP_NAME = re.compile(r"step_(\d{8,15})")
 LINKS = ("latest", "best")
+SNAPSHOTS = "snapshots"  # the folder of a run's snapshots, next to checkpoints/
 
 
 def newest_run(runs: Path = RUNS) -> Path:

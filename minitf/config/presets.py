@@ -45,6 +45,8 @@ AUTO = {
     *(f"trainer.{name}" for name in ("max_minutes", "micro_batch_size", "threads")),
     *(f"trainer.{name}_every" for name in ("log", "eval", "save", "attention")),
 }
+# Keys that take a number or a word; OmegaConf's own unions break where configs are merged.
+WORDED = {"trainer.keep_checkpoints", "trainer.snapshots"}
 DEFAULTS = {
     "None": "null", "True": "true", "False": "false", "''": '""',
     "field(default_factory=list)": "[]", "field(default_factory=dict)": "{}",

@@ -14,7 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minitf.config.overrides import check_overrides, escape_interpolation, explain
-from minitf.config.presets import AUTO, CONF, DERIVED_SIZE, GROUPS, MODEL_SIZE
+from minitf.config.presets import AUTO, CONF, DERIVED_SIZE, GROUPS, MODEL_SIZE, WORDED
 from minitf.data.config import DataConfig
 from minitf.edits import Relation
 from minitf.errors import MinitfError, RequestError
@@ -77,9 +77,12 @@ OWNERS: dict[str, type] = {
 
 
 def _with_auto(section: str) -> type:
-    """A section's dataclass for OmegaConf, in which the keys of AUTO also take the word `auto`."""
-    words = [f.name for f in fields(OWNERS[section]) if f"{section}.{f.name}" in AUTO]
-    either = [(word, Any, field(default="auto")) for word in words]
+    """A section's dataclass for OmegaConf, in which the keys of AUTO also take the word `auto`, others a word."""
+    named = {f"{section}.{f.name}": f for f in fields(OWNERS[section])}
+    either: list[tuple[str, Any, Any]] = [
+        (f.name, Any, field(default="auto")) for key, f in named.items() if key in AUTO
+    ]
+    either += [(f.name, Any, field(default=f.default)) for key, f in named.items() if key in WORDED]
     return _importable(make_dataclass(f"{section.title()}Schema", either, bases=(OWNERS[section],)))
 
 

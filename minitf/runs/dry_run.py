@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from minitf.checkpoints.locate import RUNS
+from minitf.checkpoints.snapshots import MAX_BYTES, max_snapshots, snapshot_bytes
 from minitf.config.schema import Config
 from minitf.data.tokenized_text import Tokens
 from minitf.optim import Optimizer
@@ -56,12 +57,10 @@ def _report(context: RunContext, optimizer: Optimizer, step_s: float, backend: s
     num_steps = max(1, estimate_num_steps(config.trainer, state.step, state.train_s, step_s) - state.step)
     num_tokens = num_steps * tokens_per_step
     num_parameters = model.num_parameters()
-    num_evaluations = -(
-        -num_steps // Schedule.of(config.trainer, num_steps, context.steps_per_evaluation).evaluate.steps
-    )
+    schedule = Schedule.of(config.trainer, num_steps, context.steps_per_evaluation)
+    num_evaluations = -(-num_steps // schedule.evaluate.steps)
     evaluation_s = context.steps_per_evaluation * step_s * num_evaluations
-    checkpoint_bytes = 4 * num_parameters + sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
-    disk_bytes = checkpoint_bytes * (config.trainer.keep_checkpoints + 2)  # the best, and the one being written
+    disk_bytes, disk_lines = _disk(context, optimizer, num_steps, schedule)
     precision = str(context.hardware.dtype).removeprefix("torch.")
     how = f"{context.hardware.device.type} in {precision}, by {backend}"
     lines = [
@@ -81,18 +80,38 @@ def _report(context: RunContext, optimizer: Optimizer, step_s: float, backend: s
         line("epochs", f"{num_tokens / context.batches.tokens_per_epoch:.2g}"),
         line("time", f"{clock(num_steps * step_s)} of training, about {clock(evaluation_s)} of evaluation"),
         line("memory", f"{_peak_memory_bytes(context.hardware.device) / 2**20:,.0f} MiB at most, Python included"),
-        line(
-            "disk", f"{checkpoint_bytes / 1e6:,.1f} MB a checkpoint, {disk_bytes / 1e6:,.1f} MB at most, and some logs"
-        ),
+        *disk_lines,
     ]
     found = warnings(config, context.task, num_parameters)
     free_bytes = _free_bytes(Path(config.run_dir) if config.run_dir else RUNS)
     if disk_bytes > free_bytes:
-        found.insert(0, f"the disk has {free_bytes / 1e6:,.1f} MB left: set trainer.keep_checkpoints=1, or run_dir")
+        smaller = "trainer.keep_checkpoints=1, trainer.snapshots=none, or run_dir"
+        found.insert(0, f"the disk has {free_bytes / 1e6:,.1f} MB left: set {smaller}")
     ends_by_time = config.trainer.max_steps is None
     if ends_by_time and not config.init_from and (advice := advice_on_size(model, num_tokens)):
         found.append(advice)
     return lines + [line("warning", warning) for warning in found]
+
+
+def _disk(context: RunContext, optimizer: Optimizer, num_steps: int, schedule: Schedule) -> tuple[int, list[str]]:
+    """The bytes that a run needs at most, and the lines that say so."""
+    trainer, num_parameters = context.config.trainer, context.model.num_parameters()
+    one_bytes = 4 * num_parameters + sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
+    kept = trainer.num_kept or num_steps // schedule.save.steps + num_steps // schedule.evaluate.steps
+    all_bytes = one_bytes * (kept + 2)  # the best, and the one being written
+    small_bytes = snapshot_bytes(num_parameters, context.task.tokenizer)
+    most = max_snapshots(trainer.snapshots, small_bytes) if trainer.attention_every >= 0 else 0
+    looks = {0, num_steps, *(1 << power for power in range(num_steps.bit_length()))}
+    num_snapshots = min(most, len(looks | set(range(0, num_steps, schedule.attention.steps))))
+    snapshots_bytes = small_bytes * num_snapshots
+    snapshots = f"{num_snapshots} snapshots of {small_bytes / 1e6:,.1f} MB, {snapshots_bytes / 1e6:,.1f} MB"
+    if trainer.snapshots == "auto" and not most and trainer.attention_every >= 0:
+        snapshots = f"no snapshots: two of {small_bytes / 1e6:,.1f} MB are more than {MAX_BYTES / 1e6:,.0f} MB"
+    lines = [
+        line("disk", f"{one_bytes / 1e6:,.1f} MB a checkpoint, {all_bytes / 1e6:,.1f} MB at most, and some logs"),
+        line("", snapshots),
+    ]
+    return all_bytes + snapshots_bytes, lines
 
 
 def warnings(config: Config, task: Task, num_parameters: int) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from minitf.checkpoints.locate import find_run
+from minitf.checkpoints.locate import SNAPSHOTS, find_run
 from minitf.checkpoints.run_directory import lock_run_dir
 from minitf.config.overrides import setting
 from minitf.config.schema import Config, load_config
@@ -51,6 +51,8 @@ def resume(run: str, overrides: Sequence[str], group: ProcessGroup) -> None:
                 "same text is now), attention.*, optim.* but optim.kind, trainer.* but trainer.batch_size and "
                 "trainer.grad_accumulation"
             )
+    if Path(run).absolute().parent.name == SNAPSHOTS:
+        raise RequestError(f"{run} is a snapshot, weights alone: start from them with {setting('init_from', run)}")
     run_dir = Path(group.broadcast(str(find_run(run) if group.is_main else "")))
     # Before anything is read: another process may be about to write it.
     with lock_run_dir(run_dir) if group.is_main else nullcontext():

@@ -1,4 +1,4 @@
-"""Checkpoints, and maps with their vectors, in the directories of TensorBoard's runs.
+"""Checkpoints and snapshots, and maps with their vectors, in the directories of TensorBoard's runs.
 
 Everything is found by listing directories: no path ever comes from a request.
 """
@@ -26,11 +26,11 @@ class RunFolders:
         self.indexed: tuple[tuple[str, int, int], dict[tuple[str, int], tuple[int, int]]] | None = None
 
     def steps(self, run: str) -> list[int]:
-        """Steps of a run's checkpoints, ascending."""
+        """Steps of a run's checkpoints and snapshots, ascending."""
         return sorted(self._checkpoints(run))
 
     def checkpoint(self, run: str, step: int) -> Path | None:
-        """A run's checkpoint directory at a step, if it exists and lies within the run."""
+        """A run's checkpoint at a step, or else its snapshot, if there is one that lies within the run."""
         return self._checkpoints(run).get(step)
 
     def maps(self, run: str, tag: str, step: int) -> bytes | None:
@@ -75,14 +75,12 @@ class RunFolders:
         if directory is None:
             return {}
         found: dict[int, Path] = {}
-        try:
-            with os.scandir(os.path.join(directory, "checkpoints")) as entries:
+        for folder in ("snapshots", "checkpoints"):  # a checkpoint has the exact weights
+            with suppress(OSError), os.scandir(os.path.join(directory, folder)) as entries:  # absent, or not readable
                 for entry in entries:
                     match = STEP_NAME.fullmatch(entry.name)
                     if match and _is_complete(entry.path, directory):
                         found[int(match[1])] = Path(os.path.realpath(entry.path))
-        except OSError:  # no checkpoints, or not readable
-            return {}
         return found
 
 
@@ -109,7 +107,7 @@ def _index(rows: Iterable[bytes]) -> dict[tuple[str, int], tuple[int, int]]:
 
 
 def _is_complete(checkpoint: str, run_directory: str) -> bool:
-    """Whether this is a checkpoint whose files, links resolved, all lie within the run."""
+    """Whether this is a checkpoint or a snapshot whose files, links resolved, all lie within the run."""
     real = os.path.realpath(checkpoint)
     if not _is_within(real, run_directory):
         return False

@@ -11,6 +11,7 @@ import torch
 from minitf.backends.autotune import Selection
 from minitf.backends.cpu import decode_bindings
 from minitf.checkpoints.background_save import Saver
+from minitf.checkpoints.snapshots import SnapshotWriter, max_snapshots, snapshot_bytes
 from minitf.errors import MinitfError
 from minitf.reporting.reporter import Reporter
 from minitf.training import resume_state
@@ -64,7 +65,9 @@ class Trainer:
             self.config.cuda_graph,
         )
         self.clock = TrainingClock(self.state, context.hardware.synchronize)
-        self.saver = Saver(context.run_dir / "checkpoints", before=reporter.flush)
+        one_bytes = snapshot_bytes(context.model.num_parameters(), context.task.tokenizer)
+        self.snapshots = SnapshotWriter(context.run_dir, max_snapshots(self.config.snapshots, one_bytes))
+        self.saver = Saver(context.run_dir / "checkpoints", before=self._flush)
         self.last_checkpoint = context.checkpoint
         self.pending: resume_state.Pending = []  # losses and gradient norms since the last row of metrics.jsonl
         self.first_step = self.state.step
@@ -128,7 +131,9 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until a signal asks to stop."""
         self.reporter.start(self.state.step, self.state.num_steps)
-        with ending_on_signals(self._stop_soon, several_processes=self.group.size > 1), self.saver:
+        if self.group.is_main:
+            self.snapshots.forget_after(self.first_step if self.context.checkpoint else None)
+        with ending_on_signals(self._stop_soon, several_processes=self.group.size > 1), self.saver, self.snapshots:
             self._run_actions()  # before the first step too: an untrained model's attention is worth seeing
             while not (self.last or self.stopping):
                 self.train_one_step()
@@ -217,6 +222,11 @@ class Trainer:
             _, self.backend, num_threads = self.switches.pop(0)
             self.training_step.follow(self.backend, num_threads)
 
+    def _flush(self) -> None:
+        """Have on disk what is older than the checkpoint about to become visible."""
+        self.snapshots.wait()
+        self.reporter.flush()
+
     def _stop_soon(self, signal_name: str) -> None:
         self.interrupted = True
         self.reporter.say(f"{signal_name}: finishing the step and saving; once more to stop at once")
@@ -273,7 +283,7 @@ class Trainer:
         else:
             tensors |= self.optimizer.state_dict()
         if self.group.is_main:
-            keep = self.config.keep_checkpoints
+            keep = self.config.num_kept
             self.saver.save(
                 model, context.task.tokenizer, tensors, content, is_best=is_best, keep=keep, card=card, shards=shards
             )

@@ -29,7 +29,8 @@ class TrainerConfig:
     eval_tokens: int = 200_000  # held-out tokens of an evaluation, evenly spread; at most all
     sample_tokens: int = 48  # tokens of the sample written at each evaluation; 0: no sample
     eval_answers: int = 128  # held-out pairs answered and scored at each evaluation of a run on pairs; 0: none
-    keep_checkpoints: int = 2  # newest checkpoints kept, in addition to the best
+    keep_checkpoints: int | str = 2  # newest checkpoints kept, in addition to the best; all: every one
+    snapshots: int | str = "auto"  # weights alone at every look, at most N of them; auto: within 200 MB; none
     dry_run: bool = False  # only print what the run would do and need, from three timed steps; write nothing
 
     def __post_init__(self) -> None:
@@ -46,9 +47,23 @@ class TrainerConfig:
             raise RequestError(f"trainer.max_minutes={self.max_minutes} must be a number above 0 and below 1,000,000")
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"trainer.max_steps={self.max_steps} must be at least 1")
-        least = {"batch_size": 1, "grad_accumulation": 1, "keep_checkpoints": 1, "eval_tokens": 1, "sample_tokens": 0}
+        self._check_number("keep_checkpoints", 1, "all")
+        self._check_number("snapshots", 2, "auto", "none")
+        least = {"batch_size": 1, "grad_accumulation": 1, "eval_tokens": 1, "sample_tokens": 0}
         least |= {"eval_answers": 0, "micro_batch_size": 0, "threads": 0}
         least |= {"log_every": 0, "eval_every": 0, "save_every": 0, "attention_every": -1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise RequestError(f"trainer.{name}={getattr(self, name)} must be at least {smallest}")
+
+    def _check_number(self, name: str, smallest: int, *words: str) -> None:
+        """RequestError unless the setting is one of `words` or a whole number of at least `smallest`."""
+        value = getattr(self, name)
+        if value in words or (type(value) is int and value >= smallest):
+            return
+        raise RequestError(f"trainer.{name}={value} must be {', '.join(words)} or a number of at least {smallest}")
+
+    @property
+    def num_kept(self) -> int | None:
+        """How many of the newest checkpoints are kept; None: all."""
+        return None if isinstance(self.keep_checkpoints, str) else self.keep_checkpoints

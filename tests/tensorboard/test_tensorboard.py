@@ -117,7 +117,8 @@ def plugin_over(logdir: Path | None, runs: list[str], **flags: object) -> Attent
 
 @pytest.fixture
 def runs_root(tmp_path: Path, trained_run: Path) -> Path:
-    shutil.copytree(trained_run, tmp_path / "runs" / RUN, symlinks=True)
+    without_snapshots = shutil.ignore_patterns("snapshots")
+    shutil.copytree(trained_run, tmp_path / "runs" / RUN, symlinks=True, ignore=without_snapshots)
     return tmp_path / "runs"
 
 

@@ -5,6 +5,7 @@ from minitf.training.actions.checkpoint import SaveCheckpoint
 from minitf.training.actions.evaluate import Evaluate
 from minitf.training.actions.log import LogRow
 from minitf.training.actions.reference import reference_actions
+from minitf.training.actions.snapshot import SaveSnapshot
 from minitf.training.context import RunContext
 from minitf.training.trainer import Action
 
@@ -14,6 +15,7 @@ __all__ = [
     "LogAttention",
     "LogRow",
     "SaveCheckpoint",
+    "SaveSnapshot",
     "default_actions",
     "reference_actions",
 ]
@@ -24,5 +26,5 @@ def default_actions(context: RunContext) -> list[Action]:
     evaluate = Evaluate()
     actions: list[Action] = [LogRow(context), evaluate, SaveCheckpoint(evaluate)]
     if context.config.trainer.attention_every >= 0:
-        actions[1:2] = [LogAlignment(), evaluate, LogAttention(), *reference_actions(context)]
+        actions[1:2] = [LogAlignment(), evaluate, LogAttention(), *reference_actions(context), SaveSnapshot()]
     return actions
