@@ -79,10 +79,8 @@ OWNERS: dict[str, type] = {
 def _with_auto(section: str) -> type:
     """A section's dataclass for OmegaConf, in which the keys of AUTO also take the word `auto`, others a word."""
     named = {f"{section}.{f.name}": f for f in fields(OWNERS[section])}
-    either: list[tuple[str, Any, Any]] = [
-        (f.name, Any, field(default="auto")) for key, f in named.items() if key in AUTO
-    ]
-    either += [(f.name, Any, field(default=f.default)) for key, f in named.items() if key in WORDED]
+    defaults = {key: "auto" if key in AUTO else f.default for key, f in named.items() if key in (*AUTO, *WORDED)}
+    either = [(named[key].name, Any, field(default=default)) for key, default in defaults.items()]
     return _importable(make_dataclass(f"{section.title()}Schema", either, bases=(OWNERS[section],)))
 
 
