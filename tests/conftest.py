@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when imported: its kernels then run without a GPU
 
-from helpers import SHAPE, NotApplicable, make_text, randomise, train_here
+from helpers import EXERCISE, SHAPE, NotApplicable, make_text, randomise, train_here
 
 from minitf.data.tokenizer_training import train_tokenizer
 from minitf.model import ModelConfig, Transformer
@@ -123,6 +123,14 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Pa
     changes = ["trainer.attention_every=3", "trainer.sample_tokens=8", "trainer.max_steps=40", "trainer.eval_every=20"]
     probes = 'attention.probes=["The cat sat on the mat.","Sir, go = on"]'
     assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir='{run}'") == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def pronouns_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 100 steps, which has learnt who is meant. Tests only read it."""
+    run = tmp_path_factory.mktemp("pronouns") / "runs/pronouns/one"
+    assert train_here(*EXERCISE, "trainer.max_steps=100", "trainer.attention_every=50", f"run_dir='{run}'") == 0
     return run
 
 

@@ -21,6 +21,8 @@ from minitf.viewer import FOLDER, MODULES
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "context_length": 32}
 
 
+EXERCISE = ["experiment=pronouns", "trainer.batch_size=16", "trainer.device=cpu", "trainer.compile=false",
+            "trainer.precision=fp32", "trainer.eval_every=1000", "trainer.sample_tokens=0"]  # fmt: skip
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")

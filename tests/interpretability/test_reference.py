@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_one_line, interrupt_at, rows, train_here
+from helpers import EXERCISE, assert_one_line, interrupt_at, rows, train_here
 
 import minitf
 from minitf import edits
@@ -26,17 +26,7 @@ from minitf.model import Transformer
 from minitf.tensorboard.summary import heads_tag
 from minitf.tokenizer import Tokenizer
 
-EXERCISE = ["experiment=pronouns", "trainer.batch_size=16", "trainer.device=cpu", "trainer.compile=false",
-            "trainer.precision=fp32", "trainer.eval_every=1000", "trainer.sample_tokens=0"]  # fmt: skip
 SENTENCE = "The cat followed the queen. It"
-
-
-@pytest.fixture(scope="module")
-def pronouns_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 100 steps, which has learnt who is meant. Tests only read it."""
-    run = tmp_path_factory.mktemp("pronouns") / "runs/pronouns/one"
-    assert train_here(*EXERCISE, "trainer.max_steps=100", "trainer.attention_every=50", f"run_dir='{run}'") == 0
-    return run
 
 
 @pytest.fixture(scope="module")

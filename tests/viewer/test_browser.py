@@ -401,6 +401,85 @@ def test_hovering_creates_few_elements(page: Any, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The model in the page
+
+
+def test_in_the_page_a_look_is_forbidden_and_another_word_becomes_the_likeliest(page: Any, pronouns_run: Path) -> None:
+    lm = minitf.load(pronouns_run / "checkpoints/latest", device="cpu")
+    for parameter in lm.model.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as the page holds them
+    nouns = [(one, other) for one in ("cat", "dog", "cow", "horse") for other in ("queen", "smith", "uncle")]
+    texts = [f"The {one} followed the {other}. It" for one, other in nouns]
+
+    def likeliest(text: str, *changes: Any) -> tuple[str, float]:
+        token, share = lm.predict(text, list(changes))[0]
+        return token.strip(), share
+
+    def look(text: str) -> Any:
+        return edits.block("It", text.split()[1])
+
+    text = next(text for text in texts if likeliest(text)[0] != likeliest(text, look(text))[0])
+    noun = text.split()[1]
+    page.context.set_offline(True)
+    page.goto(f"file://{pronouns_run}/attention.html")
+    page.click('button:has-text("Type a sentence")')
+    page.fill("textarea", text)
+    page.keyboard.press("Enter")
+    size = len(lm.tokenizer.encode(text))
+    page.wait_for_function(f"() => document.querySelectorAll('.reading .token').length === {size}")
+    assert page.inner_text(".counter") == f"{size} of 64 tokens"
+    page.click(f".reading .token >> nth={size - 1}")
+    page.click(f'.thumb[aria-label^="Layer 0, head {lm.attention(text).weights_LHTS[0, :, -1, 1].argmax()}"]')
+    show(page, "next_token")
+    first = page.locator(".likely").first
+    assert first.locator("code").inner_text().strip() == likeliest(text)[0]
+    # forbid it in all heads: the prediction changes, and the page says to what
+    page.focus(".tabs [data-key=next_token]")
+    page.keyboard.press("x")
+    assert f"“It” → “{noun}”" in page.inner_text(".test-menu h3")
+    page.click('.test-menu [data-key="all"]')
+    page.click(".test-menu .primary")
+    page.wait_for_selector(".effect-link")
+    assert page.inner_text(".effect").startswith(f"Without the look from “It” to “{noun}” (all heads), ")
+    token, share = likeliest(text, look(text))
+    assert f"“{token}”" in page.inner_text(".effect")
+    bars = page.locator(".likely.changed:not(.heading)").all()
+    shown = {bar.locator("code").inner_text().strip(): bar.locator("b").last.inner_text() for bar in bars}
+    assert abs(float(shown[token].rstrip("%")) / 100 - share) < 0.006
+    # the same page opens from its address, and writes on under the edit
+    page.reload()
+    page.wait_for_selector(".effect-link")
+    page.fill('.prompt input[type="number"]', "0")
+    page.click('.prompt button:has-text("+1") >> nth=0')
+    page.wait_for_function(f"() => document.querySelectorAll('.reading .token').length === {size + 1}")
+    assert page.locator(".reading .token.new").inner_text().split("\n")[0].strip() == token
+    for view in ("lens", "contributions"):
+        show(page, view)
+        page.wait_for_selector(f".panel .{view} tbody tr, .panel .{view} li")
+    check = axe_in(page)
+    assert check() == []
+
+
+def test_the_page_says_why_a_sentence_cannot_be_read(page: Any, trained_run: Path) -> None:
+    page.goto(f"file://{trained_run}/attention.html")
+    page.click('button:has-text("Type a sentence")')
+    page.fill("textarea", "a" * 40)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".problem-box:has-text('40 tokens')")
+    page.fill("textarea", "The cat 你好 😀</script>")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.reading .token').length === 28")
+    assert "你(1/3)" in page.inner_text(".reading .sentence")
+
+
+def test_a_page_without_its_model_says_so(page: Any, copying_run: Path) -> None:
+    page.goto(f"file://{copying_run}/attention.html")
+    page.wait_for_selector(".thumb")
+    page.dispatch_event('button:has-text("Type a sentence")', "click")
+    assert "answers pairs" in page.inner_text(".toast")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The tab
 
 
