@@ -353,7 +353,8 @@ def some_texts() -> list[str]:
 @pytest.mark.parametrize("kind", ["bpe", "byte"])
 def test_the_page_splits_text_as_the_tokenizer_does(tmp_path: Path, kind: str) -> None:
     texts = some_texts()
-    sample = [make_text(300), "".join(texts), "it's 你好 你好 世界 世界 😀 😀 café café aaaaaaaa abababab " * 20]
+    words = "don't I'll we've he'd they're I'm it's 你好 你好 世界 世界 😀 😀 café café aaaaaaaa abababab   x \n\n y "
+    sample = [make_text(300), "".join(texts), words * 20]
     tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=700 if kind == "bpe" else 0), sample)
     for text, (ids, whole, labels, ends) in zip(texts, split(tmp_path, tokenizer, texts), strict=True):
         expected = tokenizer.encode(text)
