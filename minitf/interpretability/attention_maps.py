@@ -272,8 +272,12 @@ def _predictions(
 ) -> tuple[list[list[tuple[str, float]]], list[float]]:
     probabilities_TV = logits_TV.float().softmax(-1)
     top = probabilities_TV.topk(min(top_k, logits_TV.shape[-1]))
-    pieces = iter(tokenizer.pieces(top.indices.flatten().tolist()))
-    next_tokens = [[(next(pieces), probability) for probability in row] for row in top.values.tolist()]
+    ids = top.indices.unique().tolist()
+    pieces = dict(zip(ids, tokenizer.pieces(ids), strict=True))
+    next_tokens = [
+        [(pieces[id_], probability) for id_, probability in zip(*row, strict=True)]
+        for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
     actual = probabilities_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1).nan_to_num()
     return next_tokens, actual.tolist()
 

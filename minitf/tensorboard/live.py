@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from minitf.tensorboard.question import MAX_PATCHED_TOKENS, MAX_TOKENS, Question
 
 WAIT_S = 1.0  # for the sentence of another page, or for a superseded one to end
 MAX_PAGES = 64
+MAX_LOADED_BYTES = 200_000_000  # of checkpoints in memory; one is always kept
 TOP_K = 10
 
 
@@ -52,18 +53,27 @@ class Sentence:
         return torch.tensor([self.ids])
 
 
+@dataclass
+class Loaded:
+    """A checkpoint in memory, with what requests ask for again and again."""
+
+    checkpoint: Checkpoint
+    read: tuple[Any, Sentence] | None = None  # the latest sentence, and what it was asked for by
+    before: tuple[list[int], dict[str, Any]] | None = None  # the predictions without edits, and of which tokens
+    scores: dict[tuple[Head, ...], HeadScores] = field(default_factory=dict)  # by the heads off
+
+
 class Live:
-    """One model in memory, one request at a time."""
+    """A few models in memory, one request at a time."""
 
     def __init__(self, folders: RunFolders) -> None:
         self.folders = folders
         self.busy = threading.Lock()
-        self.loaded: tuple[tuple[Path, int], Checkpoint] | None = None
-        self.read: tuple[Any, Sentence] | None = None  # the latest sentence, which views ask about one after another
-        self.scores: dict[tuple[Head, ...], HeadScores] = {}  # of the loaded model, by its heads off
+        self.loaded: dict[tuple[Path, int], Loaded] = {}  # the one used longest ago first
         self.newest: dict[str, object] = {}  # by page, the oldest page first
-        # A run may be training on the same processor, and two threads are enough for these small models.
-        torch.set_num_threads(min(2, torch.get_num_threads()))
+        # A run may be training on the same processor. 69 tokens of nano took 15 ms of one thread; two waited for each
+        # other on a busy machine: 95 ms of processor time, 345 instead of 19 ms in all.
+        torch.set_num_threads(1)
 
     def answer(self, body: dict[str, Any], known_runs: Collection[str]) -> str:
         """The reply to a request as JSON; RefusedError if it cannot be served."""
@@ -99,26 +109,30 @@ class Live:
 
         return check
 
-    def _checkpoint(self, question: Question) -> Checkpoint:
+    def _load(self, question: Question) -> Loaded:
         directory = self.folders.checkpoint(question.run, question.step)
         if directory is None:
             raise RefusedError(404, f"there is no checkpoint of step {question.step} (any more)")
         key = (directory, (directory / "model.safetensors").stat().st_mtime_ns)
-        if self.loaded is None or self.loaded[0] != key:
-            self.loaded, self.read = None, None  # frees its memory before the next one is read
-            self.scores.clear()
-            self.loaded = key, load_checkpoint(directory, device="cpu")
-        return self.loaded[1]
+        loaded = self.loaded.pop(key, None)
+        if loaded is None:
+            size = (directory / "model.safetensors").stat().st_size
+            while self.loaded and (len(self.loaded) + 1) * size > MAX_LOADED_BYTES:  # a run's checkpoints have one size
+                self.loaded.pop(next(iter(self.loaded)))
+            loaded = Loaded(load_checkpoint(directory, device="cpu"))
+        self.loaded[key] = loaded
+        return loaded
 
     def _run(self, question: Question, check: Callable[[], None]) -> dict[str, Any]:
-        checkpoint = self._checkpoint(question)
+        loaded = self._load(question)
+        checkpoint = loaded.checkpoint
         if question.count_only:
             return _count(checkpoint, question.text)
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
         with heads_off(model, question.heads_off):
-            if self.read is None or self.read[0] != question.sentence:
-                self.read = question.sentence, _sentence(checkpoint, question)
-            sentence = self.read[1]
+            if loaded.read is None or loaded.read[0] != question.sentence:
+                loaded.read = question.sentence, _sentence(checkpoint, question)
+            sentence = loaded.read[1]
             if question.kind == "patch":
                 return _patch(checkpoint, question, sentence, check)
             edits = place_edits(question.edits, len(sentence.ids), model.config)
@@ -126,29 +140,31 @@ class Live:
                 return lens_of_ids(model, tokenizer, sentence.ids_1T, edits).to_json()
             if question.kind == "contributions":
                 return _contributions(checkpoint, question, sentence, edits)
-            maps = self._maps(checkpoint, question, sentence, edits)
+            maps = _maps(loaded, question, sentence, edits)
         reply = maps.to_viewer(exact=True) | {"prompt_length": sentence.prompt_length, "full": sentence.full}
         if question.heads_off or question.edits:
-            reply["before"] = _before(checkpoint, sentence, len(maps.next_tokens[0]))
+            if loaded.before is None or loaded.before[0] != sentence.ids:
+                loaded.before = sentence.ids, _before(checkpoint, sentence, len(maps.next_tokens[0]))
+            reply["before"] = loaded.before[1]
         return reply
 
-    def _maps(
-        self, checkpoint: Checkpoint, question: Question, sentence: Sentence, edits: Edits | None
-    ) -> AttentionMaps:
-        model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.step
-        if sentence.pair:
-            maps = pair_maps(model, tokenizer, *sentence.pair, checkpoint.aligning_heads, step, edits=edits)
-            maps = replace(maps, text=question.text)
-        else:
-            maps = attention_maps_of_ids(model, tokenizer, sentence.ids, question.text, step, TOP_K, edits=edits)
-            # Those on random tokens do not depend on the sentence: they are measured once.
-            if question.heads_off not in self.scores:
-                self.scores[question.heads_off] = head_scores(model, torch.tensor([sentence.ids]))
-            scores = self.scores[question.heads_off] | pattern_scores(maps.weights_LHTS[:, :, None])
-            maps = replace(maps, scores=scores)
-        if not maps.weights_LHTS.isfinite().all():
-            raise RefusedError(422, "the attention weights are not finite: the training diverged, use an earlier step")
-        return maps
+
+def _maps(loaded: Loaded, question: Question, sentence: Sentence, edits: Edits | None) -> AttentionMaps:
+    checkpoint = loaded.checkpoint
+    model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.step
+    if sentence.pair:
+        maps = pair_maps(model, tokenizer, *sentence.pair, checkpoint.aligning_heads, step, edits=edits)
+        maps = replace(maps, text=question.text)
+    else:
+        maps = attention_maps_of_ids(model, tokenizer, sentence.ids, question.text, step, TOP_K, edits=edits)
+        # Those on random tokens do not depend on the sentence: they are measured once.
+        if question.heads_off not in loaded.scores:
+            loaded.scores[question.heads_off] = head_scores(model, torch.tensor([sentence.ids]))
+        scores = loaded.scores[question.heads_off] | pattern_scores(maps.weights_LHTS[:, :, None])
+        maps = replace(maps, scores=scores)
+    if not maps.weights_LHTS.isfinite().all():
+        raise RefusedError(422, "the attention weights are not finite: the training diverged, use an earlier step")
+    return maps
 
 
 def _before(checkpoint: Checkpoint, sentence: Sentence, top_k: int) -> dict[str, Any]:

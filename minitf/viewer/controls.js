@@ -12,7 +12,7 @@ export function controlBar({ t, actions, source, theme, help, chooseLanguage }) 
   const runLabel = make("label", { class: "run" }, make("span", {}, t("run")), runs);
   const sentenceLabel = make("label", { class: "grow" }, make("span", {}, t("sentence")), sentences);
   const typing = button(t("type_own"), () => actions.type(), { class: "plain" });
-  const prompt = promptPanel({ t, actions, count: (text) => source.count?.(run, step, text) ?? Promise.reject(new Error("no count")) });
+  const prompt = promptPanel({ t, actions, count: async (text) => (step === null ? {} : source.count?.(run, step, text) ?? {}) });
   const languages = Object.entries(LANGUAGES);
   const language = button("", () => chooseLanguage(other), { class: "plain language" });
   const icon = (text, key, onClick) => button(text, onClick, { class: "icon", title: t(key), ariaLabel: t(key) });
@@ -31,8 +31,8 @@ export function controlBar({ t, actions, source, theme, help, chooseLanguage }) 
     typing.setAttribute("aria-disabled", String(Boolean(whyNotLive)));
     typing.title = whyNotLive || t("type_why");
     prompt.element.hidden = !state.live;
-    if (state.live) prompt.render(state.live, Boolean(data.map?.alignment || data.run?.sentences[0]?.text.includes(" => ")));
     [run, step] = [state.run, data.run?.checkpoints.at(-1) ?? null];
+    if (state.live) prompt.render(state.live, Boolean(data.map?.alignment || data.run?.sentences[0]?.text.includes(" => ")), step !== null);
     const [key, theirs] = languages.find(([one]) => one !== state.language);
     other = key;
     language.textContent = theirs.language;

@@ -37,12 +37,14 @@ export function promptPanel({ t, actions, count }) {
     timer = setTimeout(recount, COUNT_MS);
   }
   text.addEventListener("input", countSoon);
+  const recountOnce = onChange(countSoon);
   const fill = onChange((live) => { text.value = live.text; countSoon(); });
 
-  /** `pair`: the model answers the text as a whole, so there is no token by token generation. */
-  function render(live, pair) {
+  /** `pair`: the model answers the text as a whole, so there is no token by token generation; `ready`: it can count. */
+  function render(live, pair, ready) {
     for (const each of onward) each.hidden = pair;
     fill(live.text, live);
+    recountOnce(ready);
     temperature.value = live.temperature;
     remove.disabled = !live.new_tokens;
   }
