@@ -8,7 +8,7 @@ export function controlBar({ t, actions, source, theme, help, chooseLanguage }) 
   const runs = make("select");
   const sentences = make("select");
   runs.addEventListener("change", () => actions.set({ run: runs.value }));
-  sentences.addEventListener("change", () => actions.set({ live: null, sentence: Number(sentences.value), query: null, key: null }));
+  sentences.addEventListener("change", () => actions.set({ live: null, edits: [], past: [], pair: null, target: null, sentence: Number(sentences.value), query: null, key: null }));
   const runLabel = make("label", { class: "run" }, make("span", {}, t("run")), runs);
   const sentenceLabel = make("label", { class: "grow" }, make("span", {}, t("sentence")), sentences);
   const typing = button(t("type_own"), () => actions.type(), { class: "plain" });

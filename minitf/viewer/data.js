@@ -104,9 +104,11 @@ export function createData(source, store, changed) {
       if (mine !== latest) return;
       const second = await loadSecond(state, run);
       if (mine !== latest) return;
+      // Edits name positions: in another run's tokens they would be of other words.
+      const foreign = data.mapRun && data.mapRun.name !== run.name && data.map?.tokens.join("\u0000") !== map.tokens.join("\u0000");
       const secondOf = { ...otherOf(state, run), head: state.heads?.[0] };
       Object.assign(data, { map, second, secondOf, mapRun: run, loading: false, error: null });
-      store.set(fitMap(store.get(), map));
+      store.set({ ...fitMap(store.get(), map), ...(foreign ? { edits: [], past: [], pair: null } : {}) });
       clearTimeout(timer);
       if (mine !== latest) return;
       prefetch(state, run, looks);

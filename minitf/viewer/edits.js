@@ -25,6 +25,17 @@ export function withEdit(edits, edit) {
   return edits.length < MAX_EDITS ? [...edits, edit] : null;
 }
 
+/** Whether a word has something left to look at, in every head, if it may not look at `key` either. */
+export function leavesSome(edits, query, key) {
+  const forbidden = edits.filter((edit) => edit.kind === "block" && edit.query === query).flatMap((edit) => edit.keys);
+  return new Set([...forbidden, key]).size <= query;
+}
+
+/** The looks, [query, key], that are forbidden in one head. */
+export const cutIn = (edits, layer, head) => edits
+  .filter((edit) => edit.kind === "block" && (!edit.heads || edit.heads.some(([l, h]) => l === layer && h === head)))
+  .flatMap((edit) => edit.keys.map((key) => [edit.query, key]));
+
 /** `list` of heads without those in `heads` if all are in it, else with them. */
 export function toggled(list, heads) {
   const has = (all, [layer, head]) => all.some(([l, h]) => l === layer && h === head);

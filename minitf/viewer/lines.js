@@ -2,6 +2,7 @@
  * opacity by weight. All words fit: where there are too many to write, those that matter are written. */
 
 import { arrow, clamp, make, onChange, prepare, range, visible } from "./dom.js";
+import { cutIn } from "./edits.js";
 import { cellLines, queryLines, strongest } from "./words.js";
 
 const [LARGEST, READABLE, LINE] = [26, 10.5, 13]; // pixels per word: at most, to be written, between written ones
@@ -80,7 +81,23 @@ export function linesView(map, { t, tooltip, actions }) {
       }
   }
 
-  const painted = onChange(draw);
+  /** What is forbidden to the chosen query, as broken lines. */
+  function drawCuts({ state, looks, query }) {
+    const drawing = canvas.getContext("2d");
+    const width = canvas.clientWidth;
+    Object.assign(drawing, { globalAlpha: 1, lineWidth: 1.6, strokeStyle: getComputedStyle(canvas).getPropertyValue("--positive") });
+    drawing.setLineDash([2, 6]);
+    for (const { layer, head } of looks)
+      for (const [from, to] of cutIn(state.live ? state.edits : [], layer, head).filter(([one]) => one === query)) {
+        const [y, down] = [(from + 0.5) * pitch, (to + 0.5) * pitch];
+        drawing.beginPath();
+        drawing.moveTo(0, y);
+        drawing.bezierCurveTo(width * 0.4, y, width * 0.6, down, width, down);
+        drawing.stroke();
+      }
+  }
+
+  const painted = onChange((current) => { draw(current); drawCuts(current); });
   function render(current) {
     context = current;
     const { looks, query, key, palette, space } = context;

@@ -3,6 +3,7 @@
 
 import { paintTriangle } from "./colours.js";
 import { arrow, clamp, make, onChange, range, visible } from "./dom.js";
+import { cutIn } from "./edits.js";
 import { cellLines } from "./words.js";
 
 const [LARGEST, READABLE, CAPTION, LABEL] = [34, 9.5, 24, 92]; // pixels: a cell at most, to have its word, a caption, a word
@@ -56,7 +57,16 @@ export function matrix(tokens, { onPoint, onLeave, onSelect, onArrow, label }) {
     });
     plot.ariaLabel = words;
   }
-  return { element, paint: (colours, of) => paintTriangle(canvas, size, colours, of), mark, fit };
+  /** Cross out cells, [query, key]. */
+  function cross(cells) {
+    for (const old of plot.querySelectorAll(".cut")) old.remove();
+    plot.append(...cells.map(([query, key]) => {
+      const one = make("span", { class: "cut", attributes: { "aria-hidden": "true" } }, "×");
+      Object.assign(one.style, { top: `${query * cell}px`, left: `${key * cell}px`, width: `${cell}px`, height: `${cell}px`, lineHeight: `${cell}px`, fontSize: `${Math.max(cell, 12)}px` });
+      return one;
+    }));
+  }
+  return { element, cross, paint: (colours, of) => paintTriangle(canvas, size, colours, of), mark, fit };
 }
 
 /** How pointer and keyboard change the viewer's state, in any matrix; `now()` is the context that is shown. */
@@ -105,6 +115,7 @@ export function matrixView(map, { t, tooltip, actions }) {
     looks.forEach((look, i) => {
       plots[i].fit(side);
       plots[i].paint(palette.shares, look.share);
+      plots[i].cross(cutIn(context.state.live ? context.state.edits : [], look.layer, look.head));
       const caption = sheet.children[i].firstChild;
       caption.hidden = looks.length === 1;
       caption.textContent = t("head_name", look);

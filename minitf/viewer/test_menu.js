@@ -1,6 +1,7 @@
 /* The small menu at a look: forbid it, or move it to another word, in some heads or all. */
 
 import { button, choices, clamp, make, moved, percent, quoted, range, visible } from "./dom.js";
+import { leavesSome } from "./edits.js";
 
 const AWAY = 8; // pixels from the pointer
 
@@ -46,13 +47,14 @@ export function testMenu({ t, actions, palette }) {
     const radio = choices("radiogroup", t("scope"), scopes, (one) => { actions.set({ scope: one }); look = { ...look, state: { ...look.state, scope: one } }; radio.update(one); });
     radio.update(scope);
     look = { ...context, state: { ...state, scope } };
-    const forbid = button(t("forbid"), () => done({ kind: "block", query, keys: [key], heads: headsOf(state, look.state.scope) }), { class: "primary" });
+    const forbid = button(t("forbid"), () => done({ kind: "block", query, keys: [key], heads: headsOf(state, look.state.scope) }), { class: "primary", disabled: !leavesSome(state.live ? state.edits : [], query, key) });
+    if (forbid.disabled) forbid.title = t("nothing_left");
     const toward = button(t("move_to"), words, { class: "plain", attributes: { "aria-expanded": "false" } });
     body.replaceChildren(make("div", { class: "scope" }, make("span", {}, t("scope")), radio.element), make("div", { class: "test-actions" }, forbid, toward));
     element.hidden = false;
     place();
     if (move) words();
-    else forbid.focus({ preventScroll: true });
+    else (forbid.disabled ? toward : forbid).focus({ preventScroll: true });
 
     /** The words it can be moved to, up to the one that reads. */
     function words() {

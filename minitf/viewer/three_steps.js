@@ -2,6 +2,7 @@
 
 import { paintStrip } from "./colours.js";
 import { button, make, number, onChange, percent, quoted, range, rich, visible, withBold } from "./dom.js";
+import { cutIn } from "./edits.js";
 import { softmax, threeSteps } from "./maps.js";
 
 const ROW = 25; // pixels
@@ -23,9 +24,13 @@ export function threeStepsView(map, { t, actions }) {
   const explain = button(t("explain"), () => set({ explain: !open() }), { class: "link" });
   const cards = make("ol", { class: "three" }, ...STEPS.map((name, i) => make("li", { class: `of-${name}` },
     make("h3", {}, make("b", {}, String(i + 1)), " ", t(`steps_${name}`)), rich(make("p"), t(`steps_${name}_text`, { width: width ?? "" })))));
-  // Maps of older runs do not say; a model with an edited attention.py does.
-  const other = make("p", { class: "warning", role: "note", hidden: map.standard_formula !== false && !map.formula },
-    map.formula ? t(map.rows_sum_to_one === false ? "variant_free_rows" : "variant", { formula: map.formula }) : t("other_formula"));
+  const other = make("p", { class: "warning", role: "note" });
+  /** Why the weights are not those of the standard formula. Maps of older runs do not say; an edited attention.py does. */
+  const unusual = (shown, { edits, live }) => {
+    if (shown.formula) return t(shown.rows_sum_to_one === false ? "variant_free_rows" : "variant", { formula: shown.formula });
+    if (live && edits.length) return t("steps_edited");
+    return shown.standard_formula === false ? t("other_formula") : "";
+  };
   const table = make("table", { class: "steps-table" }, make("caption", { class: "unseen" }, t("tab_three_steps")));
   const [detail, note] = [make("div", { class: "product" }), make("p", { class: "hint" })];
   const missing = make("p", { class: "missing" }, t(map.vectors === null && map.exact ? "no_vectors_live" : "no_vectors"));
@@ -72,6 +77,8 @@ export function threeStepsView(map, { t, actions }) {
     const text = t(looks.length > 1 ? "steps_lead_first" : "steps_lead", { query: "\u0001", layer: look.layer, head: look.head });
     lead.replaceChildren(...withBold(text, quoted(map.tokens[query])));
     const available = Boolean(shownMap.vectors);
+    other.textContent = unusual(shownMap, state);
+    other.hidden = !other.textContent;
     cards.hidden = !open() && available;
     explain.hidden = !available;
     explain.ariaExpanded = String(open());
@@ -92,8 +99,10 @@ export function threeStepsView(map, { t, actions }) {
     const values = keys.map((key) => vectors.v(key));
     const largestValue = Math.max(...values.flatMap((v) => [...v.map(Math.abs)]));
     const focus = keys.includes(state.focusKey) ? state.focusKey : keys.reduce((a, b) => (shown[b] > shown[a] ? b : a));
+    const cut = cutIn(state.live ? state.edits : [], look.layer, look.head).filter(([one]) => one === query).map(([, key]) => key);
     rows.forEach(({ key, row }, i) => {
       const cells = row.children;
+      cells[3].textContent = cut.includes(key) ? t("masked") : "0";
       signedBar(cells[1].firstChild, dots[key] / largestDot, number(dots[key]));
       cells[2].textContent = number(scores[key]);
       shareBar(cells[4].firstChild, shown[key], palette);

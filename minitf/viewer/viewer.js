@@ -63,7 +63,7 @@ export async function mountViewer(root, source, theme) {
     if (!Object.keys(change).length) ui.controls.focusPrompt();
     return undefined;
   }
-  const stopTyping = () => set({ live: null, edits: [], past: [] });
+  const stopTyping = () => set({ live: null, edits: [], past: [], pair: null });
   function ask({ add = 0, ...change }) {
     const { live, edits } = store.get();
     const next = { ...live, ...change };
@@ -71,7 +71,7 @@ export async function mountViewer(root, source, theme) {
     // Edits name positions: they end with the text they are of.
     const kept = next.text === live.text ? (next.new_tokens ? edits : edits.filter((edit) => !(edit.query >= (data.map?.prompt_length ?? 0)))) : [];
     const past = next.text === live.text && kept.length === edits.length ? {} : { edits: kept, past: [] };
-    set({ live: next, ...past, ...(add || "new_tokens" in change ? { query: Infinity, key: null } : {}) });
+    set({ live: next, ...past, ...(next.text === live.text ? {} : { pair: null, target: null }), ...(add || "new_tokens" in change ? { query: Infinity, key: null } : {}) });
   }
   /** Change what is done to the sentence: { edits, off, by }. */
   function change(next) {
@@ -284,7 +284,7 @@ export async function mountViewer(root, source, theme) {
   listenToKeys(document, {
     "?": () => ui.help.open(), " ": () => ui.line.toggle(), ",": () => ui.line.move(-1), ".": () => ui.line.move(1),
     "[": whenReady(nextHead(-1)), "]": whenReady(nextHead(1)), j: whenReady(nextWord(-1)), k: whenReady(nextWord(1)),
-    x: whenReady(() => testChosen()), m: whenReady(() => testChosen(undefined, true)), u: whenReady(undo),
+    x: whenReady(() => testChosen()), m: whenReady(() => testChosen(undefined, true)), u: undo,
     t: () => type(), f: () => set({ hideFirst: !store.get().hideFirst }), s: () => ui.save.open(), c: copyLink,
     ...Object.fromEntries(VIEWS.map((_, i) => [String((i + 1) % 10), whenReady(view(i + 1))])),
   }, () => ui?.keysOn());

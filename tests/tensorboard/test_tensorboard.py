@@ -590,7 +590,7 @@ def test_whole_numbers_have_no_decimals_in_the_hparams_tab() -> None:
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     settings = {"model.num_layers": 4, "optim.learning_rate": 0.5, "optim.kind": "muon", "model.qk_norm": True}
-    _, start, _ = hyperparameter_summaries(settings, ["loss"], "held_out")
+    _, start, _ = hyperparameter_summaries(settings, {"loss": "held_out"})
     found = HParamsPluginData.FromString(start.value[0].metadata.plugin_data.content).session_start_info.hparams
     assert found["model.num_layers"].string_value == "4"
     assert found["optim.learning_rate"].number_value == 0.5

@@ -10,7 +10,7 @@ import { valueAt } from "./charts.js";
 import { inkOn, luminance } from "./colours.js";
 import { readContributions } from "./contributions.js";
 import { createData } from "./data.js";
-import { changed, editText, effectOf, effectText, fromText, liveOf, requestOf, toText, toggled, undone, withEdit } from "./edits.js";
+import { changed, cutIn, editText, effectOf, effectText, fromText, leavesSome, liveOf, requestOf, toText, toggled, undone, withEdit } from "./edits.js";
 import { arrange, ordered, roleOf } from "./heads.js";
 import { lensWords, readLens } from "./lens.js";
 import { lineAt, spaced } from "./lines.js";
@@ -201,6 +201,8 @@ test("an edit is added once, and at most 64", () => {
   const many = Array.from({ length: 64 }, (_, query) => ({ kind: "block", query, keys: [0], heads: null }));
   assert.equal(withEdit(many, EDITS[1]), null);
   assert.equal(withEdit(many.slice(1), EDITS[1]).length, 64);
+  assert.deepEqual([leavesSome([], 0, 0), leavesSome([], 1, 0), leavesSome([{ ...EDITS[0], query: 1, keys: [1] }], 1, 0)], [false, true, false]);
+  assert.deepEqual([cutIn(EDITS, 0, 2), cutIn(EDITS, 1, 0)], [[[7, 1], [6, 1], [6, 2]], [[7, 1]]]);
   assert.deepEqual(toggled([[0, 1]], [[0, 1], [1, 1]]), [[0, 1], [1, 1]]);
   assert.deepEqual(toggled([[0, 1], [1, 1]], [[1, 1]]), [[0, 1]]);
 });
