@@ -23,6 +23,7 @@ OURS = re.compile(r"\bpython3? (-m minitf\.|scripts/)")
 OTHERS = (
     "pip install ", "tensorboard --logdir ", "git clone ", "cd ", "python -m venv ", "python3 -m venv ", "source ",
     "torchrun ", "pytest", "hf upload ", "transformers serve ", "lm-eval ", "ruff ", "mypy", ".ci/run", "pre-commit ",
+    "python -m build", "twine check ",
 )  # fmt: skip
 # Settings that the tiny run replaces; in documented commands they are validated and then left out.
 REPLACED = ("data", "tokenizer", "model", "trainer.max_steps", "trainer.max_minutes", "trainer.compile", "experiment")
