@@ -15,11 +15,14 @@ from helpers import assert_one_line, assert_same_run, interrupt_at, losses, trai
 import minitf
 from minitf.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from minitf.checkpoints.gguf import main as export
-from minitf.edits import block
+from minitf.edits import ablate, block, move, transplant
 from minitf.errors import RequestError, run_command
 from minitf.generate import GenerationRequest, generate
 from minitf.inference.sampling import Sampling
 from minitf.interpretability.attention_maps import attention_maps
+from minitf.interpretability.interventions import Reader
+from minitf.interpretability.patching import patch
+from minitf.interpretability.residual import contributions, lens
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 from minitf.variants import attention_class, changed, formula, names
@@ -192,6 +195,27 @@ def test_the_standard_attention_has_no_other_formula(
 ) -> None:
     viewer = attention_maps(make_model(tokenizer.vocab_size), tokenizer, SENTENCE).to_viewer()
     assert (viewer["formula"], viewer["rows_sum_to_one"], viewer["standard_formula"]) == (None, True, True)
+
+
+@every_variant
+def test_every_question_to_a_model_has_an_answer(
+    variant: str, make_model: Callable[..., Transformer], tokenizer: Tokenizer
+) -> None:
+    """Edits change the prediction or are without a look to change; the parts of a logit and of the lens are exact."""
+    reader = Reader(make_model(tokenizer.vocab_size, context_length=96, variant=variant), tokenizer)
+    with torch.no_grad():
+        logits_V = reader.model(reader.ids(SENTENCE))[0, -1]
+    found = contributions(reader, SENTENCE)
+    assert sum(found.parts.values()) == pytest.approx(float(logits_V.max()), abs=1e-3)
+    assert lens(reader, SENTENCE).best[-1][-1][1] == pytest.approx(float(logits_V.softmax(-1).max()), abs=1e-5)
+    usual = dict(reader.predict(SENTENCE, top_k=tokenizer.vocab_size))
+    twin = transplant("mat", "The dog ran up the mat.")
+    for edit in (block("mat", "cat"), move("mat", "cat", "sat"), ablate([(0, 1)]), ablate(mlp=0), twin):
+        edited = dict(reader.predict(SENTENCE, [edit], top_k=tokenizer.vocab_size))
+        assert edited != usual, edit
+        assert sum(edited.values()) == pytest.approx(1, abs=1e-4)
+    patched = patch(reader, "The cat sat", "The sat sat", "cat", "mat")
+    assert all(values.isfinite().all() for values in vars(patched).values() if isinstance(values, torch.Tensor))
 
 
 def test_a_variant_does_not_mix_with_init_from(workdir: Path, tiny: list[str]) -> None:
