@@ -17,6 +17,7 @@ from minitf.evaluate import HeldOut, data_of, evaluate_checkpoint, held_out_part
 from minitf.evaluation.answers import AnswerReport, evaluate_answers
 from minitf.evaluation.head_ablation import HeadReport, evaluate_heads, order_heads, record_heads
 from minitf.evaluation.reference import evaluate_reference, own_exercise
+from minitf.interpretability.own_patterns import OwnPatterns
 from minitf.system.threads import set_threads
 
 # The difference a head makes on the same tokens settles long before the loss itself does.
@@ -42,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print every head's scores and what switching it off costs in held-out bits per byte; also "
         f"written to the run's heads/, for TensorBoard (on about {HEADS_TOKENS:,} tokens unless --max-tokens is given)",
+    )
+    p.add_argument(
+        "--patterns", metavar="FILE.py", help="with --heads: head scores of your own too, as in attention.patterns"
     )
     p.add_argument(
         "--keep-heads",
@@ -100,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_combination(args: argparse.Namespace) -> None:
     """Refuse flags of which one would be ignored."""
+    if args.patterns and not args.heads:
+        raise RequestError("--patterns goes with --heads: give both")
     asked = [name for name in ("heads", "keep_heads", "reference", "seeds") if getattr(args, name)]
     limits = [name for name in ("file", "max_tokens", "max_pairs", "beam") if getattr(args, name) is not None]
     clash = asked[:2] if len(asked) > 1 else [*asked, *limits] if asked and asked[0] in ("reference", "seeds") else []
@@ -131,6 +137,10 @@ def _answers(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str
 
 def _text(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """The loss of held-out text or of a file, or what the heads are worth on it."""
+    patterns = None
+    if args.patterns:  # named by the user: trusted
+        OwnPatterns.trust(args.patterns)
+        patterns = OwnPatterns.load(args.patterns)
     tokens: Tokens | PairIds
     if args.file:
         column = checkpoint.state.get("data", {}).get("text_column", "text")
@@ -138,7 +148,7 @@ def _text(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[dict[str, A
     else:
         tokens, num_bytes = held_out_part(checkpoint)
     if args.heads:
-        heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS)
+        heads = evaluate_heads(checkpoint, tokens, num_bytes, args.max_tokens or HEADS_TOKENS, patterns)
         _record(heads, checkpoint)
         return heads.to_json(), heads.table()
     if args.keep_heads:

@@ -18,6 +18,7 @@ from minitf.data.tokenized_text import Tokens
 from minitf.edits import Head, without
 from minitf.evaluate import LONGEST_WINDOW, HeldOut, data_of, evaluate_checkpoint
 from minitf.interpretability.heads import NAMES, HeadScores, describe_head, head_scores
+from minitf.interpretability.own_patterns import OwnPatterns
 
 COLUMNS = {
     "previous_token": "prev", "induction": "indu", "same_word": "same", "first_token": "1st ", "this_token": "this",
@@ -90,11 +91,15 @@ def _costs(name: str, part: Mapping[str, Any]) -> str:
 
 
 def evaluate_heads(
-    checkpoint: Checkpoint, tokens: Tokens | PairIds, num_bytes: int, max_tokens: int | None = None
+    checkpoint: Checkpoint,
+    tokens: Tokens | PairIds,
+    num_bytes: int,
+    max_tokens: int | None = None,
+    patterns: OwnPatterns | None = None,
 ) -> HeadReport:
     """Score every head and ablate each head and feed-forward layer in turn, by zero and by its mean.
 
-    A mean is that over a batch of held-out text (some 4,000 tokens).
+    A mean is that over a batch of held-out text (some 4,000 tokens). `patterns` are scores of the user's own.
     """
     c = checkpoint.model.config
     whole = evaluate_checkpoint(checkpoint, tokens, num_bytes, max_tokens)
@@ -117,6 +122,8 @@ def evaluate_heads(
     else:
         scored = scored_text(tokens, context, checkpoint.tokenizer.end_id if checkpoint.document_mask else None)
     scores = head_scores(checkpoint.model, *scored)
+    if patterns is not None:
+        scores |= patterns.scores(checkpoint.model, checkpoint.tokenizer, scored.ids_BT, scored.segments_BT)
     return HeadReport(whole, by_heads["zero"], by_heads["mean"], by_mlps["zero"], by_mlps["mean"], scores)
 
 

@@ -44,6 +44,7 @@ class AttentionConfig:
     probes: list[str] | None = None  # sentences whose attention is logged; null: a general one and one of the data
     watch: list[str] | None = None  # relations to watch: "TEXT | it>cat"; null: those of the data
     scalars: bool = False  # log the scores of the heads as scalars too: one chart in TensorBoard for each head
+    patterns: str | None = None  # FILE.py with head scores of your own: functions of a text's tokens, or matrices
     ablation: bool = False  # at each look, measure what every head is worth: the loss with it at zero; more seconds
     heads: bool = True  # score every head for known patterns (previous token, first token, induction, ...)
 

@@ -129,7 +129,8 @@ def _positions(segments_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 def head_pattern(scores: Mapping[str, Tensor], layer: int, head: int) -> tuple[str, float] | None:
     """The pattern a head is named after, with its score: ("induction", 0.83), ("broad", 0.97), or None if unclear."""
-    for patterns in (ACTIVE_PATTERNS, RESTING_PATTERNS):
+    own = [name for name in scores if name not in NAMES and name != "entropy"]  # of attention.patterns
+    for patterns in (own, ACTIVE_PATTERNS, RESTING_PATTERNS):
         values = [(float(scores[key][layer, head]), key) for key in patterns if key in scores]
         value, name = max(values, default=(0.0, ""))
         if value >= PATTERN_THRESHOLD:
@@ -143,7 +144,7 @@ def head_pattern(scores: Mapping[str, Tensor], layer: int, head: int) -> tuple[s
 def describe_head(scores: Mapping[str, Tensor], layer: int, head: int) -> str:
     """A label for a head: the pattern it is named after with its score, "previous token 0.83", or "" if unclear."""
     pattern = head_pattern(scores, layer, head)
-    return f"{NAMES[pattern[0]]} {pattern[1]:.2f}" if pattern else ""
+    return f"{NAMES.get(pattern[0], pattern[0])} {pattern[1]:.2f}" if pattern else ""
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from minitf.checkpoints.run_directory import annotate_os_errors
 from minitf.config.schema import changed_settings, save_config
+from minitf.interpretability.own_patterns import OwnPatterns
 from minitf.interpretability.page_model import page_model
 from minitf.reporting.environment import record_environment
 from minitf.reporting.reporter import Reporter, RunReporter
@@ -27,6 +28,8 @@ def execute(context: RunContext, compared: Mapping[str, Any] | None = None) -> N
             context.decisions.save(context.run_dir)
             save_config(context.config, context.run_dir / "config.yaml")
             keep_copy(context.config.model.attention_class, context.run_dir)
+            if context.config.attention.patterns:
+                OwnPatterns.load(context.config.attention.patterns).keep_copy(context.run_dir)
         with open_reporter(context) as reporter:
             trainer = Trainer(context, default_actions(context), reporter)
             begin(trainer)

@@ -12,6 +12,7 @@ from minitf.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from minitf.checkpoints.model_card import origin_of
 from minitf.config.schema import Config, model_sizes, resolve_shape, resolve_size
 from minitf.distributed.process_group import ProcessGroup
+from minitf.interpretability.own_patterns import OwnPatterns
 from minitf.model import Transformer
 from minitf.runs.model_size import Budget, choose_size
 from minitf.system.hardware import Hardware, choose_device, choose_hardware, measure_quiet_matmul
@@ -48,6 +49,8 @@ def prepare(
     if config.model.attention_class:  # before anything that takes time
         adopt(config.model.attention_class)
         attention_class(config.model.variant, config.model.attention_class)
+    if config.attention.patterns:
+        OwnPatterns.load(config.attention.patterns)
     strategy = choose_strategy(config.trainer.strategy, group)
     hardware = find_hardware(config.trainer, decisions, group)
     # Rank 0 measures, so that all ranks choose the same size.

@@ -72,6 +72,9 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
     config = replace(config, data=config.data.located())
     own = copy_in(config.model.attention_class, run_dir)  # wherever it was then: what was trained is here
     config = replace(config, model=replace(config.model, attention_class=own))
+    if config.attention.patterns and not any("attention.patterns" in override for override in overrides):
+        patterns = str(run_dir / Path(config.attention.patterns).name)  # the copy
+        config = replace(config, attention=replace(config.attention, patterns=patterns))
     loaded = asdict(RunDecisions.load(run_dir, config.model)) if group.is_main else {}
     decisions = RunDecisions.of(group.broadcast(loaded))
     checkpoint = _newest_checkpoint(run, run_dir, group)

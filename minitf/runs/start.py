@@ -13,6 +13,7 @@ from minitf.checkpoints.run_directory import create_run_dir
 from minitf.config.schema import Config
 from minitf.distributed.process_group import SINGLE, ProcessGroup
 from minitf.errors import RequestError
+from minitf.interpretability.own_patterns import OwnPatterns
 from minitf.runs.dry_run import dry_run
 from minitf.runs.execute import execute
 from minitf.runs.prepare import prepare
@@ -31,6 +32,8 @@ def train(
     config = replace(config, data=config.data.located())
     if config.model.attention_class:  # named by the user, not by a run
         trust(config.model.attention_class)
+    if config.attention.patterns:
+        OwnPatterns.trust(config.attention.patterns)
     context = prepare(config, run_dir, group, RunDecisions())
     if config.trainer.dry_run:
         dry_run(context)

@@ -1,7 +1,7 @@
 /* The line above the sentence: which heads are chosen, what they do, and switching them off. */
 
 import { button, fillSelect, make, onChange } from "./dom.js";
-import { headLines, patternName, roleOf, scoreLines } from "./heads.js";
+import { headLines, isOwn, patternName, roleOf, scoreLines } from "./heads.js";
 
 export function headLine({ t, tooltip, actions }) {
   const title = make("h2");
@@ -44,7 +44,7 @@ export function headLine({ t, tooltip, actions }) {
     badge.dataset.pattern = role ?? label?.[0] ?? "unclear";
     badge.replaceChildren(...(role ? [t(role)] : [patternName(t, label), ...(label ? [" ", make("b", {}, label[1].toFixed(2))] : [])]));
     const differs = here !== undefined && (here?.[0] ?? "") !== (label?.[0] ?? "");
-    const what = t(`about_${label?.[0] ?? "unclear"}`);
+    const what = label && isOwn(label[0]) ? t("about_own") : t(`about_${label?.[0] ?? "unclear"}`);
     const name = (one) => patternName(t, one);
     about.textContent = several ? t("first_leads") : differs ? t("usually_here", { usual: name(label), here: `${name(here)}${here ? ` ${here[1].toFixed(2)}` : ""}` })
       : role ? t(`about_${role}`) : what;

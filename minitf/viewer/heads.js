@@ -9,10 +9,13 @@ const [ROW_NAME, COLUMN_NAME, GAP, LABEL, LARGEST, LABELLED] = [22, 18, 10, 28, 
 const FREE_HEIGHT = 340; // pixels where the page scrolls, and the grid is as high as its heads
 const EDGE = 2; // pixels around the grid, for the frame of a chosen head
 
+/** Whether a pattern is one of attention.patterns, which has no text of ours. */
+export const isOwn = (pattern) => pattern !== "unclear" && !PATTERN_ORDER.includes(pattern);
+
 /** The name of the pattern a head is named after, or "no clear pattern". */
 export function patternName(t, label) {
   if (!label) return t("unclear");
-  return t(label[0] === "first_token" ? "first_token_sink" : label[0]);
+  return isOwn(label[0]) ? label[0].replaceAll("_", " ") : t(label[0] === "first_token" ? "first_token_sink" : label[0]);
 }
 
 /** How `layers` x `heads` squares fit best into a box: the layers in `blocks` columns, squares of `cell` pixels. */
@@ -145,7 +148,8 @@ export function headsPanel(map, { t, tooltip, actions }) {
   });
 
   const list = onChange(() => {
-    const chips = [...PATTERN_ORDER, "unclear"].flatMap((pattern) => {
+    const own = [...new Set(thumbs.map(({ layer, head }) => patternOf(shown, [layer, head])))].filter(isOwn);
+    const chips = [...own, ...PATTERN_ORDER, "unclear"].flatMap((pattern) => {
       const found = thumbs.filter(({ layer, head }) => matches(shown, pattern, [layer, head]));
       if (!found.length) return [];
       const score = ({ layer, head }) => shown.label(layer, head)?.[1] ?? 0;
@@ -155,7 +159,7 @@ export function headsPanel(map, { t, tooltip, actions }) {
         if (state.filter === pattern) return set({ filter: "" });
         set({ filter: pattern });
         if (!state.heads.some((head) => matches(shown, pattern, head))) choose(best.layer, best.head, false);
-      }, { class: "chip", data: { pattern }, title: t(`about_${pattern}`), ariaPressed: String(state.filter === pattern) });
+      }, { class: "chip", data: { pattern }, title: isOwn(pattern) ? t("about_own") : t(`about_${pattern}`), ariaPressed: String(state.filter === pattern) });
       chip.append(" ", make("b", {}, `×${found.length}`));
       return [chip];
     });

@@ -84,7 +84,7 @@ def test_a_resumed_run_computes_what_was_trained(
 
 
 def test_an_edit_during_the_run_changes_nothing(trusts_nothing: Path, tiny: list[str]) -> None:
-    from minitf.variants._own import adopt, own_file, trust
+    from minitf.variants._own import adopt, own_class, trust
 
     file = trusts_nothing / "my_attention.py"
     file.write_text(SOURCE)
@@ -92,7 +92,7 @@ def test_an_edit_during_the_run_changes_nothing(trusts_nothing: Path, tiny: list
     trust(own)
     adopt(own)
     file.write_text("edited")
-    assert own_file(own).content == SOURCE.encode()
+    assert own_class(own).code.content == SOURCE.encode()
 
 
 def stranger(workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -26,5 +26,6 @@ def default_actions(context: RunContext) -> list[Action]:
     evaluate = Evaluate()
     actions: list[Action] = [LogRow(context), evaluate, SaveCheckpoint(evaluate)]
     if context.config.trainer.attention_every >= 0:
-        actions[1:2] = [LogAlignment(), evaluate, LogAttention(), *reference_actions(context), SaveSnapshot()]
+        attention = LogAttention(context.config.attention.patterns)
+        actions[1:2] = [LogAlignment(), evaluate, attention, *reference_actions(context), SaveSnapshot()]
     return actions

@@ -3,6 +3,7 @@
 from minitf.errors import RequestError
 from minitf.interpretability.alignment import AligningHeads
 from minitf.interpretability.heads import HeadScores, ablation_costs, head_scores
+from minitf.interpretability.own_patterns import OwnPatterns
 from minitf.interpretability.picture import alignment_picture, attention_picture
 from minitf.model import Transformer
 from minitf.training.trainer import Trainer
@@ -16,8 +17,10 @@ class LogAttention:
     Rank 0 computes them. All ranks take part in gathering the weights.
     """
 
-    def __init__(self) -> None:
-        self.skipped: set[str] = set()  # probes that were reported
+    def __init__(self, patterns: str | None = None) -> None:
+        """`patterns` is `attention.patterns`. Raises RequestError if it cannot be used."""
+        self.patterns = OwnPatterns.load(patterns) if patterns else None
+        self.skipped: set[str] = set()  # probes and patterns that were reported
 
     def due(self, trainer: Trainer) -> bool:
         at_interval = trainer.schedule.attention.includes(trainer.state.step)
@@ -27,7 +30,7 @@ class LogAttention:
         config = trainer.context.config.attention
         model = trainer.context.parallel.full_model()
         if trainer.group.is_main:
-            scores = _log_scores(model, trainer) if config.heads else None
+            scores = self._log_scores(model, trainer) if config.heads else None
             if config.ablation:
                 costs_LH = ablation_costs(model, *trainer.context.task.window(model.config.context_length))
                 trainer.reporter.ablation(costs_LH, trainer.state.step)
@@ -35,6 +38,22 @@ class LogAttention:
             for probe in trainer.context.task.probes(config.probes):
                 self._log_maps(model, probe, scores, aligning, trainer)
         _broadcast_aligned(trainer)
+
+    def _log_scores(self, model: Transformer, trainer: Trainer) -> HeadScores:
+        scored = trainer.context.task.window(model.config.context_length)
+        scores = head_scores(model, *scored)
+        if self.patterns is not None:
+            tokenizer = trainer.context.task.tokenizer
+            try:
+                scores |= self.patterns.scores(model, tokenizer, scored.ids_BT, scored.segments_BT)
+            except RequestError as error:  # in the user's file: no reason to lose the run
+                if "patterns" not in self.skipped:
+                    self.skipped.add("patterns")
+                    trainer.reporter.say(f"attention.patterns: no scores: {error}")
+        trainer.reporter.head_scores(scores, trainer.state.step)
+        if trainer.context.config.attention.scalars:
+            trainer.reporter.scalars(_by_head(scores), trainer.state.step)
+        return scores
 
     def _log_maps(
         self,
@@ -75,19 +94,14 @@ class LogAlignment:
         _broadcast_aligned(trainer)
 
 
-def _log_scores(model: Transformer, trainer: Trainer) -> HeadScores:
-    scores = head_scores(model, *trainer.context.task.window(model.config.context_length))
-    trainer.reporter.head_scores(scores, trainer.state.step)
-    if not trainer.context.config.attention.scalars:
-        return scores
-    values = {
+def _by_head(scores: HeadScores) -> dict[str, float]:
+    """Every score of every head by its TensorBoard tag."""
+    return {
         f"heads/{name}/layer{layer}_head{head}": float(score)
         for name, score_LH in scores.items()
         for layer, score_H in enumerate(score_LH)
         for head, score in enumerate(score_H)
     }
-    trainer.reporter.scalars(values, trainer.state.step)
-    return scores
 
 
 def _log_alignment(model: Transformer, trainer: Trainer) -> AligningHeads | None:
