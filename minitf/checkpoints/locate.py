@@ -9,12 +9,13 @@ from minitf.errors import RequestError
 RUNS = Path("runs")
 STEP_NAME = re.compile(r"step_(\d{8,15})")
 LINKS = ("latest", "best")
+DEPTHS = ("*", "*/*", "*/*/*")  # of runs below runs/: run_dir=runs/ONE, runs/NAME/DATE_TIME, runs/sweep/DATE_TIME/RUN
 SNAPSHOTS = "snapshots"  # the folder of a run's snapshots, next to checkpoints/
 
 
 def newest_run(runs: Path = RUNS) -> Path:
     """The run directory under `runs` with the newest checkpoint."""
-    found = [path for pattern in ("*/*", "*/*/*") for path in _checkpoints_below(runs, pattern)]
+    found = [path for pattern in DEPTHS for path in _checkpoints_below(runs, pattern)]
     if not found:
         raise RequestError(f"no run with a checkpoint under {runs.absolute()}: train one with python -m minitf.train")
     return max(found, key=_modified).parent.parent
@@ -31,7 +32,7 @@ def _modified(path: Path) -> float:
 
 def last_started(runs: Path = RUNS) -> Path:
     """The run directory under `runs` that was active last, even if it has no checkpoint yet."""
-    found = [path.parent for pattern in ("*/*", "*/*/*") for path in runs.glob(f"{pattern}/config.yaml")]
+    found = [path.parent for pattern in DEPTHS for path in runs.glob(f"{pattern}/config.yaml")]
     if not found:
         raise RequestError(f"no run under {runs.absolute()}: train one with python -m minitf.train")
     return max(found, key=_last_active)

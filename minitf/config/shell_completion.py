@@ -119,9 +119,12 @@ def _values(setting: Setting) -> list[str]:
     return words if len(words) > 1 else []
 
 
+DEPTHS = ("*", "*/*", "*/*/*")  # as in checkpoints/locate.py, which imports much more
+
+
 def _runs() -> list[str]:
     """`latest`, and the run directories under runs/, newest first."""
-    found = [path.parents[1] for depth in ("*/*", "*/*/*") for path in Path("runs").glob(f"{depth}/checkpoints/latest")]
+    found = [path.parents[1] for depth in DEPTHS for path in Path("runs").glob(f"{depth}/checkpoints/latest")]
     return ["latest", *sorted(map(str, found), reverse=True)]
 
 

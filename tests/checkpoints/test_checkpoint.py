@@ -209,6 +209,11 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(b"\xff\xfe\x00\x80" * 20)
 
 
+def test_a_run_directly_in_runs_is_the_latest(trained_run: Path, workdir: Path) -> None:
+    shutil.copytree(trained_run, "runs/one", symlinks=True)
+    assert newest_run() == find_run("latest") == Path("runs/one")
+
+
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "one byte short", "zeros", "binary"])
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_damaged_file_is_named(save: Save, name: str, how: str) -> None:
