@@ -98,8 +98,9 @@ def conclusion(trainer: Trainer) -> list[str]:
         *_decay(trainer),
         line("saved in", f"{run_dir}/checkpoints/latest ({kind}) and best"),
     ]
-    if trainer.config.attention_every >= 0:
-        lines.append(line("attention", f"{run_dir}/attention.html (open it in a browser)"))
+    if trainer.config.attention_every >= 0 and context.group.is_main:
+        size = (context.run_dir / "attention.html").stat().st_size / 1e6
+        lines.append(line("attention", f"{run_dir}/attention.html (open it in a browser; {size:.1f} MB)"))
     return [*lines, ""]
 
 
