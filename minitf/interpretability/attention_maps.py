@@ -273,7 +273,7 @@ def _predictions(
 ) -> tuple[list[list[tuple[str, float]]], list[float]]:
     probabilities_TV = logits_TV.float().softmax(-1)
     top = probabilities_TV.topk(min(top_k, logits_TV.shape[-1]))
-    ids = top.indices.unique().tolist()
+    ids = sorted(set(top.indices.flatten().tolist()))
     pieces = dict(zip(ids, tokenizer.pieces(ids), strict=True))
     next_tokens = [
         [(pieces[id_], probability) for id_, probability in zip(*row, strict=True)]

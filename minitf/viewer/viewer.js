@@ -209,6 +209,7 @@ export async function mountViewer(root, source, theme) {
       ui.built = building;
     }
     const context = contextOf();
+    ui.main.dataset.run = run.name; // whose maps these are
     ui.headsPanel.render(context);
     ui.title.render(context);
     ui.sentence.render(context);

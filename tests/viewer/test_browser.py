@@ -493,7 +493,7 @@ def frame_of_tab(page: Any, server: str, state: str = "") -> Any:
 
 def choose_run(page: Any, frame: Any, run: str) -> None:
     frame.select_option(".controls .run select", run)
-    frame.wait_for_selector("main > .columns:not(.stale)")
+    frame.wait_for_selector(f'main > .columns[data-run="{run}"]:not(.stale)')
     page.wait_for_function(
         "run => decodeURIComponent(decodeURIComponent(location.hash)).includes(`run=${run}&`)", arg=run
     )
