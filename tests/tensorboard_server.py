@@ -62,6 +62,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
     file.write_bytes(content[: len(content) * 7 // 10])
     shutil.copytree(trained_run, logdir / "gone", symlinks=True)
     shutil.rmtree(logdir / "gone/checkpoints")
+    shutil.rmtree(logdir / "gone/snapshots", ignore_errors=True)
     rows = (logdir / "gone/attention.jsonl").read_bytes()
     (logdir / "gone/attention.jsonl").write_bytes(b'{"text": "\\ud8", "step": 1, }\n' + rows[: len(rows) // 2])
     return logdir

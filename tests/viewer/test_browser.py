@@ -427,7 +427,7 @@ def test_in_the_page_a_look_is_forbidden_and_another_word_becomes_the_likeliest(
     page.keyboard.press("Enter")
     size = len(lm.tokenizer.encode(text))
     page.wait_for_function(f"() => document.querySelectorAll('.reading .token').length === {size}")
-    assert page.inner_text(".counter") == f"{size} of 64 tokens"
+    page.wait_for_function(f"() => document.querySelector('.counter').textContent === '{size} of 64 tokens'")
     page.click(f".reading .token >> nth={size - 1}")
     page.click(f'.thumb[aria-label^="Layer 0, head {lm.attention(text).weights_LHTS[0, :, -1, 1].argmax()}"]')
     show(page, "next_token")
