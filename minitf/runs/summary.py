@@ -9,6 +9,7 @@ from minitf.backends.autotune import Selection
 from minitf.checkpoints.hugging_face import why_not_hugging_face
 from minitf.checkpoints.locate import last_started
 from minitf.checkpoints.train_state import TrainState
+from minitf.errors import RequestError
 from minitf.model import Transformer
 from minitf.reporting.console import line
 from minitf.training.context import RunContext
@@ -128,7 +129,10 @@ def _script(name: str) -> str:
 
 def _resume(run_dir: Path) -> str:
     """`resume=latest` if that is this run, else `resume=` with its directory."""
-    is_latest = _logdir(run_dir) == "runs" and last_started().resolve() == run_dir.resolve()
+    try:
+        is_latest = last_started().resolve() == run_dir.resolve()
+    except RequestError:  # a run_dir of the user's is where `latest` does not search
+        is_latest = False
     return shlex.quote(f"resume={'latest' if is_latest else os.path.relpath(run_dir)}")
 
 

@@ -107,6 +107,14 @@ def test_printed_commands_can_be_typed(workdir: Path, tiny: list[str], capsys: p
     assert rows(run)[-1]["step"] == 12
 
 
+@pytest.mark.parametrize(("run_dir", "resume"), [("runs/one", "resume=runs/one"), ("runs/a/b", "resume=latest")])
+def test_the_resume_command_names_the_run(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], run_dir: str, resume: str
+) -> None:
+    assert train_here(*tiny, "trainer.max_steps=2", f"run_dir={run_dir}") == 0
+    assert f"python -m minitf.train {resume} trainer.max_steps=4" in capsys.readouterr().err
+
+
 def test_load_generates_and_returns_attention(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained_run.parent.parent.parent)
     lm = minitf.load()
