@@ -13,6 +13,7 @@ from torch import Tensor
 from minitf.attention import Attention
 from minitf.backends import reference_class, source
 from minitf.errors import RequestError
+from minitf.model import ModelConfig
 from minitf.tokenizer import chars_of_bytes
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ CONFIG = (
     "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "context_length",
     "rope_theta", "rms_norm_eps", "qk_norm", "tie_embeddings",
 )  # fmt: skip
+# Options that change nothing, or that are judged by the classes in use. Any further one must have its default.
+KNOWN = {*CONFIG, "dropout", "attention", "variant", "attention_class"}
 
 
 def page_model(
@@ -51,9 +54,11 @@ def _why_not(model: "Transformer", pairs: bool) -> str | None:
     """The name of the reason why the viewer's model.js cannot compute this model, if there is one."""
     if pairs:
         return "page_pairs"
-    if source.edited(source.FORWARD) or reference_class(model.model.layers[0].self_attn) is not Attention:  # type: ignore[index, union-attr]
+    layers: Any = model.model.layers
+    if source.edited(source.FORWARD) or any(reference_class(block.self_attn) is not Attention for block in layers):
         return "page_other"
-    if model.config.rope_scaling.get("rope_type", "default") != "default":
+    default = asdict(ModelConfig())
+    if any(value != default[name] for name, value in asdict(model.config).items() if name not in KNOWN):
         return "page_other"
     num_bytes = 2 * sum(weight.numel() for weight in model.parameters())
     return "page_large" if 4 * -(-num_bytes // 3) > MAX_BYTES else None

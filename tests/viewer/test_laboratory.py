@@ -408,6 +408,9 @@ def test_only_small_standard_models_are_in_the_page(make_model: Callable[..., Tr
     assert why(rope_scaling={"rope_type": "linear", "factor": 2.0}) == "page_other"
     assert why(hidden_size=512) == "page_large"
     assert page_model(make_model(words.vocab_size), words, 0, [], pairs=True)["why"] == "page_pairs"
+    mixed = make_model(words.vocab_size)
+    mixed.model.layers[1] = make_model(words.vocab_size, variant="sink").model.layers[1]  # type: ignore
+    assert page_model(mixed, words, 0, [])["why"] == "page_other"
 
 
 def test_a_model_of_a_million_parameters_takes_less_than_3_mb(
