@@ -1,4 +1,4 @@
-"""The page .github/variants.md: its example trains, and its tables name what exists."""
+"""The pages on variants: their example trains, and their tables name what exists."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ from helpers import train_here
 import minitf
 from minitf.variants import attention_class, formula, names
 
-PAGE = (Path(__file__).parents[2] / ".github/variants.md").read_text(encoding="utf-8")
+FOLDER = Path(__file__).parents[2] / ".github"
+PAGE = (FOLDER / "variants.md").read_text(encoding="utf-8")
 
 
 def test_the_example_of_ones_own_attention_trains(
@@ -33,5 +34,18 @@ def test_the_table_has_every_variant_and_the_step_it_changes() -> None:
     assert found == expected
 
 
-def test_its_measured_table_has_every_variant() -> None:
-    assert set(re.findall(r"^\| (\w+) \| [\d.]+ \|", PAGE, flags=re.MULTILINE)) == set(names())
+@pytest.mark.parametrize("page", ["what-if.md", "what-if.zh.md"])
+def test_the_measured_tables_name_variants_that_exist(page: str) -> None:
+    """A new variant need not be measured."""
+    text = (FOLDER / page).read_text(encoding="utf-8")
+    named = re.findall(r"^\| (\w+) \| \d \|", text, flags=re.MULTILINE)
+    assert set(named) <= set(names())
+    assert len(named) == 2 * len(set(named)) == 22
+
+
+def test_both_pages_have_the_same_commands_and_numbers() -> None:
+    pages = [(FOLDER / name).read_text(encoding="utf-8") for name in ("what-if.md", "what-if.zh.md")]
+    blocks = [re.findall(r"^```\w+\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL) for page in pages]
+    assert blocks[0] == blocks[1]
+    rows = [re.findall(r"^\| \w+ \|.*\|$", page, flags=re.MULTILINE) for page in pages]
+    assert [re.findall(r"[\d.]+", row) for row in rows[0]] == [re.findall(r"[\d.]+", row) for row in rows[1]]
