@@ -18,7 +18,7 @@ MODULES = (
     "texts.js", "preferences.js", "dom.js", "maps.js", "colours.js", "edits.js", "state.js", "probes.js", "model.js",
     "interventions.js", "tokenizer.js", "patterns.js", "sampling.js", "residual.js", "patching.js", "laboratory.js",
     "source.js", "data.js", "charts.js", "tooltip.js", "words.js", "timeline.js", "heads.js", "sentence.js",
-    "edits_line.js", "test_menu.js", "head_line.js", "lines.js", "matrix.js", "alignment.js", "three_steps.js",
+    "edits_line.js", "look_menu.js", "head_line.js", "lines.js", "matrix.js", "alignment.js", "three_steps.js",
     "next_token.js", "lens.js", "contributions.js", "patch.js", "over_training.js", "compare.js", "views.js",
     "picture.js", "save.js", "address.js", "prompt.js", "controls.js", "help.js", "viewer.js",
 )  # fmt: skip

@@ -40,3 +40,13 @@ export function listenToKeys(target, actions, isOn) {
     action();
   });
 }
+
+/** Ctrl and Z (or the command key), where one does not type and there is something to take back. */
+export function listenToUndo(target, undo, isPossible) {
+  target.addEventListener("keydown", (event) => {
+    const isUndo = event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey;
+    if (!isUndo || event.target.closest("input:not([type=checkbox], [type=range]), textarea") || !isPossible()) return;
+    event.preventDefault();
+    undo();
+  });
+}

@@ -111,7 +111,8 @@ export function readPatch(probe, heads) {
 function patchWords(t, { pair, columns, first, layer, share }) {
   const shares = pair.probabilities?.map(([one, other]) => [percent(one), percent(other)]);
   const values = { ...answers(pair), clean: shares?.[0][0] ?? "", changed: shares?.[1][1] ?? "" };
-  const lead = t(shares ? "patch_lead" : "patch_lead_plain", values);
+  const alike = pair.probabilities?.[1][0] > pair.probabilities?.[1][1]; // the changed sentence leads to the same
+  const lead = t(shares ? "patch_lead" : "patch_lead_plain", values) + (alike ? t("patch_alike", values) : "");
   const places = range(pair.clean.length).slice(first).flatMap((position) => columns.map((column) => ({ position, column, value: share("restores", column, position) ?? 0 })));
   const best = places.filter(({ column }) => layer !== null || column > 0).sort((a, b) => b.value - a.value)[0];
   if (!best) return lead;

@@ -11,18 +11,18 @@ import { addressKeeper } from "./address.js";
 import { controlBar } from "./controls.js";
 import { createData, liveStep } from "./data.js";
 import { button, choices, make, onChange, rich } from "./dom.js";
-import { changed, isChanged, liveOf, toggled, undone, withEdit } from "./edits.js";
+import { changed, liveOf, toggled, undone, withEdit } from "./edits.js";
 import { editsLine } from "./edits_line.js";
 import { headLine } from "./head_line.js";
 import { headsPanel } from "./heads.js";
-import { helpDialog, listenToKeys } from "./help.js";
+import { helpDialog, listenToKeys, listenToUndo } from "./help.js";
+import { lookMenu } from "./look_menu.js";
 import { headLook } from "./maps.js";
 import { paletteOf } from "./colours.js";
 import { preferredLanguage, remember, remembered } from "./preferences.js";
 import { saveMenu } from "./save.js";
 import { sentencePanel } from "./sentence.js";
 import { MAX_HEADS, VIEWS, clickHead, createStore, lookAt } from "./state.js";
-import { testMenu } from "./test_menu.js";
 import { translator } from "./texts.js";
 import { timeline } from "./timeline.js";
 import { createTooltip } from "./tooltip.js";
@@ -144,7 +144,7 @@ export async function mountViewer(root, source, theme) {
     const [heads, reading, problem] = [make("div", { class: "heads" }), make("div"), make("div", { class: "problem-box", role: "alert" })];
     const busy = make("p", { class: "busy", attributes: { role: "status" } });
     const edits = editsLine(api);
-    const menu = testMenu({ ...api, palette: () => paletteOf(theme.now()) });
+    const menu = lookMenu({ ...api, palette: () => paletteOf(theme.now()) });
     reading.append(edits.element);
     const detail = make("div", { class: "detail" }, title.element, reading, make("div", { class: "tab-row" }, tabs.element, save.element), panel);
     const main = make("div", { class: "columns" }, heads, detail);
@@ -289,12 +289,7 @@ export async function mountViewer(root, source, theme) {
     t: () => type(), f: () => set({ hideFirst: !store.get().hideFirst }), s: () => ui.save.open(), c: copyLink,
     ...Object.fromEntries(VIEWS.map((_, i) => [String((i + 1) % 10), whenReady(view(i + 1))])),
   }, () => ui?.keysOn());
-  document.addEventListener("keydown", (event) => {
-    const isUndo = event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey;
-    if (!isUndo || event.target.closest("input, textarea") || !isChanged(store.get()) && !store.get().past.length) return;
-    event.preventDefault();
-    undo();
-  });
+  listenToUndo(document, undo, () => store.get().past.length > 0);
   theme.onChange(draw);
   source.onReload?.(reload);
   draw();

@@ -436,9 +436,9 @@ def test_in_the_page_a_look_is_forbidden_and_another_word_becomes_the_likeliest(
     # forbid it in all heads: the prediction changes, and the page says to what
     page.focus(".tabs [data-key=next_token]")
     page.keyboard.press("x")
-    assert f"“It” → “{noun}”" in page.inner_text(".test-menu h3")
-    page.click('.test-menu [data-key="all"]')
-    page.click(".test-menu .primary")
+    assert f"“It” → “{noun}”" in page.inner_text(".look-menu h3")
+    page.click('.look-menu [data-key="all"]')
+    page.click(".look-menu .primary")
     page.wait_for_selector(".effect-link")
     assert page.inner_text(".effect").startswith(f"Without the look from “It” to “{noun}” (all heads), ")
     token, share = likeliest(text, look(text))
@@ -562,10 +562,10 @@ def test_a_look_is_forbidden_moved_and_had_back(page: Any, server: str, trained_
     box = frame.locator(".plot canvas").bounding_box()
     assert box
     page.mouse.click(box["x"] + 4.5 * box["width"] / 23, box["y"] + 9.5 * box["height"] / 23)
-    assert "“a” → “c”" in frame.inner_text(".test-menu h3")
-    frame.click('.test-menu [data-key="all"]')
+    assert "“a” → “c”" in frame.inner_text(".look-menu h3")
+    frame.click('.look-menu [data-key="all"]')
     with page.expect_response(lambda reply: reply.url.endswith("/live") and "before" in reply.text()) as answered:
-        frame.click(".test-menu .primary")
+        frame.click(".look-menu .primary")
     edit = {"kind": "block", "query": 9, "keys": [4], "heads": None}
     assert answered.value.request.post_data_json["edits"] == [edit]
     frame.wait_for_selector(".effect-link")
@@ -581,7 +581,7 @@ def test_a_look_is_forbidden_moved_and_had_back(page: Any, server: str, trained_
     assert abs(sum(after) - 1) < 1e-4
     # the keyboard: move the look of the word chosen, in one head
     page.keyboard.press("m")
-    frame.wait_for_selector(".test-menu .word")
+    frame.wait_for_selector(".look-menu .word")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     frame.wait_for_function("() => document.querySelectorAll('.edit-chips .chip').length === 2")
@@ -595,7 +595,7 @@ def test_a_look_is_forbidden_moved_and_had_back(page: Any, server: str, trained_
     assert frame.locator(".edits").is_hidden()
     page.keyboard.press("x")
     page.keyboard.press("Escape")
-    assert frame.locator(".test-menu").is_hidden()
+    assert frame.locator(".look-menu").is_hidden()
     assert frame.locator(".edits").is_hidden()
 
 

@@ -5,10 +5,10 @@ import { leavesSome } from "./edits.js";
 
 const AWAY = 8; // pixels from the pointer
 
-export function testMenu({ t, actions, palette }) {
+export function lookMenu({ t, actions, palette }) {
   const title = make("h3");
   const body = make("div", { class: "test-body" });
-  const element = make("div", { class: "test-menu", attributes: { role: "dialog", "aria-label": t("test_look") } }, title, body);
+  const element = make("div", { class: "look-menu", attributes: { role: "dialog", "aria-label": t("test_look") } }, title, body);
   element.hidden = true;
   let [look, opener, at] = [null, null, [0, 0]];
   const close = () => {
