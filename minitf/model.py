@@ -30,7 +30,7 @@ from minitf.attention import (
 from minitf.errors import RequestError
 from minitf.loss import LinearCrossEntropy
 from minitf.rope import check_scaling, rotary_table
-from minitf.variants import attention_class, check_variant
+from minitf.variants import attention_class, check_variant, switch_off
 
 
 @dataclass
@@ -51,6 +51,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | explicit (match, weigh, gather as written) | sdpa (PyTorch's fused attention)
     variant: str = "softmax"  # another way to attend, a file of minitf/variants: sliding_window, sink, gated, ...
     attention_class: str = ""  # your own way, FILE.py:CLASS: a subclass of minitf.attention.Attention
+    heads_off: list[list[int]] = field(default_factory=list)  # [layer, head] that are off for good, from 0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "context_length"):
@@ -71,7 +72,7 @@ class ModelConfig:
         self._check("rope_theta", 0 < self.rope_theta < float("inf"), "must be positive")
         self._check("rms_norm_eps", 0 < self.rms_norm_eps < 1, "must be between 0 and 1")
         check_scaling(self.rope_scaling)
-        check_variant(self.variant, self.attention_class)
+        check_variant(self)
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:
@@ -104,9 +105,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: positions exchange what they know (attention), then each is transformed by itself (feed-forward)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         attention: type[Attention] = attention_class(c.variant, c.attention_class)
         self.self_attn = attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.rms_norm_eps)
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
         self.model = nn.Module()  # holds the names `model.embed_tokens`, `model.layers`, `model.norm`
         self.model.embed_tokens = Embedding(vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.model.layers = switch_off(nn.ModuleList(Block(config) for _ in range(config.num_layers)), config)
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
         self.cross_entropy = LinearCrossEntropy()

@@ -31,7 +31,7 @@ from minitf.system.files import flush, sha256
 from minitf.system.hardware import choose_device
 from minitf.system.safe_io import read_json, read_tensors, write_tensors
 from minitf.tokenizer import Tokenizer
-from minitf.variants import STANDARD, attention_class, copy_in, keep_copy
+from minitf.variants import STANDARD, attention_class, copy_in, keep_copy, silenced
 
 CORE = "minitf_core"  # in config.json: the hash of the forward pass that the weights were trained with
 VARIANT = "minitf_variant"  # in config.json: the hash of the file of minitf/variants, if the model has one
@@ -154,7 +154,8 @@ def _write(
 
 def write_model(directory: Path, model: SavedModel, tokenizer: Tokenizer) -> dict[str, str]:
     """Write the files of a Hugging Face model; returns the SHA-256 of the weights by their file's name."""
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    named = ((name, silenced(name, parameter.detach(), model.config)) for name, parameter in model.named_parameters())
+    weights = {name: weight.cpu().contiguous() for name, weight in named}
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     digests = {"model.safetensors": write_tensors(directory / "model.safetensors", weights)}
     start_id = tokenizer.start_ids[0] if tokenizer.start_ids else tokenizer.end_id

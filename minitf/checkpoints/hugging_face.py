@@ -66,8 +66,13 @@ def to_hugging_face(config: ModelConfig, vocab_size: int, end_id: int, start_id:
         "pad_token_id": end_id,
         "torch_dtype": "float32",
         **(_window(config) if config.variant == WINDOWED else {}),
-        "minitf": {"dropout": config.dropout, **_attention(config)},
+        "minitf": {"dropout": config.dropout, **_heads_off(config), **_attention(config)},
     }
+
+
+def _heads_off(config: ModelConfig) -> dict[str, Any]:
+    """Heads that are off; their weights are zero in the file, so that other programs need not know."""
+    return {"heads_off": config.heads_off} if config.heads_off else {}
 
 
 def why_not_hugging_face(config: ModelConfig) -> str | None:
@@ -132,6 +137,7 @@ def from_hugging_face(config: dict[str, Any]) -> tuple[ModelConfig, int]:
             dropout=float(own.get("dropout", 0.0)),
             variant=str(own.get("variant", STANDARD)),
             attention_class=str(own.get("attention_class", "")),
+            heads_off=[[int(layer), int(head)] for layer, head in own.get("heads_off", [])],
         )
     except RequestError as error:  # of a setting; here the file is wrong, not the request
         raise ValueError(str(error)) from None

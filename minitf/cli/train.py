@@ -1,4 +1,4 @@
-"""The command line of training: Hydra's, whose jobs train, and `resume=`, which Hydra never sees."""
+"""The command line of training: Hydra's, whose jobs train; `resume=` and `fork=`, which Hydra never sees."""
 
 import argparse
 import os
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if group.size > 1:
             raise RequestError(f"{' '.join(action)} does not go with torchrun: each run of a sweep is one process")
         for word in overrides:
-            if word.startswith("resume=") or (args.multirun and word.startswith("run_dir=")):
+            if word.startswith(("resume=", "fork=")) or (args.multirun and word.startswith("run_dir=")):
                 raise RequestError(f"{word} does not go with {' '.join(action)}")
         if args.multirun:
             from minitf.runs.sweep import sweep
@@ -112,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _readable(word: str) -> str:
-    """A setting as Hydra can read it; `resume=` never comes to it."""
+    """A setting as Hydra can read it; `resume=` and `fork=` never come to it."""
     from minitf.config.overrides import quote_letters
 
-    return word if word.startswith("resume=") else quote_letters(word)
+    return word if word.startswith(("resume=", "fork=")) else quote_letters(word)
 
 
 def _prepare_environment() -> None:
@@ -147,9 +147,10 @@ def _announce(overrides: Sequence[str], flags: Sequence[str]) -> None:
 
 
 def start(overrides: Sequence[str], flags: Sequence[str], group: "ProcessGroup") -> None:
-    """Train a new run or resume one; after a restart by torchrun resume the run of the processes before."""
+    """Train a new run, fork or resume one; after a restart by torchrun resume the run of the processes before."""
     from minitf.config.compose import run_task, to_config
     from minitf.config.overrides import check_overrides
+    from minitf.runs.fork import fork
     from minitf.runs.resume import resume
     from minitf.runs.start import new_run_dir, train
 
@@ -160,6 +161,11 @@ def start(overrides: Sequence[str], flags: Sequence[str], group: "ProcessGroup")
         if flags:
             raise RequestError(f"resume={resumed[-1]} has the config of that run: leave out {' '.join(flags)}")
         return resume(resumed[-1], [word for word in overrides if not word.startswith("resume=")], group)
+    forked = [word.removeprefix("fork=") for word in overrides if word.startswith("fork=")]
+    if forked and forked[-1] not in ("", "null"):
+        if flags:
+            raise RequestError(f"fork={forked[-1]} has the config of that run: leave out {' '.join(flags)}")
+        return fork(forked[-1], [word for word in overrides if not word.startswith("fork=")], group)
     check_overrides(overrides, flags)
 
     def job(composed: "DictConfig") -> None:

@@ -36,6 +36,7 @@ class Config:
     seed: int = 0  # of everything random: initial weights, order of the text, dropout
     run_dir: str | None = None  # the run's directory, instead of runs/NAME/DATE_TIME
     resume: str | None = None  # resume this run (or latest) in its own directory, with its own config
+    fork: str | None = None  # RUN@STEP: a new run that continues this kept checkpoint, with its config and changes
     init_from: str | None = None  # start from the weights, shape, tokenizer of a run, checkpoint, hub model OWNER/NAME
     data: DataConfig
     tokenizer: TokenizerConfig

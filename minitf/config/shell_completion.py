@@ -102,7 +102,7 @@ def _overrides(word: str, before: Sequence[str]) -> list[str]:
         return [f"{name}=" for name in (*GROUPS, *known)]
     if key in GROUPS:
         values = list(options(key, before))
-    elif key in ("resume", "init_from"):
+    elif key in ("resume", "fork", "init_from"):
         values = _runs()
     else:
         values = _values(known[key]) if key in known else []

@@ -72,6 +72,14 @@ def _named_files(config: DataConfig) -> list[Path]:
     return find_files(config.files, TABLES if config.kind == "pairs" else TEXT_SUFFIXES).paths
 
 
+def is_same_text(config: DataConfig, recorded: str) -> bool:
+    """`is_text_of`; also true if the text is gone, as the prepared text may still be in the cache."""
+    try:
+        return is_text_of(config, recorded)
+    except RequestError:
+        return True
+
+
 def is_text_of(config: DataConfig, recorded: str) -> bool:
     """Whether `recorded`, the fingerprint that a run has kept, is that of `config`."""
     return recorded in (fingerprint(config), fingerprint(config, by_name=True))

@@ -23,7 +23,7 @@ from minitf.inference.seq2seq import answer
 from minitf.interpretability.alignment import Alignment, align_from
 from minitf.interpretability.heads import Head, HeadScores, evaluating, head_pattern, pattern_scores
 from minitf.interpretability.token_labels import join_bytes
-from minitf.variants import formula
+from minitf.variants import formula, silenced
 from minitf.viewer import viewer_page
 
 if TYPE_CHECKING:
@@ -292,7 +292,8 @@ def output_norms(model: "Transformer", vectors: HeadVectors) -> Tensor:
     v_LHTK = vectors.v_LGTK.repeat_interleave(H // vectors.v_LGTK.shape[1], 1)
     norms = []
     for layer in range(L):
-        weight_DHK = model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight").float().view(-1, H, K)
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        weight_DHK = silenced(name, model.get_parameter(name), model.config).float().view(-1, H, K)
         norms.append(torch.einsum("htk,dhk->htd", v_LHTK[layer], weight_DHK.cpu()).norm(dim=-1))
     return torch.stack(norms)
 

@@ -11,11 +11,12 @@ from minitf.checkpoints.locate import SNAPSHOTS, find_run
 from minitf.checkpoints.run_directory import lock_run_dir
 from minitf.config.overrides import setting
 from minitf.config.schema import Config, load_config
-from minitf.data.fingerprint import is_text_of
+from minitf.data.fingerprint import is_same_text
 from minitf.distributed.process_group import ProcessGroup
 from minitf.errors import RequestError
 from minitf.runs.dry_run import dry_run
 from minitf.runs.execute import execute
+from minitf.runs.fork import beginning, find_kept
 from minitf.runs.prepare import prepare
 from minitf.training.context import RunContext
 from minitf.training.decisions import RunDecisions
@@ -78,7 +79,9 @@ def _resumed_context(run: str, run_dir: Path, overrides: Sequence[str], group: P
     loaded = asdict(RunDecisions.load(run_dir, config.model)) if group.is_main else {}
     decisions = RunDecisions.of(group.broadcast(loaded))
     checkpoint = _newest_checkpoint(run, run_dir, group)
-    if checkpoint is not None:
+    if checkpoint is None and config.fork:  # it died before it saved anything
+        checkpoint = beginning(find_kept(config.fork), config, new_text=True)
+    elif checkpoint is not None:
         _check_can_continue(run_dir, config, checkpoint, decisions, extended=bool(limits))
     if limits:  # the end is decided anew, and the backend with it: what pays depends on the time that is left
         decided_at = decisions.decided_at if checkpoint is None else checkpoint.step or 0
@@ -91,7 +94,7 @@ def _check_can_continue(
 ) -> None:
     """RequestError if the text has changed, or if there is nothing left to train."""
     step, state = checkpoint.step or 0, checkpoint.state
-    if not _is_same_text(config, state.get("text_fingerprint", "")):
+    if not is_same_text(config.data, state.get("text_fingerprint", "")):
         raise RequestError(
             f"the text of {run_dir} has changed since: train on it as it is now with "
             f"{setting('init_from', str(run_dir))}, or say where the text is that it was trained on with data.files"
@@ -105,14 +108,6 @@ def _check_can_continue(
         raise RequestError(f"{run_dir} is already at step {step:,}: trainer.max_steps={max_steps} must be larger")
     if max_minutes is not None and max_minutes * 60 <= state.get("train_s", 0):
         raise RequestError(f"{run_dir} has trained longer than trainer.max_minutes={max_minutes}: it must be larger")
-
-
-def _is_same_text(config: Config, recorded: str) -> bool:
-    """Whether the text is the recorded one; also if it is gone, as the prepared text may still be in the cache."""
-    try:
-        return is_text_of(config.data, recorded)
-    except RequestError:
-        return True
 
 
 def _newest_checkpoint(run: str, run_dir: Path, group: ProcessGroup) -> Checkpoint | None:

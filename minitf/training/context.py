@@ -42,6 +42,11 @@ class RunContext:
         return self.parallel.model
 
     @property
+    def first_step(self) -> int:
+        """The step before the run's first one: 0, or where it was forked."""
+        return int(self.config.fork.rpartition("@")[2]) if self.config.fork else 0
+
+    @property
     def group(self) -> ProcessGroup:
         return self.parallel.group
 

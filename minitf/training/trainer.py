@@ -147,6 +147,11 @@ class Trainer:
         return self.state.step == self.state.num_steps
 
     @property
+    def at_start(self) -> bool:
+        """Whether the run begins here: at step 0, or where it was forked."""
+        return self.state.step == self.context.first_step
+
+    @property
     def advanced(self) -> bool:
         """Whether this process has trained; what was due at the step it resumed from was done before."""
         return self.state.step > self.first_step

@@ -9,14 +9,19 @@ import functools
 import importlib
 import inspect
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitf.attention import Attention
 from minitf.errors import RequestError
+from minitf.variants._heads_off import by_layer, silenced, switch_off
 from minitf.variants._own import adopt, copy_in, keep_copy, load_own, name_of, trust
+
+if TYPE_CHECKING:
+    from minitf.model import ModelConfig
 
 __all__ = [
     "STANDARD", "adopt", "attention_class", "changed", "check_variant", "copy_in", "formula", "keep_copy", "name_of",
-    "names", "trust",
+    "names", "silenced", "switch_off", "trust",
 ]  # fmt: skip
 
 STANDARD = "softmax"  # attention.py as it is
@@ -30,8 +35,10 @@ def names() -> tuple[str, ...]:
     return (STANDARD, *sorted(name for name in found if not name.startswith("_")))
 
 
-def check_variant(variant: str, own: str) -> None:
-    """RequestError for a name that does not exist, or for two wishes at once."""
+def check_variant(config: "ModelConfig") -> None:
+    """RequestError for a name that does not exist, for two wishes at once, or for a head that is not there."""
+    variant, own = config.variant, config.attention_class
+    by_layer(config)
     if variant not in names():
         raise RequestError(f"model.variant={variant} must be one of {', '.join(names())}")
     if own and variant != STANDARD:

@@ -24,7 +24,7 @@ class LogAttention:
 
     def due(self, trainer: Trainer) -> bool:
         at_interval = trainer.schedule.attention.includes(trainer.state.step)
-        return trainer.state.step == 0 or (trainer.advanced and (at_interval or trainer.last))
+        return trainer.at_start or (trainer.advanced and (at_interval or trainer.last))
 
     def __call__(self, trainer: Trainer) -> None:
         config = trainer.context.config.attention

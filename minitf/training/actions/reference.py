@@ -15,7 +15,9 @@ def due(trainer: Trainer) -> bool:
     """As often as attention is logged, and at steps 1, 2, 4, 8, ...: much is learnt within the first hundred."""
     step = trainer.state.step
     early = step & (step - 1) == 0
-    return step == 0 or (trainer.advanced and (early or trainer.schedule.attention.includes(step) or trainer.last))
+    return trainer.at_start or (
+        trainer.advanced and (early or trainer.schedule.attention.includes(step) or trainer.last)
+    )
 
 
 class LogReference:
