@@ -107,7 +107,9 @@ def test_printed_commands_can_be_typed(workdir: Path, tiny: list[str], capsys: p
     assert rows(run)[-1]["step"] == 12
 
 
-@pytest.mark.parametrize(("run_dir", "resume"), [("runs/one", "resume=runs/one"), ("runs/a/b", "resume=latest")])
+@pytest.mark.parametrize(
+    ("run_dir", "resume"), [("elsewhere/one", "resume=elsewhere/one"), ("runs/one", "resume=latest")]
+)
 def test_the_resume_command_names_the_run(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], run_dir: str, resume: str
 ) -> None:
