@@ -177,7 +177,7 @@ def _before(checkpoint: Checkpoint, sentence: Sentence, top_k: int) -> dict[str,
 def _count(checkpoint: Checkpoint, text: str) -> dict[str, int]:
     """How many tokens the text has, and how many fit."""
     limit = min(MAX_TOKENS, checkpoint.model.config.context_length)
-    return {"tokens": len(checkpoint.tokenizer.start_ids) + len(checkpoint.tokenizer.encode(text)), "limit": limit}
+    return {"tokens": len(ids_of(checkpoint.tokenizer, text, checkpoint.answers)), "limit": limit}
 
 
 def _sentence(checkpoint: Checkpoint, question: Question) -> Sentence:

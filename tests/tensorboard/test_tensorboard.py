@@ -278,6 +278,7 @@ def test_live_sources_are_answered_and_aligned(tmp_path: Path, copying_run: Path
     assert reply["prompt_length"] == 6
     assert reply["alignment"]["source"] == reply["alignment"]["target"] == list("cabd")
     assert [row.index(max(row)) for row in reply["alignment"]["weights"]] == [0, 1, 2, 3]
+    assert ask(plugin, {**asked, "text": "cabd => ca", "count_only": True}).json["tokens"] == 8
     given = ask(plugin, {**asked, "text": "cabd => dbac", "heads_off": [[1, 0], [1, 1], [1, 2], [1, 3]]}).json
     assert given["alignment"]["target"] == list("dbac")
     assert given["before"]["next_tokens"] != given["next_tokens"]
