@@ -15,6 +15,7 @@ from minitf.backends import reference_class, source
 from minitf.errors import RequestError
 from minitf.model import ModelConfig
 from minitf.tokenizer import chars_of_bytes
+from minitf.variants import silenced
 
 if TYPE_CHECKING:
     from minitf.model import Transformer
@@ -25,8 +26,9 @@ CONFIG = (
     "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "context_length",
     "rope_theta", "rms_norm_eps", "qk_norm", "tie_embeddings",
 )  # fmt: skip
-# Options that change nothing, or that are judged by the classes in use. Any further one must have its default.
-KNOWN = {*CONFIG, "dropout", "attention", "variant", "attention_class"}
+# Options that change nothing, are judged by the classes in use, or (heads_off) stand in the weights. Any further
+# one must have its default.
+KNOWN = {*CONFIG, "dropout", "attention", "variant", "attention_class", "heads_off"}
 
 
 def page_model(
@@ -39,7 +41,7 @@ def page_model(
     """
     if (why := _why_not(model, pairs)) is not None:
         return {"why": why}
-    weights = dict(model.named_parameters())
+    weights = {name: silenced(name, weight, model.config) for name, weight in model.named_parameters()}
     config = asdict(model.config)
     return {
         "step": step,

@@ -26,6 +26,7 @@ from minitf.interpretability.residual import contributions_of_ids, lens_of_ids
 from minitf.interpretability.token_labels import join_bytes
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer, TokenizerConfig
+from minitf.variants import silenced
 
 TEXT = "The old man sat on the mat, it was tired."
 # Models of every shape that the page computes.
@@ -33,6 +34,7 @@ SHAPES: list[dict[str, Any]] = [
     {},
     {"num_kv_heads": 4, "qk_norm": False, "tie_embeddings": False},
     {"num_kv_heads": 1, "head_dim": 6, "intermediate_size": 50, "rope_theta": 500.0, "rms_norm_eps": 1e-3},
+    {"heads_off": [[1, 2], [0, 0]]},
     {"num_layers": 1, "hidden_size": 36, "num_heads": 3, "num_kv_heads": 3, "tie_embeddings": False},
 ]
 ASK = """
@@ -54,11 +56,11 @@ def words() -> Tokenizer:
 
 
 def rounded(make_model: Callable[..., Transformer], vocab_size: int, **shape: Any) -> Transformer:
-    """A random model whose weights are those of bfloat16, as a page holds them."""
+    """A random model whose weights are those of bfloat16, as a page holds them, and zero where heads are off."""
     model = make_model(vocab_size, **shape)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16().float())
+        for name, parameter in model.named_parameters():
+            parameter.copy_(silenced(name, parameter, model.config).bfloat16().float())
     return model
 
 
@@ -411,6 +413,16 @@ def test_only_small_standard_models_are_in_the_page(make_model: Callable[..., Tr
     mixed = make_model(words.vocab_size)
     mixed.model.layers[1] = make_model(words.vocab_size, variant="sink").model.layers[1]  # type: ignore
     assert page_model(mixed, words, 0, [])["why"] == "page_other"
+
+
+def test_heads_off_for_good_are_zeros_in_the_page(make_model: Callable[..., Transformer], words: Tokenizer) -> None:
+    """In a run their columns may have moved, without any effect."""
+    data = page_model(make_model(words.vocab_size, heads_off=[[0, 0]]), words, 0, [])
+    weights = torch.frombuffer(bytearray(base64.b64decode(data["weights"])), dtype=torch.bfloat16).float()
+    names, sizes = zip(*data["parameters"], strict=True)
+    projection = weights.split(sizes)[names.index("model.layers.0.self_attn.o_proj.weight")].view(32, 32)
+    assert (projection[:, :8] == 0).all()
+    assert (projection[:, 8:] != 0).all()
 
 
 def test_a_model_of_a_million_parameters_takes_less_than_3_mb(
