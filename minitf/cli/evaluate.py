@@ -202,4 +202,6 @@ def _answers_text(report: AnswerReport) -> str:
     ]
     if aligning.heads:
         lines.append(f"alignment       {aligning.score:.3f} (chance {aligning.chance:.3f}) by {aligning.describe()}")
+    if aligning.causal:
+        lines.append(f"                {aligning.causal.describe()}")
     return "\n".join(lines)

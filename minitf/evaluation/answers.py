@@ -30,6 +30,7 @@ class AnswerReport:
         """All numbers by name; {"alignment": {"score", "chance", "heads": [[layer, head], ...]}}."""
         heads = [list(head) for head in self.aligning.heads]
         alignment = {"score": self.aligning.score, "chance": self.aligning.chance, "heads": heads}
+        alignment |= self.aligning.causal.row() if self.aligning.causal else {}
         return asdict(self.held_out) | asdict(self.scores) | {"answer_s": self.answer_s, "alignment": alignment}
 
 

@@ -19,12 +19,15 @@ from minitf.attention import AttentionRecord
 from minitf.data.batches import Batch
 from minitf.data.packing import packed
 from minitf.data.tokenized_pairs import PairIds
+from minitf.edits import combined, forbid
 from minitf.interpretability.heads import Head, evaluating
 from minitf.model import Transformer
 from minitf.tokenizer import Tokenizer
 
 MAX_HEADS = 8  # averaged
 NUM_PAIRS = 96  # half to choose heads, half to score them
+NUM_TESTED = 48  # words whose alignment is tested at a look,
+WORDS_PER_PAIR = 4  # at most this many of one pair
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
@@ -92,6 +95,7 @@ class AligningHeads:
     score: float
     chance: float
     scores_LH: Tensor
+    causal: "CausalAlignment | None" = None  # of all heads, on the pairs that `score` is of
 
     def describe(self) -> str:
         """The heads as text: "layer 1 head 2, ..."."""
@@ -127,7 +131,100 @@ def find_aligning_heads(
     score = float(_score(judging, heads)) if heads else float("nan")
     lengths = [one.weights_LHTS.shape[-1] for one in judging for _ in one.known]
     chance = sum(1 / length for length in lengths) / max(len(lengths), 1)
-    return AligningHeads(heads, score, chance, _score(measured, None).view(num_layers, num_heads))
+    causal = causal_alignment(model, tokenizer, pairs, indices[1::2]) if heads else None
+    return AligningHeads(heads, score, chance, _score(measured, None).view(num_layers, num_heads), causal)
+
+
+@dataclass(frozen=True)
+class CausalAlignment:
+    """Whether words depend on their origin: shares of `num_words` target words that the model predicts.
+
+    `changed` is the share that it no longer predicts when no head may look at the aligned source word, `control` when
+    none may look at another source word; `error` and `control_error` are their standard errors.
+    """
+
+    changed: float
+    control: float
+    num_words: int
+
+    @property
+    def error(self) -> float:
+        return standard_error(self.changed, self.num_words)
+
+    @property
+    def control_error(self) -> float:
+        return standard_error(self.control, self.num_words)
+
+    def row(self) -> dict[str, float]:
+        """All numbers by the columns of metrics.jsonl, rounded to 4 decimals."""
+        shares = {"changed": self.changed, "changed_error": self.error}
+        shares |= {"control": self.control, "control_error": self.control_error}
+        return {name: round(value, 4) for name, value in shares.items()} | {"num_words": self.num_words}
+
+    def describe(self) -> str:
+        return (
+            f"{self.changed:.0%} ± {self.error:.0%} of {self.num_words} words change if they may not look at their "
+            f"origin, {self.control:.0%} ± {self.control_error:.0%} if not at another source word"
+        )
+
+
+def standard_error(share: float, count: int) -> float:
+    return float((share * (1 - share) / count) ** 0.5)
+
+
+@torch.no_grad()
+def causal_alignment(
+    model: Transformer, tokenizer: Tokenizer, pairs: PairIds, indices: Sequence[int], most: int = NUM_TESTED
+) -> CausalAlignment | None:
+    """Forbid words of known origin to look at it, at most `most` words, a few of each pair; None if there are none.
+
+    A word counts if the model predicts all its tokens, given those before. The control forbids a source word that no
+    word of the target is known to come from, or else the next one.
+    """
+    results: list[tuple[bool, bool]] = []
+    for index in indices:
+        if len(results) >= most:
+            break
+        results += _tested(model, tokenizer, pairs, index)[: most - len(results)]
+    if not results:
+        return None
+    changed, control = (sum(side) / len(results) for side in zip(*results, strict=True))
+    return CausalAlignment(changed, control, len(results))
+
+
+def _tested(model: Transformer, tokenizer: Tokenizer, pairs: PairIds, index: int) -> list[tuple[bool, bool]]:
+    """(changed, control) of some words of a pair, each by a row of one batch."""
+    ids_T = torch.from_numpy(pairs.ids[pairs.starts[index] : pairs.starts[index + 1]].astype("int64"))
+    source, target = (Units.of(tokenizer, text) for text in pairs.texts(index, tokenizer))
+    first = int(pairs.prompt_lengths[index])  # the first token of the target
+    known = [pair for pair in _known(source.names, target.names) if len(source.names) > 1][:WORDS_PER_PAIR]
+    T = len(ids_T) - 1
+    complete = source.members_NT.shape[1] == first - 2 and target.members_NT.shape[1] == T - first
+    if not (known and complete and model.config.context_length >= T):
+        return []
+    origins = {origin for _, origin in known}
+    looks_BTS = torch.zeros(2 * len(known), T, T, dtype=torch.bool)
+    words_NT = torch.zeros(len(known), T, dtype=torch.bool)
+    for n, (word, origin) in enumerate(known):
+        words_NT[n, first - 1 : T - 1] = target.members_NT[word] > 0  # the positions that predict the word
+        spelt = [other for other, members_T in enumerate(source.members_NT) if members_T.any()]
+        others = [other for other in spelt if other not in origins]
+        other = others[n % len(others)] if others else (origin + 1) % len(source.names)
+        for row, key in ((2 * n, origin), (2 * n + 1, other)):
+            keys_T = torch.zeros(T, dtype=torch.bool)
+            keys_T[1 : first - 1] = source.members_NT[key] > 0
+            looks_BTS[row] = words_NT[n][:, None] & keys_T
+    device = model.device
+    with evaluating(model):
+        plain_T = model(ids_T[None, :-1].to(device))[0].argmax(-1).cpu() == ids_T[1:]
+        edits = combined([forbid(looks_BTS.to(device))])
+        ids_BT = ids_T[None, :-1].expand(len(looks_BTS), -1).to(device)
+        right_BT = model(ids_BT, edits=edits).argmax(-1).cpu() == ids_T[1:]
+    return [
+        (not bool(right_BT[2 * n][word_T].all()), not bool(right_BT[2 * n + 1][word_T].all()))
+        for n, word_T in enumerate(words_NT)
+        if plain_T[word_T].all()
+    ]
 
 
 def align_from(

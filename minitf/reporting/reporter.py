@@ -144,7 +144,8 @@ class RunReporter(Reporter):
     def alignment(self, aligning: AligningHeads, step: int) -> None:
         heads = [list(head) for head in aligning.heads]
         chance = round(aligning.chance, 4)
-        row = {"score": round(aligning.score, 4), "chance": chance, "heads": heads}
+        causal = aligning.causal.row() if aligning.causal else {}
+        row = {"score": round(aligning.score, 4), "chance": chance, "heads": heads, **causal}
         self._record("alignment", {"step": step, **row})
         self.tensorboard.chances({TAGS["alignment"]["score"]: chance}, step)
 

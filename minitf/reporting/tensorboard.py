@@ -46,7 +46,7 @@ TAGS = {
         **{name: f"quality/{name}" for name in ("bits_per_byte", "perplexity", "chrf", "bleu", "exact_match")},
     },
     "reference": {name: f"reference/{name}" for name in SCORES},
-    "alignment": {"score": "quality/alignment"},
+    "alignment": {"score": "quality/alignment", "changed": "alignment/changed", "control": "alignment/control"},
     "result": {name: f"result/{name}" for name in ("first_token", "induction_at", "learnt_at", "tokens_per_s")},
 }
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import rows
 
 from minitf.checkpoints.checkpoint import load_checkpoint
 from minitf.data.config import DataConfig
 from minitf.data.tokenized_pairs import prepare_pairs
 from minitf.data.tokenizer_training import train_tokenizer
-from minitf.interpretability.alignment import Units, align_from, find_aligning_heads
+from minitf.evaluate import pairs_of
+from minitf.interpretability.alignment import NUM_TESTED, Units, align_from, causal_alignment, find_aligning_heads
 from minitf.interpretability.attention_maps import maps_of_checkpoint
 from minitf.interpretability.picture import alignment_picture
 from minitf.tokenizer import Tokenizer, TokenizerConfig
@@ -131,3 +133,15 @@ def test_an_endless_answer_is_cut_at_the_context(copying_run: Path) -> None:
     maps = maps_of_checkpoint(checkpoint, "cabd")
     assert len(maps.ids) <= checkpoint.model.config.context_length
     assert len(maps.ids) > len(checkpoint.tokenizer.encode_prompt("cabd")) + 4
+
+
+def test_a_word_changes_when_it_may_not_look_at_its_origin(copying_run: Path) -> None:
+    checkpoint = load_checkpoint(copying_run)
+    val = pairs_of(checkpoint).val
+    found = causal_alignment(checkpoint.model, checkpoint.tokenizer, val, range(60))
+    assert found is not None
+    assert found.num_words == NUM_TESTED
+    assert found.changed > 0.5
+    assert found.control < found.changed - 0.3
+    row = [row for row in rows(copying_run) if row["split"] == "alignment"][-1]
+    assert {"changed", "changed_error", "control", "control_error", "num_words"} <= row.keys()
