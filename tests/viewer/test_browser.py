@@ -447,6 +447,7 @@ def test_in_the_page_a_look_is_forbidden_and_another_word_becomes_the_likeliest(
     shown = {bar.locator("code").inner_text().strip(): bar.locator("b").last.inner_text() for bar in bars}
     assert abs(float(shown[token].rstrip("%")) / 100 - share) < 0.006
     # the same page opens from its address, and writes on under the edit
+    page.wait_for_function("() => location.hash.includes('edits=b')")
     page.reload()
     page.wait_for_selector(".effect-link")
     page.fill('.prompt input[type="number"]', "0")
