@@ -20,6 +20,7 @@ from minitf.edits import editing
 from minitf.errors import RequestError
 from minitf.interpretability.heads import evaluating
 from minitf.interpretability.interventions import Reader
+from minitf.variants import silenced
 
 if TYPE_CHECKING:
     from minitf.model import Transformer
@@ -180,7 +181,8 @@ def contributions_of_ids(
     vectors = {"embedding": residual.streams[0][position]}
     for layer, record in enumerate(residual.record):
         mixed_HK = record.mixed_BHTK[0, :, position].float()
-        weight_DHK = model.model.layers[layer].self_attn.o_proj.weight.float().view(-1, *mixed_HK.shape)  # type: ignore[index, union-attr]
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        weight_DHK = silenced(name, model.get_parameter(name), model.config).float().view(-1, *mixed_HK.shape)
         added_HD = torch.einsum("hk,dhk->hd", mixed_HK, weight_DHK).cpu()
         vectors |= {f"layer {layer} head {head}": added_D for head, added_D in enumerate(added_HD)}
         vectors[f"layer {layer} MLP"] = (

@@ -59,6 +59,12 @@ def test_contributions_add_up_to_the_logit(reader: Reader) -> None:
         assert len(found.parts) == 1 + 2 * (reader.model.config.num_heads + 1)
 
 
+def test_a_head_that_is_off_for_good_adds_nothing(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+    found = contributions(Reader(make_model(tokenizer.vocab_size, heads_off=[[1, 2]]), tokenizer), TEXT)
+    assert found.parts["layer 1 head 2"] == 0
+    assert sum(found.parts.values()) == pytest.approx(found.logit, abs=1e-4)
+
+
 def test_the_contribution_of_a_head_is_what_its_ablation_takes_from_the_sum(reader: Reader) -> None:
     """The last layer's heads write into the sum directly; the MLP after them is kept as it was."""
     model, text = reader.model, TEXT
