@@ -39,7 +39,7 @@ export function paletteOf(theme) {
   return {
     theme,
     shares: table(shareRgb),
-    signs: table((place) => signedRgb(2 * place - 1)),
+    signs: table((place) => signedRgb(Math.abs(2 * place - 1) < 0.005 ? 0 : 2 * place - 1)), // the two in the middle are zero
     share: (share) => `rgb(${shareRgb(share)})`,
     signed: (value) => `rgb(${signedRgb(value)})`,
     ink: (share) => inkOn(shareRgb(share)),

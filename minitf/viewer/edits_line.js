@@ -1,4 +1,4 @@
-/* What is done to the sentence: a chip for each edit, undo, and one line that says what came of it. */
+/* What is done to the sentence: a row with a chip for each edit and undo, and one line that says what came of it. */
 
 import { button, fillSelect, make, onChange } from "./dom.js";
 import { editText, effectOf, effectText, isChanged, toggled } from "./edits.js";
@@ -10,7 +10,8 @@ export function editsLine({ t, actions }) {
   const undo = button(t("undo"), actions.undo, { class: "plain", title: t("undo_why") });
   const restore = button(t("restore"), actions.restore, { class: "plain" });
   const sentence = make("p", { class: "effect", attributes: { role: "status" }, dir: "auto" });
-  const element = make("div", { class: "edits" }, make("div", { class: "edit-row" }, chips, undo, restore), sentence);
+  const row = make("div", { class: "edit-row" }, chips, undo, restore);
+  const element = make("div", { class: "edits" }, sentence);
   let focus = false;
 
   const list = onChange((map, { edits, live }) => {
@@ -22,7 +23,7 @@ export function editsLine({ t, actions }) {
   });
 
   function render({ map, state, data }) {
-    element.hidden = !isChanged(state);
+    element.hidden = row.hidden = !isChanged(state);
     if (element.hidden) return;
     list(JSON.stringify([state.edits, state.live.off, state.live.by, map.stamp]), map, state);
     if (focus) (chips.querySelector("button") ?? undo).focus(); // the chip that had the focus is gone
@@ -31,8 +32,8 @@ export function editsLine({ t, actions }) {
     const text = map.before && !data.loading && map.of === JSON.stringify([state.edits, state.live.off, state.live.by]) ? effectText(t, map, state) : "";
     if (text && sentence.textContent !== text) {
       const { position } = effectOf(map);
-      sentence.replaceChildren(button(text, () => actions.set({ query: position, key: null, view: "next_token" }), { class: "effect-link", title: t("effect_why") }));
+      sentence.replaceChildren(button(text, () => actions.set({ query: position, key: null, view: "next_token" }), { class: "effect-link", title: `${text} ${t("effect_why")}` }));
     } else if (!text) sentence.textContent = "…";
   }
-  return { element, render };
+  return { row, element, render };
 }

@@ -1,4 +1,4 @@
-/* The sentence, coloured by the weights of the chosen query; with several heads, a bar for each. */
+/* The sentence, coloured by the weights of the chosen query; with several heads, a bar for each. Below it the readout. */
 
 import { button, make, moved, onChange, visible } from "./dom.js";
 import { describe, queryLines } from "./words.js";
@@ -27,12 +27,13 @@ export function sentencePanel(map, { t, tooltip, actions }) {
   });
   const readout = make("p", { class: "readout", ariaLive: "polite", dir: "auto" });
   const test = button(t("test_look"), (event) => actions.testChosen(event), { class: "link test" });
-  const element = make("section", { class: "reading", ariaLabel: t("sentence") }, row, make("div", { class: "readout-row" }, readout, test));
+  const line = make("div", { class: "readout-row" }, readout, test);
+  const element = make("section", { class: "reading", ariaLabel: t("sentence") }, row, line);
 
   const follow = onChange(() => {
     const one = buttons[context.state.query];
     const [top, bottom] = [one.offsetTop, one.offsetTop + one.offsetHeight]; // the row is their offset parent
-    if (top < row.scrollTop || bottom > row.scrollTop + row.clientHeight) row.scrollTop = (top + bottom - row.clientHeight) / 2;
+    if (top < row.scrollTop || bottom > row.scrollTop + row.clientHeight) row.scrollTop = row.clientHeight < 3 * one.offsetHeight ? bottom + 1 - row.clientHeight : (top + bottom - row.clientHeight) / 2;
   });
 
   function render(current) {
@@ -66,9 +67,9 @@ export function sentencePanel(map, { t, tooltip, actions }) {
     });
     test.title = context.whyNotLive || t("test_why");
     test.setAttribute("aria-disabled", String(Boolean(context.whyNotLive)));
-    readout.textContent = describe(t, context.map, looks, query, context.key);
-    follow(`${state.query}|${context.map.stamp}|${row.clientWidth}`);
+    readout.textContent = readout.title = describe(t, context.map, looks, query, context.key);
+    follow(`${state.query}|${context.map.stamp}|${row.clientWidth}|${row.clientHeight}`);
   }
-  return { element, render };
+  return { line, element, render };
 }
 

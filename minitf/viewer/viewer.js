@@ -168,6 +168,7 @@ export async function mountViewer(root, source, theme) {
     ui.headsPanel = headsPanel(map, ui);
     ui.sentence = sentencePanel(map, ui);
     ui.heads.replaceChildren(ui.headsPanel.element);
+    ui.sentence.line.append(ui.edits.row);
     ui.reading.replaceChildren(ui.sentence.element, ui.edits.element);
   };
 
@@ -212,8 +213,8 @@ export async function mountViewer(root, source, theme) {
     ui.main.dataset.run = run.name; // whose maps these are
     ui.headsPanel.render(context);
     ui.title.render(context);
-    ui.sentence.render(context);
     ui.edits.render(context);
+    ui.sentence.render(context);
     ui.tabs.update(state.view, (view) => isPossible(view, context));
     ui.panel.setAttribute("aria-labelledby", `tab-${state.view}`);
     const view = (ui.views[state.view] ??= MAKERS[state.view](map, ui, run));

@@ -7,7 +7,7 @@ import test from "node:test";
 
 import { targetStart, wordsOfTokens } from "./alignment.js";
 import { valueAt } from "./charts.js";
-import { inkOn, luminance } from "./colours.js";
+import { inkOn, luminance, paletteOf } from "./colours.js";
 import { readContributions } from "./contributions.js";
 import { createData } from "./data.js";
 import { changed, cutIn, editText, effectOf, effectText, fromText, leavesSome, liveOf, requestOf, toText, toggled, undone, withEdit } from "./edits.js";
@@ -143,6 +143,15 @@ test("text on every colour has a contrast of at least 4.5", () => {
         const ground = luminance([r, g, b]);
         assert.ok((inkOn([r, g, b]) === "#000" ? (ground + 0.05) / 0.05 : 1.05 / (ground + 0.05)) >= 4.5);
       }
+});
+
+test("a difference of zero has the colour of zero", () => {
+  for (const theme of ["light", "dark"]) {
+    const { signs, signed } = paletteOf(theme);
+    const rgb = (colour) => `rgb(${[0, 8, 16].map((bits) => (colour >> bits) & 255)})`;
+    assert.deepEqual([127, 127.5, 128].map((place) => rgb(signs[Math.round(place)])), Array(3).fill(signed(0)));
+    assert.notEqual(rgb(signs[129]), signed(0));
+  }
 });
 
 test("saved data can be read by a spreadsheet and is no formula", () => {
