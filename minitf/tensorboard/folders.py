@@ -14,6 +14,8 @@ from typing import Any
 from minitf.tensorboard.summary import sentence_tag
 from minitf.viewer import heads_found
 
+FORK_RECORD = "forked_from.json"  # see runs/fork.py
+MAX_RECORD_BYTES = 10_000
 STEP_NAME = re.compile(r"step_(\d{8,15})")
 ROW_START = re.compile(rb'\{"text": ("(?:[^"\\]|\\.)*"), "step": (\d+), ')
 
@@ -63,6 +65,22 @@ class RunFolders:
                 return heads_found(_rows(line for line in file if b'"heads"' in line))
         except OSError:
             return {}
+
+    def forked_from(self, run: str) -> dict[str, Any] | None:
+        """{"run": name, "step": N} of the run that this one continues from that step, if it is below the logdir too."""
+        directory = self._directory(run)
+        path = os.path.realpath(os.path.join(directory, FORK_RECORD)) if directory else ""
+        if not directory or not _is_within(path, directory):
+            return None
+        try:
+            with open(path, "rb") as file:
+                record = json.loads(file.read(MAX_RECORD_BYTES))
+            parent = os.path.normpath(os.path.join(run, record["run"]))
+            step = int(record["step"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
+        known = self._directory(parent)
+        return {"run": parent, "step": step} if known and os.path.isdir(known) else None
 
     def _directory(self, run: str) -> str | None:
         if self.logdir is None or "\0" in run:

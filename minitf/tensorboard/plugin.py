@@ -121,8 +121,10 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         heads = self._head_values(context, experiment, name)
         scores = heads.pop(SCORES_TAG, None) or _score_series(scalars[""])  # older runs have scalars
         series = _other_series(scalars[""]) | _other_series(scalars["held_out"]) | _series_of_heads(heads.values())
+        fork = self.folders.forked_from(name)
         content = {
             "sentences": sentences,
+            "forked_from": fork if fork and self._sentences(context, experiment, fork["run"]) else None,
             "curves": curves,
             "scores": scores,
             "series": series | _other_series(scalars[CHANCE_RUN], "/chance"),

@@ -1,7 +1,7 @@
 /* The view "Compare": the chosen head on the same words at another step, without a head, or in another run. */
 
 import { fillSelect, make, onChange, percent, quoted, range } from "./dom.js";
-import { otherOf } from "./data.js";
+import { firstStep, otherOf } from "./data.js";
 import { isChanged } from "./edits.js";
 import { headLook } from "./maps.js";
 import { matrix, steering } from "./matrix.js";
@@ -18,7 +18,7 @@ export function compareView(map, { t, tooltip, actions }) {
   what.addEventListener("change", () => {
     if (what.value === "head") return actions.compareHead();
     if (what.value === "plain") return set({ other: { kind: "plain" } });
-    return set({ other: what.value === "step" ? null : { kind: "run", run: what.value.slice(4), step: null } });
+    return set({ other: what.value === "step" ? firstStep(context.state, context.run) : { kind: "run", run: what.value.slice(4), step: null } });
   });
   steps.addEventListener("change", () => {
     const other = otherOf(context.state, context.run);

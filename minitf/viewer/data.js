@@ -199,9 +199,16 @@ const watchedIn = (run) => [...new Set(Object.keys(run?.series ?? {}).map((name)
 /** The checkpoint that a typed sentence is read with. */
 export const liveStep = (run, live) => nearest(run.checkpoints, live.step);
 
-/** What *Compare* compares with: as chosen, or this run's first step. */
+/** What *Compare* compares with: as chosen; or the run that this one was forked from, at the same step; or this run's
+ * first step. */
 export function otherOf(state, run) {
   if (state.other && (state.other.kind !== "plain" || isChanged(state))) return state.other;
+  if (run.forked_from && !state.live) return { kind: "run", run: run.forked_from.run, step: null };
+  return firstStep(state, run);
+}
+
+/** This run's first step, as what *Compare* compares with. */
+export function firstStep(state, run) {
   const first = state.live ? run.checkpoints[0] : run.sentences[state.sentence]?.looks[0]?.[0];
   return { kind: "step", step: first ?? null, run: null };
 }

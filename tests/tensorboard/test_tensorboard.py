@@ -544,6 +544,23 @@ def test_a_second_sentence_is_refused_while_busy(runs_root: Path, monkeypatch: p
     assert ask(plugin).status_code == 200
 
 
+def test_a_fork_names_the_run_it_continues(runs_root: Path, tmp_path: Path) -> None:
+    folders, record = RunFolders(str(runs_root)), runs_root / "tiny/fork/forked_from.json"
+    record.parent.mkdir(parents=True)
+    assert folders.forked_from("tiny/fork") is None
+    record.write_text(json.dumps({"run": f"../../{RUN}", "step": 20}))
+    assert folders.forked_from("tiny/fork") == {"run": RUN, "step": 20}
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    for content in ({"run": "../../../elsewhere", "step": 20}, {"run": str(outside), "step": 20}, {"run": 3}, [], "["):
+        record.write_text(content if isinstance(content, str) else json.dumps(content))
+        assert folders.forked_from("tiny/fork") is None
+    record.unlink()
+    record.symlink_to(outside / "secret.json")
+    (outside / "secret.json").write_text(json.dumps({"run": f"../../{RUN}", "step": 20}))
+    assert folders.forked_from("tiny/fork") is None
+
+
 @pytest.mark.parametrize(
     "path",
     ["/etc/passwd", "/static/", "/static/../plugin.py", "/static/..%2fplugin.py", "/static/page.html", "/static/x"],

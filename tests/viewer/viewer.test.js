@@ -9,7 +9,7 @@ import { targetStart, wordsOfTokens } from "./alignment.js";
 import { valueAt } from "./charts.js";
 import { inkOn, luminance, paletteOf } from "./colours.js";
 import { readContributions } from "./contributions.js";
-import { createData } from "./data.js";
+import { createData, firstStep, otherOf } from "./data.js";
 import { changed, cutIn, editText, effectOf, effectText, fromText, leavesSome, liveOf, requestOf, toText, toggled, undone, withEdit } from "./edits.js";
 import { arrange, ordered, roleOf } from "./heads.js";
 import { lensWords, readLens } from "./lens.js";
@@ -114,6 +114,14 @@ test("heads fit into their box and stay large enough to hit", () => {
     assert.ok(18 + Math.ceil(layers / blocks) * (cell + (labelled ? 28 : 0)) <= 430);
     assert.ok(cell >= 24, `${layers} x ${heads}: ${cell}`);
   }
+});
+
+test("a fork is compared with the run it continues, until something else is chosen", () => {
+  const run = { checkpoints: [5, 9], sentences: [{ looks: [[5, 0], [9, 0]] }], forked_from: { run: "parent", step: 5 } };
+  const state = { ...INITIAL, sentence: 0 };
+  assert.deepEqual(otherOf(state, run), { kind: "run", run: "parent", step: null });
+  assert.deepEqual(otherOf({ ...state, other: firstStep(state, run) }, run), { kind: "step", step: 5, run: null });
+  assert.deepEqual(otherOf(state, { ...run, forked_from: null }), { kind: "step", step: 5, run: null });
 });
 
 test("heads are sorted by score and importance", () => {
