@@ -149,11 +149,16 @@ def train(arguments: list[str], tiny: list[str], place: Path) -> None:
     if {"--help", "-h", "--cfg", "--hydra-help"} & set(flags):
         run(shlex.join(["python", "-m", "minitf.train", *arguments]), place)
         return
-    settings = [word for word in arguments if word not in flags]
+    # Of a run named in the documentation `adapt` made the tiny one, which is there already.
+    settings = [word for word in arguments if word not in flags and word != "run_dir=runs/tiny/one"]
     check_overrides(settings, sweep="-m" in flags)
     if any(word.startswith("resume=") for word in settings):
         kept = [word for word in settings if not word.startswith(("trainer.max_steps", "trainer.max_minutes"))]
         assert train_here(*kept, "trainer.max_steps=4") == 0
+        return
+    if any(word.startswith("fork=") for word in settings):
+        named = [re.sub(r"^fork=.*@\d+$", "fork=runs/tiny/one@2", word) for word in settings]
+        assert train_here(*named, "trainer.max_steps=4") == 0
         return
     if "-m" not in flags:
         compose_config(settings)
