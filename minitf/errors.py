@@ -13,9 +13,17 @@ from typing import NoReturn
 
 
 class MinitfError(Exception):
-    """The work failed. The message is one line: what happened, where, and what to do."""
+    """The work failed. The message is one line: what happened, where, and what to do.
+
+    `code` names what happened, with `values`, for a caller that says it in other words or in another language.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str = "", code: str = "", **values: str | int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.values = values
 
 
 class RequestError(MinitfError):

@@ -107,7 +107,7 @@ class Tokenizer:
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library's only class: a Unigram model without an unknown token
-            raise RequestError(f"this tokenizer cannot encode the text: {error}") from None
+            raise RequestError(f"this tokenizer cannot encode the text: {error}", "not_encodable") from None
         rows = [encoding.ids for encoding in encodings]
         if self.is_exact:
             return rows
@@ -123,7 +123,7 @@ class Tokenizer:
         parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
         ids = [id_ for part in parts for id_ in self.backend.encode(part, add_special_tokens=False).ids]
         if not self._control.keys().isdisjoint(ids):
-            raise RequestError(f"{text[:60]!r} holds a control token of this tokenizer; leave it out")
+            raise RequestError(f"{text[:60]!r} holds a control token of this tokenizer; leave it out", "control_token")
         return ids
 
     @functools.cached_property
@@ -248,14 +248,17 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             lone = _name(text[error.start])
             raise RequestError(
-                f"the text holds half a surrogate pair, {lone}, at character {error.start}; it has no UTF-8 form"
+                f"the text holds half a surrogate pair, {lone}, at character {error.start}; it has no UTF-8 form",
+                "surrogate",
             ) from None
         if self._alphabet is None or (unknown := set(text) - self._alphabet) == set():
             return
         offset = min(text.index(char) for char in unknown)
         raise RequestError(
             f"the character {_name(text[offset])} at character {offset} of the text is not in the vocabulary; "
-            "leave it out, or train with tokenizer=bpe or tokenizer=byte"
+            "leave it out, or train with tokenizer=bpe or tokenizer=byte",
+            "unknown_character",
+            character=text[offset],
         )
 
     def _piece(self, id_: int) -> str:

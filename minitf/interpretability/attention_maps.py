@@ -137,7 +137,8 @@ class AttentionMaps:
     def to_json(self) -> dict[str, Any]:
         """JSON values; weights are rounded to 6 decimals and indexed [layer][head][query][key]."""
         if not self.weights_LHTS.isfinite().all():
-            raise MinitfError("the attention weights are not finite: the model diverged, use an earlier step")
+            message = "the attention weights are not finite: the model diverged, use an earlier step"
+            raise MinitfError(message, "diverged")
         return {
             "text": self.text,
             "step": self.step,
@@ -315,7 +316,8 @@ def pair_maps(
     ids = [*tokenizer.encode_prompt(source), *tokenizer.encode(target)]
     limit = model.config.context_length
     if len(ids) > limit:
-        raise RequestError(f"the pair is {len(ids)} tokens long, the model reads at most {limit}: shorten it")
+        message = f"the pair is {len(ids)} tokens long, the model reads at most {limit}: shorten it"
+        raise RequestError(message, "too_long", tokens=len(ids), added=0, limit=limit)
     maps = attention_maps_of_ids(model, tokenizer, ids, f"{source}{ARROW}{target}", step, scores=scores, edits=edits)
     if not heads or not target:
         return maps

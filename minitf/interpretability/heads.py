@@ -159,7 +159,10 @@ def heads_off(model: "Transformer", heads: Iterable[Head]) -> Iterator[None]:
     for layer, head in heads:
         if not (0 <= layer < num_layers and 0 <= head < num_heads):
             raise RequestError(
-                f"there is no layer {layer}, head {head}: the model has {num_layers} layers of {num_heads} heads"
+                f"there is no layer {layer}, head {head}: the model has {num_layers} layers of {num_heads} heads",
+                "no_head",
+                layer=layer,
+                head=head,
             )
         by_layer.setdefault(layer, set()).add(head)
     replaced: list[tuple[nn.Module, nn.Parameter]] = []

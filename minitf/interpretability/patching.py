@@ -146,11 +146,13 @@ class TextPair:
             one, other = int(gain_V.argmax()), int(gain_V.argmin())
         labels = tokenizer.pieces([one, other])
         if one == other:
-            raise RequestError(f"the model continues both texts with {labels[0]!r}: name two answers (--answers A B)")
+            message = f"the model continues both texts with {labels[0]!r}: name two answers (--answers A B)"
+            raise RequestError(message, "pair_no_difference")
         tokens = tokenizer.pieces(clean_1T[0].tolist()), tokenizer.pieces(changed_1T[0].tolist())
         pair = cls(model, ids, sides, tokens, (one, other), (labels[0], labels[1]), check)
         if abs(pair.difference) < SMALLEST_DIFFERENCE:
-            raise RequestError("the model's answers do not differ between the texts: there is nothing to share out")
+            message = "the model's answers do not differ between the texts: there is nothing to share out"
+            raise RequestError(message, "pair_no_difference")
         return pair
 
     @property

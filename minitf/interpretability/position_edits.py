@@ -57,14 +57,19 @@ def place_edits(edits: Sequence[PositionEdit], num_tokens: int, config: ModelCon
     """The edits as the model takes them, None without any. RequestError for what the text or the model lacks."""
     for edit in edits:
         if edit.kind != "ablate" and edit.query >= num_tokens:
-            raise RequestError(f"position {edit.query} is not in the text: it has {num_tokens} tokens")
+            message = f"position {edit.query} is not in the text: it has {num_tokens} tokens"
+            raise RequestError(message, "no_position", position=edit.query + 1, tokens=num_tokens)
         if edit.mlp is not None and edit.mlp >= config.num_layers:
-            raise RequestError(f"there is no layer {edit.mlp}: the model has {config.num_layers} layers")
+            message = f"there is no layer {edit.mlp}: the model has {config.num_layers} layers"
+            raise RequestError(message, "no_layer", layer=edit.mlp)
         for layer, head in edit.heads or ():
             if layer >= config.num_layers or head >= config.num_heads:
                 raise RequestError(
                     f"there is no layer {layer}, head {head}: the model has {config.num_layers} layers of "
-                    f"{config.num_heads} heads"
+                    f"{config.num_heads} heads",
+                    "no_head",
+                    layer=layer,
+                    head=head,
                 )
     _check_something_is_left(edits, config)
     return combined([edit.place(num_tokens) for edit in edits]) if edits else None
@@ -79,7 +84,8 @@ def _check_something_is_left(edits: Sequence[PositionEdit], config: ModelConfig)
             keys = forbidden.setdefault((head, edit.query), set())
             keys.update(edit.keys)
             if len(keys) == edit.query + 1:
-                raise RequestError(f"the word at position {edit.query} has nothing left to look at: allow one look")
+                message = f"the word at position {edit.query} has nothing left to look at: allow one look"
+                raise RequestError(message, "nothing_left", position=edit.query + 1)
 
 
 def _edit(value: Any) -> PositionEdit:

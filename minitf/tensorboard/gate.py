@@ -15,12 +15,21 @@ HEADER = "X-Minitf-Attention"  # a custom header, which pages of other sites can
 MAX_BODY_BYTES = 65_536
 
 
-class RefusedError(Exception):
-    """A request refused with this HTTP status and message."""
+CODES = {400: "invalid", 403: "closed", 404: "missing", 405: "invalid", 409: "superseded", 411: "invalid"}
+CODES |= {413: "invalid", 415: "invalid", 422: "unusable", 503: "busy"}
 
-    def __init__(self, status: int, message: str) -> None:
+
+class RefusedError(Exception):
+    """A request refused with this HTTP status and message.
+
+    `code` and `values` are what a page says it by, in its own language: the key `refused_CODE` of the viewer's texts.
+    """
+
+    def __init__(self, status: int, message: str, code: str = "", **values: str | int) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code or CODES[status]
+        self.values = values
 
 
 class LiveGate:

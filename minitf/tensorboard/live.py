@@ -79,7 +79,7 @@ class Live:
         """The reply to a request as JSON; RefusedError if it cannot be served."""
         question = Question.of(body)
         if question.run not in known_runs:
-            raise RefusedError(404, "TensorBoard has no such run")
+            raise RefusedError(404, "TensorBoard has no such run", "no_run")
         check = self._superseding(question)
         if not self.busy.acquire(timeout=WAIT_S):
             raise RefusedError(503, "another sentence is being run: try again in a moment")
@@ -87,7 +87,7 @@ class Live:
             check()
             return json.dumps(self._run(question, check), allow_nan=False)
         except MinitfError as error:  # a damaged checkpoint, a text too long, a head that does not exist
-            raise RefusedError(422, str(error)) from None
+            raise RefusedError(422, str(error), error.code, **error.values) from None
         except (OSError, ValueError) as error:  # a checkpoint removed meanwhile; values that are not finite
             raise RefusedError(422, f"this checkpoint cannot be used: {error}") from None
         finally:
@@ -112,7 +112,7 @@ class Live:
     def _load(self, question: Question) -> Loaded:
         directory = self.folders.checkpoint(question.run, question.step)
         if directory is None:
-            raise RefusedError(404, f"there is no checkpoint of step {question.step} (any more)")
+            raise RefusedError(404, f"there is no checkpoint of step {question.step} (any more)", "no_checkpoint")
         key = (directory, (directory / "model.safetensors").stat().st_mtime_ns)
         loaded = self.loaded.pop(key, None)
         if loaded is None:
@@ -163,7 +163,9 @@ def _maps(loaded: Loaded, question: Question, sentence: Sentence, edits: Edits |
         scores = loaded.scores[question.heads_off] | pattern_scores(maps.weights_LHTS[:, :, None])
         maps = replace(maps, scores=scores)
     if not maps.weights_LHTS.isfinite().all():
-        raise RefusedError(422, "the attention weights are not finite: the training diverged, use an earlier step")
+        raise RefusedError(
+            422, "the attention weights are not finite: the training diverged, use an earlier step", "diverged"
+        )
     return maps
 
 
@@ -192,7 +194,8 @@ def _sentence(checkpoint: Checkpoint, question: Question) -> Sentence:
     limit = min(MAX_TOKENS, model.config.context_length)
     if len(prompt) + question.new_tokens > limit:
         requested = f"{len(prompt)} tokens and {question.new_tokens} new ones"
-        raise RefusedError(422, f"{requested} are more than the {limit} that fit: shorten the text")
+        message = f"{requested} are more than the {limit} that fit: shorten the text"
+        raise RefusedError(422, message, "too_long", tokens=len(prompt), added=question.new_tokens, limit=limit)
     sampling = Sampling(temperature=question.temperature)
     if question.edits:
         ids = _continued(checkpoint, prompt, question, sampling)
@@ -234,16 +237,20 @@ def _patch(checkpoint: Checkpoint, question: Question, sentence: Sentence, check
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     end = _position(question, sentence) + 1
     if end > MAX_PATCHED_TOKENS:
-        raise RefusedError(422, f"{end} tokens are more than the {MAX_PATCHED_TOKENS} that can be compared")
+        message = f"{end} tokens are more than the {MAX_PATCHED_TOKENS} that can be compared"
+        raise RefusedError(422, message, "pair_too_long", tokens=end, limit=MAX_PATCHED_TOKENS)
     if question.layer >= model.config.num_layers:
-        raise RefusedError(422, f"there is no layer {question.layer}: the model has {model.config.num_layers} layers")
+        message = f"there is no layer {question.layer}: the model has {model.config.num_layers} layers"
+        raise RefusedError(422, message, "no_layer", layer=question.layer)
     changed = ids_of(tokenizer, _like(question.changed, sentence), checkpoint.answers)
     if len(changed) != len(sentence.ids):
         lengths = f"{len(sentence.ids)} and {len(changed)}"
-        raise RefusedError(422, f"the sentences have {lengths} tokens: change words into words of as many tokens")
+        message = f"the sentences have {lengths} tokens: change words into words of as many tokens"
+        raise RefusedError(422, message, "pair_lengths", one=len(sentence.ids), other=len(changed))
     texts = sentence.ids_1T[:, :end], torch.tensor([changed])[:, :end]
     if torch.equal(*texts):
-        raise RefusedError(422, "both sentences are the same up to this word: change one, or choose a later word")
+        message = "both sentences are the same up to this word: change one, or choose a later word"
+        raise RefusedError(422, message, "pair_alike")
     pair = TextPair.of(model, tokenizer, *texts, check=check, contrast=True)
     (restores, breaks) = (pair.heads if question.heads else pair.layer)(question.layer)
     return pair.to_json() | {
@@ -263,7 +270,8 @@ def _like(changed: str, sentence: Sentence) -> str:
 def _position(question: Question, sentence: Sentence) -> int:
     last = len(sentence.ids) - 1
     if question.position is not None and question.position > last:
-        raise RefusedError(422, f"position {question.position} is not in the text: it has {last + 1} tokens")
+        message = f"position {question.position} is not in the text: it has {last + 1} tokens"
+        raise RefusedError(422, message, "no_position", position=question.position + 1, tokens=last + 1)
     return last if question.position is None else question.position
 
 
@@ -271,5 +279,5 @@ def _id_of(checkpoint: Checkpoint, token: str) -> int:
     """The id whose label is `token`; RefusedError if the vocabulary has none."""
     pieces = checkpoint.tokenizer.pieces(range(checkpoint.model.vocab_size))
     if token not in pieces:
-        raise RefusedError(422, f"this model has no token {token[:60]!r}")
+        raise RefusedError(422, f"this model has no token {token[:60]!r}", "no_token", token=token[:60])
     return pieces.index(token)

@@ -21,7 +21,7 @@ from werkzeug import Request, Response, wrappers
 
 from minitf.tensorboard import PLUGIN_NAME
 from minitf.tensorboard.folders import RunFolders
-from minitf.tensorboard.gate import LiveGate, RefusedError
+from minitf.tensorboard.gate import CODES, LiveGate, RefusedError
 from minitf.tensorboard.summary import SCORES_TAG
 from minitf.viewer import FOLDER, MODULES
 
@@ -78,9 +78,11 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                     raise RefusedError(405, f"only {method} is allowed")
                 return route(request)
             except RefusedError as refusal:
-                return _json(request, {"error": str(refusal)}, refusal.status)
+                return _refusal(request, str(refusal), refusal.status, refusal.code, refusal.values)
             except errors.PublicError as error:
-                return _json(request, {"error": str(error)}, int(error.http_code))
+                return _refusal(
+                    request, str(error), int(error.http_code), CODES.get(int(error.http_code), "unusable"), {}
+                )
 
         return answer
 
@@ -112,7 +114,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         name = _argument(request, "run")
         sentences = self._sentences(context, experiment, name)
         if not sentences:
-            raise RefusedError(404, "this run has no attention maps")
+            raise RefusedError(404, "this run has no attention maps", "no_maps")
         scalars = self._scalars(context, experiment, name)
         curves = {
             split: _without_nan(scalars[folder].get("loss") or scalars[""].get(older, []))
@@ -143,12 +145,12 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         data = self._blobs(context, experiment, name, tag).get(name, {}).get(tag, [])
         keys = [datum.values[0].blob_key for datum in data if datum.step == int(step) and datum.values]
         if not keys:
-            raise RefusedError(404, f"there are no maps of step {step}")
+            raise RefusedError(404, f"there are no maps of step {step}", "no_step", step=int(step))
         if whole := self.folders.maps(name, tag, int(step)):
             return _respond(request, whole, expires=3600)
         blob = self.data.read_blob(context, blob_key=keys[-1])
         if blob[:2] != b"\x1f\x8b":
-            raise RefusedError(404, f"the data of step {step} is damaged")
+            raise RefusedError(404, f"the data of step {step} is damaged", "damaged")
         return _respond(request, blob, content_encoding="gzip", expires=3600)
 
     def run_live(self, request: Request) -> Response:
@@ -288,6 +290,11 @@ def _argument(request: Request, name: str) -> str:
 
 def _json(request: Request, content: Any, status: int = 200) -> Response:
     return _respond(request, json.dumps(content), code=status)
+
+
+def _refusal(request: Request, message: str, status: int, code: str, values: Mapping[str, str | int]) -> Response:
+    """Why there is no answer: as text, and as what a page says in its own language."""
+    return _json(request, {"error": message, "code": code, "values": values}, status)
 
 
 def _respond(request: Request, content: str | bytes, kind: str = "application/json", **options: Any) -> Response:

@@ -114,7 +114,8 @@ def _text(body: dict[str, Any], name: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise RefusedError(400, f"{name} must be a string")
     if len(value) > MAX_CHARACTERS:
-        raise RefusedError(400, f"{name} is longer than {MAX_CHARACTERS} characters")
+        message = f"{name} is longer than {MAX_CHARACTERS} characters"
+        raise RefusedError(400, message, "too_many_characters", limit=MAX_CHARACTERS)
     return value
 
 

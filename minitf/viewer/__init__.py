@@ -15,12 +15,12 @@ FOLDER = Path(__file__).parent
 ROLES = {"alignment": "aligns", "reference": "refers"}  # by the split of a row of metrics.jsonl with heads
 # Each imports only those before it.
 MODULES = (
-    "texts.js", "preferences.js", "dom.js", "maps.js", "colours.js", "edits.js", "state.js", "probes.js", "model.js",
-    "interventions.js", "tokenizer.js", "patterns.js", "sampling.js", "residual.js", "patching.js", "laboratory.js",
-    "source.js", "data.js", "charts.js", "tooltip.js", "words.js", "timeline.js", "heads.js", "sentence.js",
-    "edits_line.js", "look_menu.js", "head_line.js", "lines.js", "matrix.js", "alignment.js", "three_steps.js",
-    "next_token.js", "lens.js", "contributions.js", "patch.js", "over_training.js", "compare.js", "views.js",
-    "picture.js", "save.js", "address.js", "prompt.js", "controls.js", "help.js", "viewer.js",
+    "texts.js", "preferences.js", "dom.js", "refusals.js", "maps.js", "colours.js", "edits.js", "state.js", "probes.js",
+    "model.js", "interventions.js", "tokenizer.js", "patterns.js", "sampling.js", "residual.js", "patching.js",
+    "laboratory.js", "source.js", "data.js", "charts.js", "tooltip.js", "words.js", "timeline.js", "heads.js",
+    "sentence.js", "edits_line.js", "look_menu.js", "head_line.js", "lines.js", "matrix.js", "alignment.js",
+    "three_steps.js", "next_token.js", "lens.js", "contributions.js", "patch.js", "over_training.js", "compare.js",
+    "views.js", "picture.js", "save.js", "address.js", "prompt.js", "controls.js", "help.js", "viewer.js",
 )  # fmt: skip
 
 

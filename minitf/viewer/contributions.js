@@ -3,6 +3,7 @@
 
 import { button, make, number, onChange, percent, quoted, visible, withBold } from "./dom.js";
 import { partName, partOf, probeOf } from "./probes.js";
+import { problemText } from "./refusals.js";
 
 const MOST = 5; // next tokens to choose from
 
@@ -44,7 +45,7 @@ export function contributionsView(map, { t, actions }) {
     offer(JSON.stringify([state.target, query, current.stamp]), state.target, [came, ...likely]);
     lead.hidden = hint.hidden = scroll.hidden = !reply;
     waiting.hidden = Boolean(reply);
-    waiting.textContent = probe?.error ? t("failed", { reason: probe.error }) : t("loading_live");
+    waiting.textContent = problemText(t, probe?.error) || t("loading_live");
     if (!reply) return;
     build(JSON.stringify([probe.of, reply.position, reply.token, reply.logit]), reply);
     const best = reply.parts.find(([, value]) => value > 0) ?? reply.parts[0];

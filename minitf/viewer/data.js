@@ -4,13 +4,14 @@
  *   run          the run shown, with its name    map, second   the maps shown, and those compared with
  *   mapRun       the run that `map` is of: not yet `run` while the maps of another run load
  *   secondOf     what `second` is: another step, a run, or the same without a head
- *   loading      what is loading for a while     error         { key, reason } of what failed, or null
+ *   loading      what is loading for a while     error         { key, values } of the text that says what failed, or null
  *   probe        what a view asks about the map: { view, of, replies, count, error }, see probes.js
  */
 
 import { isChanged, liveOf, requestOf } from "./edits.js";
 import { foundAt, readMap } from "./maps.js";
 import { probesOf } from "./probes.js";
+import { problemOf, refusal } from "./refusals.js";
 import { fitMap, fitRun, lookAt, nearest } from "./state.js";
 
 const SLOW_MS = 150; // what loads faster is not announced
@@ -51,7 +52,7 @@ export function createData(source, store, changed) {
   /** The reply of the live model to a typed sentence; its labels are those of the run's nearest stored maps. */
   async function loadLive(run, live, edits) {
     const step = liveStep(run, live);
-    if (step === null) throw Object.assign(new Error(), { key: "no_checkpoint" });
+    if (step === null) throw refusal("no_checkpoint");
     const request = { run: run.name, step, ...requestOf(live, edits) };
     const key = JSON.stringify(request);
     if (!maps.has(key)) {
@@ -114,7 +115,7 @@ export function createData(source, store, changed) {
       prefetch(state, run, looks);
       await loadProbe(run, map, () => mine === latest);
     } catch (error) {
-      if (mine === latest) update({ error: whyFailed(error), loading: false, ...(store.get().live ? { map: null } : {}) });
+      if (mine === latest) update({ error: problemOf(error), loading: false, ...(store.get().live ? { map: null } : {}) });
     } finally {
       clearTimeout(timer);
     }
@@ -125,7 +126,7 @@ export function createData(source, store, changed) {
     const { view } = store.get();
     const { requests, stored } = probesOf(store.get(), run, map, source);
     if (!requests.length) return data.probe && update({ probe: null });
-    const probe = { view, of: map.stamp, asked: requests[0], count: requests.length, replies: [], error: "", stored };
+    const probe = { view, of: map.stamp, asked: requests[0], count: requests.length, replies: [], error: null, stored };
     try {
       for (const request of requests) {
         const reply = await asked(request);
@@ -135,7 +136,7 @@ export function createData(source, store, changed) {
         changed();
       }
     } catch (error) {
-      if (isLatest()) update({ probe: { ...probe, error: error.message } });
+      if (isLatest()) update({ probe: { ...probe, error: problemOf(error) } });
     }
     return undefined;
   }
@@ -176,7 +177,7 @@ export function createData(source, store, changed) {
       if (!same || !data.map || data.error) await load();
       else changed();
     } catch (error) {
-      update({ error: whyFailed(error), loading: false });
+      update({ error: problemOf(error), loading: false });
     }
   }
 
@@ -211,12 +212,4 @@ export function otherOf(state, run) {
 export function firstStep(state, run) {
   const first = state.live ? run.checkpoints[0] : run.sentences[state.sentence]?.looks[0]?.[0];
   return { kind: "step", step: first ?? null, run: null };
-}
-
-/** { key, reason }: the key of a text that says what to do, and the reason in the words of the server. */
-function whyFailed(error) {
-  if (error.key) return { key: error.key, reason: "" };
-  if (error instanceof SyntaxError || error.message === "damaged") return { key: "damaged", reason: "" };
-  if (error instanceof TypeError) return { key: "no_answer", reason: "" };
-  return { key: "failed", reason: error.message };
 }

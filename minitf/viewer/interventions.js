@@ -9,6 +9,7 @@
  */
 
 import { range } from "./dom.js";
+import { refusal } from "./refusals.js";
 
 /** The hook of `read` that applies the edits and switches heads off; undefined if there is nothing to do. Throws for what
  * a text of `size` tokens, or the model, does not have. */
@@ -33,13 +34,13 @@ function place(edit, config, size) {
   }
   if (edit.kind === "move") {
     const [keys, to] = [positions(edit.keys, edit.query, size), positions(edit.to, edit.query, size)];
-    if (keys.some((key) => to.includes(key))) throw new Error("a look must be moved to another word");
+    if (keys.some((key) => to.includes(key))) throw refusal("invalid");
     return { at: "weigh", applies, change: atQuery((row) => exchange(row, keys, to)) };
   }
   const change = { zero: (rows) => rows.forEach((row) => row.fill(0)), mean: (rows) => average(rows) }[edit.by];
-  if (edit.kind !== "ablate" || !change) throw new Error("an edit must be a block, a move, or an ablate by zero or mean");
+  if (edit.kind !== "ablate" || !change) throw refusal("invalid");
   if (edit.mlp === undefined || edit.mlp === null) return { at: "gather", applies, change };
-  if (!range(config.num_layers).includes(edit.mlp)) throw new Error(`there is no layer ${edit.mlp}`);
+  if (!range(config.num_layers).includes(edit.mlp)) throw refusal("no_layer", { layer: edit.mlp });
   return { at: "mlp", applies: (layer) => layer === edit.mlp, change };
 }
 
@@ -51,7 +52,7 @@ function checkSomethingIsLeft(edits, { num_layers, num_heads }) {
     for (const head of heads ?? every) {
       const place = `${head} ${query}`;
       forbidden.set(place, new Set([...(forbidden.get(place) ?? []), ...keys]));
-      if (forbidden.get(place).size > query) throw new Error(`the word at position ${query} has nothing left to look at: allow one look`);
+      if (forbidden.get(place).size > query) throw refusal("nothing_left", { position: query + 1 });
     }
 }
 
@@ -63,14 +64,14 @@ function average(rows) {
 
 function nameOf([layer, head], { num_layers, num_heads }) {
   if (!range(num_layers).includes(layer) || !range(num_heads).includes(head))
-    throw new Error(`there is no layer ${layer}, head ${head}: the model has ${num_layers} layers of ${num_heads} heads`);
+    throw refusal("no_head", { layer, head });
   return `${layer}.${head}`;
 }
 
 /** The keys of a query, each once. */
 function positions(keys, query, size) {
   if (!range(size).includes(query) || !keys.length || !keys.every((key) => range(query + 1).includes(key)))
-    throw new Error("a word looks at itself and at earlier words only");
+    throw refusal("invalid");
   return [...new Set(keys)];
 }
 

@@ -7,6 +7,7 @@ import { placed } from "./interventions.js";
 import { createReading, loadModel, product, read } from "./model.js";
 import { createPair } from "./patching.js";
 import { headPattern, patternScores } from "./patterns.js";
+import { refusal } from "./refusals.js";
 import { contributions, lens } from "./residual.js";
 import { draw, likeliest, probabilitiesOf, randomNumbers } from "./sampling.js";
 import { createTokenizer } from "./tokenizer.js";
@@ -28,7 +29,7 @@ export function createLaboratory(data, usual) {
     return latest.get(kind).result;
   }
   function check(text) {
-    if (text.length > MAX_CHARACTERS) throw new Error(`the text is longer than ${MAX_CHARACTERS} characters`);
+    if (text.length > MAX_CHARACTERS) throw refusal("too_many_characters", { limit: MAX_CHARACTERS });
     return text;
   }
 
@@ -36,7 +37,7 @@ export function createLaboratory(data, usual) {
   function write({ text, new_tokens = 0, temperature = 0.8, seed = 0, heads_off = [], edits = [] }) {
     const prompt = tokenizer.encodePrompt(check(text));
     const size = prompt.length + new_tokens;
-    if (size > limit) throw new Error(`${prompt.length} tokens and ${new_tokens} new ones are more than the ${limit} that fit: shorten the text`);
+    if (size > limit) throw refusal("too_long", { tokens: prompt.length, added: new_tokens, limit });
     const edited = placed(edits, heads_off, data.config, size);
     const reading = createReading(model, size);
     const random = randomNumbers(seed);
@@ -67,10 +68,10 @@ export function createLaboratory(data, usual) {
   /** One layer of the comparison with another sentence, up to a position. */
   async function patch({ changed, layer, heads }, ids, position, pause) {
     const others = tokenizer.encode(check(changed));
-    if (others.length !== ids.length) throw new Error(`the sentences have ${ids.length} and ${others.length} tokens: change words into words of as many tokens`);
-    if (!range(data.config.num_layers).includes(layer)) throw new Error(`there is no layer ${layer}`);
+    if (others.length !== ids.length) throw refusal("pair_lengths", { one: ids.length, other: others.length });
+    if (!range(data.config.num_layers).includes(layer)) throw refusal("no_layer", { layer });
     const texts = [ids, others].map((all) => all.slice(0, position + 1));
-    if (texts[0].join() === texts[1].join()) throw new Error("both sentences are the same up to this word: change one, or choose a later word");
+    if (texts[0].join() === texts[1].join()) throw refusal("pair_alike");
     const pair = remember("pair", texts.join(";"), () => createPair(model, tokenizer, ...texts));
     return { ...pair.toJson(), position, layer, heads, ...(await (heads ? pair.heads : pair.layer)(layer, pause)) };
   }
@@ -85,7 +86,7 @@ export function createLaboratory(data, usual) {
       const written = remember("sentence", JSON.stringify(sentence), () => write(sentence));
       const { ids, edited } = written;
       const at = position ?? ids.length - 1;
-      if (!range(ids.length).includes(at)) throw new Error(`position ${at} is not in the text: it has ${ids.length} tokens`);
+      if (!range(ids.length).includes(at)) throw refusal("no_position", { position: at + 1, tokens: ids.length });
       if (kind === "maps") return maps(request, written);
       if (kind === "lens") return lens(model, tokenizer, ids, edited);
       if (kind === "contributions") return contributions(model, tokenizer, ids, at, token ? tokenizer.idOf(token) : null, edited);
@@ -101,7 +102,7 @@ function pauses(isWanted) {
     if (performance.now() - since < PAUSE_MS) return;
     await new Promise((resolve) => setTimeout(resolve));
     since = performance.now();
-    if (!isWanted()) throw new Error("a newer request of this page took its place");
+    if (!isWanted()) throw refusal("superseded");
   };
 }
 
@@ -109,7 +110,7 @@ function pauses(isWanted) {
 function mapsOf(model, reading, headsOff, usual) {
   const { num_layers: L, num_heads: H, num_kv_heads: G, head_dim: K } = model.config;
   const { capacity: size, triangle, weights, q_LHTK, k_LGTK, v_LGTK } = reading;
-  if (!weights.every(Number.isFinite)) throw new Error("the attention weights are not finite: the training diverged");
+  if (!weights.every(Number.isFinite)) throw refusal("diverged");
   const row = (layer, head) => (query) => {
     const start = (layer * H + head) * triangle + (query * (query + 1)) / 2;
     return weights.subarray(start, start + query + 1);

@@ -3,6 +3,7 @@
 
 import { button, make, onChange, percent, quoted, range, visible, withBold } from "./dom.js";
 import { partName, probeOf } from "./probes.js";
+import { problemText } from "./refusals.js";
 
 export function lensView(map, { t, tooltip, actions }) {
   const { set } = actions;
@@ -48,7 +49,7 @@ export function lensView(map, { t, tooltip, actions }) {
     const reply = readLens(probe?.replies[0], map);
     scroll.hidden = lead.hidden = hint.hidden = !reply;
     waiting.hidden = Boolean(reply);
-    waiting.textContent = probe?.error ? t("failed", { reason: probe.error }) : t("loading_live");
+    waiting.textContent = problemText(t, probe?.error) || t("loading_live");
     if (!reply) return;
     build(JSON.stringify([probe.of, palette.theme, reply.stamp]), reply, palette);
     rows.forEach((row, i) => {

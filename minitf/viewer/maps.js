@@ -1,6 +1,7 @@
 /* Attention maps: decodes the data of a run or of the live model into numbers. */
 
 import { percent } from "./dom.js";
+import { refusal } from "./refusals.js";
 
 /** The bytes that base64 stands for. */
 export function bytesOf(text) {
@@ -19,7 +20,7 @@ export function readMap(raw) {
   const triangle = (size * (size + 1)) / 2; // lower triangle, row by row
   const exact = raw.encoding === "float32";
   const weights = exact ? floatsOf(raw.weights) : bytesOf(raw.weights);
-  if (weights.length !== layers * heads * triangle || raw.next_tokens.length !== size) throw new Error("damaged");
+  if (weights.length !== layers * heads * triangle || raw.next_tokens.length !== size) throw refusal("damaged");
   const unit = exact ? 1 : 1 / 255;
   const group = (head) => Math.floor((head * raw.kv_heads) / heads);
   const norms = raw.value_norms ? floatsOf(raw.value_norms) : null;

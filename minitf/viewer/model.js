@@ -7,6 +7,7 @@
 
 import { range } from "./dom.js";
 import { bytesOf } from "./maps.js";
+import { refusal } from "./refusals.js";
 
 /** A model from the page's data: { config, parameters: [[name, size], ...], weights }, these in bfloat16 as base64. */
 export function loadModel({ config, parameters, weights }) {
@@ -17,7 +18,7 @@ export function loadModel({ config, parameters, weights }) {
   const tensors = new Map();
   let end = 0;
   for (const [name, size] of parameters) tensors.set(name, all.subarray(end, (end += size)));
-  if (end !== all.length) throw new Error("damaged");
+  if (end !== all.length) throw refusal("damaged");
   return {
     config,
     parameter: (name) => tensors.get(`${name}.weight`),

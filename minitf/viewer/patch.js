@@ -3,6 +3,7 @@
 
 import { button, make, number, onChange, percent, quoted, range, visible } from "./dom.js";
 import { probeOf } from "./probes.js";
+import { problemText } from "./refusals.js";
 
 const WAYS = ["restores", "breaks"];
 
@@ -68,7 +69,7 @@ export function patchView(map, { t, tooltip, actions }) {
     bar.hidden = !state.pair || !probe || Boolean(probe.error) || probe.replies.length >= probe.count;
     if (!bar.hidden) bar.value = probe.replies.length / probe.count;
     problem.hidden = !probe?.error;
-    problem.textContent = probe?.error ? t("failed", { reason: probe.error }) : "";
+    problem.textContent = problemText(t, probe?.error);
     scroll.hidden = said.hidden = !found;
     hint.hidden = Boolean(found);
     back.hidden = !found || found.layer === null;

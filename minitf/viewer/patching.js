@@ -6,6 +6,7 @@
 
 import { range } from "./dom.js";
 import { dot, embedded, logitsOf, normalised, rowsOf, throughLayers } from "./model.js";
+import { refusal } from "./refusals.js";
 import { recorded } from "./residual.js";
 import { likeliest, probabilitiesOf } from "./sampling.js";
 
@@ -25,7 +26,7 @@ export function createPair(model, tokenizer, clean, changed) {
   const [one, other] = answersOf(sides);
   const starts = sides.map(({ logits }) => logits[one] - logits[other]);
   const all = starts[0] - starts[1];
-  if (Math.abs(all) < SMALLEST_DIFFERENCE) throw new Error("the model’s answers do not differ between the texts: there is nothing to share out");
+  if (Math.abs(all) < SMALLEST_DIFFERENCE) throw refusal("pair_no_difference");
 
   /** The logit difference at the end of a text of which one position is edited, in a layer. */
   function patched({ reading, streams }, layer, position, edited) {

@@ -31,7 +31,7 @@ export function probesOf(state, run, map, source) {
 export function probeOf({ data, map, state }) {
   const { probe } = data;
   if (probe && probe.view === state.view) return probe;
-  return map[state.view] ? { view: state.view, of: map.stamp, replies: [map[state.view]], count: 1, error: "", stored: true } : null;
+  return map[state.view] ? { view: state.view, of: map.stamp, replies: [map[state.view]], count: 1, error: null, stored: true } : null;
 }
 
 /** A half-layer or a part by its English name in a reply: { kind, layer, head }. */

@@ -7,6 +7,7 @@
  */
 
 import { range } from "./dom.js";
+import { refusal } from "./refusals.js";
 
 /** The pieces of a text that BPE joins within: contractions, words, numbers, signs, spaces; as GPT-2 splits it. */
 const PIECES = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
@@ -17,7 +18,7 @@ export function createTokenizer(data) {
   const make = { bytes: byBytes, characters: byCharacter, none: onlyKnown }[data.kind];
   const { encode, decode } = make(data);
   const checked = (text) => {
-    if (LONE_SURROGATE.test(text)) throw new Error("the text holds half a surrogate pair: it has no UTF-8 form");
+    if (LONE_SURROGATE.test(text)) throw refusal("surrogate");
     return [...data.start, ...encode(text)];
   };
   return {
@@ -28,7 +29,7 @@ export function createTokenizer(data) {
     label: (id) => data.labels[id],
     /** The id with this label. */
     idOf(label) {
-      if (!data.labels.includes(label)) throw new Error(`this model has no token ${label}`);
+      if (!data.labels.includes(label)) throw refusal("no_token", { token: label });
       return data.labels.indexOf(label);
     },
     labels: (ids) => joinBytes(ids.map((id) => data.labels[id])),
@@ -77,7 +78,7 @@ function byCharacter({ characters }) {
   const ids = new Map(all.map((character, id) => [character, id]));
   return {
     encode: (text) => [...text].map((character) => {
-      if (!ids.has(character)) throw new Error(`the character “${character}” is not in the vocabulary of this model; leave it out`);
+      if (!ids.has(character)) throw refusal("unknown_character", { character });
       return ids.get(character);
     }),
     decode: (some) => some.map((id) => all[id] ?? "").join(""),
@@ -85,7 +86,7 @@ function byCharacter({ characters }) {
 }
 
 function onlyKnown({ known }) {
-  const unknown = () => new Error("this page cannot split other texts into the tokens of this model: choose one of its sentences");
+  const unknown = () => refusal("only_known");
   return {
     encode(text) {
       if (!Object.hasOwn(known, text)) throw unknown();

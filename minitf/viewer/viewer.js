@@ -20,6 +20,7 @@ import { lookMenu } from "./look_menu.js";
 import { headLook } from "./maps.js";
 import { paletteOf } from "./colours.js";
 import { preferredLanguage, remember, remembered } from "./preferences.js";
+import { problemText } from "./refusals.js";
 import { saveMenu } from "./save.js";
 import { sentencePanel } from "./sentence.js";
 import { MAX_HEADS, VIEWS, clickHead, createStore, lookAt } from "./state.js";
@@ -53,7 +54,7 @@ export async function mountViewer(root, source, theme) {
   /** Why no sentence can be typed and no head switched off, or "". */
   function whyNotLive() {
     if (!source.live) return t(`why_${source.why}`).replace(/<\/?code>/g, "");
-    return data.run && !data.run.checkpoints.length ? t("no_checkpoint") : "";
+    return data.run && !data.run.checkpoints.length ? t("refused_no_checkpoint") : "";
   }
   function type(change = {}) {
     const why = whyNotLive();
@@ -242,11 +243,10 @@ export async function mountViewer(root, source, theme) {
     ui.problem.hidden = !error && !none;
     ui.main.classList.toggle("failed", Boolean(error));
     const key = none ? "no_runs" : error?.key;
-    const content = JSON.stringify([key, error?.reason]);
+    const content = JSON.stringify([key, error?.values]);
     if (ui.problem.dataset.content === content || ui.problem.hidden) return;
     ui.problem.dataset.content = content;
-    const text = rich(make("p"), t(key));
-    if (error?.reason) text.textContent = t(key, { reason: error.reason });
+    const text = none ? rich(make("p"), t(key)) : make("p", {}, problemText(t, error));
     if (none && data.logdir) text.append(" ", make("code", {}, data.logdir));
     ui.problem.replaceChildren(...(none ? [make("h2", {}, t("no_runs_title"))] : []), text, button(t("retry"), retry, { class: "plain" }));
   };

@@ -472,23 +472,27 @@ def test_edits_that_do_not_fit_the_sentence_or_the_model_are_refused(plugin: Att
 
 
 @pytest.mark.parametrize(
-    ("body", "status"),
+    ("body", "code"),
     [
-        ({"run": "none"}, 404), ({"run": "../secret"}, 404), ({"run": ".."}, 404), ({"run": "/etc"}, 404),
-        ({"run": "tiny/one\0"}, 404), ({"run": f"{RUN}/checkpoints"}, 404), ({"step": 39}, 404),
-        ({"text": "a" * 300}, 422), ({"text": "a", "new_tokens": 200}, 422), ({"heads_off": [[5, 0]]}, 422),
-        ({"text": "\ud800"}, 422), ({"kind": "contributions", "position": 200}, 422),
-        ({"kind": "contributions", "token": "no such token"}, 422),
+        ({"run": "none"}, "no_run"), ({"run": "../secret"}, "no_checkpoint"), ({"run": ".."}, "no_checkpoint"),
+        ({"run": "/etc"}, "no_checkpoint"), ({"run": "tiny/one\0"}, "no_run"),
+        ({"run": f"{RUN}/checkpoints"}, "no_run"), ({"step": 39}, "no_checkpoint"), ({"text": "a" * 300}, "too_long"),
+        ({"text": "a", "new_tokens": 200}, "too_long"), ({"heads_off": [[5, 0]]}, "no_head"),
+        ({"text": "\ud800"}, "surrogate"), ({"kind": "contributions", "position": 200}, "no_position"),
+        ({"kind": "contributions", "token": "no such token"}, "no_token"),
+        ({"kind": "patch", "changed": "a"}, "pair_lengths"), ({"kind": "patch", "changed": TEXT}, "pair_alike"),
+        ({"kind": "patch", "changed": TEXT, "layer": 9}, "no_layer"),
     ],
 )  # fmt: skip
 def test_unknown_runs_and_oversized_texts_are_refused(
-    plugin: AttentionPlugin, runs_root: Path, body: dict[str, Any], status: int
+    plugin: AttentionPlugin, runs_root: Path, body: dict[str, Any], code: str
 ) -> None:
     shutil.copytree(runs_root / RUN, runs_root.parent / "secret", symlinks=True)
     reply = ask(plugin, body)
-    assert reply.status_code == status
+    assert reply.status_code == (404 if code in ("no_run", "no_checkpoint") else 422)
     assert reply.json
     assert reply.json["error"]
+    assert reply.json["code"] == code
     assert ask(plugin).status_code == 200
 
 

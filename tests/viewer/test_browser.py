@@ -485,6 +485,33 @@ def test_the_page_says_why_a_sentence_cannot_be_read(page: Any, trained_run: Pat
     assert "你(1/3)" in page.inner_text(".reading .sentence")
 
 
+@pytest.mark.parametrize("where", ["page", "tab"])
+def test_a_refusal_is_said_in_the_language_of_the_page(page: Any, server: str, trained_run: Path, where: str) -> None:
+    if where == "tab":
+        frame = frame_of_tab(page, server)
+        choose_run(page, frame, "tiny/one")
+    else:
+        page.goto(f"file://{trained_run}/attention.html")
+        page.wait_for_selector(".thumb")
+        frame = page
+    frame.click(".language")
+    frame.click('button:has-text("输入句子")')
+    frame.fill("textarea", "a" * 40)
+    page.keyboard.press("Enter")
+    frame.wait_for_selector(".problem-box p")
+    said = frame.inner_text(".problem-box p")
+    assert "40 个词元" in said
+    assert not re.search("[A-Za-z]", said)
+    frame.click(".prompt .icon")
+    show(frame, "patch")
+    frame.fill(".patch textarea", "The")
+    frame.click(".patch .primary")
+    frame.wait_for_selector(".patch .missing:visible")
+    said = frame.inner_text(".patch .missing:visible")
+    assert "个词元" in said
+    assert not re.search("[A-Za-z]", said)
+
+
 def test_a_page_without_its_model_says_so(page: Any, copying_run: Path) -> None:
     page.goto(f"file://{copying_run}/attention.html")
     page.wait_for_selector(".thumb")

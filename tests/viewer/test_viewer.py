@@ -1,5 +1,6 @@
 """The viewer's modules: forbidden functions, their texts, and that their arithmetic is the model's."""
 
+import ast
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from minitf.interpretability.attention_maps import AttentionMaps, attention_maps
 from minitf.interpretability.heads import NAMES, PATTERN_THRESHOLD
 from minitf.interpretability.token_labels import join_bytes
 from minitf.model import Transformer
+from minitf.tensorboard.gate import CODES
 from minitf.tokenizer import TokenizerConfig
 from minitf.viewer import FOLDER, MODULES, viewer_page
 
@@ -66,6 +68,22 @@ def test_both_languages_have_all_texts() -> None:
     signs = {"masked", "dot", "divided", "difference", "side_a", "side_b", "compare_readout", "sum_of", "head_short"}
     signs |= {"prompt_next", "prompt_more"}
     assert all(re.search(r"[\u4e00-\u9fff]", text) for key, text in chinese.items() if key not in signs)
+
+
+def test_every_refusal_has_a_text() -> None:
+    """Of the page itself, and of what the server and the model raise with a code."""
+    codes = {code for source in SOURCES.values() for code in re.findall(r'\brefusal\("(\w+)"', source)} | set(
+        CODES.values()
+    )
+    code_at = {"RefusedError": 2, "RequestError": 1, "MinitfError": 1}
+    for file in FOLDER.parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in code_at:
+                codes |= {
+                    ast.literal_eval(one) for one in call.args[code_at[call.func.id] :] if isinstance(one, ast.Constant)
+                }
+    english = SOURCES["texts.js"].split("const ENGLISH = {")[1].split("\n};")[0]
+    assert codes == set(re.findall(r"\brefused_(\w+): ", english))
 
 
 def test_thresholds_match_those_of_the_server() -> None:

@@ -361,7 +361,7 @@ test("a superseded question stops, and its late replies are ignored", async () =
   assert.deepEqual([data.probe.replies.length, data.probe.count, waiting[2].request.layer], [1, 2, 1]);
   waiting[2].reject(new Error("too long"));
   await settled();
-  assert.deepEqual([data.probe.error, data.error, Boolean(data.map)], ["too long", null, true]);
+  assert.deepEqual([data.probe.error, data.error, Boolean(data.map)], [{ key: "failed", values: { reason: "too long" } }, null, true]);
 });
 
 test("only the newest of overlapping loads takes effect, and a later failure keeps the map", async () => {
@@ -394,7 +394,7 @@ test("without an answer the error says so", async () => {
   const { data, reload } = createData(source, createStore({}), () => {});
   await reload();
   await settled();
-  assert.deepEqual(data.error, { key: "no_answer", reason: "" });
+  assert.deepEqual(data.error, { key: "no_answer", values: {} });
 });
 
 test("another run is compared at the step that is shown, or at its last one before", async () => {

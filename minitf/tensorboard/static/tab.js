@@ -3,6 +3,9 @@
  * All URLs are relative to the plugin's own, so that TensorBoard's --path_prefix works.
  */
 
+import { preferredLanguage } from "./preferences.js";
+import { problemOf, problemText } from "./refusals.js";
+import { translator } from "./texts.js";
 import { mountViewer } from "./viewer.js";
 
 const NAME = "minitf_attention";
@@ -14,7 +17,12 @@ const PAGE = Math.random().toString(36).slice(2); // a newer request of a page e
 async function fetchJson(address, options) {
   const reply = await fetch(address, options);
   const content = await reply.json();
-  if (!reply.ok) throw new Error(content.error ?? reply.statusText);
+  return accepted(reply, content);
+}
+
+/** The content of a reply; a refusal is thrown with the code that every language has a text for. */
+function accepted(reply, content) {
+  if (!reply.ok) throw Object.assign(new Error(content.error ?? reply.statusText), { code: content.code, values: content.values });
   return content;
 }
 
@@ -57,9 +65,7 @@ async function askModel(request) {
       await new Promise((resolve) => setTimeout(resolve, 100 + 50 * attempt));
       continue;
     }
-    const content = await reply.json();
-    if (!reply.ok) throw new Error(content.error ?? reply.statusText);
-    return content;
+    return accepted(reply, await reply.json());
   }
 }
 
@@ -113,6 +119,6 @@ export async function render() {
   try {
     await mountViewer(main, await tabSource(), tensorBoardTheme());
   } catch (error) {
-    main.replaceChildren(`The Attention tab could not start: ${error.message}`);
+    main.replaceChildren(problemText(translator(preferredLanguage()), problemOf(error)));
   }
 }
