@@ -5,6 +5,7 @@ import os
 # Read by the imports below: no network, and one thread, since two workers share two cores.
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 
+import fcntl
 import gc
 import random
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when imported: its kernels then run without a GPU
 
 from helpers import EXERCISE, SHAPE, NotApplicable, make_text, randomise, train_here
+from hydra._internal.hydra import Hydra
 
 from minitf.data.tokenizer_training import train_tokenizer
 from minitf.model import ModelConfig, Transformer
@@ -50,6 +52,23 @@ def pytest_make_collect_report() -> Iterator[None]:
     return report
 
 
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that all workers of this test run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(root: Path, make: Callable[[], None]) -> Path:
+    """`root` as `make` fills it: in the first worker that asks for it; the others wait and read it too."""
+    with root.with_name(f"{root.name}.made").open("a+") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        if marker.tell() == 0:
+            root.mkdir()
+            make()
+            marker.write("yes")
+    return root
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The tests and the processes they start have a home and a cache of their own, one language and no terminal."""
@@ -59,8 +78,28 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         for name, value in {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}.items():
             patch.setenv(name, value)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setenv("MINITF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        cache = of_all_workers(tmp_path_factory) / "cache"
+        cache.mkdir(exist_ok=True)
+        patch.setenv("MINITF_CACHE", str(cache))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))  # for commands started in other directories
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _composed_once() -> Iterator[None]:
+    """Hydra composes a config twice, first only to read hydra.mode: that alone is half of a short run's time.
+
+    Only where something on the command line may set it the first composition is left; commands that tests start in
+    processes of their own have both.
+    """
+    read_mode = Hydra.get_mode
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        may_be_set = config_name != "config" or any("hydra" in override for override in overrides)
+        return read_mode(self, config_name, overrides) if may_be_set else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", get_mode)
         yield
 
 
@@ -118,32 +157,39 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     """A finished run, runs/tiny/one in a directory of its own. Tests only read it."""
-    root = tmp_path_factory.mktemp("trained")
+    root = of_all_workers(tmp_path_factory) / "trained"
     run = root / "runs" / "tiny" / "one"
     changes = ["trainer.attention_every=3", "trainer.sample_tokens=8", "trainer.max_steps=40", "trainer.eval_every=20"]
     probes = 'attention.probes=["The cat sat on the mat.","Sir, go = on"]'
-    assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir='{run}'") == 0
+
+    def make() -> None:
+        assert train_here(*tiny, *changes, "trainer.eval_tokens=100000", probes, f"run_dir='{run}'") == 0
+
+    made_once(root, make)
     return run
 
 
 @pytest.fixture(scope="session")
 def pronouns_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 100 steps, which has learnt who is meant. Tests only read it."""
-    run = tmp_path_factory.mktemp("pronouns") / "runs/pronouns/one"
-    assert train_here(*EXERCISE, "trainer.max_steps=100", "trainer.attention_every=50", f"run_dir='{run}'") == 0
+    root = of_all_workers(tmp_path_factory) / "pronouns"
+    run = root / "runs/pronouns/one"
+
+    def make() -> None:
+        assert train_here(*EXERCISE, "trainer.max_steps=100", "trainer.attention_every=50", f"run_dir='{run}'") == 0
+
+    made_once(root, make)
     return run
 
 
 @pytest.fixture(scope="session")
 def copying_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on pairs that has learned to copy a few letters. Tests only read it."""
-    root = tmp_path_factory.mktemp("copying")
+    root = of_all_workers(tmp_path_factory) / "copying"
+    file, run = root / "copies.jsonl", root / "runs" / "copying" / "one"
     choose = random.Random(0)
     texts = sorted({"".join(choose.choices("abcd", k=choose.randint(1, 8))) for _ in range(3000)})
     choose.shuffle(texts)
-    file = root / "copies.jsonl"
-    file.write_text("".join(f'{{"prompt": "{text}", "completion": "{text}"}}\n' for text in texts), encoding="utf-8")
-    run = root / "runs" / "copying" / "one"
     arguments = [
         "data=pairs", f"data.files=['{file}']", "tokenizer=char",
         *(f"model.{key}={value}" for key, value in SHAPE.items()),
@@ -151,5 +197,11 @@ def copying_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.eval_answers=32", "trainer.device=cpu", "trainer.precision=fp32", "trainer.compile=false",
         f"run_dir='{run}'",
     ]  # fmt: skip
-    assert train_here(*arguments) == 0
+
+    def make() -> None:
+        pairs = (f'{{"prompt": "{text}", "completion": "{text}"}}\n' for text in texts)
+        file.write_text("".join(pairs), encoding="utf-8")
+        assert train_here(*arguments) == 0
+
+    made_once(root, make)
     return run

@@ -493,15 +493,15 @@ def test_an_argument_argparse_refuses_is_one_line_and_status_2(
     assert words in err
 
 
-def test_the_script_writes_only_text_to_stdout(trained_run: Path) -> None:
-    script = [sys.executable, str(ROOT / "scripts/generate.py"), "--run", str(trained_run), "--max-tokens", "4"]
-    done = subprocess.run([*script, "--seed", "1"], input="The cat\n", capture_output=True, text=True, timeout=900)
+def test_the_script_writes_only_text_to_stdout(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--run", str(trained_run), "--max-tokens", "4"]
+    script = [sys.executable, str(ROOT / "scripts/generate.py"), *arguments, "--seed", "1"]
+    done = subprocess.run(script, input="The cat\n", capture_output=True, text=True, timeout=900)
     assert done.returncode == 0
     assert done.stdout.startswith("The cat")
     assert "context 32 tokens" in done.stderr
-    failed = subprocess.run([*script, "x", "--top-p", "7"], capture_output=True, text=True, timeout=900)
-    assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr == "minitf: --top-p 7.0 must be above 0 and at most 1\n"
+    assert command("x", "--top-p", "7", *arguments) == 2
+    assert capsys.readouterr() == ("", "minitf: --top-p 7.0 must be above 0 and at most 1\n")
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_every_command_of_ours_runs(command: str, place: Path, tiny: list[str]) 
     command = command.replace(
         "scripts/benchmark.py", "scripts/benchmark.py --help"
     )  # it trains for minutes; kills: test_robustness
-    command = command.replace("--kills 200", "--help").replace("--minutes 10", "--minutes 0.01 --inputs 20")
+    command = command.replace("--kills 200", "--help").replace("--minutes 10", "--minutes 0.01 --inputs 2")
     command = re.sub(r"(scripts/generate\.py|-m minitf\.generate)", r"\1 --max-tokens 4", command)
     command = re.sub(r"--max-tokens (?!4\b)\d+", "--max-tokens 3", command)
     run(command, place)

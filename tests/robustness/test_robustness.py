@@ -420,8 +420,8 @@ def test_four_runs_started_at_once_get_four_directories(workdir: Path, tiny: lis
 def test_hostile_input_ends_in_a_result_or_one_line(tmp_path: Path, name: str) -> None:
     """The same inputs every time; scripts/fuzz.py draws new ones."""
     watch = Watch(name, getattr(Targets(tmp_path), name), tmp_path / "findings")
-    with_hypothesis(watch, 60, repeatable=True)
-    assert watch.num_inputs == 60
+    with_hypothesis(watch, 30, repeatable=True)
+    assert watch.num_inputs == 30
     assert not watch.found
     assert watch.num_refused or name == "tokenizer"
 
