@@ -28,7 +28,7 @@ FLAGS = (
     ("-cd, --config-dir DIR", "presets of your own: DIR/experiment/mine.yaml is experiment=mine"),
     ("-cn, --config-name NAME", "another primary config than `config`, of conf/ or of DIR"),
     ("-cp, --config-path DIR", "another folder in place of conf/"),
-    ("-i, --info [WHAT]", "how the config is composed: all|config|defaults|defaults-tree|plugins|searchpath"),
+    ("-i, --info [WHAT]", "how the config is composed: all, config, defaults, defaults-tree, plugins or searchpath"),
     ("--hydra-help, --version", ""),
 )
 CLOSING = """\

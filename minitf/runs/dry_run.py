@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minitf.backends import autotune
 from minitf.checkpoints.locate import RUNS
 from minitf.checkpoints.snapshots import MAX_BYTES, max_snapshots, snapshot_bytes
 from minitf.config.schema import Config
 from minitf.data.tokenized_text import Tokens
 from minitf.optim import Optimizer
-from minitf.reporting.console import line
+from minitf.reporting.console import fitted, line
 from minitf.runs.summary import advice_on_size, clock
 from minitf.training.budget import estimate_num_steps
 from minitf.training.context import RunContext
@@ -28,11 +29,13 @@ def dry_run(context: RunContext) -> None:
     optimizer = context.parallel.new_optimizer(context.config.optim, context.hardware.dtype)
     report = _report(context, optimizer, *_time_step(context, optimizer))
     if context.group.is_main:
-        print("\n".join([*report, "nothing was trained or written: this was trainer.dry_run=true"]))
+        report.append("nothing was trained or written: this was trainer.dry_run=true")
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(fitted(row, columns) if columns else row for row in report))
 
 
 def _time_step(context: RunContext, optimizer: Optimizer) -> tuple[float, str]:
-    """Seconds of a step, and the backend that computed it."""
+    """Seconds of a step, and what computed it, for a sentence."""
     config = context.config.trainer
     step = TunedStep(
         context.parallel,
@@ -45,9 +48,9 @@ def _time_step(context: RunContext, optimizer: Optimizer) -> tuple[float, str]:
     )
     step.first_step()
     # torch.compile is not tried: it takes longer than a dry run should.
-    backend = step.choose_backend("native" if config.compile in ("auto", "native") else "false").backend
+    name = step.choose_backend("native" if config.compile in ("auto", "native") else "false").backend
     step.capture()
-    return step.measure(NUM_TIMED_STEPS), backend
+    return step.measure(NUM_TIMED_STEPS), autotune.backends(context.model)[name].description
 
 
 def _report(context: RunContext, optimizer: Optimizer, step_s: float, backend: str) -> list[str]:

@@ -27,7 +27,7 @@ def test_dry_run_predicts_the_run(tiny: list[str], workdir: Path, capsys: pytest
     rows = [json.loads(line) for line in Path("runs/real/one/metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["split"] == "train"][-1]
     assert printed["training"] == f"{last['step']} steps, {last['tokens']} tokens"
-    assert re.fullmatch(r"[\d,]+ ms for 128 tokens, on cpu in float32, by reference", printed["step"])
+    assert re.fullmatch(r"[\d,]+ ms for 128 tokens, on cpu in float32, by attention\.py as written", printed["step"])
     assert re.fullmatch(r"[\d,]+ tokens/s", printed["speed"])
 
     from minitf.checkpoints.checkpoint import load_checkpoint
@@ -43,12 +43,12 @@ def test_dry_run_predicts_the_run(tiny: list[str], workdir: Path, capsys: pytest
 
 def test_dry_run_computes_like_the_run(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for precision, dtype in PRECISIONS.items():
-        native = "by cpu"
+        native = "by our C kernels"
         try:
             calls.library(dtype)
         except Unavailable:
-            native = "by reference"
-        for compilation, words in (("auto", native), ("true", "by reference")):
+            native = "by attention.py as written"
+        for compilation, words in (("auto", native), ("true", "by attention.py as written")):
             settings = [f"trainer.precision={precision}", f"trainer.compile={compilation}", "trainer.dry_run=true"]
             assert train_here(*tiny, *settings) == 0
             assert report(capsys)["step"].endswith(f"on cpu in {str(dtype).removeprefix('torch.')}, {words}")
@@ -63,6 +63,21 @@ def test_time_limit_decides_the_number_of_steps(
     step_s = 128 / float(printed["speed"].split()[0].replace(",", ""))
     assert int(printed["training"].split()[0].replace(",", "")) * step_s == pytest.approx(3, rel=0.1)
     assert printed["time"].startswith("0:0")
+
+
+def test_lines_are_broken_between_words_in_a_terminal(
+    tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_here(*tiny, "trainer.dry_run=true") == 0
+    whole = capsys.readouterr().out
+    assert max(map(len, whole.splitlines())) > 80  # in a file each line stays whole
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert train_here(*tiny, "trainer.dry_run=true") == 0
+    broken = capsys.readouterr().out
+    assert max(map(len, broken.splitlines())) <= 80
+    warning = next(line for line in whole.splitlines() if line.startswith("warning"))
+    assert warning.split() == broken[broken.index("warning") :].split("nothing was")[0].split()
 
 
 def test_likely_mistakes_are_warned_of(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
