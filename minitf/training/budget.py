@@ -2,7 +2,8 @@
 
 With a time limit the number of steps is a plan, made anew about a hundred times from the speed of late. Until the
 learning rate falls nothing depends on it but when that begins (`wsd`): when the time that is left is the time of the
-decay. From then on each new plan bends the rate's line a little, so that it ends with the time.
+decay. From then on each new plan bends the rate's line a little, so that it ends with the time. Other work on the
+machine may begin the decay too early: when it is gone, the rate waits until the decay is due.
 """
 
 from collections import deque
@@ -12,9 +13,7 @@ from minitf.training.plan import LearningRate, Schedule
 from minitf.training.trainer_config import TrainerConfig
 
 PLANS_PER_RUN = 100
-# The speed of late: over this share of the time. A burst of other work may be as long, and a decay that has begun
-# cannot be called off, whereas one that begins late only falls faster: before it, the faster of the two counts.
-RECENT_SHARE, LONGER_SHARE = 0.05, 0.2
+RECENT_SHARE = 0.05  # the speed of late: over this share of the time
 
 Plans = tuple[tuple[int, int], ...]  # (step, number of steps of the run as planned after it)
 
@@ -139,14 +138,11 @@ class StepBudget:
         """Note the training clock."""
         self.speed.read(step, train_s)
         self.read_last = (step, train_s)
-        self.speed.forget(train_s - LONGER_SHARE * self._span_s)
+        self.speed.forget(train_s - RECENT_SHARE * self._span_s)
 
     def recent_step_s(self) -> float:
         """Seconds of a step of late; 0 if no step was timed."""
-        recent_s = self.speed.step_s(RECENT_SHARE * self._span_s)
-        if self.limit_s is not None and self.read_last[0] > self.rate.falls_from:
-            return recent_s
-        return min(recent_s, self.speed.step_s(LONGER_SHARE * self._span_s))
+        return self.speed.step_s(RECENT_SHARE * self._span_s)
 
     @property
     def left_s(self) -> float:

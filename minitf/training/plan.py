@@ -25,13 +25,13 @@ class LearningRate:
     """The learning rate over a run of `num_steps`, as a share of its peak.
 
     `schedule_factor` is followed from `position`, which the run had reached after the step `since`, to its end; both
-    are 0 in a run that never moved.
+    are 0 in a run that never moved. Before `since` it waits at `position`.
     """
 
     config: OptimConfig
     num_steps: int
     falls_from: float  # the step from which on the rate falls
-    since: int = 0
+    since: float = 0
     position: float = 0.0
 
     @classmethod
@@ -45,7 +45,8 @@ class LearningRate:
         """The rate if the run has `num_steps`, from after `step` on.
 
         A rising or falling rate goes on from where it is. Where it is constant, only the number of steps counts, as if
-        it had been known from the start; if it should fall already, it begins to.
+        it had been known from the start; if it should fall already, it begins to. If it fell too early (`wsd`), it
+        waits where it is until it should.
         """
         position, after_last = self._position(step), num_steps + 1
         rises_to, falls_from = schedule_bounds(self.config, self.num_steps)
@@ -57,6 +58,8 @@ class LearningRate:
         else:
             left = (self.num_steps + 1 - position) / (self.num_steps + 1 - falls_from)
             new_position = after_last - left * (after_last - new_falls_from)
+            if self.config.schedule == "wsd" and step < new_falls_from:
+                return LearningRate(self.config, num_steps, new_falls_from, new_falls_from, new_position)
         begun = min(self.falls_from, step)
         if new_position < new_falls_from:
             begun = after_last - (after_last - new_falls_from) * (after_last - step) / (after_last - new_position)
@@ -67,9 +70,10 @@ class LearningRate:
         """The share of the steps in which the rate falls."""
         return max(0.0, self.num_steps + 1 - self.falls_from) / self.num_steps
 
-    def _position(self, step: int) -> float:
+    def _position(self, step: float) -> float:
         """Where on the curve `step` is: at the step itself, unless the number of steps has changed."""
         after_last = self.num_steps + 1
+        step = max(step, self.since)
         return after_last - (after_last - step) * (after_last - self.position) / (after_last - self.since)
 
 

@@ -76,6 +76,16 @@ def test_share_of_the_decay_is_known() -> None:
     assert rate.moved(550, 650).falling_share == pytest.approx(100 / 650, abs=2e-3)
     assert rate.moved(700, 800).falling_share == pytest.approx(200 / 800, abs=2e-3)
     assert rate.moved(700, 800).moved(750, 1200).falling_share == pytest.approx(600 / 1200, abs=2e-3)
+    assert rate.moved(550, 650).moved(560, 1200).falling_share == pytest.approx(0.4, abs=2e-3)
+
+
+def test_rate_that_fell_too_early_waits_until_it_should() -> None:
+    found = factors(CURVES["wsd"], [(0, 1000), (550, 650), (560, 1200)])
+    assert found[100:550] == [1.0] * 450
+    reached = found[559]
+    assert 0.88 < reached < 0.92
+    assert found[560:719] == pytest.approx([reached] * 159, abs=1e-12)
+    assert found[720:] == pytest.approx([reached * left / 480 for left in range(480, 0, -1)], abs=1e-3)
 
 
 def test_actions_are_due_at_multiples_of_their_interval_and_as_often_after_a_move() -> None:
