@@ -34,9 +34,9 @@ NEARBY_THRESHOLD = 0.5
 BROAD_THRESHOLD = 0.6
 NEARBY = 4  # tokens before the query's own
 # Active patterns come before resting ones: an induction head with nothing to copy looks at the first token or its own.
-ACTIVE_PATTERNS = {"previous_token": "previous token", "induction": "induction", "same_word": "same word"}
+ACTIVE_PATTERNS = {"previous_token": "previous token", "induction": "induction", "same_word": "same token"}
 RESTING_PATTERNS = {"first_token": "first token", "this_token": "this token"}
-NAMES = {**ACTIVE_PATTERNS, **RESTING_PATTERNS, "nearby": "nearby words", "broad": "broad"}
+NAMES = {**ACTIVE_PATTERNS, **RESTING_PATTERNS, "nearby": "nearby tokens", "broad": "broad"}
 
 
 @torch.no_grad()

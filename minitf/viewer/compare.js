@@ -70,7 +70,7 @@ export function compareView(map, { t, tooltip, actions }) {
     const other = otherOf(state, run);
     const tag = run.sentences[state.sentence].tag;
     const runs = state.live ? [] : data.runs.filter((name) => name !== run.name && data.tags[name]?.includes(tag));
-    const options = [["step", t("other_step")], ...(source.live && run.checkpoints.length ? [["head", t("other_head", look)]] : []), ...(isChanged(state) ? [["plain", t("other_plain")]] : []), ...runs.map((name) => [`run:${name}`, t("other_run", { run: name })])];
+    const options = [["step", t("other_step")], ...(source.live && run.checkpoints.length ? [["head", t("other_head", look)]] : []), ...(isChanged(state) ? [["plain", t("other_plain")]] : []), ...runs.map((name) => [`run:${name}`, runName(t, run, name)])];
     fillSelect(what, options, other.kind === "run" ? `run:${other.run}` : other.kind);
     const theirSteps = other.kind === "run" ? (second ? [[second.step]] : []) : state.live ? run.checkpoints.map((step) => [step]) : run.sentences[state.sentence].looks;
     steps.parentNode.hidden = other.kind !== "step";
@@ -107,11 +107,14 @@ export function compareView(map, { t, tooltip, actions }) {
 
 const lookOf = ({ second, looks: [look], settings }) => headLook(second, look.layer, look.head, settings);
 
+/** Another run by its name, and the one that this run was forked from by what it is to it. */
+export const runName = (t, { forked_from: fork }, name) => (fork?.run === name ? t("other_fork", { run: name, step: fork.step }) : t("other_run", { run: name }));
+
 /** What B is; while another loads, what is still shown. */
-function nameOfOther(t, { data: { secondOf } }) {
+function nameOfOther(t, { run, data: { secondOf } }) {
   if (secondOf?.kind === "head" && secondOf.head) return t("other_head", { layer: secondOf.head[0], head: secondOf.head[1] });
   if (secondOf?.kind === "plain") return t("other_plain");
-  return secondOf?.kind === "run" ? secondOf.run : "";
+  return secondOf?.kind === "run" ? runName(t, run, secondOf.run) : "";
 }
 
 function compareWords(t, { map, looks: [look] }, lookB, query, key) {

@@ -16,14 +16,16 @@ export function controlBar({ t, actions, source, theme, help, chooseLanguage }) 
   const languages = Object.entries(LANGUAGES);
   const language = button("", () => chooseLanguage(other), { class: "plain language" });
   const icon = (text, key, onClick) => button(text, onClick, { class: "icon", title: t(key), ariaLabel: t(key) });
-  const corner = make("div", { class: "corner" }, button(t("copy_link"), actions.copyLink, { class: "plain" }), icon("?", "help", help), language,
+  const copy = button(t("copy_link"), actions.copyLink, { class: "plain" });
+  const corner = make("div", { class: "corner" }, copy, icon("?", "help", help), language,
     ...(theme.toggle ? [icon("◐", "theme", () => theme.toggle())] : []));
   const element = make("header", { class: "controls" }, make("h1", { class: source.remote ? "unseen" : "", title: source.title }, source.title || t("title")), runLabel, sentenceLabel, typing, prompt.element, corner);
   let [run, step, other] = ["", null, "zh"];
 
   function render({ state, data, whyNotLive }) {
     const names = data.runs ?? [];
-    runLabel.hidden = names.length < 2 && !source.remote;
+    runLabel.hidden = names.length < 2 && !(source.remote && names.length);
+    copy.hidden = !data.map;
     fillSelect(runs, names.map((name) => [name, name]), state.run);
     const texts = data.run?.sentences ?? [];
     fillSelect(sentences, texts.map((one, i) => [String(i), one.text.replace(/\s+/g, " ")]), String(state.sentence ?? ""));

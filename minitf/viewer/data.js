@@ -161,10 +161,11 @@ export function createData(source, store, changed) {
 
   /** Reload the lists of runs and steps, which grow during training. */
   async function reload() {
+    const timer = setTimeout(() => !data.map && update({ loading: true }), SLOW_MS);
     try {
       const { names, tags, logdir } = await source.runs();
       Object.assign(data, { runs: names, tags, logdir });
-      if (!names.length) return update({ error: null });
+      if (!names.length) return update({ error: null, loading: false });
       const { run } = store.get();
       const name = names.includes(run) ? run : names.at(-1);
       const fresh = { ...(await source.run(name)), name };
@@ -178,6 +179,8 @@ export function createData(source, store, changed) {
       else changed();
     } catch (error) {
       update({ error: problemOf(error), loading: false });
+    } finally {
+      clearTimeout(timer);
     }
   }
 

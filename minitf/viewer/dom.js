@@ -68,7 +68,9 @@ export function percent(share, digits = share === 0 || share >= 0.0995 ? 0 : 1) 
 
 export const number = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
 export const visible = (token) => token.replace(/^ (?=\S)/, "").replace(/\s/g, "␣") || "∅";
-export const quoted = (token) => `“${visible(token)}”`;
+/** A token within a sentence of ours. One that is read from right to left stands by itself, so that it turns nothing else. */
+export const quoted = (token) => (RIGHT_TO_LEFT.test(token) ? `“\u2068${visible(token)}\u2069”` : `“${visible(token)}”`);
+const RIGHT_TO_LEFT = /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
 
 /** Sizes a canvas to `width` x `height` CSS pixels of `ratio` device pixels; returns its cleared 2d context. */
 export function prepare(canvas, width, height) {

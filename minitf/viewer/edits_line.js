@@ -9,7 +9,7 @@ export function editsLine({ t, actions }) {
   by.addEventListener("change", () => actions.change({ by: by.value }));
   const undo = button(t("undo"), actions.undo, { class: "plain", title: t("undo_why") });
   const restore = button(t("restore"), actions.restore, { class: "plain" });
-  const sentence = make("p", { class: "effect", attributes: { role: "status" }, dir: "auto" });
+  const sentence = make("p", { class: "effect", attributes: { role: "status" } });
   const row = make("div", { class: "edit-row" }, chips, undo, restore);
   const element = make("div", { class: "edits" }, sentence);
   let focus = false;

@@ -1,7 +1,7 @@
 /* The view "Over training": scores of the heads, and whatever else the run measured, below the loss on the same steps. */
 
 import { chart, curve, lossCurves, pathOf, stepsOf, valueAt } from "./charts.js";
-import { choices, make, number, onChange, range } from "./dom.js";
+import { arrow, choices, clamp, make, number, onChange, range } from "./dom.js";
 import { roleOf } from "./heads.js";
 
 // A head is named after a pattern above its threshold, as in heads.py.
@@ -38,12 +38,11 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
   const title = (key) => (key.startsWith("watch/") ? key.slice(6) : t(key));
   const pick = choices("radiogroup", t("score"), [...shown.keys()].map((key) => [key, title(key)]), (score) => actions.set({ score }));
   const [lossChart, scores] = [chart(LOSS_HEIGHT), chart(HEIGHT)];
-  scores.removeAttribute("aria-hidden");
-  scores.setAttribute("role", "img");
   const wrap = (className, ...children) => make("div", { class: className }, ...children);
   const nows = [wrap("now"), wrap("now")];
   const [axisY, axisX] = [wrap("axis-y"), wrap("axis-x")];
   const plot = wrap("score-plot", scores, nows[1], axisY);
+  Object.assign(plot, { tabIndex: 0, role: "application", ariaRoleDescription: t("tab_over_training") });
   const [said, legend] = [make("p", { class: "said", ariaLive: "polite" }), make("p", { class: "legend" })];
   const element = make("div", { class: "over-training" }, make("div", { class: "lead-row" }, pick.element, legend), said,
     wrap("loss-plot", lossChart, nows[0], make("span", { class: "name" }, t("loss"))), plot, axisX);
@@ -52,7 +51,7 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
   axisX.replaceChildren(...range(5).map((i) => make("span", {}, Math.round(span[0] + (i / 4) * (span[1] - span[0])).toLocaleString())));
   axisX.lastChild.prepend(`${t("step")} `);
   if (run.curves.train.length) lossChart.replaceChildren(...lossCurves(run.curves, span, LOSS_HEIGHT).paths);
-  let [lines, bounds, context] = [[], [0, 1], null];
+  let [lines, bounds, context, spot] = [[], [0, 1], null, null]; // spot: the curve and the step that the keyboard chose
 
   const known = (name) => (t(`curve_${name}`) === `curve_${name}` ? name : t(`curve_${name}`));
   const nameOf = ({ name, layer, head }) => (name === undefined ? t("head_name", { layer, head })
@@ -62,6 +61,7 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
 
   const draw = onChange((score, palette) => {
     const { threshold, lines: found } = shown.get(score);
+    spot = null;
     const values = found.flatMap(({ points }) => points.map(([, value]) => value)).filter((value) => value !== null);
     bounds = [Math.min(0, ...values), score === "ablation" ? Math.max(...values) : Math.max(1, ...values)];
     const layers = Math.max(...found.map((one) => one.layer ?? 0)) + 1;
@@ -78,7 +78,7 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
     scores.replaceChildren(...level, ...lines.map(({ path }) => path));
     axisY.replaceChildren(...[1, 0.75, 0.5, 0.25, 0].map((share) => make("span", {}, number(bounds[0] + share * (bounds[1] - bounds[0])))));
     said.textContent = threshold === null ? "" : appeared(lines, threshold, run.curves.train, t);
-    scores.setAttribute("aria-label", `${title(score)}. ${said.textContent}`);
+    plot.ariaLabel = [`${title(score)}.`, said.textContent, t("curves_keys")].filter(Boolean).join(" ");
     const named = lines.filter((one) => !isHead(one));
     const everyHead = lines.some(isHead) ? key(palette.layer(0, layers), t("heads")) : [];
     legend.replaceChildren(...(named.length && named.length <= FEW * 2 ? [...named.flatMap((one) => key(one.colour, nameOf(one), isSecond(one))), ...everyHead]
@@ -93,16 +93,42 @@ export function overTrainingView(map, { t, tooltip, actions }, run) {
     return lines.map((line) => ({ line, point: at(line) })).filter(({ point }) => point[1] !== null)
       .reduce((a, b) => (!a || Math.abs(b.point[1] - value) < Math.abs(a.point[1] - value) ? b : a), null);
   };
+  /** Say one point of one curve, next to it. */
+  function tell(line, [step, value], x, y) {
+    const loss = valueAt(run.curves.train, step);
+    const words = [nameOf(line), `${number(value)} · ${t("step_at", { step: step.toLocaleString() })}`, loss === null ? "" : `${t("loss_train")} ${number(loss)}`];
+    tooltip.show(x, y, [{ text: words[0], strong: true, colour: line.colour }, ...words.slice(1)]);
+    lines.forEach((one) => one.path.classList.toggle("near", one === line));
+    return words.filter(Boolean).join(", ");
+  }
+  function leave() {
+    tooltip.hide();
+    lines.forEach((one) => one.path.classList.remove("near"));
+  }
   plot.addEventListener("pointermove", (event) => {
     const found = near(event);
-    if (!found) return;
-    const { line, point: [step, value] } = found;
-    const loss = valueAt(run.curves.train, step);
-    tooltip.show(event.clientX, event.clientY, [{ text: nameOf(line), strong: true, colour: line.colour }, `${number(value)} · ${t("step_at", { step: step.toLocaleString() })}`,
-      loss === null ? "" : `${t("loss_train")} ${number(loss)}`]);
-    lines.forEach((one) => one.path.classList.toggle("near", one === line));
+    if (found) tell(found.line, found.point, event.clientX, event.clientY);
   });
-  plot.addEventListener("pointerleave", () => { tooltip.hide(); lines.forEach((one) => one.path.classList.remove("near")); });
+  plot.addEventListener("pointerleave", leave);
+  plot.addEventListener("blur", leave);
+  // Left and right move along a curve, up and down to the next one; Enter chooses its head.
+  plot.addEventListener("keydown", (event) => {
+    const told = lines.filter(({ points }) => points.some(([, value]) => value !== null));
+    if (event.key === "Enter" && spot && isHead(spot.line)) return actions.choose(spot.line.layer, spot.line.head, false);
+    const [down, across] = arrow(event);
+    if ((!down && !across) || !told.length) return undefined;
+    const chosen = told.findIndex(({ layer, head }) => context.state.heads.some(([l, h]) => l === layer && h === head));
+    const from = spot ? told.indexOf(spot.line) : -1;
+    const line = told[from < 0 ? Math.max(chosen, 0) : clamp(from + down, told.length)];
+    const points = line.points.filter(([, value]) => value !== null);
+    const nearest = points.reduce((best, [step], i) => (Math.abs(step - (spot?.step ?? context.map.step)) < Math.abs(points[best][0] - (spot?.step ?? context.map.step)) ? i : best), 0);
+    const point = points[clamp(nearest + (from < 0 ? 0 : across), points.length)];
+    spot = { line, step: point[0] };
+    const box = plot.getBoundingClientRect();
+    const [x, y] = [(point[0] - span[0]) / (span[1] - span[0] || 1), (bounds[1] - point[1]) / (bounds[1] - bounds[0])];
+    plot.ariaLabel = tell(line, point, box.left + x * box.width, box.top + y * box.height);
+    return undefined;
+  });
   plot.addEventListener("click", (event) => {
     const line = near(event)?.line;
     if (line && isHead(line)) actions.choose(line.layer, line.head, event.ctrlKey || event.metaKey || event.shiftKey);

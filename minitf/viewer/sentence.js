@@ -3,6 +3,7 @@
 import { button, make, moved, onChange, visible } from "./dom.js";
 import { describe, queryLines } from "./words.js";
 
+const BAR = 14; // pixels of a bar of 100 %
 const MANY = 48; // from this many tokens on, the shares are only at the pointer
 
 export function sentencePanel(map, { t, tooltip, actions }) {
@@ -25,7 +26,7 @@ export function sentencePanel(map, { t, tooltip, actions }) {
     set({ query: next, key: null, point: null });
     buttons[next].focus({ preventScroll: true });
   });
-  const readout = make("p", { class: "readout", ariaLive: "polite", dir: "auto" });
+  const readout = make("p", { class: "readout", ariaLive: "polite" });
   const test = button(t("test_look"), (event) => actions.testChosen(event), { class: "link test" });
   const line = make("div", { class: "readout-row" }, readout, test);
   const element = make("section", { class: "reading", ariaLabel: t("sentence") }, row, line);
@@ -60,7 +61,7 @@ export function sentencePanel(map, { t, tooltip, actions }) {
         share.replaceChildren(...(shown ? looks : []).map((each) => {
           const bar = make("i");
           bar.style.background = palette.heads[each.colour];
-          bar.style.height = `${Math.round(12 * each.share(query, key))}px`;
+          bar.style.height = `${Math.round(BAR * Math.sqrt(each.share(query, key)))}px`; // as colours do
           return bar;
         }));
       }

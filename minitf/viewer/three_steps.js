@@ -23,7 +23,7 @@ export function threeStepsView(map, { t, actions }) {
   const lead = make("p", { class: "lead" });
   const explain = button(t("explain"), () => set({ explain: !open() }), { class: "link" });
   const cards = make("ol", { class: "three" }, ...STEPS.map((name, i) => make("li", { class: `of-${name}` },
-    make("h3", {}, make("b", {}, String(i + 1)), " ", t(`steps_${name}`)), rich(make("p"), t(`steps_${name}_text`, { width: width ?? "" })))));
+    make("h3", {}, make("b", {}, String(i + 1)), " ", t(`steps_${name}`)), rich(make("p"), t(`steps_${name}_text`, { width: width ?? "d" })))));
   const other = make("p", { class: "warning", role: "note" });
   /** Why the weights are not those of the standard formula. Maps of older runs do not say; an edited attention.py does. */
   const unusual = (shown, { edits, live }) => {
@@ -33,7 +33,7 @@ export function threeStepsView(map, { t, actions }) {
   };
   const table = make("table", { class: "steps-table" }, make("caption", { class: "unseen" }, t("tab_three_steps")));
   const [detail, note] = [make("div", { class: "product" }), make("p", { class: "hint" })];
-  const missing = make("p", { class: "missing" }, t(map.vectors === null && map.exact ? "no_vectors_live" : "no_vectors"));
+  const missing = make("p", { class: "missing" });
   const element = make("div", { class: "three-steps" }, make("div", { class: "lead-row" }, lead, temperatureRow, explain), other, cards, missing, table, detail, note);
   let [rows, parts, context] = [[], {}, null];
   const open = () => context.state.explain ?? context.space.height >= ROOM_TO_EXPLAIN;
@@ -84,6 +84,7 @@ export function threeStepsView(map, { t, actions }) {
     explain.ariaExpanded = String(open());
     for (const part of [table, detail, note, temperatureRow]) part.hidden = !available;
     missing.hidden = available;
+    missing.textContent = map.exact ? t("no_vectors_live") : [t("no_vectors"), context.whyNotLive ? "" : t("no_vectors_type")].join(" ");
     if (!available) return;
     const { q, dots, scores, weights, vectors, shown } = compute(context);
     const room = Math.floor((space.height - 226 - (open() ? 180 : 0)) / ROW);

@@ -16,6 +16,7 @@ export function timeline({ t, tooltip, onStep }) {
   const readout = make("p", { class: "losses" });
   const element = make("section", { class: "timeline", ariaLabel: t("time_line") }, play,
     make("div", { class: "chart" }, plot, slider), readout);
+  element.hidden = true; // until there are steps
   let [looks, index, timer, span, shown] = [[], 0, 0, [0, 1], { train: [], val: [] }];
 
   const nearest = (step) => looks.reduce((best, [at], i) => (Math.abs(at - step) < Math.abs(looks[best][0] - step) ? i : best), 0);

@@ -14,7 +14,7 @@ export function createTooltip(root) {
   function show(x, y, lines) {
     element.replaceChildren(...lines.filter(Boolean).map((line) => {
       const { text, colour, strong } = typeof line === "string" ? { text: line } : line;
-      const row = make(strong ? "b" : "span", { class: "line", dir: "auto" }, text);
+      const row = make(strong ? "b" : "span", { class: "line" }, text);
       if (colour) {
         const swatch = make("i");
         swatch.style.background = colour;

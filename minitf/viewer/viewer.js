@@ -64,7 +64,12 @@ export async function mountViewer(root, source, theme) {
     if (!Object.keys(change).length) ui.controls.focusPrompt();
     return undefined;
   }
-  const stopTyping = () => set({ live: null, edits: [], past: [], pair: null });
+  /** Back to the stored sentence; in another one the most telling word is chosen anew. */
+  function stopTyping() {
+    const { live, sentence } = store.get();
+    const same = live?.text === data.run?.sentences[sentence]?.text && !live?.new_tokens;
+    set({ live: null, edits: [], past: [], pair: null, ...(same ? {} : { query: null, key: null }) });
+  }
   function ask({ add = 0, ...change }) {
     const { live, edits } = store.get();
     const next = { ...live, ...change };
@@ -252,7 +257,7 @@ export async function mountViewer(root, source, theme) {
   };
   const notes = () => {
     const own = Boolean(store.get().live) || source.scoredOn === "sentence";
-    return [t(own && !data.map?.usual ? "note_scores_own" : "note_scores"), t("note_colour"), t(!data.map?.exact ? "note_stored" : source.remote ? "note_exact" : "note_exact_page"), source.live ? "" : t(`why_${source.why}`)].filter(Boolean);
+    return [t(own && !data.map?.usual ? "note_scores_own" : "note_scores"), t("note_colour"), t(!data.map?.exact ? "note_stored" : source.remote ? "note_exact" : "note_exact_page"), source.live ? whyNotLive() : t(`why_${source.why}`)].filter(Boolean);
   };
 
   /** What *Save* saves. */

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from minitf.config.compose import compose_config
+from minitf.config.help import help_page
 from minitf.config.overrides import check_overrides
 from minitf.config.presets import options
 from minitf.config.preview import preview
@@ -57,6 +58,14 @@ assert "torch" not in sys.modules
     assert max(map(len, said.splitlines())) <= 60
     piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (piped.returncode, piped.stderr) == (0, "")  # a mistake is one line where a program reads it
+
+
+def test_the_help_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_page().splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert any(line.startswith(" " * 20) for line in lines)  # a description goes on in its own column
 
 
 def test_a_line_is_broken_between_words_after_its_label() -> None:

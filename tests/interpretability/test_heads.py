@@ -142,7 +142,7 @@ def test_nearby_and_broad_heads_are_named() -> None:
     assert head_pattern(scores, 0, 0) == ("nearby", pytest.approx(1))
     assert head_pattern(scores, 0, 1) == ("broad", pytest.approx(1))
     assert head_pattern(scores, 0, 2) is None
-    assert [describe_head(scores, 0, head) for head in range(3)] == ["nearby words 1.00", "broad 1.00", ""]
+    assert [describe_head(scores, 0, head) for head in range(3)] == ["nearby tokens 1.00", "broad 1.00", ""]
 
 
 CONTEXT, VOCABULARY = 32, 64

@@ -39,6 +39,7 @@ ADDED_PER_HOVER = 12
 VIEWS = ("lines", "matrix", "three_steps", "next_token", "over_training", "compare")
 PROBES = ("lens", "contributions", "patch")  # views that ask the model
 MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
+READ = ("textarea", ".reading .sentence", ".readout", ".effect")  # typed, and said about it
 LAPTOP = {"width": 1366, "height": 650}  # what a laptop leaves of a window
 
 
@@ -226,6 +227,8 @@ def test_several_heads_say_which_is_which(page: Any, tmp_path: Path) -> None:
     box = page.locator(".plot canvas").first.bounding_box()
     page.mouse.move(box["x"] + 4, box["y"] + box["height"] - 4)
     assert len(page.inner_text(".tooltip").split("\n")) == 7
+    bars = page.evaluate("[...document.querySelectorAll('.token small i')].map((bar) => bar.offsetHeight)")
+    assert max(bars) >= 6  # of random weights among four words
     assert page.inner_text(".readout").startswith("Layer ")
 
 
@@ -233,6 +236,12 @@ def test_a_page_of_one_map_says_what_it_is_of(page: Any, tmp_path: Path) -> None
     open_page(page, tmp_path, attention_page([maps_of(["a", "b"])], "Attention of runs/x, step 3", "sentence"))
     assert page.inner_text("h1") == "Attention of runs/x, step 3"
     assert page.locator(".tabs button:visible").all_inner_texts() == ["Lines", "Matrix", "Three steps", "Next token"]
+    show(page, "three_steps")  # without vectors there is nothing to move, nor to type
+    assert page.locator(".temperature").is_hidden()
+    assert page.inner_text(".three-steps .missing").endswith("Choose a shorter sentence.")
+    page.keyboard.press("?")
+    assert "what it does most in this sentence" in page.inner_text("dialog")
+    page.keyboard.press("Escape")
     page.dispatch_event('button:has-text("Type a sentence")', "click")
     assert "tensorboard --logdir runs" in page.inner_text(".toast")
 
@@ -309,6 +318,17 @@ def test_the_keyboard_reaches_everything(page: Any, trained_run: Path) -> None:
     page.focus(".plot")
     page.keyboard.press("ArrowUp")
     assert "(key)" in page.inner_text(".readout")
+    show(page, "over_training")
+    page.focus(".score-plot")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    told = page.inner_text(".tooltip").split("\n")
+    assert told[0] == page.inner_text(".head-title h2")  # of the chosen head
+    assert "step " in told[1]
+    page.keyboard.press("ArrowDown")
+    name = page.inner_text(".tooltip").split("\n")[0]
+    page.keyboard.press("Enter")
+    assert page.inner_text(".head-title h2") == name != told[0]
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button, input, select')].filter((e) => e.checkVisibility()"
         " && !(e.innerText || e.ariaLabel || e.title || e.labels?.length)).length"
@@ -556,6 +576,8 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
     frame.wait_for_selector("textarea", state="visible")
     frame.fill("textarea", "The old man sat")
     frame.wait_for_function("() => document.querySelector('.counter').textContent === '15 of 32 tokens'")
+    assert "checkpoints kept" in frame.inner_text(".losses")
+    assert frame.locator(".prompt button:has-text('Remove generated')").is_disabled()
     with page.expect_response(lambda reply: "old man" in (reply.request.post_data or "") and reply.ok) as answered:
         page.keyboard.press("Enter")
     reply = answered.value.json()
@@ -569,6 +591,7 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
     frame.click('.prompt button:has-text("+1") >> nth=0')
     frame.wait_for_function("() => document.querySelectorAll('.reading .token').length === 16")
     assert frame.locator(".token.new").count() >= 1
+    assert frame.locator(".prompt button:has-text('Remove generated')").is_enabled()
     # a head off: the text stays, and the prediction is shown next to the one before
     written = frame.locator(".reading .token").all_inner_texts()
     show(frame, "next_token")
@@ -576,6 +599,7 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
     frame.click(".switch")
     frame.wait_for_selector(".likely.changed .whole")
     assert frame.locator(".thumb.off").count() == 1
+    assert frame.inner_text(".likely.heading").split("\n") == ["unchanged", "with the changes"]
     assert "off: layer 1, head 2" in frame.inner_text(".edit-chips")
     assert len(frame.locator(".reading .token").all_inner_texts()) == len(written)
     # too long a text: the problem stands there, and no map of another text
@@ -584,9 +608,17 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
         page.keyboard.press("Enter")
     frame.wait_for_selector(".problem-box:has-text('40 tokens')")
     assert frame.locator(".columns").is_hidden()
+    frame.fill("textarea", "مرحبا")
+    page.keyboard.press("Enter")
+    frame.wait_for_selector(".reading .token")
+    directions = [frame.locator(name).first.evaluate("one => getComputedStyle(one).direction") for name in READ]
+    assert directions == ["rtl", "rtl", "ltr", "ltr"]
     frame.click(".prompt .icon")
-    frame.wait_for_selector(".thumb")
+    frame.wait_for_selector(".controls .grow select", state="visible")
+    frame.wait_for_selector("main > .columns:not(.stale)")
     assert frame.inner_text(".losses b") == "step 40"
+    last = frame.locator(".reading .token").last
+    assert last.get_attribute("aria-pressed") == "false"  # the most telling word, not the last
 
 
 def test_a_look_is_forbidden_moved_and_had_back(page: Any, server: str, trained_run: Path) -> None:
@@ -713,6 +745,86 @@ def test_the_tab_survives_missing_data(page: Any, server: str, logdir: Path) -> 
     assert "no checkpoint" in frame.inner_text(".toast")
     assert json.load(urllib.request.urlopen(f"{server}/runs"))["runs"]
     assert os.path.isdir(logdir)
+
+
+def test_without_runs_the_tab_says_where_it_looked(page: Any, server: str) -> None:
+    nothing = {"runs": [], "tags": {}, "logdir": "/some/where", "live": True, "why": None}
+    page.route("**/minitf_attention/runs", lambda route: route.fulfill(json=nothing))
+    page.goto(server.split("/data/")[0] + "/#minitf_attention")
+    page.wait_for_selector("iframe", timeout=60_000)
+    frame = next(frame for frame in page.frames if frame != page.main_frame)
+    frame.wait_for_selector(".problem-box h2", timeout=60_000)
+    assert frame.inner_text(".problem-box h2") == "No attention maps yet"
+    assert frame.inner_text(".problem-box p").endswith("/some/where")
+    # nothing that does nothing
+    assert frame.locator("button:visible").all_inner_texts() == ["?", "中文", "Try again"]
+    assert frame.locator("select:visible, input:visible").count() == 0
+
+
+def test_what_is_loading_or_failed_says_so_where_it_would_be(page: Any, server: str) -> None:
+    frame = frame_of_tab(page, server)
+    choose_run(page, frame, "tiny/one")
+    waiting: list[Any] = []
+    page.route("**/minitf_attention/map?*", lambda route: waiting.append(route))
+    frame.focus(".chart input")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")  # while the maps of the first step load
+    assert frame.inner_text(".losses b") == "step 3"
+    frame.wait_for_selector(".columns.stale[aria-busy=true]")
+    assert frame.inner_text(".busy") == "Loading…"
+    for route in waiting:
+        route.continue_()
+    frame.wait_for_selector(".columns:not(.stale)")
+    assert frame.inner_text(".busy") == ""
+    page.unroute("**/minitf_attention/map?*")
+    page.route("**/minitf_attention/map?*", lambda route: route.abort())
+    for _ in range(4):  # further than what was loaded ahead
+        page.keyboard.press("ArrowRight")
+    frame.wait_for_selector(".columns.failed")
+    assert frame.inner_text(".problem-box p").startswith("TensorBoard does not answer. Is it still running?")
+    page.unroute("**/minitf_attention/map?*")
+    frame.click(".problem-box button")
+    frame.wait_for_selector(".columns:not(.failed):not(.stale)")
+    assert frame.locator(".problem-box").is_hidden()
+
+
+def test_checkpoints_that_are_gone_are_said_where_they_are_needed(page: Any, server: str) -> None:
+    frame = frame_of_tab(page, server)
+    choose_run(page, frame, "gone")
+    for name in ('button:has-text("Type a sentence")', ".switch", ".test"):
+        assert "no checkpoint" in frame.get_attribute(name, "title"), name
+        assert frame.get_attribute(name, "aria-disabled") == "true"
+    frame.focus(".tabs [aria-selected=true]")
+    page.keyboard.press("?")
+    assert "no checkpoint" in frame.inner_text("dialog")
+    page.keyboard.press("Escape")
+    # removed while the page is open
+    choose_run(page, frame, "tiny/one")
+    refused = {"error": "there is no checkpoint of step 40 (any more)", "code": "no_checkpoint", "values": {}}
+    page.route("**/minitf_attention/live", lambda route: route.fulfill(status=422, json=refused))
+    frame.click('button:has-text("Type a sentence")')
+    frame.fill("textarea", "The old man sat")
+    page.keyboard.press("Enter")
+    frame.wait_for_selector(".problem-box p:has-text('no checkpoint')")
+    assert frame.input_value("textarea") == "The old man sat"
+    assert frame.locator(".timeline").is_visible()
+    assert frame.locator(".columns").is_hidden()
+    frame.click(".prompt .icon")
+    frame.wait_for_selector(".thumb")
+    assert frame.locator(".problem-box").is_hidden()
+
+
+def test_a_run_is_compared_with_its_first_step_and_with_runs_of_the_same_sentence(page: Any, server: str) -> None:
+    frame = frame_of_tab(page, server)
+    choose_run(page, frame, "hundred")
+    show(frame, "compare")
+    frame.wait_for_selector(".compare figure >> nth=2")
+    captions = frame.locator(".compare figcaption").all_inner_texts()
+    assert [" ".join(one.split()) for one in captions] == ["A step 99", "B step 0", "B − A"]
+    options = frame.locator(".compare-with select").first.locator("option").all_inner_texts()
+    assert options[0] == "this run at another step"
+    assert "run resumed" in options
+    assert not any("tiny/one" in option for option in options)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

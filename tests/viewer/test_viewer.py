@@ -65,6 +65,7 @@ def test_both_languages_have_all_texts() -> None:
     asked = {key for source in SOURCES.values() for key in re.findall(r'\bt\("(\w+)"', source)}
     assert asked <= set(english), asked - set(english)
     assert {f"about_{name}" for name in NAMES} <= set(english)
+    assert {name: english[name] for name in NAMES} == NAMES  # as in the terminal and in the pictures
     signs = {"masked", "dot", "divided", "difference", "side_a", "side_b", "compare_readout", "sum_of", "head_short"}
     signs |= {"prompt_next", "prompt_more"}
     assert all(re.search(r"[\u4e00-\u9fff]", text) for key, text in chinese.items() if key not in signs)

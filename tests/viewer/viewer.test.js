@@ -9,7 +9,9 @@ import { targetStart, wordsOfTokens } from "./alignment.js";
 import { valueAt } from "./charts.js";
 import { inkOn, luminance, paletteOf } from "./colours.js";
 import { readContributions } from "./contributions.js";
+import { runName } from "./compare.js";
 import { createData, firstStep, otherOf } from "./data.js";
+import { quoted } from "./dom.js";
 import { changed, cutIn, editText, effectOf, effectText, fromText, leavesSome, liveOf, requestOf, toText, toggled, undone, withEdit } from "./edits.js";
 import { arrange, ordered, roleOf } from "./heads.js";
 import { lensWords, readLens } from "./lens.js";
@@ -122,6 +124,10 @@ test("a fork is compared with the run it continues, until something else is chos
   assert.deepEqual(otherOf(state, run), { kind: "run", run: "parent", step: null });
   assert.deepEqual(otherOf({ ...state, other: firstStep(state, run) }, run), { kind: "step", step: 5, run: null });
   assert.deepEqual(otherOf(state, { ...run, forked_from: null }), { kind: "step", step: 5, run: null });
+  const [english, chinese] = ["en", "zh"].map((language) => runName(translator(language), run, "parent"));
+  assert.equal(english, "run parent, which this one was forked from at step 5");
+  assert.ok(chinese.includes("parent") && chinese.includes("5") && /分出/.test(chinese));
+  assert.equal(runName(translator("en"), run, "another"), "run another");
 });
 
 test("heads are sorted by score and importance", () => {
@@ -160,6 +166,12 @@ test("a difference of zero has the colour of zero", () => {
     assert.deepEqual([127, 127.5, 128].map((place) => rgb(signs[Math.round(place)])), Array(3).fill(signed(0)));
     assert.notEqual(rgb(signs[129]), signed(0));
   }
+});
+
+test("a word read from right to left turns nothing around it", () => {
+  assert.equal(quoted(" cat"), "“cat”");
+  assert.equal(quoted("שלום"), "“\u2068שלום\u2069”");
+  assert.equal(quoted("م(1/2)"), "“\u2068م(1/2)\u2069”");
 });
 
 test("saved data can be read by a spreadsheet and is no formula", () => {

@@ -112,13 +112,15 @@ export async function render() {
   const style = Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL("./viewer.css", import.meta.url).href });
   const main = document.createElement("main");
   document.title = "Attention";
-  document.documentElement.lang = "en";
+  document.documentElement.lang = preferredLanguage() === "zh" ? "zh-Hans" : "en";
   document.head.append(style);
   document.body.append(main);
+  const t = translator(preferredLanguage());
+  main.textContent = t("loading");
   await new Promise((resolve) => { style.onload = style.onerror = resolve; });
   try {
     await mountViewer(main, await tabSource(), tensorBoardTheme());
   } catch (error) {
-    main.replaceChildren(problemText(translator(preferredLanguage()), problemOf(error)));
+    main.replaceChildren(problemText(t, problemOf(error)));
   }
 }
