@@ -4,7 +4,8 @@ import { button, make, rich } from "./dom.js";
 
 const KEYS = [
   ["?", "keys_help"], ["1–9 0", "keys_view"], ["Space", "keys_play"], [", .", "keys_step"], ["[ ]", "keys_head"], ["j k", "keys_word"],
-  ["t", "keys_type"], ["x", "keys_forbid"], ["m", "keys_move"], ["u", "keys_undo"], ["f", "keys_first"], ["s", "keys_save"], ["c", "keys_link"], ["Esc", "keys_escape"], ["← ↑ → ↓", "keys_arrows"],
+  ["t", "keys_type"], ["x", "keys_forbid"], ["m", "keys_move"], ["u", "keys_undo"], ["f", "keys_first"], ["s", "keys_save"], ["c", "keys_link"], ["Esc", "keys_escape"],
+  ["← ↑ → ↓", "keys_arrows"], ["Home End", "keys_ends"], ["Enter", "keys_enter"], ["Ctrl", "keys_several"],
 ];
 
 /** `actions` are the functions of the keys: { key: () => ... }; `notes()` are paragraphs about the numbers shown. */

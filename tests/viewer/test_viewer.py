@@ -71,6 +71,17 @@ def test_both_languages_have_all_texts() -> None:
     assert all(re.search(r"[\u4e00-\u9fff]", text) for key, text in chinese.items() if key not in signs)
 
 
+def test_the_help_lists_every_key() -> None:
+    listed = set(re.findall(r'\["([^"]+)", "keys_', SOURCES["help.js"]))
+    single = {key for keys in listed for key in keys.split()} | {str(number) for number in range(10)}
+    table = SOURCES["viewer.js"].split("listenToKeys(document, {")[1].split("...Object")[0]
+    keys = re.findall(r'(?:^|[ {,])(?:"(.)"|([a-z])): ', table, flags=re.MULTILINE)
+    assert len(keys) >= 13
+    assert {"Space" if one == " " else one or other for one, other in keys} <= single
+    pressed = {key for source in SOURCES.values() for key in re.findall(r'event\.key [!=]== "(\w+)"', source)}
+    assert pressed - {"Escape"} <= single
+
+
 def test_every_refusal_has_a_text() -> None:
     """Of the page itself, and of what the server and the model raise with a code."""
     codes = {code for source in SOURCES.values() for code in re.findall(r'\brefusal\("(\w+)"', source)} | set(
