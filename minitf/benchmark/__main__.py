@@ -20,6 +20,7 @@ from minitf.benchmark.report import Report, Request, write_json
 from minitf.benchmark.saving import saving
 from minitf.benchmark.shakespeare import quality, shakespeare
 from minitf.benchmark.training import step, throughput
+from minitf.benchmark.viewer import viewer
 from minitf.errors import MinitfError, RequestError, run_command
 
 
@@ -51,6 +52,7 @@ BENCHMARKS = {
     "curves": Benchmark(curves, "tokens/s and memory against width, depth and context", 0, 5),
     "corpus": Benchmark(corpus, "tokenizing and training against the size of the text (--corpus-mb)", 2, 1),
     "distributed": Benchmark(distributed, "bytes and milliseconds of communication between two processes", 0, 0.5),
+    "viewer": Benchmark(viewer, "in Chromium: page and tab, events until painted, positions, first page", 2, 1),
     "gpu": Benchmark(gpu, "on CUDA: GPT-2's step against nanoGPT compiled, decoding against bandwidth", 1, 3),
 }
 

@@ -250,6 +250,18 @@ def encode(checkpoint: str, text: str, num_tokens: int) -> dict[str, Any]:
     return {"ids": minitf.load(checkpoint, "cpu").tokenizer.encode(text)[:num_tokens]}
 
 
+def sentences(checkpoint: str, text: str, lengths: Sequence[int], first_words: Sequence[str]) -> dict[str, Any]:
+    """Beginnings of a text with these numbers of tokens; the last of them also with each other first word that fits."""
+    import minitf
+
+    encode = minitf.load(checkpoint, "cpu").tokenizer.encode
+    ends = [next(end for end in range(1, len(text) + 1) if len(encode(text[:end])) == length) for length in lengths]
+    rest = text[: ends[-1]].partition(" ")[2]
+    variants = [f"{word} {rest}" for word in first_words]
+    changed = [one for one in variants if len(encode(one)) == lengths[-1] and one != text[: ends[-1]]]
+    return {"texts": [text[:end] for end in ends], "changed": changed}
+
+
 def decode(checkpoint: str, prompt: list[int], batch_size: int, num_tokens: int, repeats: int) -> dict[str, Any]:
     """Greedy continuation of a prompt, `repeats` times after a warm-up: seconds of each, and the ids."""
     from itertools import islice

@@ -15,6 +15,7 @@ import torch
 from helpers import make_text
 
 from minitf.benchmark import (
+    browser,
     curves,
     generation,
     hugging_face,
@@ -33,6 +34,7 @@ from minitf.benchmark.process import in_child
 from minitf.benchmark.report import Report, Request, number
 from minitf.benchmark.text import write_text
 from minitf.benchmark.training import TOY
+from minitf.benchmark.viewer import viewer
 from minitf.errors import MinitfError, RequestError, run_command
 from minitf.model import Transformer
 from minitf.training.flops import flops_per_token
@@ -381,6 +383,44 @@ def test_the_memory_of_a_loss_is_measured_in_a_process_of_its_own() -> None:
     assert naive["loss"] == pytest.approx(chunked["loss"], rel=1e-3)
     assert naive["mb"] > chunked["mb"] + 60
     assert chunked["peak_mb"] < ballast.nbytes / 1e6 + 350
+
+
+def test_the_viewer_is_not_measured_without_a_browser(request_here: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report("viewer")
+    monkeypatch.setattr(browser.importlib.util, "find_spec", lambda name: None)
+    viewer(request_here, report)
+    assert report.skipped == ["the viewer skipped: playwright is not installed (pip install -e '.[browser]')"]
+
+
+@pytest.mark.browser
+def test_an_event_is_timed_until_what_it_changes_is_painted() -> None:
+    changes = "document.body.textContent += '1', setTimeout(() => { document.body.title = 'all'; }, 300)"
+    with browser.chromium() as chromium:
+        page = chromium.new_page()
+        page.set_content(f'<body onclick="{changes}">0')
+        arguments = (page, lambda: page.click("body"), "click", "document.body.textContent")
+        assert browser.milliseconds(*arguments, ready="document.body.title") >= 300
+        assert page.inner_text("body") == "01"
+    with pytest.raises(MinitfError, match="no such thing"), browser.chromium() as chromium:
+        browser.milliseconds(chromium.new_page(), lambda: None, "click", "(() => { throw 'no such thing'; })()")
+
+
+@pytest.mark.browser
+def test_the_viewer_end_to_end(request_here: Request, monkeypatch: pytest.MonkeyPatch, plugin_path: str) -> None:
+    monkeypatch.setenv("PYTHONPATH", plugin_path)
+    report = Report("viewer")
+    viewer(request_here, report)
+    assert not report.skipped
+    medians = {row.what: row.median for row in report.rows}
+    sizes = {what: value for what, value in medians.items() if what.endswith(": the view")}
+    assert len(sizes) == 8
+    assert all(height >= 320 for height in sizes.values())
+    cards = [value for what, value in medians.items() if what.startswith("TensorBoard")]
+    assert len(cards) == 2
+    assert all(10 <= count <= 20 for count in cards)
+    times = [row for row in report.rows if row.unit == "ms"]
+    assert len(times) == 14
+    assert all(len(row.samples) in (1, 2) for row in times)
 
 
 def test_plots_are_small_and_legible_on_any_background(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import io
 import json
 import os
 import re
-import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from helpers import NASTY, maps_of
 
 import minitf
 from minitf import edits
+from minitf.benchmark.browser import chromium
+from minitf.errors import Unavailable
 from minitf.interpretability.attention_maps import attention_maps
 from minitf.interpretability.interventions import Reader
 from minitf.interpretability.page import attention_page
@@ -33,7 +35,6 @@ from minitf.viewer import viewer_page
 
 pytestmark = pytest.mark.browser
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 # Elements a hover may add: the note at the pointer and the bold words of a sentence.
 ADDED_PER_HOVER = 12
 VIEWS = ("lines", "matrix", "three_steps", "next_token", "over_training", "compare")
@@ -45,15 +46,12 @@ LAPTOP = {"width": 1366, "height": 650}  # what a laptop leaves of a window
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="install the extra minitf[browser]")
-    with playwright.sync_playwright() as started:
-        system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with ExitStack() as stack:
         try:
-            launched = started.chromium.launch(args=FLAGS, executable_path=system)
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium to start: {str(error).splitlines()[0]}")
+            launched = stack.enter_context(chromium())
+        except Unavailable as error:
+            pytest.skip(str(error))
         yield launched
-        launched.close()
 
 
 @pytest.fixture
