@@ -104,7 +104,9 @@ def test_model_too_large_for_its_time_is_warned_of(
         assert len(found) == bool(asked)
         assert all(line.startswith("warning") and asked in line for line in found)
     assert train_here(*larger, "trainer.max_minutes=1e-6") == 0
-    assert "note       128 tokens in this time for" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "note       128 tokens in this time for" in said
+    assert re.search(r"\ntraining .*: about 1 steps of 128 tokens, .*, as speed allows\n", said)
     assert train_here(*settings, "trainer.max_minutes=1e-6") == 0  # no preset is smaller than this model
     assert train_here(*tiny) == 0  # a number of steps was asked for
     said = capsys.readouterr().err

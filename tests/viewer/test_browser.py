@@ -221,6 +221,8 @@ def test_several_heads_say_which_is_which(page: Any, tmp_path: Path) -> None:
         page.click(f'.thumb[aria-label^="Layer 1, head {head}"]')
     assert page.locator('.thumb[aria-pressed="true"]').count() == 6
     assert "At most 6 heads" in page.inner_text(".toast")
+    shares = page.locator(".lines ol >> nth=1").locator("li").first.inner_text()
+    assert shares.count("%") >= 4  # of each head that looks there, in its colour
     show(page, "matrix")
     box = page.locator(".plot canvas").first.bounding_box()
     page.mouse.move(box["x"] + 4, box["y"] + box["height"] - 4)

@@ -11,12 +11,12 @@ import { inkOn, luminance, paletteOf } from "./colours.js";
 import { readContributions } from "./contributions.js";
 import { runName } from "./compare.js";
 import { createData, firstStep, otherOf } from "./data.js";
-import { quoted } from "./dom.js";
+import { percent, quoted } from "./dom.js";
 import { changed, cutIn, editText, effectOf, effectText, fromText, leavesSome, liveOf, requestOf, toText, toggled, undone, withEdit } from "./edits.js";
 import { arrange, ordered, roleOf } from "./heads.js";
 import { lensWords, readLens } from "./lens.js";
 import { lineAt, spaced } from "./lines.js";
-import { foundAt, readMap } from "./maps.js";
+import { foundAt, headLook, readMap } from "./maps.js";
 import { curvesOf } from "./over_training.js";
 import { readPatch } from "./patch.js";
 import { partOf, probesOf } from "./probes.js";
@@ -25,6 +25,7 @@ import {
   INITIAL, clickHead, createStore, defaultHead, defaultQuery, fitMap, fitRun, fromAddress, lastToken, lookAt, nearest, toAddress,
 } from "./state.js";
 import { translator } from "./texts.js";
+import { describe } from "./words.js";
 
 const raw = JSON.parse(readFileSync("map.json"));
 const map = readMap(raw);
@@ -166,6 +167,13 @@ test("a difference of zero has the colour of zero", () => {
     assert.deepEqual([127, 127.5, 128].map((place) => rgb(signs[Math.round(place)])), Array(3).fill(signed(0)));
     assert.notEqual(rgb(signs[129]), signed(0));
   }
+});
+
+test("a small share is not none, and a norm has its unit", () => {
+  assert.deepEqual([0, 0.0002, 0.0006, 0.0994, 0.2].map((share) => percent(share)), ["0%", "<0.1%", "0.1%", "9.9%", "20%"]);
+  const say = (measure) => describe(translator("en"), map, [headLook(map, 0, 1, { measure, hideFirst: false }, 0)], 4, null);
+  assert.match(say("norm"), /takes most from .* \d+\.\d\d.* \(weight × norm\)\.$/);
+  assert.match(say("weight"), /looks most at “.*” \d+(\.\d)?%/);
 });
 
 test("a word read from right to left turns nothing around it", () => {
