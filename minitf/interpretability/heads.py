@@ -49,30 +49,39 @@ def head_scores(
 ) -> HeadScores:
     """Score every head for known patterns; two forward passes. `ids_BT` is held-out text, read as in training.
 
-    entropy, previous_token, first_token, this_token and nearby are the `pattern_scores` on the text; `targets_BT` and
-    `segments_BT` are those of a `Batch`. The other two are measured on a repeated sequence of random tokens, for
-    queries in the second half (Olsson et al., "In-context Learning and Induction Heads", 2022). same_word: the weight
-    on the previous occurrence of the query's own token. induction: the weight on the token *after* that occurrence. The
-    random tokens depend on `seed` only.
+    These are the `pattern_scores` on the text and the `repetition_scores`; `targets_BT` and `segments_BT` are those of
+    a `Batch`.
     """
     device = next(model.parameters()).device
+    targets_BT = None if targets_BT is None else targets_BT.to(device)
+    segments_BT = None if segments_BT is None else segments_BT.to(device)
+    record: list[AttentionRecord] = []
+    with evaluating(model):
+        model.hidden(ids_BT.to(device), record=record, segments_BT=segments_BT)
+    layers = [pattern_scores(layer.weights_BHTS.transpose(0, 1), targets_BT, segments_BT) for layer in record]
+    scores = {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
+    return scores | repetition_scores(model, seed)
+
+
+@torch.no_grad()
+def repetition_scores(model: "Transformer", seed: int = 0) -> HeadScores:
+    """Two scores on a repeated sequence of random tokens, which depend on `seed` only, for queries in the second half.
+
+    same_word: the weight on the previous occurrence of the query's own token. induction: the weight on the token
+    *after* that occurrence (Olsson et al., "In-context Learning and Induction Heads", 2022).
+    """
     half = min(model.config.context_length, 64) // 2
     generator = torch.Generator().manual_seed(seed)
     random_BT = torch.randint(model.vocab_size, (4, half), generator=generator).repeat(1, 2)
-    targets_BT = None if targets_BT is None else targets_BT.to(device)
-    segments_BT = None if segments_BT is None else segments_BT.to(device)
-    text: list[AttentionRecord] = []
-    random: list[AttentionRecord] = []
+    record: list[AttentionRecord] = []
     with evaluating(model):
-        model(ids_BT.to(device), record=text, segments_BT=segments_BT)
-        model(random_BT.to(device), record=random)
-    layers = [pattern_scores(layer.weights_BHTS.transpose(0, 1), targets_BT, segments_BT) for layer in text]
-    scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        model.hidden(random_BT.to(next(model.parameters()).device), record=record)
+    scores = {}
     # The token at t occurred before at t - half; the token after that is at t - half + 1.
     for name, distance, skipped in (("same_word", half, 0), ("induction", half - 1, 1)):
-        values = [layer.weights_BHTS.diagonal(-distance, -2, -1)[..., skipped:].mean((0, 2)) for layer in random]
-        scores[name] = torch.stack(values).float().nan_to_num().clamp(0, 1)
-    return {name: values.cpu() for name, values in scores.items()}
+        values = [layer.weights_BHTS.diagonal(-distance, -2, -1)[..., skipped:].mean((0, 2)) for layer in record]
+        scores[name] = torch.stack(values).float().nan_to_num().clamp(0, 1).cpu()
+    return scores
 
 
 def pattern_scores(

@@ -33,7 +33,7 @@ class RunFolders:
 
     def checkpoint(self, run: str, step: int) -> Path | None:
         """A run's checkpoint at a step, or else its snapshot, if there is one that lies within the run."""
-        return self._checkpoints(run).get(step)
+        return self._checkpoints(run, step).get(step)
 
     def maps(self, run: str, tag: str, step: int) -> bytes | None:
         """The row of the run's attention.jsonl with the maps of a sentence at a step, if it exists."""
@@ -88,7 +88,8 @@ class RunFolders:
         directory = os.path.realpath(os.path.join(self.logdir, run))
         return directory if _is_within(directory, self.logdir) else None
 
-    def _checkpoints(self, run: str) -> dict[int, Path]:
+    def _checkpoints(self, run: str, wanted: int | None = None) -> dict[int, Path]:
+        """All by step, or only that of the step wanted: each takes a dozen calls of the file system."""
         directory = self._directory(run)
         if directory is None:
             return {}
@@ -97,7 +98,7 @@ class RunFolders:
             with suppress(OSError), os.scandir(os.path.join(directory, folder)) as entries:  # absent, or not readable
                 for entry in entries:
                     match = STEP_NAME.fullmatch(entry.name)
-                    if match and _is_complete(entry.path, directory):
+                    if match and wanted in (None, int(match[1])) and _is_complete(entry.path, directory):
                         found[int(match[1])] = Path(os.path.realpath(entry.path))
         return found
 

@@ -24,7 +24,7 @@ from minitf.interpretability.attention_maps import (
     pair_of,
     predictions_of_ids,
 )
-from minitf.interpretability.heads import HeadScores, evaluating, head_scores, heads_off, pattern_scores
+from minitf.interpretability.heads import HeadScores, evaluating, heads_off, pattern_scores, repetition_scores
 from minitf.interpretability.patching import TextPair
 from minitf.interpretability.position_edits import place_edits
 from minitf.interpretability.reference_cases import ids_of
@@ -159,8 +159,8 @@ def _maps(loaded: Loaded, question: Question, sentence: Sentence, edits: Edits |
         maps = attention_maps_of_ids(model, tokenizer, sentence.ids, question.text, step, TOP_K, edits=edits)
         # Those on random tokens do not depend on the sentence: they are measured once.
         if question.heads_off not in loaded.scores:
-            loaded.scores[question.heads_off] = head_scores(model, torch.tensor([sentence.ids]))
-        scores = loaded.scores[question.heads_off] | pattern_scores(maps.weights_LHTS[:, :, None])
+            loaded.scores[question.heads_off] = repetition_scores(model)
+        scores = pattern_scores(maps.weights_LHTS[:, :, None]) | loaded.scores[question.heads_off]
         maps = replace(maps, scores=scores)
     if not maps.weights_LHTS.isfinite().all():
         raise RefusedError(

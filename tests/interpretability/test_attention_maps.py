@@ -25,7 +25,7 @@ class PatternModel(nn.Module):
         self.vocab_size = 1000
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, ids_BT: Tensor, record: list[AttentionRecord], segments_BT: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, record: list[AttentionRecord], segments_BT: Tensor | None = None) -> Tensor:
         B, T = ids_BT.shape
         weights_BHTS = torch.zeros(B, 5, T, T)
         for b in range(B):
@@ -38,7 +38,7 @@ class PatternModel(nn.Module):
                 weights_BHTS[b, 4, t, t] = 1
         nothing = torch.zeros(B, 5, T, 1)
         record.append(AttentionRecord(nothing, nothing, nothing, weights_BHTS, nothing))
-        return torch.zeros(B, T, self.vocab_size)
+        return torch.zeros(B, T, 1)
 
 
 @pytest.fixture
