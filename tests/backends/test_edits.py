@@ -43,6 +43,11 @@ NAMED = {"norm": "attention.RMSNorm", "rotate": "rope.rotate", "SwiGLU": "model.
          "loss": "loss.chunk_loss", "Muon": "optim.orthogonalise"}  # fmt: skip
 IN_THE_FORMULA = ("match", "weigh", "gather", "a new setting")
 NOT_IN_THE_FORWARD_PASS = ("loss", "Muon")
+# torch.compile generates C++ for these, which takes most of a minute. For the others it traces the same graphs and runs
+# them by PyTorch's operations: which code it traces is ours, how that becomes C++ is PyTorch's.
+TO_CPP = ("weigh", "loss", "a new setting")
+TRACED = ("system/hardware", "torch.compile(function, dynamic=False)",
+          'torch.compile(function, dynamic=False, backend="aot_eager")')  # fmt: skip
 UNEDITED: dict[tuple[int, str], dict[str, Any]] = {}  # what runs without an edit give, by context and precision
 
 
@@ -107,7 +112,7 @@ def check(edit: str, context: int, precision: str, compiled: bool, text: Path, t
     plain_runs = {name: runs[name] for name in ("as written", "kernels")}
     if compiled:
         runs["compiled"] = settings(text, context, precision, *ways["compiled"])
-    package = edited_package(tmp_path / "edited", EDITS[edit])
+    package = edited_package(tmp_path / "edited", [*EDITS[edit], *([] if edit in TO_CPP else [TRACED])])
     after = tmp_path / "after"
     after.mkdir()
     if (context, precision) not in UNEDITED:
@@ -164,5 +169,5 @@ def test_every_edit_trains_shows_and_generates(
 ) -> None:
     if precision not in kernel_precisions():
         not_applicable(f"this processor has no C kernels in {precision}")
-    # Compiling takes the better part of a minute: in one precision, at one length.
+    # Compiled in one precision, at one length.
     check(edit, context, precision, (precision, context) == ("fp32", 64), text, tmp_path)
