@@ -34,6 +34,12 @@ def scores(pronouns_run: Path) -> ReferenceScores:
     return evaluate_reference(load_checkpoint(pronouns_run), "pronouns")
 
 
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 of 1,440 sentences: for what a run writes, whatever it measures."""
+    monkeypatch.setattr("minitf.training.task.cases_of", lambda *exercise: cases_of(*exercise)[:48])
+
+
 def near_chance(score: Score) -> bool:
     """Within three standard errors, those of a guess; one answer more for scores that are 0."""
     error = (score.chance * (1 - score.chance) / score.n) ** 0.5
@@ -204,7 +210,7 @@ def test_tensorboard_gets_the_curves_and_chance_as_a_line(pronouns_run: Path) ->
     assert {"watch/It>cat/probability", "watch/It>cat/probability_blocked"} <= curves.keys()
 
 
-def test_resuming_repeats_and_loses_no_row(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_repeats_and_loses_no_row(workdir: Path, monkeypatch: pytest.MonkeyPatch, few_cases: None) -> None:
     small = [*EXERCISE, "model.hidden_size=32", "trainer.max_steps=7", "trainer.attention_every=5", "run_dir=run"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
@@ -215,7 +221,9 @@ def test_resuming_repeats_and_loses_no_row(workdir: Path, monkeypatch: pytest.Mo
         assert [row["step"] for row in rows("run", split)][::each] == [0, 1, 2, 4, 5, 7]
 
 
-def test_the_end_of_a_run_says_what_was_found(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_says_what_was_found(
+    workdir: Path, capsys: pytest.CaptureFixture[str], few_cases: None
+) -> None:
     assert train_here(*EXERCISE, "trainer.max_steps=2", "trainer.attention_every=2", "run_dir=run") == 0
     lines = capsys.readouterr().err.splitlines()
     (at,) = (index for index, line in enumerate(lines) if line.startswith("reference  "))
@@ -263,11 +271,12 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_evaluate_measures_a_run_on_its_own_exercise(
-    pronouns_run: Path, scores: ReferenceScores, capsys: pytest.CaptureFixture[str]
+    pronouns_run: Path, scores: ReferenceScores, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = json.loads(evaluated(capsys, "--run", str(pronouns_run), "--json"))
     assert content["reference"] == scores.to_json()
     assert content["bits_per_byte"] > 0
+    monkeypatch.setattr("minitf.cli.evaluate.evaluate_reference", lambda *_: scores)  # measured a moment ago
     text = evaluated(capsys, "--run", str(pronouns_run))
     assert scores.table() in text
     assert "bits per byte" in text
