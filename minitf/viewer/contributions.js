@@ -1,7 +1,7 @@
 /* The view "What added": what each head and each feed-forward layer adds to the score of a next token. Known as direct
  * logit attribution. */
 
-import { button, make, number, onChange, percent, quoted, visible, withBold } from "./dom.js";
+import { button, make, number, onChange, oneStop, percent, quoted, visible, withBold } from "./dom.js";
 import { partName, partOf, probeOf } from "./probes.js";
 import { problemText } from "./refusals.js";
 
@@ -14,6 +14,7 @@ export function contributionsView(map, { t, actions }) {
   const hint = make("p", { class: "hint" }, t("contributions_hint"));
   const list = make("ol", { class: "parts", attributes: { "aria-label": t("tab_contributions") } });
   const scroll = make("div", { class: "scroll", tabIndex: 0, attributes: { role: "region", "aria-label": t("tab_contributions") } }, list);
+  const stops = oneStop(list, ".link");
   const waiting = make("p", { class: "missing" });
   const element = make("div", { class: "contributions" }, make("div", { class: "lead-row" }, lead, tokens), hint, waiting, scroll);
 
@@ -48,6 +49,7 @@ export function contributionsView(map, { t, actions }) {
     waiting.textContent = problemText(t, probe?.error) || t("loading_live");
     if (!reply) return;
     build(JSON.stringify([probe.of, reply.position, reply.token, reply.logit]), reply);
+    stops();
     const best = reply.parts.find(([, value]) => value > 0) ?? reply.parts[0];
     const position = reply.position ?? map.size - 1;
     const text = t("contributions_lead", { token: "\u0001", word: quoted(map.tokens[position]), part: partName(t, best[0]), value: `${best[1] < 0 ? "" : "+"}${number(best[1])}`, sum: number(reply.sum), logit: number(reply.logit) });

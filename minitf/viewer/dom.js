@@ -57,6 +57,25 @@ export function moved(event, index, count) {
   return down || right ? clamp(index + down + right, count) : null;
 }
 
+/** Makes the buttons of a list one stop of the Tab key, at the one that is pressed; arrow keys, Home and End move among them.
+ * Returns a function to be called after buttons have changed. */
+export function oneStop(element, selector) {
+  const all = () => [...element.querySelectorAll(selector)];
+  element.addEventListener("keydown", (event) => {
+    const items = all();
+    const index = items.indexOf(document.activeElement);
+    const next = index < 0 ? null : moved(event, index, items.length);
+    if (next !== null) items[next].focus();
+  });
+  function update() {
+    const items = all();
+    const stop = items.find((one) => one === document.activeElement) ?? items.find((one) => one.ariaPressed === "true") ?? items[0];
+    for (const one of items) one.tabIndex = one === stop ? 0 : -1;
+  }
+  element.addEventListener("focusin", update);
+  return update;
+}
+
 export const clamp = (index, count) => Math.min(Math.max(index, 0), Math.max(count - 1, 0));
 export const range = (count) => Array.from({ length: count }, (_, i) => i);
 

@@ -1,7 +1,7 @@
 /* The view "Where predicted": the likeliest next token after each word, if the model stopped after each half-layer; the
  * colour is the probability of the token that came. Known as the logit lens. */
 
-import { button, make, onChange, percent, quoted, range, visible, withBold } from "./dom.js";
+import { button, make, onChange, oneStop, percent, quoted, range, visible, withBold } from "./dom.js";
 import { partName, probeOf } from "./probes.js";
 import { problemText } from "./refusals.js";
 
@@ -11,6 +11,7 @@ export function lensView(map, { t, tooltip, actions }) {
   const hint = make("p", { class: "hint" }, t("lens_hint"));
   const table = make("table", { class: "lens-table" });
   const scroll = make("div", { class: "scroll", tabIndex: 0, attributes: { role: "region", "aria-label": t("tab_lens") } }, table);
+  const stops = oneStop(table, ".row-key");
   const waiting = make("p", { class: "missing" });
   const element = make("div", { class: "lens" }, lead, hint, waiting, scroll);
   let rows = [];
@@ -56,6 +57,7 @@ export function lensView(map, { t, tooltip, actions }) {
       row.classList.toggle("active", i === query);
       row.firstChild.firstChild.ariaPressed = String(i === state.query);
     });
+    stops();
     lead.replaceChildren(...lensWords(t, map, reply, query));
     follow(state.query, state.query);
   }

@@ -1,7 +1,7 @@
 /* The view "Next token": the prediction after each word and the probability of each word; after a change, next to what it
  * was before. */
 
-import { button, make, onChange, percent, quoted, visible, withBold } from "./dom.js";
+import { button, make, onChange, oneStop, percent, quoted, visible, withBold } from "./dom.js";
 
 export function nextTokenView(map, { t, actions }) {
   const { set } = actions;
@@ -16,6 +16,7 @@ export function nextTokenView(map, { t, actions }) {
   const scroll = make("div", { class: "scroll", tabIndex: 0, attributes: { role: "region", "aria-label": t("every_position") } },
     make("table", { class: "predictions" }, make("thead", {}, heading), make("tbody", {}, ...rows)));
   const element = make("div", { class: "next-token" }, position, scroll);
+  const stops = oneStop(scroll, ".row-key");
 
   const list = onChange((current, palette) => rows.forEach((tr, i) => {
     const next = current.tokens[i + 1];
@@ -39,6 +40,7 @@ export function nextTokenView(map, { t, actions }) {
       tr.classList.toggle("active", i === query);
       tr.firstChild.firstChild.ariaPressed = String(i === state.query);
     });
+    stops();
     position.replaceChildren(...atPosition(current, query, t, palette));
     follow(state.query, state.query);
   }

@@ -1,7 +1,7 @@
 /* The view "Two sentences": what the model computed at one place of one sentence is put into the other, and the cell says
  * how much of the difference between both predictions that place carries. Known as activation patching. */
 
-import { button, make, number, onChange, percent, quoted, range, visible } from "./dom.js";
+import { button, make, number, onChange, oneStop, percent, quoted, range, visible } from "./dom.js";
 import { probeOf } from "./probes.js";
 import { problemText } from "./refusals.js";
 
@@ -25,6 +25,7 @@ export function patchView(map, { t, tooltip, actions }) {
   const problem = make("p", { class: "missing" });
   const table = make("table", { class: "patch-table" });
   const scroll = make("div", { class: "scroll", tabIndex: 0, attributes: { role: "region", "aria-label": t("tab_patch") } }, table);
+  const stops = oneStop(table, ".row-key");
   const form = make("div", { class: "patch-form" }, make("label", {}, t("patch_changed"), text), go, after, bar);
   const element = make("div", { class: "patch" }, form, make("div", { class: "lead-row" }, said, back), hint, problem, scroll);
   let at = 0;
@@ -76,6 +77,7 @@ export function patchView(map, { t, tooltip, actions }) {
     if (!found) return;
     build(JSON.stringify([found.pair.clean, found.pair.changed, found.pair.answers, found.layer, probe.replies.length, palette.theme, found.pair.difference]), found, palette);
     for (const row of table.tBodies[0].rows) row.classList.toggle("active", Number(row.dataset.position) === query);
+    stops();
     follow([state.pairHeads, probe.replies.length, query].join());
     said.textContent = patchWords(t, found);
   }

@@ -1,7 +1,7 @@
 /* The view "Three steps": match, weigh and gather of one head for one query, in numbers and bars. */
 
 import { paintStrip } from "./colours.js";
-import { button, make, number, onChange, percent, quoted, range, rich, visible, withBold } from "./dom.js";
+import { button, make, number, onChange, oneStop, percent, quoted, range, rich, visible, withBold } from "./dom.js";
 import { cutIn } from "./edits.js";
 import { softmax, threeSteps } from "./maps.js";
 
@@ -32,6 +32,7 @@ export function threeStepsView(map, { t, actions }) {
     return shown.standard_formula === false ? t("other_formula") : "";
   };
   const table = make("table", { class: "steps-table" }, make("caption", { class: "unseen" }, t("tab_three_steps")));
+  const stops = oneStop(table, ".row-key");
   const [detail, note] = [make("div", { class: "product" }), make("p", { class: "hint" })];
   const missing = make("p", { class: "missing" });
   const element = make("div", { class: "three-steps" }, make("div", { class: "lead-row" }, lead, temperatureRow, explain), other, cards, missing, table, detail, note);
@@ -112,6 +113,7 @@ export function threeStepsView(map, { t, actions }) {
       row.classList.toggle("active", key === focus);
       row.firstChild.firstChild.ariaPressed = String(key === focus);
     });
+    stops();
     const mixed = (of) => Float32Array.from({ length: width }, (_, i) => of.reduce((sum, key) => sum + shown[key] * vectors.v(key)[i], 0));
     if (rest.length) {
       parts.others.firstChild.textContent = t("others", { count: rest.length });

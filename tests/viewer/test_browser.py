@@ -318,6 +318,17 @@ def test_the_keyboard_reaches_everything(page: Any, trained_run: Path) -> None:
     page.focus(".plot")
     page.keyboard.press("ArrowUp")
     assert "(key)" in page.inner_text(".readout")
+    lists = {"three_steps": ".row-key", "next_token": ".row-key", "lens": ".row-key", "contributions": ".parts .link"}
+    for view, name in lists.items():  # one stop of the Tab key for all of a list
+        show(page, view)
+        page.wait_for_selector(f".panel {name}")
+        items, stops = page.locator(f".panel {name}"), page.locator(f".panel {name}:not([tabindex='-1'])")
+        assert items.count() > 3
+        assert stops.count() == 1, view
+        stops.focus()
+        page.keyboard.press("End")
+        assert items.last.evaluate("one => one === document.activeElement"), view
+        assert stops.count() == 1
     show(page, "over_training")
     page.focus(".score-plot")
     page.keyboard.press("ArrowLeft")
