@@ -210,7 +210,7 @@ class Trainer:
         step, before = self.state.step, (self.backend, torch.get_num_threads())
         with self.clock.paused():
             found = self.training_step.look_again(self.doubtful)
-            self.doubtful = self.training_step.doubtful_threads = ()
+            self.doubtful = ()
             backend, num_threads = found[0] or self.backend, found[1]
             if (backend, num_threads) == before:
                 return

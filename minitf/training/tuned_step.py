@@ -117,6 +117,7 @@ class TunedStep(TrainingStep):
         if self.doubtful_threads:
             many, few = self.doubtful_threads
             torch.set_num_threads(few if self._race_threads(many, few).other_wins else many)
+            self.doubtful_threads = ()
         with torch.no_grad():
             for tensor, value in held:
                 tensor.copy_(value)
