@@ -6,7 +6,7 @@ import { cutIn } from "./edits.js";
 import { softmax, threeSteps } from "./maps.js";
 
 const ROW = 25; // pixels
-const [FEWEST_ROWS, MOST_ROWS, MOST_FUTURE] = [5, 14, 1]; // keys shown one by one; the others are summed up
+const [FEWEST_ROWS, MOST_ROWS, MOST_FUTURE] = [4, 14, 1]; // keys shown one by one; the others are summed up
 const ROOM_TO_EXPLAIN = 520; // pixels of height from which on the explanations are open at first
 
 const STEPS = ["match", "weigh", "gather"];
@@ -54,9 +54,8 @@ export function threeStepsView(map, { t, actions }) {
       return { key, row };
     });
     const others = make("tr", { class: "others" }, make("th", { scope: "row", colSpan: 4 }), cell("weigh", bar()), cell("gather"), cell("gather", strip()));
-    const masked = future.map((key) => make("tr", { class: "future" }, make("th", { scope: "row" }, visible(map.tokens[key])),
-      make("td"), make("td"), make("td", { class: "mask" }, t("masked")), make("td", {}, "0%"), make("td"), make("td")));
-    if (more) masked.push(make("tr", { class: "future" }, make("th", { scope: "row", colSpan: 7 }, t("more_future", { count: more }))));
+    const masked = future.map((key) => make("tr", { class: "future" },
+      make("th", { scope: "row", colSpan: 3 }, visible(map.tokens[key]), more ? ` ${t("more_future", { count: more })}` : ""), make("td", { class: "mask" }, t("masked")), make("td", {}, "0%"), make("td"), make("td")));
     const output = make("tr", { class: "output" }, make("th", { scope: "row", colSpan: 4 }, t("output")), make("td", {}, t("sum"), " 100%"), make("td"), make("td", {}, strip()));
     table.replaceChildren(table.caption, make("thead", {}, heading),
       make("tbody", {}, ...rows.map(({ row }) => row), ...(rest.length ? [others] : []), ...masked), make("tfoot", {}, output));
@@ -88,7 +87,7 @@ export function threeStepsView(map, { t, actions }) {
     missing.textContent = map.exact ? t("no_vectors_live") : [t("no_vectors"), context.whyNotLive ? "" : t("no_vectors_type")].join(" ");
     if (!available) return;
     const { q, dots, scores, weights, vectors, shown } = compute(context);
-    const room = Math.floor((space.height - 226 - (open() ? 180 : 0)) / ROW);
+    const room = Math.floor((space.height - 240 - (open() ? 180 : 0)) / ROW);
     const count = Math.min(Math.max(room, FEWEST_ROWS), MOST_ROWS);
     const top = range(query + 1).sort((a, b) => weights[b] - weights[a]).slice(0, count);
     const keys = query < count ? range(query + 1) : [...new Set([...top.slice(0, count - 1), query])].sort((a, b) => a - b);

@@ -347,6 +347,19 @@ def test_the_keyboard_reaches_everything(page: Any, trained_run: Path) -> None:
     assert unnamed == 0
 
 
+def test_a_printed_page_holds_the_curves_and_no_buttons(page: Any, trained_run: Path) -> None:
+    page.goto(f"file://{trained_run}/attention.html")
+    page.wait_for_selector(".thumb")
+    page.emulate_media(media="print")
+    assert page.locator(".chart").bounding_box()["width"] > 600
+    assert page.locator(".panel").bounding_box()["height"] >= 320
+    buttons = page.evaluate(
+        "[...document.querySelectorAll('button, input')].filter((e) => e.checkVisibility()).map((e) => e.className)"
+    )
+    assert {name.partition(" ")[0] for name in buttons} == {"chip", "thumb", "badge", "token", ""}
+    assert page.locator(".tabs button:visible").all_inner_texts() == ["Lines"]
+
+
 def test_single_keys_can_be_turned_off(page: Any, trained_run: Path) -> None:
     page.goto(f"file://{trained_run}/attention.html")
     page.wait_for_selector(".thumb")
@@ -576,6 +589,8 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
     for view in VIEWS:
         show(frame, view)
         assert_one_screen(frame, 8)
+        hidden = frame.locator(".panel").evaluate("panel => panel.scrollHeight - panel.clientHeight")
+        assert hidden <= 1, view  # the whole view is there
     # the slider: from the last step to an earlier one, and the page follows
     frame.focus(".chart input")
     page.keyboard.press("Home")
