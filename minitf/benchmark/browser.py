@@ -92,9 +92,9 @@ def tensorboard(logdir: Path, run: str, last_step: int) -> Iterator[str]:
 def _has_read(address: str, run: str, last_step: int) -> bool:
     query = urlencode({"run": run})
     try:
-        with urllib.request.urlopen(f"{address}/data/plugin/{PLUGIN_NAME}/run?{query}") as reply:
+        with urllib.request.urlopen(f"{address}/data/plugin/{PLUGIN_NAME}/run?{query}", timeout=30) as reply:
             found = json.load(reply)
-    except urllib.error.URLError:  # not listening yet, or without this run so far
+    except (urllib.error.URLError, TimeoutError):  # not listening yet, or without this run so far
         return False
     return bool(found["sentences"][-1]["looks"][-1][0] == last_step and found["curves"]["train"][-1][0] == last_step)
 
