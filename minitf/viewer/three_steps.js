@@ -6,7 +6,7 @@ import { cutIn } from "./edits.js";
 import { softmax, threeSteps } from "./maps.js";
 
 const ROW = 25; // pixels
-const [FEWEST_ROWS, MOST_ROWS, MOST_FUTURE] = [4, 14, 1]; // keys shown one by one; the others are summed up
+const [FEWEST_ROWS, MOST_ROWS, MOST_FUTURE] = [3, 14, 1]; // keys shown one by one; the others are summed up
 const ROOM_TO_EXPLAIN = 520; // pixels of height from which on the explanations are open at first
 
 const STEPS = ["match", "weigh", "gather"];

@@ -591,6 +591,15 @@ def test_the_tab_shows_a_run_and_runs_a_typed_sentence(page: Any, server: str, t
         assert_one_screen(frame, 8)
         hidden = frame.locator(".panel").evaluate("panel => panel.scrollHeight - panel.clientHeight")
         assert hidden <= 1, view  # the whole view is there
+    # also of the least height, as a sentence of two rows leaves it
+    show(frame, "three_steps")
+    spare = frame.locator(".panel").bounding_box()["height"] - 320
+    page.set_viewport_size({"width": LAPTOP["width"], "height": LAPTOP["height"] - int(spare)})
+    frame.wait_for_function("() => document.querySelector('.panel').clientHeight <= 321")
+    frame.wait_for_function(
+        "() => { const panel = document.querySelector('.panel'); return panel.scrollHeight - panel.clientHeight <= 1; }"
+    )
+    page.set_viewport_size(LAPTOP)
     # the slider: from the last step to an earlier one, and the page follows
     frame.focus(".chart input")
     page.keyboard.press("Home")
