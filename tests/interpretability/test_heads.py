@@ -230,8 +230,9 @@ def test_heads_of_a_run_on_pairs_are_scored_on_whole_pairs_by_themselves(copying
     entropy = {(layer, head): float(scores["entropy"][layer, head]) for layer in range(2) for head in range(4)}
     aligning = checkpoint.aligning_heads
     assert aligning
-    assert min(entropy, key=entropy.__getitem__) in aligning
-    assert not any(describe_head(scores, *head).startswith("broad") for head in aligning)
+    sharpest = min(entropy, key=entropy.__getitem__)
+    assert sharpest in aligning
+    assert not describe_head(scores, *sharpest).startswith("broad")  # of the others, training decides
 
 
 def test_heads_of_a_run_on_documents_are_scored_inside_them(tmp_path: Path) -> None:
