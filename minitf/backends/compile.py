@@ -39,6 +39,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled(function)
 
 
+def _trains(module: Any, x_BTD: Tensor) -> bool:
+    """Whether the input is one of a step, or has its shape. Compiling for the shape of each prompt would take longer
+    than computing it as written."""
+    if torch.is_grad_enabled() and module.training:
+        module.trained_shape = x_BTD.shape
+    return module.trained_shape == x_BTD.shape
+
+
 def _as_in_training(function: Callable[..., Any], module: nn.Module, x_BTD: Tensor, *others: Any) -> Tensor:
     """A compiled function, by the graph that trains also where no gradient is wanted.
 
@@ -55,9 +63,11 @@ def _as_in_training(function: Callable[..., Any], module: nn.Module, x_BTD: Tens
 
 
 class CompiledBlock(Block):
+    trained_shape: torch.Size | None = None
+
     def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
         same_network = self.training or self.dropout.p == 0
-        if not context.plain or not same_network:
+        if not context.plain or not same_network or not _trains(self, x_BTD):
             return super().forward(x_BTD, context, layer)
         fused = isinstance(self.self_attn, SdpaAttention)
         mask = None if fused else context.mask()
@@ -66,8 +76,10 @@ class CompiledBlock(Block):
 
 
 class CompiledRMSNorm(RMSNorm):
+    trained_shape: torch.Size | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return _as_in_training(_norm, self, x)
+        return _as_in_training(_norm, self, x) if _trains(self, x) else super().forward(x)
 
 
 class CompiledCrossEntropy(LinearCrossEntropy):

@@ -50,6 +50,11 @@ def test_one_graph_serves_all_blocks_and_evaluation(attention: str) -> None:
     assert not any(module.training for module in model.modules())
     assert num_graphs() == 3
 
+    with torch.no_grad():  # nor is there one for each length of a prompt
+        for length in (7, 20):
+            model(ids_BT[:1, :length])
+    assert num_graphs() == 3
+
     cache = model.new_cache(3, 32)
     with torch.no_grad():
         logits_BTV = torch.cat([model(part, cache) for part in ids_BT.split([20, 12], dim=1)], dim=1)

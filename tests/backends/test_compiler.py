@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import needs_compiler
 
 from minitf.backends.cpu import build, compiler
 from minitf.backends.cpu.compiler import CLibrary
@@ -35,6 +36,7 @@ def no_compiler(*args: object, **kwargs: object) -> None:
     raise AssertionError("compiled once more")
 
 
+@needs_compiler
 def test_a_library_is_compiled_once(library: CLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer(library) == 42
     monkeypatch.setattr(compiler, "_Compilation", no_compiler)
@@ -44,6 +46,7 @@ def test_a_library_is_compiled_once(library: CLibrary, cache: Path, monkeypatch:
     assert built.name.startswith("answer_")
 
 
+@needs_compiler
 def test_loading_waits_for_a_compilation_ahead(library: CLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_ahead", {})  # other tests may have left one
     library.compile_ahead()
@@ -55,12 +58,14 @@ def test_loading_waits_for_a_compilation_ahead(library: CLibrary, cache: Path, m
     assert len(list(cache.iterdir())) == 1
 
 
+@needs_compiler
 def test_a_changed_header_is_compiled_again(library: CLibrary, cache: Path) -> None:
     assert answer(library) == 42
     library.sources[0].with_name("answer.h").write_text("#define ANSWER 7\n")
     assert answer(library) == 7
 
 
+@needs_compiler
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_compile_error_is_one_line(library: CLibrary, cache: Path, ahead: bool) -> None:
     library.sources[0].write_text("int answer(void) { return; oops }\n")
@@ -72,6 +77,7 @@ def test_a_compile_error_is_one_line(library: CLibrary, cache: Path, ahead: bool
     assert not list(cache.iterdir())
 
 
+@needs_compiler
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_cache_that_cannot_be_written_makes_it_unavailable(
     library: CLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
@@ -101,6 +107,7 @@ while not Path("pid").exists() or not Path("pid").read_text():
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
+@needs_compiler
 def test_a_failure_is_not_repeated(library: CLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.sources[0].write_text("oops\n")
     with pytest.raises(Unavailable, match="error") as first:

@@ -236,7 +236,7 @@ def test_a_dry_run_measures_it(
     variant: str, workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_here(*tiny, f"model.variant={variant}", "trainer.dry_run=true") == 0
-    assert "by reference" in capsys.readouterr().out
+    assert ", by attention.py as written" in capsys.readouterr().out
 
 
 @pytest.mark.machines
