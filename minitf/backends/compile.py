@@ -44,7 +44,7 @@ def _trains(module: Any, x_BTD: Tensor) -> bool:
     than computing it as written."""
     if torch.is_grad_enabled() and module.training:
         module.trained_shape = x_BTD.shape
-    return module.trained_shape == x_BTD.shape
+    return bool(module.trained_shape == x_BTD.shape)
 
 
 def _as_in_training(function: Callable[..., Any], module: nn.Module, x_BTD: Tensor, *others: Any) -> Tensor:
