@@ -375,6 +375,7 @@ def test_a_checkpoint_converted_for_llama_cpp_holds_the_same_weights(trained_run
         np.testing.assert_array_equal(converted[name].reshape(value.shape), value)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_loss_is_measured_in_a_process_of_its_own() -> None:
     """64 MB of logits: the naive loss holds several copies, ours none, whatever the parent process holds."""
     ballast = torch.ones(100_000_000)  # a child must not inherit the peak of its parent

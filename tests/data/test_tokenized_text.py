@@ -143,6 +143,7 @@ def _prepare_in_process(data: DataConfig, barrier: object) -> tuple[str, int]:
     return str(found.directory), int(found.train.astype(np.int64).sum())
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_build_one_entry(tmp_path: Path) -> None:
     data = text_config(tmp_path, sample_text(200_000))
     context = multiprocessing.get_context("spawn")

@@ -307,6 +307,7 @@ def generate_from_hub(hub: HubStandIn, tmp_path: Path) -> Callable[..., subproce
     return run
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_fetched_once_without_pickle_or_code(
     hub: HubStandIn, generate_from_hub: Callable[..., subprocess.CompletedProcess[str]], pretrained: Path
 ) -> None:
@@ -322,6 +323,7 @@ def test_a_hub_model_is_fetched_once_without_pickle_or_code(
     assert (again.stdout, hub.requests) == (done.stdout, [])
 
 
+@pytest.mark.slow
 def test_an_error_of_the_hub_is_one_line(
     hub: HubStandIn, generate_from_hub: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -158,6 +158,7 @@ def test_old_timed_run_is_resumed_to_its_time_limit(workdir: Path, tiny: list[st
     assert state["step"] == state["num_steps"] == pytest.approx(3 / STEP_S, abs=2)
 
 
+@pytest.mark.slow
 def test_short_runs_evaluate_less_often_but_save_as_often(workdir: Path, tiny: list[str]) -> None:
     # In 32 steps of 4 x 32 tokens evaluation may take a quarter of the time, at a third of a step's time a token.
     settings = [*tiny, "trainer.max_steps=32", "trainer.eval_every=0", "trainer.keep_checkpoints=50"]
