@@ -63,12 +63,19 @@ export function atPosition(map, query, t, palette) {
   const title = make("h3", {}, ...withBold(t("after", { token: "\u0001" }), quoted(map.tokens[query])));
   const now = new Map(map.next_tokens[query]);
   const before = map.before ? new Map(map.before.next_tokens[query]) : null;
-  const tokens = [...new Set([...(before ? before.keys() : []), ...now.keys()])].slice(0, before ? 8 : 5);
+  const tokens = likeliest(now, before);
   const rows = tokens.map((token) => make("div", { class: before ? "likely changed" : "likely" }, make("code", {}, make("bdi", {}, visible(token))),
     ...(before ? [bar(before.get(token), "whole", palette)] : []), bar(now.get(token), before ? "off" : "", palette)));
   const legend = before ? [make("p", { class: "likely changed heading" }, make("span"), make("span", {}, t("whole")),
     make("span", {}, t("with_changes")))] : [];
   return [title, ...legend, ...rows];
+}
+
+/** The tokens to show, likeliest first: of `now`, or whichever are likely before a change or after it. */
+export function likeliest(now, before) {
+  const highest = (token) => Math.max(now.get(token) ?? 0, before?.get(token) ?? 0);
+  const tokens = [...new Set([...now.keys(), ...(before?.keys() ?? [])])];
+  return tokens.sort((one, other) => highest(other) - highest(one)).slice(0, before ? 8 : 5);
 }
 
 function bar(probability, kind, palette) {

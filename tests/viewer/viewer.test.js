@@ -17,6 +17,7 @@ import { arrange, ordered, roleOf } from "./heads.js";
 import { lensWords, readLens } from "./lens.js";
 import { lineAt, spaced } from "./lines.js";
 import { foundAt, headLook, readMap } from "./maps.js";
+import { likeliest } from "./next_token.js";
 import { curvesOf } from "./over_training.js";
 import { readPatch } from "./patch.js";
 import { partOf, probesOf } from "./probes.js";
@@ -167,6 +168,13 @@ test("a difference of zero has the colour of zero", () => {
     assert.deepEqual([127, 127.5, 128].map((place) => rgb(signs[Math.round(place)])), Array(3).fill(signed(0)));
     assert.notEqual(rgb(signs[129]), signed(0));
   }
+});
+
+test("what is likely only after a change is shown too", () => {
+  const before = new Map([["a", 0.3], ["b", 0.2], ["c", 0.1], ["d", 0.08], ["e", 0.07], ["f", 0.06], ["g", 0.05], ["h", 0.04]]);
+  const now = new Map([["z", 0.5], ["y", 0.06], ["b", 0.04]]);
+  assert.deepEqual(likeliest(now, before), ["z", "a", "b", "c", "d", "e", "y", "f"]);
+  assert.deepEqual(likeliest(before, null), ["a", "b", "c", "d", "e"]);
 });
 
 test("a small share is not none, and a norm has its unit", () => {
