@@ -39,9 +39,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled(function)
 
 
-def _trains(module: Any, x_BTD: Tensor) -> bool:
-    """Whether the input is one of a step, or has its shape. Compiling for the shape of each prompt would take longer
-    than computing it as written."""
+def _has_trained_shape(module: Any, x_BTD: Tensor) -> bool:
+    """Whether the input belongs to a training step, or has the shape of one.
+
+    Compiling for the shape of every prompt would take longer than computing it as written.
+    """
     if torch.is_grad_enabled() and module.training:
         module.trained_shape = x_BTD.shape
     return bool(module.trained_shape == x_BTD.shape)
@@ -67,7 +69,7 @@ class CompiledBlock(Block):
 
     def forward(self, x_BTD: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
         same_network = self.training or self.dropout.p == 0
-        if not context.plain or not same_network or not _trains(self, x_BTD):
+        if not context.plain or not same_network or not _has_trained_shape(self, x_BTD):
             return super().forward(x_BTD, context, layer)
         fused = isinstance(self.self_attn, SdpaAttention)
         mask = None if fused else context.mask()
@@ -79,7 +81,7 @@ class CompiledRMSNorm(RMSNorm):
     trained_shape: torch.Size | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _as_in_training(_norm, self, x) if _trains(self, x) else super().forward(x)
+        return _as_in_training(_norm, self, x) if _has_trained_shape(self, x) else super().forward(x)
 
 
 class CompiledCrossEntropy(LinearCrossEntropy):

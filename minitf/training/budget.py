@@ -1,6 +1,6 @@
 """How many steps a run takes: its limit of steps, and as many as its limit of minutes has time for.
 
-With a time limit the number of steps is a plan, made anew about a hundred times from the speed of late. Until the
+With a time limit the number of steps is a plan, made anew about a hundred times from the recent speed. Until the
 learning rate falls nothing depends on it but when that begins (`wsd`): when the time that is left is the time of the
 decay. From then on each new plan bends the rate's line a little, so that it ends with the time. Other work on the
 machine may begin the decay too early: when it is gone, the rate waits until the decay is due.
@@ -13,7 +13,7 @@ from minitf.training.plan import LearningRate, Schedule
 from minitf.training.trainer_config import TrainerConfig
 
 PLANS_PER_RUN = 100
-RECENT_SHARE = 0.05  # the speed of late: over this share of the time
+RECENT_SHARE = 0.05  # of the time: the window over which the current speed is measured
 
 Plans = tuple[tuple[int, int], ...]  # (step, number of steps of the run as planned after it)
 
@@ -141,12 +141,12 @@ class StepBudget:
         self.speed.forget(train_s - RECENT_SHARE * self._span_s)
 
     def recent_step_s(self) -> float:
-        """Seconds of a step of late; 0 if no step was timed."""
+        """Recent seconds per step; 0 if no step was timed."""
         return self.speed.step_s(RECENT_SHARE * self._span_s)
 
     @property
     def left_s(self) -> float:
-        """Seconds of training that are left, about."""
+        """Estimated seconds of training left."""
         return (self.num_steps - self.read_last[0]) * self.recent_step_s()
 
     @property
