@@ -129,6 +129,7 @@ def test_compiled_ahead_are_the_kernels_of_this_processor(
     assert begun == [build.kernels(kernels), build.decoding()]
 
 
+@pytest.mark.slow
 def test_the_train_command_compiles_before_it_imports_torch(tmp_path: Path) -> None:
     program = """
 import sys

@@ -260,6 +260,7 @@ def test_nanogpts_timings_are_read_from_its_output(checkout: Path, tmp_path: Pat
     assert run.step_s(eval_interval=4) == pytest.approx((15 + 11 + 12 + 13 + 15 + 15 + 16) / 1000)
 
 
+@pytest.mark.slow
 def test_the_error_of_a_child_process_is_reported(checkout: Path, tmp_path: Path) -> None:
     with pytest.raises(MinitfError, match=r"nowhere.*does not exist"):
         in_child("library:encode", {"checkpoint": str(tmp_path / "nowhere"), "text": "a", "num_tokens": 1})
@@ -279,6 +280,7 @@ def test_the_lower_bounds_are_the_operations_of_the_model(make_model: Callable[.
     assert muon["bytes"] < parts["optimizer"]["bytes"]
 
 
+@pytest.mark.slow
 def test_generated_text_has_the_requested_size(tmp_path: Path) -> None:
     sizes = (1_000, 1_300_000)
     texts = [write_text(tmp_path / "text.txt", size).read_text(encoding="ascii") for size in sizes]

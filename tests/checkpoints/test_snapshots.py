@@ -51,6 +51,7 @@ def test_a_run_keeps_its_weights_at_every_look(
     assert kinds == {**dict.fromkeys([0, 1, 2, 4, 8], "snapshots"), 5: "checkpoints", 10: "checkpoints"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_snapshots_of_the_uninterrupted_one(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_version_is_that_of_minitf(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "--version") == f"minitf {importlib.metadata.version('minitf')}\n"
 
 
+@pytest.mark.slow
 def test_info_prints_how_the_config_is_composed(workdir: Path) -> None:
     """In a process of its own: Hydra sets up logging."""
     code = """
@@ -130,6 +131,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+@pytest.mark.slow
 def test_an_installed_minitf_takes_presets_of_the_users_own(installed: Path, presets: Path) -> None:
     code = """
 import sys

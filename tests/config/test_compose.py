@@ -49,6 +49,7 @@ def test_a_model_without_a_size_is_resolved_to_one() -> None:
     assert config.size_is_auto  # resolving makes a new config
 
 
+@pytest.mark.slow
 def test_a_size_brings_what_its_preset_sets_besides_but_nothing_that_was_asked_for() -> None:
     """As the preset itself does, whose keys give way to those of the command line."""
     nano = compose_config(["model=nano"])

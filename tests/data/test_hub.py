@@ -235,6 +235,7 @@ def test_a_slow_hub_is_awaited(hub: HubStandIn, client: Client) -> None:
         hub.delay_s = 0.0
 
 
+@pytest.mark.slow
 def test_a_silent_hub_times_out(hub: HubStandIn, home: Path) -> None:
     impatient = Client(hub, home, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
     hub.delay_s = 3.0

@@ -97,6 +97,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     assert pretrained.directory == found.directory
 
 
+@pytest.mark.slow
 def test_a_cache_hit_loads_no_source_and_prints_nothing(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom minitf.data.tokenized_text import *\n"

@@ -91,15 +91,8 @@ def small(tiny: list[str]) -> list[str]:
 # The same training
 
 
-@pytest.mark.parametrize(
-    ("strategy", "num"),
-    [
-        ("auto", 2),
-        pytest.param("fsdp", 2, marks=pytest.mark.machines),
-        pytest.param("ddp", 4, marks=pytest.mark.machines),
-        pytest.param("fsdp", 4, marks=pytest.mark.machines),
-    ],
-)
+@pytest.mark.machines
+@pytest.mark.parametrize(("strategy", "num"), [("auto", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
 def test_several_processes_train_like_one(workdir: Path, small: list[str], strategy: str, num: int) -> None:
     """Losses, gradient norms and held-out losses with gradient accumulation, and the resulting checkpoint."""
     small += ["trainer.grad_accumulation=2", "trainer.attention_every=3", "trainer.sample_tokens=4"]
@@ -388,6 +381,7 @@ def test_collective_operations() -> None:
     assert SINGLE.rows_of(6) == slice(0, 6)
 
 
+@pytest.mark.slow
 def test_one_process_does_not_import_fsdp() -> None:
     code = "import minitf.train, minitf.training.trainer, sys; assert 'torch.distributed.fsdp' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=900).returncode == 0

@@ -493,6 +493,7 @@ def test_an_argument_argparse_refuses_is_one_line_and_status_2(
     assert words in err
 
 
+@pytest.mark.slow
 def test_the_script_writes_only_text_to_stdout(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--run", str(trained_run), "--max-tokens", "4"]
     script = [sys.executable, str(ROOT / "scripts/generate.py"), *arguments, "--seed", "1"]

@@ -1,8 +1,4 @@
-"""The package stays readable: short functions, few dependencies of the start, a core free of speed machinery.
-
-The limits are those of the design. All of them hold once the redesign is complete: until the last of its branches is
-merged, some of these tests fail.
-"""
+"""The package stays readable: short functions, few dependencies of the start, a core free of speed machinery."""
 
 import ast
 import re

@@ -118,6 +118,7 @@ assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_training_and_generating_do_not_import_the_compiler(workdir: Path, tiny: list[str]) -> None:
     """It takes 1 to 3 s of every start, and some functions of PyTorch import it in passing."""
     code = f"""

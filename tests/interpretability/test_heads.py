@@ -247,6 +247,7 @@ def test_heads_of_a_run_on_documents_are_scored_inside_them(tmp_path: Path) -> N
     assert ids_BT.numel() == min(512, len(task.text.val) // CONTEXT * CONTEXT)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_importance_of_a_head_is_the_cost_of_its_ablation(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

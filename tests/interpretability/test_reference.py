@@ -96,7 +96,7 @@ def test_sentences_with_the_same_nouns_count_as_one_observation() -> None:
     assert repeated.n == 24
 
 
-@pytest.mark.parametrize("exercise", ["pronouns", "winograd"])
+@pytest.mark.parametrize("exercise", ["pronouns", pytest.param("winograd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_an_untrained_model_is_at_chance(make_model: Callable[..., Transformer], exercise: str, fresh: bool) -> None:
     tokenizer, cases = word_tokenizer(exercise)
@@ -111,6 +111,7 @@ def test_an_untrained_model_is_at_chance(make_model: Callable[..., Transformer],
     assert found.sentences()[0].startswith("Who is meant is not learnt.")
 
 
+@pytest.mark.slow
 def test_a_model_trained_on_shuffled_deeds_is_at_chance(workdir: Path) -> None:
     """The same sentences and deeds, but no deed says who is meant; the model can learn all the rest."""
     from minitf.data.sources.references import pronoun_sentences
@@ -135,6 +136,7 @@ def shape_of_the_experiment() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_heads_are_chosen_on_one_half_and_judged_on_the_other(pronouns_run: Path) -> None:
     """With wrong answers in the half for choosing, other heads are chosen; in the other half, the scores change."""
     checkpoint = load_checkpoint(pronouns_run)

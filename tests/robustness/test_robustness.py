@@ -67,6 +67,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_with_its_decisions(
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_restarted_run_with_a_time_limit_keeps_its_number_of_steps(workdir: Path, tiny: list[str]) -> None:
     clock = ["trainer.max_steps=null", "trainer.max_minutes=0.02"]
     assert train_here(*tiny, *clock, "run_dir=run") == 0
@@ -166,7 +167,10 @@ def test_a_background_save_writes_the_state_at_the_time_of_the_call(
     saver.finish()
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize(
+    "code",
+    [errno.ENOSPC, *(pytest.param(code, marks=pytest.mark.slow) for code in (errno.EROFS, errno.EIO))],
+)
 def test_a_failed_background_save_ends_the_run_with_one_line(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
@@ -188,6 +192,7 @@ def test_a_failed_background_save_ends_the_run_with_one_line(
     assert_same_run("run", "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,6 +154,7 @@ def hparams_metrics(run: Path) -> set[tuple[str, str]]:
     return columns
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_table(workdir: Path, quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """One of the three does not fit: the others are compared, and the sweep fails."""
     arguments = ["model.num_heads=2,16", "model.variant=softmax,differential", "hydra.sweep.dir=here"]

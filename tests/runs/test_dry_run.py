@@ -93,6 +93,7 @@ def test_likely_mistakes_are_warned_of(tiny: list[str], workdir: Path, capsys: p
     assert "the longest document has 390 tokens, the context is 512" in warnings[2]
 
 
+@pytest.mark.slow
 def test_model_too_large_for_its_time_is_warned_of(
     tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def test_size_does_not_depend_on_the_machine_if_only_steps_are_set() -> None:
     assert config.model == SIZES["mini"]
 
 
+@pytest.mark.slow
 def test_requested_size_is_kept() -> None:
     assert compose_config([]).size_is_auto
     assert compose_config(["model.dropout=0.1", "trainer.max_steps=5", "trainer.max_minutes=1"]).size_is_auto

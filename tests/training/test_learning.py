@@ -24,10 +24,13 @@ def test_loss_falls(trained_run: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["optim=adamw", "model.attention=sdpa"],
+        pytest.param(["optim=adamw", "model.attention=sdpa"], marks=pytest.mark.slow),
         ["trainer.precision=bf16", "model.tie_embeddings=false", "model.qk_norm=false"],
         ["tokenizer=char", "trainer.precision=auto", "trainer.compile=auto", "trainer.device=auto"],
-        ["tokenizer=bpe", "tokenizer.vocab_size=270", "optim.schedule=cosine", "attention.heads=false"],
+        pytest.param(
+            ["tokenizer=bpe", "tokenizer.vocab_size=270", "optim.schedule=cosine", "attention.heads=false"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_configuration_learns(workdir: Path, tiny: list[str], settings: list[str]) -> None:

@@ -77,9 +77,9 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     "error",
     [
         None,
-        MemoryError(),
+        pytest.param(MemoryError(), marks=pytest.mark.slow),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
-        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        pytest.param(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), marks=pytest.mark.slow),
     ],
 )
 def test_batch_that_does_not_fit_into_memory_is_split(
@@ -99,6 +99,7 @@ def test_batch_that_does_not_fit_into_memory_is_split(
     assert [row[2] for row in losses("parts")] == pytest.approx([row[2] for row in losses("whole")], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_its_micro_batch_size(
     workdir: Path, tiny: list[str], small_memory: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,8 +115,8 @@ def test_resumed_run_keeps_its_micro_batch_size(
     ("free_mb", "settings", "at_once"),
     [
         (10, [], 6),  # MEMORY_SHARE is 0.7, and the optimiser takes 0.5 MB
-        (0.1, [], 1),
-        (10_000, [], 16),
+        pytest.param(0.1, [], 1, marks=pytest.mark.slow),
+        pytest.param(10_000, [], 16, marks=pytest.mark.slow),
         (10, ["trainer.micro_batch_size=16"], 16),
         (None, [], 16),
     ],

@@ -17,7 +17,7 @@ from minitf.training.actions import LogRow
 from minitf.training.trainer import Trainer
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_resuming_an_interrupted_run_equals_the_uninterrupted_run(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
