@@ -73,7 +73,9 @@ def made_once(root: Path, make: Callable[[], None]) -> Path:
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The tests and the processes they start have a home and a cache of their own, one language and no terminal."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANGUAGE", "HF_TOKEN", "HF_ENDPOINT"):
+        # PYTHONDONTWRITEBYTECODE: every process of a test would compile the package anew.
+        for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANGUAGE", "HF_TOKEN", "HF_ENDPOINT",
+                     "PYTHONDONTWRITEBYTECODE"):  # fmt: skip
             patch.delenv(name, raising=False)
         for name, value in {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}.items():
             patch.setenv(name, value)

@@ -426,6 +426,7 @@ def test_the_viewer_end_to_end(request_here: Request, monkeypatch: pytest.Monkey
     assert all(len(row.samples) in (1, 2) for row in times)
 
 
+@pytest.mark.slow
 def test_plots_are_small_and_legible_on_any_background(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plots" / "speed.svg"

@@ -252,6 +252,7 @@ def test_a_hub_data_set_of_pairs(tmp_path: Path) -> None:
     assert [pair.texts[0] for pair in pairs if pair.held_out] == ["q9", "q19"]
 
 
+@pytest.mark.slow
 def test_verses_are_aligned_by_number() -> None:
     chapters = aligned_verses()
     assert len(chapters) == 1189

@@ -407,6 +407,7 @@ def test_interactive_replies_to_every_line(
     assert "\nA dog, a bird" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="hardware: pseudo-terminals")
 def test_interactive_edits_lines_and_brings_earlier_ones_back(trained_run: Path) -> None:
     """Up recalls the first prompt, the end of it is deleted and typed anew; an empty line is no prompt; Ctrl-D ends."""

@@ -37,7 +37,7 @@ def greedy_alone(model: Transformer, prompt: list[int], end_id: int) -> list[int
 
 
 @pytest.mark.parametrize("engine", [pytest.param("native", marks=needs_compiler), "torch"])
-@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
+@pytest.mark.parametrize("attention", ["explicit", pytest.param("sdpa", marks=pytest.mark.slow)])
 def test_a_batch_of_unequal_lengths_answers_as_each_alone(
     make_model: Make, engine: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +57,7 @@ def test_a_seed_determines_the_answers(make_model: Make) -> None:
     assert dict(answer_ids(model, 2, PROMPTS, other)) != first
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_wide_beam_finds_the_best_answer(make_model: Make) -> None:
     """Answers of at most 3 of 5 tokens are few enough to score all."""

@@ -62,7 +62,11 @@ def commands(text: str) -> list[str]:
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, *sorted((ROOT / ".github").glob("*.md")))}
 COMMANDS = list(dict.fromkeys(command for text in PAGES.values() for command in commands(text)))
 EXAMPLES = list(dict.fromkeys(example for text in PAGES.values() for example in blocks(text, "python")))
-RUNNABLE = [command for command in COMMANDS if OURS.search(command)]
+RUNNABLE = [
+    pytest.param(command, marks=[] if command in commands(PAGES["README.md"]) else [pytest.mark.slow])
+    for command in COMMANDS
+    if OURS.search(command)
+]
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ def test_heads_are_named_after_own_patterns_first() -> None:
     assert [describe_head(scores, 0, head) for head in (0, 1)] == ["last_e 0.50", "previous token 0.90"]
 
 
+@pytest.mark.slow
 def test_a_run_logs_own_patterns_and_resumes_with_its_copy(
     tiny: list[str], workdir: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,7 +97,7 @@ def test_sentences_with_the_same_nouns_count_as_one_observation() -> None:
 
 
 @pytest.mark.parametrize("exercise", ["pronouns", pytest.param("winograd", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("fresh", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_untrained_model_is_at_chance(make_model: Callable[..., Transformer], exercise: str, fresh: bool) -> None:
     tokenizer, cases = word_tokenizer(exercise)
     model = make_model(tokenizer.vocab_size, context_length=64)
@@ -272,6 +272,7 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_measures_a_run_on_its_own_exercise(
     pronouns_run: Path, scores: ReferenceScores, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

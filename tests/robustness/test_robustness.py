@@ -421,7 +421,9 @@ def test_four_runs_started_at_once_get_four_directories(workdir: Path, tiny: lis
         assert losses(run) == losses(runs[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "checkpoint" else []) for name in NAMES]
+)
 def test_hostile_input_ends_in_a_result_or_one_line(tmp_path: Path, name: str) -> None:
     """The same inputs every time; scripts/fuzz.py draws new ones."""
     watch = Watch(name, getattr(Targets(tmp_path), name), tmp_path / "findings")

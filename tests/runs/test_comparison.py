@@ -175,6 +175,7 @@ def test_a_sweep_ends_with_its_table(workdir: Path, quick: list[str], capsys: py
     assert capsys.readouterr().out.splitlines()[:4] == out[1:5]
 
 
+@pytest.mark.slow
 def test_a_dry_sweep_has_no_table(workdir: Path, quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert train_here("-m", *quick, "trainer.dry_run=true", "seed=0,1") == 0
     assert "runs" not in capsys.readouterr().out

@@ -41,6 +41,7 @@ def test_dry_run_predicts_the_run(tiny: list[str], workdir: Path, capsys: pytest
     assert float(printed["memory"].split()[0].replace(",", "")) > 50
 
 
+@pytest.mark.slow
 def test_dry_run_computes_like_the_run(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for precision, dtype in PRECISIONS.items():
         native = "by our C kernels"

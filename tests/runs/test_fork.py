@@ -39,6 +39,7 @@ def test_a_fork_without_a_change_is_the_run_it_continues(parent: Path) -> None:
     assert decisions[0] == decisions[1]
 
 
+@pytest.mark.slow
 def test_a_fork_resumes_and_may_be_given_another_end(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [f"fork={parent}@4", "optim.learning_rate=0.001", "trainer.max_steps=10"]
     assert train_here(*settings, "run_dir=whole") == 0

@@ -69,6 +69,7 @@ def test_partly_requested_size_is_completed_from_mini() -> None:
     assert model.intermediate_size == 1024
 
 
+@pytest.mark.slow
 def test_run_prints_its_size_and_keeps_it(tiny: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [*(word for word in tiny if not word.startswith("model.")), "trainer.max_minutes=3"]
     assert train_here(*settings, "model.dropout=0.1", "trainer.dry_run=true") == 0

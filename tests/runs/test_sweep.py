@@ -51,6 +51,7 @@ def test_a_sweep_compares_its_runs_by_what_it_varies(workdir: Path, tiny: list[s
     assert not list(workdir.glob("runs/.*"))
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_each_combination_in_its_own_directory(workdir: Path, tiny: list[str]) -> None:
     assert train_here("-m", *tiny, "trainer.max_steps=1,2", "model.dropout=0,0.1", "hydra.sweep.dir=here") == 0
     runs = sorted(path.name for path in (workdir / "here").iterdir() if path.is_dir())

@@ -15,6 +15,7 @@ from minitf.system.threads import set_threads, usable_cores
 QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports it")
 def test_growth_of_this_process_is_measured() -> None:
     free = free_memory()

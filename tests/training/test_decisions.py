@@ -95,7 +95,7 @@ def test_changes_name_only_what_was_decided_before() -> None:
     ]
 
 
-@pytest.mark.parametrize("compiled", ["auto", "false"])
+@pytest.mark.parametrize("compiled", ["auto", pytest.param("false", marks=pytest.mark.slow)])
 def test_old_run_is_resumed_bit_for_bit(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: str
 ) -> None:

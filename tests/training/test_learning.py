@@ -54,6 +54,7 @@ def test_accumulating_two_batches_equals_one_of_twice_the_size(workdir: Path, ti
         assert two[2] == pytest.approx(one[2], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_warm_up_changes_nothing(workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert train_here(*tiny, "run_dir=a", "model.dropout=0.1") == 0
     unmeasured = Selection("reference", 0.001, "as set")

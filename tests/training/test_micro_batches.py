@@ -45,7 +45,7 @@ def test_share_of_a_micro_batch_is_that_of_its_weighted_targets() -> None:
     assert [share for _, share in uncounted.micro_batches(2)] == [0, 0]
 
 
-@pytest.mark.parametrize("data", [[], ["data=copy", "data.num_pairs=300"]])
+@pytest.mark.parametrize("data", [pytest.param([], marks=pytest.mark.slow), ["data=copy", "data.num_pairs=300"]])
 def test_training_in_micro_batches_gives_the_same_losses(workdir: Path, tiny: list[str], data: list[str]) -> None:
     tiny = [*(setting for setting in tiny if not (data and "data" in setting)), *data]
     for name, most in (("whole", 0), ("parts", 3)):

@@ -58,6 +58,7 @@ def test_resuming_a_killed_run_logs_no_step_twice(
     assert_same_run("parts", "whole")
 
 
+@pytest.mark.slow
 def test_rows_over_several_steps_are_the_same_after_resuming(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +136,7 @@ def test_complete_run_is_resumed_only_with_a_later_end(
     assert_same_run("run", "whole")
 
 
-@pytest.mark.parametrize("dying", ["warm_up", "run"])
+@pytest.mark.parametrize("dying", [pytest.param("warm_up", marks=pytest.mark.slow), "run"])
 def test_later_end_is_kept_if_the_process_dies_before_saving(
     workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, dying: str
 ) -> None:
@@ -152,6 +153,7 @@ def test_later_end_is_kept_if_the_process_dies_before_saving(
     assert load_checkpoint("run", prefer="latest").step == 9
 
 
+@pytest.mark.slow
 def test_latest_run_and_an_older_checkpoint_can_be_resumed(workdir: Path, tiny: list[str]) -> None:
     assert train_here(*tiny, "name=first") == 0
     (run,) = Path("runs/first").iterdir()
@@ -249,6 +251,7 @@ def test_resuming_uses_the_token_cache(workdir: Path, tiny: list[str]) -> None:
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_text_may_move_if_it_stays_the_same(
     workdir: Path, tiny: list[str], text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
