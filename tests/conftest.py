@@ -62,7 +62,7 @@ def made_once(root: Path, make: Callable[[], None]) -> Path:
     """`root` as `make` fills it: in the first worker that asks for it; the others wait and read it too."""
     with root.with_name(f"{root.name}.made").open("a+") as marker:
         fcntl.flock(marker, fcntl.LOCK_EX)
-        if marker.tell() == 0:
+        if marker.seek(0, os.SEEK_END) == 0:  # asked now: at the opening another worker may have been at it
             root.mkdir()
             make()
             marker.write("yes")

@@ -67,6 +67,7 @@ def test_looking_again_changes_nothing_if_the_verdict_stands(
     assert_same_run("looked", "blind")
 
 
+@pytest.mark.slow
 def test_switch_is_recorded_and_a_resumed_run_repeats_it(
     workdir: Path,
     settings: list[str],

@@ -12,35 +12,41 @@
 #define WAIT_FOR_ALL()
 #endif
 
-#define WIDTH 16 /* floats in one vector; the compiler splits it for narrower processors */
+/* Floats in one vector, as many as a register holds: gcc keeps longer ones in memory, which took six times as long (Zen 3). */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
-
-typedef float Half __attribute__((vector_size(2 * WIDTH)));
-typedef float Quarter __attribute__((vector_size(WIDTH)));
+typedef float Four __attribute__((vector_size(16)));
 
 #ifdef __clang__
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-typedef int32_t Order __attribute__((vector_size(WIDTH)));
+typedef int32_t Order __attribute__((vector_size(16)));
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (Order){i, j, k, l})
 #endif
 
-static inline Quarter quarter_sum(Vector v) {
-    union { Vector whole; Half halves[2]; } a = {v};
-    union { Half whole; Quarter halves[2]; } b = {a.halves[0] + a.halves[1]};
-    return b.halves[0] + b.halves[1];
+static inline Four sum_of_fours(Vector v) {
+    union { Vector whole; Four parts[WIDTH / 4]; } x = {v};
+    Four sum = x.parts[0];
+    for (int i = 1; i < WIDTH / 4; i++) sum += x.parts[i];
+    return sum;
 }
 
 /* The sums of four vectors' lanes, by halving; adding lane by lane would take longer than the products. */
-static inline Quarter sums_of(Vector a, Vector b, Vector c, Vector d) {
-    Quarter qa = quarter_sum(a), qb = quarter_sum(b), qc = quarter_sum(c), qd = quarter_sum(d);
-    Quarter ab = SHUFFLE(qa, qb, 0, 1, 4, 5) + SHUFFLE(qa, qb, 2, 3, 6, 7);
-    Quarter cd = SHUFFLE(qc, qd, 0, 1, 4, 5) + SHUFFLE(qc, qd, 2, 3, 6, 7);
+static inline Four sums_of(Vector a, Vector b, Vector c, Vector d) {
+    Four qa = sum_of_fours(a), qb = sum_of_fours(b), qc = sum_of_fours(c), qd = sum_of_fours(d);
+    Four ab = SHUFFLE(qa, qb, 0, 1, 4, 5) + SHUFFLE(qa, qb, 2, 3, 6, 7);
+    Four cd = SHUFFLE(qc, qd, 0, 1, 4, 5) + SHUFFLE(qc, qd, 2, 3, 6, 7);
     return SHUFFLE(ab, cd, 0, 2, 4, 6) + SHUFFLE(ab, cd, 1, 3, 5, 7);
 }
 
 static inline float sum(Vector v) {
-    Quarter q = quarter_sum(v);
+    Four q = sum_of_fours(v);
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
@@ -60,7 +66,7 @@ static inline float sum(Vector v) {
             float *to = y + r * y_stride;                                                                 \
             if (N % 4 == 0)                                                                               \
                 for (int n = 0; n < N; n += 4) {                                                          \
-                    Quarter four = sums_of(sums[r][n], sums[r][n + 1], sums[r][n + 2], sums[r][n + 3]);   \
+                    Four four = sums_of(sums[r][n], sums[r][n + 1], sums[r][n + 2], sums[r][n + 3]);   \
                     memcpy(to + n, &four, sizeof four);                                                   \
                 }                                                                                         \
             else to[0] = sum(sums[r][0]);                                                                 \
@@ -70,8 +76,17 @@ static inline float sum(Vector v) {
     }
 TILE(1, 1)
 TILE(1, 8)
+#if WIDTH == 16
+#define ROWS 4 /* of a tile, so that its sums stay in registers */
 TILE(4, 1)
 TILE(4, 4)
+#define TILE_OF_ROWS(N) tile_4_##N
+#else
+#define ROWS 2
+TILE(2, 1)
+TILE(2, 4)
+#define TILE_OF_ROWS(N) tile_2_##N
+#endif
 
 /* One thread's share of N outputs, [from, to), in multiples of eight. */
 typedef struct { int64_t from, to; } Share;
@@ -83,12 +98,13 @@ static Share share_of(int64_t N, int64_t thread, int64_t threads) {
 /* y = x weight^T for a share of the outputs: x (rows, D), weight (N, D), y (rows, N). Each weight is read
    once. */
 static void linear(float *y, const float *x, const float *weight, int64_t rows, int64_t N, int64_t D, Share share) {
-    int64_t many = rows >= 4 ? 4 : 8;
+    int64_t many = rows >= ROWS ? 4 : 8;
     for (int64_t n = share.from; n < share.to; n += many) {
         if (n + many > share.to) many = 1;
         const float *w = weight + n * D;
         int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) (many == 4 ? tile_4_4 : tile_4_1)(y + r * N + n, N, x + r * D, w, D);
+        for (; r + ROWS <= rows; r += ROWS)
+            (many == 4 ? TILE_OF_ROWS(4) : TILE_OF_ROWS(1))(y + r * N + n, N, x + r * D, w, D);
         for (; r < rows; r++) {
             if (many == 8) tile_1_8(y + r * N + n, N, x + r * D, w, D);
             else for (int64_t i = 0; i < many; i++) tile_1_1(y + r * N + n + i, N, x + r * D, w + i * D, D);
