@@ -87,7 +87,8 @@ def select(
         if backend.name == "compile" and wanted == "auto" and seconds_left(base_s) < COMPILE_PAYS_FROM_S:
             notes.append(f"torch.compile does not pay in {seconds_left(base_s):.0f} s of training")
             continue
-        if reason := disagrees(backend):
+        # Asked only now: to find a C++ compiler, PyTorch imports its own compiler, 1 to 3 s.
+        if reason := (backend.name == "compile" and unsupported(backend)) or disagrees(backend):
             notes.append(f"not by {backend.description}: {reason}")
             continue
         try:
@@ -118,10 +119,13 @@ def race(
     asked_for: bool = False,
 ) -> Comparison:
     """Time steps by two backends in turn, the candidate once if it is `asked_for`; it is left installed."""
+    warm = set() if base_s is None else {base.name}
 
     def timed(backend: Backend) -> float:
         backend.install(model, optimizer)
-        return measure(False)
+        is_warm = backend.name in warm
+        warm.add(backend.name)
+        return measure(is_warm)
 
     limit = KERNELS_WITHIN if candidate.name in KERNELS else 1.0
     if asked_for and base_s is not None:
@@ -132,13 +136,13 @@ def race(
 def _usable(
     wanted: str, model: Transformer, unsupported: Callable[[Backend], str | None], notes: list[str]
 ) -> list[Backend]:
-    """The backends that are wanted and can compute this model; notes why others cannot."""
+    """The backends that are wanted and can compute this model, torch.compile unasked; notes why others cannot."""
     candidates = []
     for backend in wanted_backends(wanted, model):
-        reason = unsupported(backend)
+        reason = None if backend.name == "compile" else unsupported(backend)
         if reason is None:
             candidates.append(backend)
-        elif wanted != "auto" or backend.name == "compile":
+        elif wanted != "auto":
             notes.append(f"not by {backend.description}: {reason}")
     return candidates
 

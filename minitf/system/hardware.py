@@ -20,6 +20,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # bfloat16 must be clearly faster to be worth its rounding; processors without bf16 units run it slower than float32.
 BF16_MIN_SPEEDUP = 1.3
+COMPARED_SIZE = 256  # of the matrices that compare precisions: in bf16 without units, 512 take a quarter of a second
 BURST_S = 3.0  # until precisions that were about as fast are compared again
 
 Result = TypeVar("Result")
@@ -100,7 +101,7 @@ def _compare_precisions(device: torch.device) -> Comparison:
 
     def seconds(dtype: torch.dtype) -> float:
         try:
-            return 1 / measure_matmul(device, dtype)
+            return 1 / measure_matmul(device, dtype, size=COMPARED_SIZE)
         except RuntimeError:  # a device without bfloat16
             if dtype == torch.float32:
                 raise
@@ -114,10 +115,9 @@ def _compare_precisions(device: torch.device) -> Comparison:
         torch.set_num_threads(num_threads)
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0.05) -> float:
-    """FLOP/s of a product of two square matrices, the best of a few tries."""
-    # A processor without bf16 units takes a third of a second for one; a single one would not fill a device's queue.
-    size, count = (512, 1) if device.type == "cpu" else (4096, 3)
+def measure_matmul(device: torch.device, dtype: torch.dtype, budget_s: float = 0.05, size: int = 512) -> float:
+    """FLOP/s of a product of two square matrices, the best of a few tries; `size` is that on a CPU."""
+    size, count = (size, 1) if device.type == "cpu" else (4096, 3)  # one would not fill a device's queue
     # Random numbers, as in training: products of ones draw less power, and a GPU does them an eighth faster.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))

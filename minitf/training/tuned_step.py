@@ -73,11 +73,10 @@ class TunedStep(TrainingStep):
         return autotune.select(wanted, self.model, self.optimizer, unsupported, disagrees, measure, seconds_left)
 
     def _measure_backend(self, warm: bool) -> float:
-        """Once if the first step was one by this backend; else the faster of two, as noise must not decide."""
-        if warm:
-            return self.measure(1)
-        self.run(0, 0.0)
-        return min(self.measure(1), self.measure(1))
+        """Seconds of one step, after another one unless the backend is `warm`; a comparison has several rounds."""
+        if not warm:
+            self.run(0, 0.0)
+        return self.measure(1)
 
     def _choose_threads(self, step_s: float) -> float:
         """Halve the number of threads as long as that makes a step faster; returns its seconds."""
