@@ -66,7 +66,7 @@ def test_precision_is_chosen_as_on_a_quiet_machine_and_says_its_margin(
     by_dtype = dict(zip((torch.bfloat16, torch.float32), speeds, strict=True))
     count = itertools.count()
 
-    def measure(device: torch.device, dtype: torch.dtype) -> float:
+    def measure(device: torch.device, dtype: torch.dtype, **size: int) -> float:
         return by_dtype[dtype] / (5 if next(count) in busy else 1)
 
     monkeypatch.setattr(hardware, "measure_matmul", measure)
@@ -82,7 +82,7 @@ def test_thin_margin_between_precisions_is_measured_again_after_a_burst(monkeypa
     """Other work slows bf16, and only bf16, down until somebody waits."""
     waited: list[float] = []
 
-    def measure(device: torch.device, dtype: torch.dtype) -> float:
+    def measure(device: torch.device, dtype: torch.dtype, **size: int) -> float:
         return 60e9 if dtype == torch.float32 else 200e9 if waited else 70e9
 
     monkeypatch.setattr(hardware, "measure_matmul", measure)

@@ -41,15 +41,17 @@ def test_a_run_elsewhere_is_the_same_bit_for_bit_and_resumes(workdir: Path, tiny
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["auto", pytest.param("true", marks=pytest.mark.slow)])
 def test_without_a_compiler_the_model_trains_as_written(
-    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    workdir: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, compiled: str
 ) -> None:
     monkeypatch.setenv("MINITF_CACHE", str(workdir / "cache"))  # no library compiled before
     automatic = [argument for argument in tiny if not argument.startswith("trainer.compile=")]
-    done = run_elsewhere("minitf.train", *automatic, "trainer.max_steps=2", "run_dir=there")
+    settings = [*automatic, f"trainer.compile={compiled}", "trainer.max_steps=2"]
+    done = run_elsewhere("minitf.train", *settings, "run_dir=there")
     line = next(line for line in done.stderr.splitlines() if line.startswith("backend"))
     assert "as written" in line
-    assert "no C++ compiler found" in line
+    assert ("no C++ compiler found" if compiled == "true" else "torch.compile does not pay in") in line
 
 
 def test_mps_is_chosen_where_there_is_no_cuda_and_is_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
