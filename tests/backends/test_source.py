@@ -29,7 +29,8 @@ def test_the_record_is_of_the_core_as_it_is() -> None:
     """After an edit that the backends follow: `python -m minitf.backends.source`."""
     record = json.loads(source.RECORD.read_text(encoding="utf-8"))
     assert record["definitions"] == {name: one.digest for name, one in source.definitions().items()}
-    assert source.core_hash() in record["forward"]
+    assert record["text"] == source.text_hash()
+    assert record["core"] == source.core_hash() == source.parsed_core_hash() in record["forward"]
     model = Transformer(ModelConfig(num_layers=1, hidden_size=8, num_heads=1), 5)
     for backend in [*backends(model).values(), TritonKernels()]:
         known = {*source.definitions(), *(name.rsplit(".", 1)[0] for name in source.definitions())}
