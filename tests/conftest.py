@@ -62,7 +62,7 @@ def made_once(root: Path, make: Callable[[], None]) -> Path:
     """`root` as `make` fills it: in the first worker that asks for it; the others wait and read it too."""
     with root.with_name(f"{root.name}.made").open("a+") as marker:
         fcntl.flock(marker, fcntl.LOCK_EX)
-        if marker.seek(0, os.SEEK_END) == 0:  # asked now: at the opening another worker may have been at it
+        if marker.seek(0, os.SEEK_END) == 0:  # it may have grown while this worker waited for the lock
             root.mkdir()
             make()
             marker.write("yes")
@@ -73,10 +73,9 @@ def made_once(root: Path, make: Callable[[], None]) -> Path:
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The tests and the processes they start have a home and a cache of their own, one language and no terminal."""
     with pytest.MonkeyPatch.context() as patch:
-        # PYTHONDONTWRITEBYTECODE: every process of a test would compile the package anew.
-        for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANGUAGE", "HF_TOKEN", "HF_ENDPOINT",
-                     "PYTHONDONTWRITEBYTECODE"):  # fmt: skip
+        for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANGUAGE", "HF_TOKEN", "HF_ENDPOINT"):
             patch.delenv(name, raising=False)
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # each process would compile the package anew
         for name, value in {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}.items():
             patch.setenv(name, value)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))

@@ -81,14 +81,17 @@ def select(
     base = _base(unsupported, disagrees, notes)
     base.install(model, optimizer)
     doubtful: tuple[str, ...] = ()
-    candidates = _usable(wanted, model, unsupported, notes)
     base_s = measure(base.name == "reference")
-    for backend in candidates:
+    for backend in wanted_backends(wanted, model):
         if backend.name == "compile" and wanted == "auto" and seconds_left(base_s) < COMPILE_PAYS_FROM_S:
             notes.append(f"torch.compile does not pay in {seconds_left(base_s):.0f} s of training")
             continue
-        # Asked only now: to find a C++ compiler, PyTorch imports its own compiler, 1 to 3 s.
-        if reason := (backend.name == "compile" and unsupported(backend)) or disagrees(backend):
+        # Asked one by one, when its turn comes: to look for a C++ compiler, PyTorch imports inductor, 1 to 3 s.
+        if reason := unsupported(backend):
+            if wanted != "auto" or backend.name == "compile":
+                notes.append(f"not by {backend.description}: {reason}")
+            continue
+        if reason := disagrees(backend):
             notes.append(f"not by {backend.description}: {reason}")
             continue
         try:
@@ -131,20 +134,6 @@ def race(
     if asked_for and base_s is not None:
         return Comparison(base_s, timed(candidate), limit)
     return compare(lambda: timed(base), lambda: timed(candidate), limit, base_s)
-
-
-def _usable(
-    wanted: str, model: Transformer, unsupported: Callable[[Backend], str | None], notes: list[str]
-) -> list[Backend]:
-    """The backends that are wanted and can compute this model, torch.compile unasked; notes why others cannot."""
-    candidates = []
-    for backend in wanted_backends(wanted, model):
-        reason = None if backend.name == "compile" else unsupported(backend)
-        if reason is None:
-            candidates.append(backend)
-        elif wanted != "auto":
-            notes.append(f"not by {backend.description}: {reason}")
-    return candidates
 
 
 def _base(

@@ -115,12 +115,13 @@ def reached(roots: Iterable[str], package: Path = PACKAGE) -> list[str]:
 
 def recorded() -> dict[str, Any]:
     """What RECORD holds: the hashes of the definitions that the backends implement, and of the files they are in."""
-    return json.loads(RECORD.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return record
 
 
 @functools.cache
 def text_hash(package: Path = PACKAGE) -> str:
-    """One hash of the files to the letter: where it is the recorded one they need not be parsed, 0.15 s of a start."""
+    """One hash of the files as they are, comments included. If it is the recorded one, nothing needs to be parsed."""
     text = "".join((package / f"{module}.py").read_text(encoding="utf-8") for module in MODULES)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -149,6 +150,7 @@ def core_hash(package: Path = PACKAGE) -> str:
 
 
 def parsed_core_hash(package: Path = PACKAGE) -> str:
+    """`core_hash` without the short cut of `text_hash`."""
     known = definitions(package)
     content = "".join(f"{name}={known[name].digest};" for name in reached(FORWARD, package))
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -73,7 +73,7 @@ class TunedStep(TrainingStep):
         return autotune.select(wanted, self.model, self.optimizer, unsupported, disagrees, measure, seconds_left)
 
     def _measure_backend(self, warm: bool) -> float:
-        """Seconds of one step, after another one unless the backend is `warm`; a comparison has several rounds."""
+        """Seconds of one step; a backend that is not `warm` first computes one that is not timed."""
         if not warm:
             self.run(0, 0.0)
         return self.measure(1)

@@ -1,16 +1,17 @@
 """Decoding: every engine computes what the model computes, and states why when it cannot."""
 
 import itertools
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import needs_compiler, recorded_weights
+from helpers import needs_compiler, not_applicable, recorded_weights
 from torch import Tensor
 
 from minitf.attention import Attention, AttentionRecord
-from minitf.backends.cpu import decode_bindings
+from minitf.backends.cpu import compiler, decode_bindings
 from minitf.backends.cpu.decoding import MAX_PREFILL, CpuEngine, ThreadChoice
 from minitf.backends.cuda.decoding import GraphEngine
 from minitf.backends.engine import TokenFuture, TorchEngine
@@ -244,6 +245,25 @@ def test_a_failing_compiler_is_a_fallback_to_pytorch(tmp_path: Path, monkeypatch
     monkeypatch.setenv("CC", "false")
     assert choose_engine(random_model()) is TorchEngine
     assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+@pytest.mark.backends
+@pytest.mark.usefixtures("uncached_library")
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx"])
+@torch.no_grad()
+def test_narrower_vectors_compute_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    """Of 8 and of 4 floats, on x86."""
+    if platform.machine() != "x86_64":
+        not_applicable("these are flags of x86 compilers")
+    monkeypatch.setenv("MINITF_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, flag))
+    for shape, batch_size in itertools.product(SHAPES, (1, 2, 5)):
+        model = random_model(**shape)
+        ids_BT = torch.randint(VOCABULARY, (batch_size, CONTEXT))
+        found = logits_token_by_token(CpuEngine(model, batch_size, CONTEXT), ids_BT, 5)
+        assert_close(found, model(ids_BT)[:, 4:])
+    assert len(list(tmp_path.iterdir())) == 1  # compiled with the flag
 
 
 @needs_compiler

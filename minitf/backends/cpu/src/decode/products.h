@@ -12,7 +12,8 @@
 #define WAIT_FOR_ALL()
 #endif
 
-/* Floats in one vector, as many as a register holds: gcc keeps longer ones in memory, which took six times as long (Zen 3). */
+/* Floats in one vector, as many as a register holds. gcc keeps longer vectors in memory: with 16 floats on AVX2, products
+   took six times as long. */
 #if defined(__AVX512F__)
 #define WIDTH 16
 #elif defined(__AVX__)
@@ -66,7 +67,7 @@ static inline float sum(Vector v) {
             float *to = y + r * y_stride;                                                                 \
             if (N % 4 == 0)                                                                               \
                 for (int n = 0; n < N; n += 4) {                                                          \
-                    Four four = sums_of(sums[r][n], sums[r][n + 1], sums[r][n + 2], sums[r][n + 3]);   \
+                    Four four = sums_of(sums[r][n], sums[r][n + 1], sums[r][n + 2], sums[r][n + 3]);      \
                     memcpy(to + n, &four, sizeof four);                                                   \
                 }                                                                                         \
             else to[0] = sum(sums[r][0]);                                                                 \
@@ -77,7 +78,7 @@ static inline float sum(Vector v) {
 TILE(1, 1)
 TILE(1, 8)
 #if WIDTH == 16
-#define ROWS 4 /* of a tile, so that its sums stay in registers */
+#define ROWS 4 /* in a tile: as many as keep its sums in registers */
 TILE(4, 1)
 TILE(4, 4)
 #define TILE_OF_ROWS(N) tile_4_##N
