@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minitf.errors import MinitfError, RequestError
 
-# The only links in a run, in checkpoints/. The last two exist for a moment; a kill may leave them.
+# The only symbolic links of a run, in checkpoints/. The last two are temporary; a kill may leave them behind.
 LINKS = {"latest", "best", ".latest.new", ".best.new"}
 
 

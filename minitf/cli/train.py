@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minitf.config.shell_completion import main as completion
 
         return completion([word.removeprefix("install=") for word in args.overrides])
-    # Hydra would make its run.dir before anything is checked, and takes letters beyond ASCII in quotes only.
+    # Hydra would create its run.dir before anything is checked, and accepts non-ASCII letters only in quotes.
     overrides = [re.sub(r"^\+*hydra\.run\.dir=", "run_dir=", _readable(word)) for word in args.overrides]
     if not action or args.multirun:
         _prepare_environment()

@@ -79,7 +79,7 @@ def wanted(arguments: argparse.Namespace) -> bool:
     if arguments.answers and arguments.patch is None:
         raise RequestError("--answers names the tokens that --patch compares: add --patch TEXT")
     if arguments.mean and not arguments.ablate:
-        raise RequestError("--mean says how --ablate replaces: add --ablate L0H2")
+        raise RequestError("--mean sets what --ablate puts in place of a head: add --ablate L0H2")
     return edits or where
 
 

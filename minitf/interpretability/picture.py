@@ -38,7 +38,7 @@ MAX_ALIGNED_WORDS = 90  # per side
 
 BACKGROUND, INK, ACCENT = (252, 252, 253), (28, 26, 36), (160, 32, 111)  # as TensorBoard's own page: light
 REPLACEMENTS = str.maketrans({"⏎": "\\n", "⇥": "\\t", "⟨": "<", "⟩": ">"})  # Pillow's font lacks these
-# Evenly falling lightness (after Matplotlib's "inferno"), from weight 0 to weight 1; the viewer's own colours.
+# Lightness decreases evenly from weight 0 to weight 1 (after Matplotlib's "inferno"); the viewer has the same colours.
 # fmt: off
 RAMP = [(243, 241, 246), (252, 222, 170), (250, 170, 92), (232, 98, 78),
         (186, 54, 110), (124, 32, 124), (70, 24, 104), (28, 14, 50)]

@@ -154,7 +154,7 @@ def _open_hub(config: DataConfig) -> Corpus:
         raise RequestError(f"{config.hub_path} has no column {column!r}; set data.text_column, one of: {there}")
     num_rows = None if config.streaming else data.num_rows
     if num_rows == 1 and not config.hub_val_split:
-        raise RequestError(f"{config.hub_path} has one document; name a split to hold out with data.hub_val_split")
+        raise RequestError(f"{config.hub_path} has only one document; name a split to hold out with data.hub_val_split")
     share = max(config.val_fraction, 1 / num_rows) if num_rows else config.val_fraction
     left_out = LeftOut(config.bad_rows == "skip")
 
