@@ -48,6 +48,15 @@ def test_checkpoints_between_evaluations_hold_only_finite_models(
         assert model(torch.arange(16)[None]).isfinite().all(), name
 
 
+def test_a_map_of_a_diverged_model_ends_the_run_in_one_line(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = ["optim.learning_rate=1e30", "optim.matrix_learning_rate=1e30", "optim.warmup_fraction=0"]
+    often = ["trainer.attention_every=1", "trainer.log_every=100", "trainer.eval_every=100", "trainer.save_every=100"]
+    assert train_here(*tiny, *rates, *often, "trainer.max_steps=6", "run_dir=run") == 1
+    assert_one_line(capsys.readouterr().err, "the loss became", "nothing was saved yet", "optim.learning_rate")
+
+
 def test_failed_run_can_be_started_again_in_its_directory(workdir: Path, tiny: list[str]) -> None:
     settings = [*tiny, "trainer.attention_every=3", "trainer.max_steps=3", "trainer.eval_every=1000"]
     for name, rates in (("run", ["optim.learning_rate=1e30"]), ("run", []), ("expected", [])):

@@ -1,5 +1,7 @@
 """Attention while a model trains: maps of the probes, scores of the heads, and the heads that align."""
 
+import math
+
 from minitf.errors import RequestError
 from minitf.interpretability.alignment import AligningHeads
 from minitf.interpretability.heads import HeadScores, ablation_costs, head_scores
@@ -71,6 +73,8 @@ class LogAttention:
                 self.skipped.add(probe)
                 reporter.say(f"attention.probes: {probe!r} is not shown: {error}")
             return
+        if not maps.weights_LHTS.isfinite().all():  # the last update, or one since a loss was looked at
+            trainer.check_finite(math.nan)
         reporter.attention(maps.to_viewer(), attention_picture(maps, scores), step)
         if maps.alignment is not None:
             reporter.picture(f"alignment/{probe}", alignment_picture(maps.alignment, step), step)
