@@ -1,8 +1,8 @@
 """Faster implementations of the same model, one folder or file each.
 
 A backend gives modules of a model, and its optimiser, another class: one with the same parameters whose `forward` it
-overrides (`Block` becomes `CpuBlock`). The new class calls `super().forward` for everything it does not do: a cache, a
-record of the attention, another dtype. Nothing in attention.py, model.py, loss.py and optim.py knows of it.
+overrides (`Block` becomes `FusedBlock`). The new class calls `super().forward` for everything it does not do: a cache,
+a record of the attention, another dtype. Nothing in attention.py, model.py, loss.py and optim.py knows of it.
 
 A backend is used only if it agrees with these files as they are: see agreement.py and source.py.
 """

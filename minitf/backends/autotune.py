@@ -8,7 +8,7 @@ from minitf.backends import Backend, Reference
 from minitf.backends.compile import Compile
 from minitf.backends.cpu.kernels import CpuKernels
 from minitf.backends.sdpa import Sdpa
-from minitf.errors import RequestError, out_of_memory
+from minitf.errors import RequestError, one_line, out_of_memory
 from minitf.model import Transformer
 from minitf.optim import Optimizer
 from minitf.system.comparison import Comparison, compare
@@ -99,7 +99,7 @@ def select(
         except Exception as error:  # a broken compiler or driver surfaces as any of many classes: train without it
             if out_of_memory(error):
                 raise
-            notes.append(f"not by {backend.description}, which failed: {_first_line(error)}")
+            notes.append(f"not by {backend.description}, which failed: {type(error).__name__}: {one_line(error, 120)}")
             model.zero_grad()
         else:
             base_s = found.one_s
@@ -152,7 +152,3 @@ def _base(
 def _reason(backend: Backend, found: Comparison, notes: list[str]) -> str:
     times = f"a step takes {found.other_s * 1000:.0f} ms instead of {found.one_s * 1000:.0f} ms"
     return "; ".join([f"{backend.description}, {times}, {found.one_s / found.other_s:.2g} times as fast", *notes])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"

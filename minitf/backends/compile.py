@@ -29,10 +29,6 @@ def _block(
     return Block.forward(block, x_BTD, context, layer)
 
 
-def _norm(norm: RMSNorm, x_BTD: Tensor) -> Tensor:
-    return RMSNorm.forward(norm, x_BTD)
-
-
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A plain function that takes a block as an argument is compiled once for all blocks, inside FSDP's hooks."""
@@ -81,7 +77,7 @@ class CompiledRMSNorm(RMSNorm):
     trained_shape: torch.Size | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _as_in_training(_norm, self, x) if _has_trained_shape(self, x) else super().forward(x)
+        return _as_in_training(RMSNorm.forward, self, x) if _has_trained_shape(self, x) else super().forward(x)
 
 
 class CompiledCrossEntropy(LinearCrossEntropy):

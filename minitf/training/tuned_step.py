@@ -21,7 +21,7 @@ MAX_ACTIVATION_BYTES = 300  # per token, layer and channel: about 100 measured i
 STATE_BYTES = 12  # per parameter: gradient and averages in float32
 MEMORY_SHARE = 0.7  # of free memory; the rest is for other programs, evaluation and attention maps
 MIN_THREADS_TO_HALVE = 4
-FEWER_THREADS_WITHIN = 0.95  # clearly faster: a measurement of eight steps is off by a few per cent
+FEWER_THREADS_WITHIN = 0.95  # clearly faster: a measurement of four steps is off by a few per cent
 CAPTURED_WITHIN = 0.9  # of the time of a step: a graph keeps the memory of its activations, and has to pay for it
 
 
@@ -42,7 +42,8 @@ class TunedStep(TrainingStep):
         graph = self.capture()
         open_threads = self.hardware.device.type == "cpu" and not self.hardware.threads_set
         open_threads = open_threads and torch.get_num_threads() >= MIN_THREADS_TO_HALVE
-        step_s = self.measure(8 if by_time or open_threads else 1)  # the number of steps or threads depends on it
+        # The number of threads depends on it, and the first plan of a run by time, which its clock corrects.
+        step_s = self.measure(4 if by_time or open_threads else 1)
         if open_threads:
             step_s = self._choose_threads(step_s)
         self.optimizer.reset()
@@ -160,7 +161,7 @@ class TunedStep(TrainingStep):
             self.captured = None
             self.model.zero_grad()
             torch.cuda.empty_cache()
-            return f"; not as a CUDA graph: {str(error).strip().splitlines()[0][:120]}"
+            return f"; not as a CUDA graph: {one_line(error, 120)}"
         if self.cuda_graph == "auto" and captured_s > CAPTURED_WITHIN * before_s:
             self.captured = None
             return ""
