@@ -66,7 +66,7 @@ def test_alignment_emerges_and_its_heads_are_found(copying_run: Path) -> None:
     assert max(scores[-3:]) > 0.9  # of 59 letters; single steps may miss a few
     checkpoint = load_checkpoint(copying_run)
     assert checkpoint.aligning_heads
-    # Rounding differs between processors, and after 300 steps a head may still miss a letter: four of thirty may.
+    # Rounding differs between processors, and after 400 steps a head may still miss a letter: four of thirty may.
     aligned = []
     for word in ("cabd", "dbac", "bacd", "cdab", "ddbca", "adcab", "bcad"):
         found = maps_of_checkpoint(checkpoint, word).alignment

@@ -272,7 +272,7 @@ def test_a_newer_request_of_the_same_page_ends_an_older_one(runs_root: Path, mon
 def test_live_sources_are_answered_and_aligned(tmp_path: Path, copying_run: Path) -> None:
     shutil.copytree(copying_run, tmp_path / "runs/copying", symlinks=True)
     plugin = plugin_over(tmp_path / "runs", ["copying"])
-    asked = {"run": "copying", "step": 300}
+    asked = {"run": "copying", "step": 400}
     reply = ask(plugin, {**asked, "text": "cabd"}).json
     assert reply["full"] == "cabd => cabd"
     assert reply["prompt_length"] == 6

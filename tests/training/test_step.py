@@ -75,8 +75,8 @@ def test_choice_of_threads_survives_a_burst_of_other_work(
     ("limits", "threads", "most"),
     [
         (["trainer.max_steps=2"], 2, 1),
-        (["trainer.max_steps=2", "trainer.max_minutes=1"], 2, 8),
-        (["trainer.max_steps=2"], 4, 8),
+        (["trainer.max_steps=2", "trainer.max_minutes=1"], 2, 4),
+        (["trainer.max_steps=2"], 4, 4),
     ],
 )
 def test_step_is_measured_if_steps_or_threads_depend_on_it(
