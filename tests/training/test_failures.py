@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_one_line, losses, tensors, train_here
+from helpers import EXERCISE, assert_one_line, losses, tensors, train_here
 
 from minitf.checkpoints.checkpoint import load_checkpoint
 
@@ -48,13 +48,20 @@ def test_checkpoints_between_evaluations_hold_only_finite_models(
         assert model(torch.arange(16)[None]).isfinite().all(), name
 
 
-def test_a_map_of_a_diverged_model_ends_the_run_in_one_line(
-    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("exercise", [False, True])
+def test_what_shows_or_keeps_weights_ends_a_diverged_run_in_one_line(
+    workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], exercise: bool
 ) -> None:
+    settings = [*EXERCISE, "attention.ablation=true"] if exercise else tiny
     rates = ["optim.learning_rate=1e30", "optim.matrix_learning_rate=1e30", "optim.warmup_fraction=0"]
     often = ["trainer.attention_every=1", "trainer.log_every=100", "trainer.eval_every=100", "trainer.save_every=100"]
-    assert train_here(*tiny, *rates, *often, "trainer.max_steps=6", "run_dir=run") == 1
+    assert train_here(*settings, *rates, *often, "trainer.max_steps=6", "run_dir=run") == 1
     assert_one_line(capsys.readouterr().err, "the loss became", "nothing was saved yet", "optim.learning_rate")
+    for written in ("metrics", "attention"):  # json.loads accepts the NaN that other readers refuse
+        for line in Path(f"run/{written}.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+    for kept in Path("run/snapshots").glob("step_*"):
+        assert all(value.isfinite().all() for value in load_checkpoint(kept).model.state_dict().values()), kept
 
 
 def test_failed_run_can_be_started_again_in_its_directory(workdir: Path, tiny: list[str]) -> None:

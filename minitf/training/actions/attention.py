@@ -1,13 +1,12 @@
 """Attention while a model trains: maps of the probes, scores of the heads, and the heads that align."""
 
-import math
-
 from minitf.errors import RequestError
 from minitf.interpretability.alignment import AligningHeads
 from minitf.interpretability.heads import HeadScores, ablation_costs, head_scores
 from minitf.interpretability.own_patterns import OwnPatterns
 from minitf.interpretability.picture import alignment_picture, attention_picture
 from minitf.model import Transformer
+from minitf.training.actions.evaluate import check_model
 from minitf.training.trainer import Trainer
 
 ALIGNED_SCORE = 0.8  # heads with a higher alignment score have learnt to align
@@ -29,6 +28,7 @@ class LogAttention:
         return trainer.at_start or (trainer.advanced and (at_interval or trainer.last))
 
     def __call__(self, trainer: Trainer) -> None:
+        check_model(trainer)
         config = trainer.context.config.attention
         model = trainer.context.parallel.full_model()
         if trainer.group.is_main:
@@ -73,8 +73,6 @@ class LogAttention:
                 self.skipped.add(probe)
                 reporter.say(f"attention.probes: {probe!r} is not shown: {error}")
             return
-        if not maps.weights_LHTS.isfinite().all():  # the last update, or one since a loss was looked at
-            trainer.check_finite(math.nan)
         reporter.attention(maps.to_viewer(), attention_picture(maps, scores), step)
         if maps.alignment is not None:
             reporter.picture(f"alignment/{probe}", alignment_picture(maps.alignment, step), step)
@@ -92,6 +90,7 @@ class LogAlignment:
         return wanted and trainer.advanced and trainer.schedule.align.includes(state.step)
 
     def __call__(self, trainer: Trainer) -> None:
+        check_model(trainer)
         model = trainer.context.parallel.full_model()
         if trainer.group.is_main:
             _log_alignment(model, trainer)

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from minitf.checkpoints.model_card import model_card
-from minitf.training.actions.evaluate import Evaluate, evaluation_mode
+from minitf.training.actions.evaluate import Evaluate, check_model
 from minitf.training.trainer import Trainer
 
 
@@ -19,23 +19,12 @@ class SaveCheckpoint:
 
     def __call__(self, trainer: Trainer) -> None:
         if self.evaluate.step != trainer.state.step:
-            self._check_weights(trainer)
+            check_model(trainer)
         card = self._card(trainer) if trainer.group.is_main else ""
         trainer.save_checkpoint(self._is_best(trainer), card)
 
     def _is_best(self, trainer: Trainer) -> bool:
         return self.evaluate.is_best and self.evaluate.step == trainer.state.step
-
-    def _check_weights(self, trainer: Trainer) -> None:
-        """MinitfError if the loss is not finite: the last one was that of the weights before their last update."""
-        context = trainer.context
-        index = trainer.state.step * trainer.config.grad_accumulation
-        batch, _ = context.batches.batch(index).rows(slice(trainer.rows_at_once))
-        batch = batch.to(context.hardware.device)
-        with evaluation_mode(context.model):
-            loss = context.parallel.loss_value(batch.inputs_BT, batch.targets_BT, batch.segments_BT)
-        context.parallel.reshard()
-        trainer.check_finite(float(loss))
 
     def _card(self, trainer: Trainer) -> str:
         """The checkpoint's README.md."""

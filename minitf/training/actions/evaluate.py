@@ -25,6 +25,23 @@ def evaluation_mode(model: Transformer) -> Iterator[None]:
         model.train()
 
 
+def check_model(trainer: Trainer) -> None:
+    """MinitfError if the loss of a batch is not finite: the last one was of the weights before their last update.
+
+    For whatever shows or saves the weights. All ranks call it together.
+    """
+    if not trainer.advanced:
+        return
+    context = trainer.context
+    index = trainer.state.step * trainer.config.grad_accumulation
+    batch, _ = context.batches.batch(index).rows(slice(trainer.rows_at_once))
+    batch = batch.to(context.hardware.device)
+    with evaluation_mode(context.model):
+        loss = context.parallel.loss_value(batch.inputs_BT, batch.targets_BT, batch.segments_BT)
+    context.parallel.reshard()
+    trainer.check_finite(float(loss))
+
+
 class Evaluate:
     """Computes held-out metrics and has the model continue a held-out text, or answer held-out sources."""
 
