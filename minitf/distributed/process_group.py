@@ -4,9 +4,11 @@ torchrun starts them and describes the group in the environment. In a group of o
 once, and torch.distributed is not even imported.
 """
 
+import atexit
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,6 +228,21 @@ def process_group() -> Iterator[ProcessGroup]:
     except Exception as error:
         _fail(group, error)
     dist.destroy_process_group()
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End a process that has left its group, after all that is to be done at its end.
+
+    gloo's threads outlive the group. One that releases a tensor while the interpreter is taken apart aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489), and torchrun reports a finished run as failed. So the
+    interpreter is not taken apart.
+    """
+    atexit.unregister(_leave)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if hasattr(sys, "last_value") else 0)  # whose traceback Python has printed
 
 
 def _torchrun_store() -> Any:

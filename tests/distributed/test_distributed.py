@@ -314,6 +314,40 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(workdir: Path, small: list[str]
     assert load_checkpoint("run", prefer="latest").step == steps[-1] > 3
 
 
+def test_a_process_that_is_done_ends_before_its_interpreter_is_taken_apart(workdir: Path, small: list[str]) -> None:
+    """gloo's threads live on: while modules are taken apart they may abort the process."""
+    program = """
+import atexit
+rank = os.environ["RANK"]
+atexit.register(print, f"at exit of {rank}")
+class Kept:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart")
+kept = Kept()
+"""
+    done = torchrun(2, *small, "trainer.max_steps=1", "run_dir=run", program=program)
+    assert done.returncode == 0, done.stderr
+    assert all(f"at exit of {rank}\n" in done.stdout for rank in (0, 1))
+    assert "taken apart" not in done.stdout
+    alone = [sys.executable, "program.py", *small, "trainer.max_steps=1", "run_dir=alone"]
+    done = subprocess.run(alone, capture_output=True, text=True, timeout=900, env=os.environ | {"RANK": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "taken apart" in done.stdout
+
+
+def test_an_error_after_the_group_is_left_is_the_exit_status(workdir: Path) -> None:
+    Path("late.py").write_text(
+        "from minitf.distributed.process_group import process_group\n"
+        "with process_group() as group:\n    assert group.size == 2\n"
+        "raise ValueError('late')\n",
+        encoding="utf-8",
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*start, "late.py"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 1, done.stderr
+    assert "ValueError: late" in done.stderr
+
+
 # Collective operations
 
 
