@@ -232,17 +232,16 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def _leave() -> None:
-    """End a process that has left its group, after all that is to be done at its end.
+    """Run the exit handlers, then exit without finalizing the interpreter.
 
-    gloo's threads outlive the group. One that releases a tensor while the interpreter is taken apart aborts the process
-    (https://github.com/pytorch/pytorch/issues/190489), and torchrun reports a finished run as failed. So the
-    interpreter is not taken apart.
+    gloo's threads outlive the process group. One that releases a tensor during finalization aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489), and torchrun reports a finished run as failed.
     """
     atexit.unregister(_leave)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1 if hasattr(sys, "last_value") else 0)  # whose traceback Python has printed
+    os._exit(1 if hasattr(sys, "last_value") else 0)  # set by an uncaught exception
 
 
 def _torchrun_store() -> Any:

@@ -13,6 +13,7 @@ from minitf.backends.cpu import decode_bindings
 from minitf.checkpoints.background_save import Saver
 from minitf.checkpoints.snapshots import SnapshotWriter, max_snapshots, snapshot_bytes
 from minitf.errors import MinitfError
+from minitf.interpretability.heads import evaluating
 from minitf.reporting.reporter import Reporter
 from minitf.training import resume_state
 from minitf.training.budget import StepBudget, estimate_num_steps
@@ -71,6 +72,7 @@ class Trainer:
         self.last_checkpoint = context.checkpoint
         self.pending: resume_state.Pending = []  # losses and gradient norms since the last row of metrics.jsonl
         self.first_step = self.state.step
+        self.checked_step = self.state.step  # the last one whose weights are known to give a finite loss
         self.interrupted = False  # whether this process was asked to stop
         self.stopping = False  # whether any was
         self.findings: dict[str, list[str]] = {}  # lines for the end of the run, by topic
@@ -274,6 +276,23 @@ class Trainer:
             f"the loss became {loss} at step {self.state.step:,}, learning rate {self.learning_rate:.2g}; {saved}; "
             "try a lower optim.learning_rate and optim.matrix_learning_rate, or trainer.precision=fp32"
         )
+
+    def check_model(self) -> None:
+        """MinitfError if the loss of a batch is NaN or infinite: a step's own loss is from before its update.
+
+        To be called by all ranks before the weights are shown or saved. A second call at the same step does nothing.
+        """
+        if self.checked_step == self.state.step:
+            return
+        context = self.context
+        index = self.state.step * self.config.grad_accumulation
+        batch, _ = context.batches.batch(index).rows(slice(self.rows_at_once))
+        batch = batch.to(context.hardware.device)
+        with torch.no_grad(), evaluating(context.model):
+            loss = context.parallel.loss_value(batch.inputs_BT, batch.targets_BT, batch.segments_BT)
+        context.parallel.reshard()
+        self.check_finite(float(loss))
+        self.checked_step = self.state.step
 
     def save_checkpoint(self, is_best: bool, card: str) -> None:
         """Write a checkpoint in the background. Raises OSError or MinitfError, also of the previous write."""

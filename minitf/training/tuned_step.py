@@ -42,7 +42,7 @@ class TunedStep(TrainingStep):
         graph = self.capture()
         open_threads = self.hardware.device.type == "cpu" and not self.hardware.threads_set
         open_threads = open_threads and torch.get_num_threads() >= MIN_THREADS_TO_HALVE
-        # The number of threads depends on it, and the first plan of a run by time, which its clock corrects.
+        # It decides the number of threads, and the first plan of a time-limited run, which the clock corrects later.
         step_s = self.measure(4 if by_time or open_threads else 1)
         if open_threads:
             step_s = self._choose_threads(step_s)

@@ -314,28 +314,28 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(workdir: Path, small: list[str]
     assert load_checkpoint("run", prefer="latest").step == steps[-1] > 3
 
 
-def test_a_process_that_is_done_ends_before_its_interpreter_is_taken_apart(workdir: Path, small: list[str]) -> None:
-    """gloo's threads live on: while modules are taken apart they may abort the process."""
+def test_processes_of_a_group_exit_without_finalizing_the_interpreter(workdir: Path, small: list[str]) -> None:
+    """gloo's threads outlive the group and may abort the process during finalization."""
     program = """
 import atexit
 rank = os.environ["RANK"]
 atexit.register(print, f"at exit of {rank}")
 class Kept:
     def __del__(self, write=os.write):
-        write(1, b"taken apart")
+        write(1, b"finalized")
 kept = Kept()
 """
     done = torchrun(2, *small, "trainer.max_steps=1", "run_dir=run", program=program)
     assert done.returncode == 0, done.stderr
     assert all(f"at exit of {rank}\n" in done.stdout for rank in (0, 1))
-    assert "taken apart" not in done.stdout
+    assert "finalized" not in done.stdout
     alone = [sys.executable, "program.py", *small, "trainer.max_steps=1", "run_dir=alone"]
     done = subprocess.run(alone, capture_output=True, text=True, timeout=900, env=os.environ | {"RANK": "0"})
     assert done.returncode == 0, done.stderr
-    assert "taken apart" in done.stdout
+    assert "finalized" in done.stdout
 
 
-def test_an_error_after_the_group_is_left_is_the_exit_status(workdir: Path) -> None:
+def test_an_uncaught_exception_after_the_group_sets_the_exit_status(workdir: Path) -> None:
     Path("late.py").write_text(
         "from minitf.distributed.process_group import process_group\n"
         "with process_group() as group:\n    assert group.size == 2\n"

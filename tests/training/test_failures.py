@@ -49,7 +49,7 @@ def test_checkpoints_between_evaluations_hold_only_finite_models(
 
 
 @pytest.mark.parametrize("exercise", [False, True])
-def test_what_shows_or_keeps_weights_ends_a_diverged_run_in_one_line(
+def test_diverged_weights_are_neither_logged_nor_saved(
     workdir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], exercise: bool
 ) -> None:
     settings = [*EXERCISE, "attention.ablation=true"] if exercise else tiny

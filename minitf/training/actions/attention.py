@@ -6,7 +6,6 @@ from minitf.interpretability.heads import HeadScores, ablation_costs, head_score
 from minitf.interpretability.own_patterns import OwnPatterns
 from minitf.interpretability.picture import alignment_picture, attention_picture
 from minitf.model import Transformer
-from minitf.training.actions.evaluate import check_model
 from minitf.training.trainer import Trainer
 
 ALIGNED_SCORE = 0.8  # heads with a higher alignment score have learnt to align
@@ -28,7 +27,7 @@ class LogAttention:
         return trainer.at_start or (trainer.advanced and (at_interval or trainer.last))
 
     def __call__(self, trainer: Trainer) -> None:
-        check_model(trainer)
+        trainer.check_model()
         config = trainer.context.config.attention
         model = trainer.context.parallel.full_model()
         if trainer.group.is_main:
@@ -90,7 +89,7 @@ class LogAlignment:
         return wanted and trainer.advanced and trainer.schedule.align.includes(state.step)
 
     def __call__(self, trainer: Trainer) -> None:
-        check_model(trainer)
+        trainer.check_model()
         model = trainer.context.parallel.full_model()
         if trainer.group.is_main:
             _log_alignment(model, trainer)

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from minitf.checkpoints.model_card import model_card
-from minitf.training.actions.evaluate import Evaluate, check_model
+from minitf.training.actions.evaluate import Evaluate
 from minitf.training.trainer import Trainer
 
 
@@ -18,8 +18,7 @@ class SaveCheckpoint:
         return trainer.advanced and (at_interval or trainer.last or trainer.stopping or self._is_best(trainer))
 
     def __call__(self, trainer: Trainer) -> None:
-        if self.evaluate.step != trainer.state.step:
-            check_model(trainer)
+        trainer.check_model()
         card = self._card(trainer) if trainer.group.is_main else ""
         trainer.save_checkpoint(self._is_best(trainer), card)
 

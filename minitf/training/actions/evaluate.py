@@ -1,45 +1,15 @@
 """Held-out metrics, and samples of what the model writes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
 from minitf.interpretability.attention_maps import ARROW
-from minitf.model import Transformer
+from minitf.interpretability.heads import evaluating
 from minitf.training.task import Sample
 from minitf.training.trainer import Trainer
 
 MAX_ANSWERS_SHOWN = 16  # in TensorBoard's table
-
-
-@contextmanager
-def evaluation_mode(model: Transformer) -> Iterator[None]:
-    """No dropout and no gradients inside; training mode afterwards."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train()
-
-
-def check_model(trainer: Trainer) -> None:
-    """MinitfError if the loss of a batch is not finite: the last one was of the weights before their last update.
-
-    For whatever shows or saves the weights. All ranks call it together.
-    """
-    if not trainer.advanced:
-        return
-    context = trainer.context
-    index = trainer.state.step * trainer.config.grad_accumulation
-    batch, _ = context.batches.batch(index).rows(slice(trainer.rows_at_once))
-    batch = batch.to(context.hardware.device)
-    with evaluation_mode(context.model):
-        loss = context.parallel.loss_value(batch.inputs_BT, batch.targets_BT, batch.segments_BT)
-    context.parallel.reshard()
-    trainer.check_finite(float(loss))
 
 
 class Evaluate:
@@ -55,7 +25,7 @@ class Evaluate:
 
     def __call__(self, trainer: Trainer) -> None:
         context, state = trainer.context, trainer.state
-        with evaluation_mode(context.model):
+        with torch.no_grad(), evaluating(context.model):
             result = context.task.held_out(
                 context.parallel.loss_value,
                 context.config.model.context_length,
@@ -83,7 +53,7 @@ class Evaluate:
         # Token by token, casting the float32 weights takes longer than bfloat16 products save; on CUDA they are cast
         # once.
         dtype = context.hardware.dtype if context.hardware.device.type == "cuda" else torch.float32
-        with evaluation_mode(model), model.computing_in(dtype):
+        with torch.no_grad(), evaluating(model), model.computing_in(dtype):
             return context.task.samples(model, config.sample_tokens, config.eval_answers)
 
     def _show(self, samples: list[Sample], trainer: Trainer) -> None:

@@ -7,7 +7,6 @@ from minitf.errors import RequestError
 from minitf.interpretability.interventions import Reader, watch
 from minitf.interpretability.reference import measure
 from minitf.interpretability.reference_cases import TokenizedCases
-from minitf.training.actions.evaluate import check_model
 from minitf.training.context import RunContext
 from minitf.training.trainer import Trainer
 
@@ -31,7 +30,7 @@ class LogReference:
         return due(trainer)
 
     def __call__(self, trainer: Trainer) -> None:
-        check_model(trainer)
+        trainer.check_model()
         model = trainer.context.parallel.full_model()
         if trainer.group.is_main:
             scores = measure(model, self.cases)
@@ -51,7 +50,7 @@ class LogWatched:
         return due(trainer)
 
     def __call__(self, trainer: Trainer) -> None:
-        check_model(trainer)
+        trainer.check_model()
         context = trainer.context
         model = context.parallel.full_model()
         reader = Reader(model, context.task.tokenizer, context.task.data.kind == "pairs")

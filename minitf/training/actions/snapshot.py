@@ -3,7 +3,6 @@
 from dataclasses import asdict
 
 from minitf.errors import MinitfError
-from minitf.training.actions.evaluate import check_model
 from minitf.training.actions.reference import due
 from minitf.training.trainer import Trainer
 
@@ -18,7 +17,7 @@ class SaveSnapshot:
         return trainer.snapshots.most > 0 and due(trainer)
 
     def __call__(self, trainer: Trainer) -> None:
-        check_model(trainer)
+        trainer.check_model()
         context, state = trainer.context, trainer.state
         model = context.parallel.full_model()
         if not trainer.group.is_main or self.failed:
